@@ -1,0 +1,228 @@
+"""Every setting of the stack, as dataclasses: one YAML file plus ``section.key=value`` drives all phases.
+
+This module only declares settings (name, type, default, meaning); :mod:`ladir.config_loader` reads, checks and explains
+them.  ``None`` means "not set".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its meaning and, for enumerations, its valid values."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type[T], help: str, **defaults: Any) -> T:
+    """A nested group of settings; ``defaults`` override the group's own."""
+    return field(default_factory=lambda: cls(**defaults), metadata={"help": help})
+
+
+@dataclass
+class RunSettings:
+    name: str = setting("ladir", "name of the run; everything it writes lies in <folder>/<name>")
+    folder: str = setting("runs", "folder of all runs")
+    seed: int = setting(0, "seed of initialisation, data order, noise and sampling")
+
+
+@dataclass
+class LoraSettings:
+    rank: int = setting(0, "rank of the adapters; 0 trains all parameters instead")
+    alpha: float = setting(32.0, "scale of the adapters (effective scale alpha / rank)")
+    dropout: float = setting(0.0, "dropout on the adapters' input")
+    targets: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "names of the linear layers that get an adapter",
+    )
+
+
+@dataclass
+class BackboneSettings:
+    name_or_path: str | None = setting(None, "causal LM of transformers: a local folder or a Hub id")
+    scratch: dict[str, Any] = setting(
+        {},
+        "architecture of a new LM (a transformers config as a mapping: model_type, hidden_size, ...), "
+        "used by train_ar.py with ar.from_scratch=true",
+    )
+    tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
+    dtype: str = setting("bfloat16", "dtype of weights and activations", ("bfloat16", "float32"))
+    attention: str = setting(
+        "auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa")
+    )
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of storing them")
+    lora: LoraSettings = section(LoraSettings, "low-rank adapters (PEFT)")
+
+
+@dataclass
+class DataSettings:
+    train: str | None = setting(None, "training records: .jsonl, .jsonl.gz, .parquet, or a Hub id read through datasets")
+    validation: str | None = setting(None, "validation records: settings are chosen on them")
+    test: str | None = setting(None, "test records: the final table is made on them")
+    sentences: str | None = setting(
+        None, "extra sentences the VAE also trains on: JSONL of {\"text\": sentence} (optional)"
+    )
+    input_field: str = setting("input", "name of the question's field")
+    output_field: str = setting("output", "name of the reasoning chain's field")
+    answer_field: str = setting("answer", "name of the explicit answer's field, used where a record has it")
+    answer_prefixes: list[str] = setting(
+        ["####", "The answer is"], "literal text that starts the final answer; the last occurrence counts"
+    )
+    sentences_per_block: int = setting(1, "sentences in one block; 0: the whole chain is one block")
+    strip_calculator: bool = setting(True, "remove GSM8K's <<...>> calculator annotations from the reasoning")
+    on_bad_record: str = setting("error", "error: refuse the file; skip: leave the record out, count and list it", ("error", "skip"))
+    max_question_tokens: int = setting(512, "longest question, in tokens; longer ones are bad records")
+    max_block_tokens: int = setting(128, "longest block, in tokens")
+    max_blocks: int = setting(32, "most blocks in a record")
+    max_answer_tokens: int = setting(128, "longest answer, in tokens")
+
+
+@dataclass
+class TrainSettings:
+    max_steps: int | None = setting(None, "stop after this many optimizer steps")
+    max_epochs: float | None = setting(None, "stop after this many passes over the data")
+    max_seconds: float | None = setting(None, "stop after this many seconds of training (start-up not counted)")
+    global_batch: int = setting(128, "samples in one optimizer step, over all ranks and micro batches")
+    micro_batch: int = setting(8, "most samples in one forward pass of one rank; accumulation follows from it")
+    lr: float = setting(1e-5, "peak learning rate")
+    min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak")
+    schedule: str = setting(
+        "cosine",
+        "learning rate after warm-up; wsd: constant, then linear decay in the last decay_fraction",
+        ("constant", "cosine", "linear", "wsd"),
+    )
+    warmup_fraction: float = setting(0.03, "fraction of the training spent warming up linearly")
+    decay_fraction: float = setting(0.2, "fraction of the training spent decaying (schedule=wsd)")
+    weight_decay: float = setting(0.01, "AdamW weight decay (matrices only)")
+    beta1: float = setting(0.9, "AdamW beta1")
+    beta2: float = setting(0.999, "AdamW beta2")
+    eps: float = setting(1e-8, "AdamW epsilon")
+    max_grad_norm: float = setting(1.0, "gradient clipping norm; 0: off")
+    ema: float = setting(0.0, "decay of the exponential moving average of the weights; 0: off")
+    log_every: int = setting(10, "steps between metric lines")
+    validate_every: int | None = setting(None, "steps between validations; not set: only at the end")
+    validation_batches: int = setting(8, "global batches in one validation")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints; not set: only when stopped and at the end")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept")
+
+
+@dataclass
+class VaeSettings:
+    latent_dim: int = setting(512, "size d of one thought token")
+    latents_per_block: int = setting(4, "thought tokens L per block")
+    beta: float = setting(1e-5, "weight of the KL term (summed over d, mean over latents)")
+    latent_noise: float = setting(3.0, "standard deviation k of the noise added to z in training")
+    token_substitution: float = setting(0.3, "probability that an encoder input token is replaced by a random one in training")
+    decoder: str = setting("frozen", "frozen: the base LM as it is; trained: a second LM trained along", ("frozen", "trained"))
+    train: TrainSettings = section(TrainSettings, "training of the VAE", max_epochs=2.0, lr=2e-5)
+
+
+@dataclass
+class LatentSettings:
+    batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
+
+
+@dataclass
+class DenoiserSettings:
+    objective: str = setting("velocity", "what the network predicts", ("velocity", "x0", "epsilon", "v"))
+    timesteps: str = setting("uniform", "distribution of t in training", ("uniform", "logit_normal"))
+    timestep_mean: float = setting(0.0, "mean of logit(t) (timesteps=logit_normal); positive: towards noise")
+    timestep_std: float = setting(1.0, "standard deviation of logit(t) (timesteps=logit_normal)")
+    draws: int = setting(4, "noise draws M per block and step")
+    flow_weight: float = setting(5.0, "weight of the flow loss")
+    answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
+    stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
+    token_weight: float = setting(0.0, "weight of the auxiliary token head (training only); 0: no such head")
+    token_rank: int = setting(64, "rank of the auxiliary token head")
+    token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
+    answer_every: int = setting(1, "the answer and the last clean block are part of every n-th step only")
+    condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
+    init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
+    sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
+    timestep_features: int = setting(256, "sinusoidal features of t")
+    train: TrainSettings = section(TrainSettings, "training of the denoiser, stage 1", max_epochs=20.0, lr=1e-5, global_batch=64)
+
+
+@dataclass
+class ArSettings:
+    phase: str = setting("ar", "name of the phase, and of the model folder it writes: models/<phase>")
+    from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")
+    copy_fraction: float = setting(0.0, "share of samples that ask to repeat a sentence (teaches a frozen decoder to copy)")
+    train: TrainSettings = section(TrainSettings, "chain-of-thought fine-tuning", max_epochs=3.0, lr=1e-5)
+
+
+@dataclass
+class SampleSettings:
+    num_steps: int = setting(10, "Euler steps per block")
+    sampler: str = setting("ode", "ode: deterministic; sde: fresh noise at every step", ("ode", "sde"))
+    initial_noise: float = setting(1.0, "scale of the noise a block starts from (acts as a temperature)")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off")
+    diversity_scale: float = setting(0.0, "gamma_max of the diversity guidance; 0: off")
+    max_blocks: int = setting(16, "blocks after which the answer is forced")
+    max_answer_tokens: int = setting(64, "longest answer, in tokens")
+    max_thought_tokens: int = setting(64, "longest text of a decoded block, in tokens")
+    answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
+
+
+@dataclass
+class EvaluateSettings:
+    task: str = setting("countdown", "which checker judges the answers", ("countdown", "maths"))
+    split: str = setting("test", "which records are asked", ("validation", "test"))
+    num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
+    num_trajectories: int = setting(100, "samples per question")
+    questions_per_batch: int = setting(20, "questions answered in one batch")
+    ar_temperature: float = setting(1.0, "temperature of the AR baseline's samples")
+    ar_max_tokens: int = setting(256, "longest AR answer (reasoning included), in tokens")
+    methods: list[str] = setting(
+        ["ar-greedy", "ar", "ladir", "ladir-zero-noise", "ladir-sde"],
+        "rows of the table",
+        ("ar", "ar-greedy", "ladir", "ladir-zero-noise", "ladir-sde"),
+    )
+    examples: int = setting(3, "questions printed with their thoughts")
+
+
+@dataclass
+class TelemetrySettings:
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+    progress: str = setting("auto", "auto: a bar on a terminal, lines in a log", ("auto", "bar", "lines"))
+    line_every_seconds: float = setting(10.0, "least seconds between two progress lines in a log")
+
+
+@dataclass
+class DeepSpeedSettings:
+    config: str = setting("ds_configs/zero3.json", "DeepSpeed configuration (ZeRO stage, offload, communication)")
+    timeout_minutes: float = setting(30.0, "longest wait for another rank before the job is ended")
+    stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
+
+
+@dataclass
+class CountdownSettings:
+    numbers: int = setting(3, "numbers per puzzle")
+    max_number: int = setting(20, "largest given number (smallest is 1)")
+    max_value: int = setting(100, "largest target and intermediate result (smallest is 1)")
+    train: int = setting(14000, "training puzzles")
+    validation: int = setting(300, "validation puzzles")
+    test: int = setting(500, "test puzzles")
+    solutions_per_puzzle: int = setting(2, "most gold solutions written per training puzzle, one record each")
+
+
+@dataclass
+class Config:
+    run: RunSettings = section(RunSettings, "where a run lies and its seed")
+    backbone: BackboneSettings = section(BackboneSettings, "the language model")
+    data: DataSettings = section(DataSettings, "records and their blocks")
+    countdown: CountdownSettings = section(CountdownSettings, "the Countdown generator (python -m ladir countdown)")
+    vae: VaeSettings = section(VaeSettings, "sentence <-> thought tokens")
+    latents: LatentSettings = section(LatentSettings, "encoding the training set")
+    denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
+    ar: ArSettings = section(ArSettings, "the autoregressive baseline")
+    sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
+    evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")
+    telemetry: TelemetrySettings = section(TelemetrySettings, "what people look at")
+    deepspeed: DeepSpeedSettings = section(DeepSpeedSettings, "the engine")

@@ -1,0 +1,169 @@
+"""What a setting's type cannot say: ranges, and combinations that cannot work.
+
+:func:`validate` looks at a complete :class:`~ladir.config.Config` and returns every error, each naming the setting, its
+value and the remedy.  Types, names and choices are the loader's business (:mod:`ladir.config_loader`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ladir.config import Config, TrainSettings
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take; ``above`` and ``below`` are exclusive, the other two inclusive."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` lies in the range."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        names = {"at_least": "at least", "at_most": "at most", "above": "above", "below": "below"}
+        parts = [(label, getattr(self, name)) for name, label in names.items()]
+        return " and ".join(f"{label} {bound:g}" for label, bound in parts if bound is not None)
+
+
+_POSITIVE = Range(above=0)
+_NOT_NEGATIVE = Range(at_least=0)
+_COUNT = Range(at_least=1)
+_FRACTION = Range(at_least=0, at_most=1)
+_DECAY = Range(at_least=0, below=1)
+
+#: The first pattern that matches a setting's full name is its range.
+RANGES: tuple[tuple[str, Range], ...] = (
+    ("run.seed", Range(at_least=0, below=2**32)),
+    ("backbone.lora.rank", _NOT_NEGATIVE),
+    ("backbone.lora.alpha", _POSITIVE),
+    ("backbone.lora.dropout", _DECAY),
+    ("data.sentences_per_block", _NOT_NEGATIVE),
+    ("data.max_*", _COUNT),
+    ("*.train.max_*", _POSITIVE),
+    ("*.train.max_grad_norm", _NOT_NEGATIVE),
+    ("*.train.*_batch", _COUNT),
+    ("*.train.lr", _POSITIVE),
+    ("*.train.min_lr_ratio", _FRACTION),
+    ("*.train.*_fraction", _FRACTION),
+    ("*.train.weight_decay", _NOT_NEGATIVE),
+    ("*.train.beta?", _DECAY),
+    ("*.train.eps", _POSITIVE),
+    ("*.train.ema", _DECAY),
+    ("*.train.*_every", _COUNT),
+    ("*.train.validation_batches", _COUNT),
+    ("*.train.keep_checkpoints", _COUNT),
+    ("vae.latent_dim", _COUNT),
+    ("vae.latents_per_block", _COUNT),
+    ("vae.beta", _NOT_NEGATIVE),
+    ("vae.latent_noise", _NOT_NEGATIVE),
+    ("vae.token_substitution", _FRACTION),
+    ("latents.batch_size", _COUNT),
+    ("denoiser.timestep_std", _POSITIVE),
+    ("denoiser.draws", _COUNT),
+    ("denoiser.*_weight", _NOT_NEGATIVE),
+    ("denoiser.token_rank", _COUNT),
+    ("denoiser.token_positions", _COUNT),
+    ("denoiser.answer_every", _COUNT),
+    ("denoiser.condition_dropout", _DECAY),
+    ("denoiser.timestep_features", Range(at_least=2)),
+    ("ar.copy_fraction", _DECAY),
+    ("sample.num_steps", _COUNT),
+    ("sample.max_*", _COUNT),
+    ("sample.*", _NOT_NEGATIVE),
+    ("evaluate.num_*", _COUNT),
+    ("evaluate.questions_per_batch", _COUNT),
+    ("evaluate.ar_temperature", _POSITIVE),
+    ("evaluate.ar_max_tokens", _COUNT),
+    ("evaluate.examples", _NOT_NEGATIVE),
+    ("telemetry.line_every_seconds", _NOT_NEGATIVE),
+    ("deepspeed.timeout_minutes", _POSITIVE),
+    ("countdown.numbers", Range(at_least=2)),
+    ("countdown.max_*", Range(at_least=2)),
+    ("countdown.*", _COUNT),
+)
+
+
+def validate(config: Config) -> list[str]:
+    """All errors in the values of ``config`` (an empty list: it is usable), one sentence each."""
+    return [*_range_errors(config), *_text_errors(config), *_combination_errors(config)]
+
+
+def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting below ``config`` as (full name, value), in the order of declaration."""
+    for entry in dataclasses.fields(config):
+        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from values(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _range_errors(config: Config) -> Iterator[str]:
+    for name, value in values(config):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            yield f"{name}={value}: must be a finite number"
+            continue
+        allowed = next((allowed for pattern, allowed in RANGES if fnmatchcase(name, pattern)), None)
+        if allowed is not None and not allowed.holds(value):
+            yield f"{name}={value}: must be {allowed}"
+
+
+def _text_errors(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
+        yield f"run.name={name!r}: must be the name of one folder; put the path before it into run.folder"
+    if any(not prefix.strip() for prefix in config.data.answer_prefixes):
+        yield "data.answer_prefixes: an empty prefix would match everywhere; remove it"
+    wanted = config.deepspeed.stop_signal
+    usable = sorted(entry.name.removeprefix("SIG") for entry in signal.Signals)
+    if wanted not in usable or wanted in ("KILL", "STOP"):
+        yield f"deepspeed.stop_signal={wanted!r}: must be a signal that can be caught, without SIG, e.g. USR1 or USR2"
+    if len(set(config.evaluate.methods)) != len(config.evaluate.methods):
+        yield f"evaluate.methods={config.evaluate.methods}: a method stands there twice; remove one"
+
+
+def _combination_errors(config: Config) -> Iterator[str]:
+    for name in ("vae", "denoiser", "ar"):
+        yield from _training_errors(f"{name}.train", getattr(config, name).train)
+    backbone = config.backbone
+    if config.ar.from_scratch and "model_type" not in backbone.scratch:
+        yield "ar.from_scratch=true: backbone.scratch must describe the new LM, at least model_type (e.g. llama)"
+    if config.ar.from_scratch and backbone.tokenizer is None and backbone.name_or_path is None:
+        yield "ar.from_scratch=true: a new LM brings no tokenizer; set backbone.tokenizer"
+    if backbone.lora.rank > 0 and not backbone.lora.targets:
+        yield "backbone.lora.targets is empty, so no layer would get an adapter; name some, or set backbone.lora.rank=0"
+    if config.sample.guidance_scale != 1 and config.denoiser.condition_dropout == 0:
+        yield (
+            f"sample.guidance_scale={config.sample.guidance_scale:g}: guidance needs a denoiser that has seen hidden "
+            "questions; set denoiser.condition_dropout above 0 and retrain, or sample.guidance_scale=1"
+        )
+    if config.ar.copy_fraction > 0 and config.data.train is None and config.data.sentences is None:
+        yield "ar.copy_fraction: there are no sentences to copy; set data.train or data.sentences"
+
+
+def _training_errors(name: str, train: TrainSettings) -> Iterator[str]:
+    if train.max_steps is None and train.max_epochs is None and train.max_seconds is None:
+        yield f"{name}: training would never end; set {name}.max_steps, {name}.max_epochs or {name}.max_seconds"
+    if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:
+        yield (
+            f"{name}: warmup_fraction + decay_fraction = {train.warmup_fraction + train.decay_fraction:g} is more than "
+            "the whole training; lower one of them"
+        )
