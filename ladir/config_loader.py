@@ -227,7 +227,7 @@ def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
 
 
 def _resolve(tree: DictConfig, errors: list[str]) -> Config:
-    """The finished dataclasses; an interpolation that leads nowhere, or to another type, is an error and its default."""
+    """The finished dataclasses; an interpolation that leads nowhere or to another type is an error."""
     for entry in _settings():
         try:
             value = OmegaConf.select(tree, entry.name)
