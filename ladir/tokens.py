@@ -1,0 +1,89 @@
+"""Tokenizer set-up: special-token ids are read from the tokenizer, never assumed.
+
+``<BOT>``, ``<EOT>`` and ``<SOA>`` of the block layout are learned vectors of the denoiser, not vocabulary entries, so
+that the base vocabulary stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ladir.config import BackboneSettings
+
+
+def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer with a padding token (its own, else the end-of-sequence token).
+
+    Raises ValueError where no tokenizer is named, it cannot be loaded, or it has no end-of-sequence token.
+    """
+    name = backbone.tokenizer or backbone.name_or_path
+    if name is None:
+        raise ValueError(
+            "no tokenizer: set backbone.tokenizer, or backbone.name_or_path to a model folder or Hub id that has one"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the tokenizer {name!r} cannot be loaded: {error}; set backbone.tokenizer to a folder written by "
+            "save_pretrained, or to a Hub id"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {name!r} has no end-of-sequence token, which ends answers and sentences; set eos_token in "
+            "its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of every text; no special token is added, and none is read out of the text itself."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text; no special token is added, and none is read out of the text itself."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """Text of token ids up to the first end-of-sequence token, special tokens left out."""
+    kept = []
+    for token in ids:
+        if int(token) == tokenizer.eos_token_id:
+            break
+        kept.append(int(token))
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else text[0]
+
+
+def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are ``<pad>``, ``<eos>``, ``<unk>`` and ``words``: text is split at white space.
+
+    A newline is a token of its own where it is among ``words``; other white space is not kept, and decoding puts single
+    spaces between words and none around newlines.
+    """
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    # The WordPiece decoder puts a space before every token but the first (its continuation prefix cannot occur here).
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece(prefix="\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?\n ?"), "\n")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
