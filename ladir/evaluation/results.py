@@ -1,0 +1,142 @@
+"""What an evaluation produces: judged trajectories, one row per method, and ``results.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ladir.data.records import Record
+from ladir.tasks import Task
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled answer and what the task's checker says about it."""
+
+    answer: str
+    correct: bool
+    canonical: str
+    """Normal form of the answer: trajectories with the same one gave the same answer."""
+    thoughts: tuple[str, ...] = ()
+    """The reasoning as text, one entry per block."""
+    chain_correct: bool | None = None
+    """Whether the thoughts alone solve the question; None where the task cannot tell."""
+    stopped: bool = True
+    """Whether the model ended its reasoning itself, before the limit on blocks or tokens."""
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """A question with all its sampled trajectories."""
+
+    question: str
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError(f"question {self.question!r} has no trajectories; sample at least one")
+
+    @property
+    def num_correct(self) -> int:
+        """Trajectories whose answer is right."""
+        return sum(trajectory.correct for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One row of the results: a method, what it cost, and its figures (:func:`ladir.evaluation.metrics.summarise`)."""
+
+    method: str
+    summary: Mapping[str, Any]
+    seconds_per_question: float
+    """Seconds of generation per question, all its trajectories included."""
+    training_seconds: float
+    """Seconds of training that the method needed in all, earlier phases included."""
+
+    def row(self) -> dict[str, Any]:
+        """The row as ``results.json`` stores it."""
+        return {
+            "method": self.method,
+            **self.summary,
+            "seconds_per_question": self.seconds_per_question,
+            "training_seconds": self.training_seconds,
+        }
+
+
+def judge(task: Task, record: Record, answer: str, thoughts: Sequence[str] = (), stopped: bool = True) -> Trajectory:
+    """A trajectory with the verdicts of the task's checker on its ``answer`` and, where there are any, ``thoughts``."""
+    return Trajectory(
+        answer=answer,
+        correct=task.correct(answer, record),
+        canonical=task.canonical(answer),
+        thoughts=tuple(thoughts),
+        chain_correct=task.chain_correct(thoughts, record),
+        stopped=stopped,
+    )
+
+
+def write_results(
+    path: str | Path,
+    methods: Sequence[MethodResult],
+    *,
+    task: str,
+    num_questions: int,
+    num_trajectories: int,
+    seed: int,
+    split: str = "test",
+) -> None:
+    """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell."""
+    content = {
+        "task": task,
+        "split": split,
+        "num_questions": num_questions,
+        "num_trajectories": num_trajectories,
+        "seed": seed,
+        "rows": [method.row() for method in methods],
+    }
+    _write(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The content of a ``results.json``.  Raises ValueError where the file is not one, OSError where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a results.json ({error}); run training/evaluate.py again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise ValueError(f"{path}: not a results.json (no rows); run training/evaluate.py again")
+    return content
+
+
+def write_questions(path: str | Path, questions: Mapping[str, Sequence[QuestionResult]]) -> None:
+    """Write every judged trajectory as JSONL, one line per method and question: the evidence behind the table."""
+    lines = (
+        json.dumps({"method": method, **asdict(question)}, ensure_ascii=False)
+        for method, results in questions.items()
+        for question in results
+    )
+    _write(Path(path), "".join(f"{line}\n" for line in lines))
+
+
+def read_questions(path: str | Path) -> dict[str, list[QuestionResult]]:
+    """What :func:`write_questions` wrote, by method, in the order of the file."""
+    questions: dict[str, list[QuestionResult]] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            trajectories = (
+                Trajectory(**{**trajectory, "thoughts": tuple(trajectory["thoughts"])}) for trajectory in row["trajectories"]
+            )
+            questions.setdefault(row["method"], []).append(QuestionResult(row["question"], tuple(trajectories)))
+    return questions
+
+
+def _write(path: Path, text: str) -> None:
+    """Write aside and rename, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

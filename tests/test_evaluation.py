@@ -1,0 +1,187 @@
+"""Metrics against enumeration and simulation, results files round trip, tables and plots."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from ladir.data.records import Record
+from ladir.evaluation.metrics import distinct_correct, majority_correct, pass_at_k, standard_error, summarise
+from ladir.evaluation.plots import plot_run, read_curves
+from ladir.evaluation.report import examples, markdown_table, results_table
+from ladir.evaluation.results import (
+    MethodResult,
+    QuestionResult,
+    Trajectory,
+    judge,
+    read_questions,
+    read_results,
+    write_questions,
+    write_results,
+)
+from ladir.tasks import get_task
+
+
+def question(*answers: tuple[str, bool], chain: bool | None = None) -> QuestionResult:
+    return QuestionResult("q", tuple(Trajectory(text, right, text, chain_correct=chain) for text, right in answers))
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_pass_at_k_equals_the_share_of_subsets_with_a_right_sample(n: int) -> None:
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_is_exact_for_large_samples_and_refuses_impossible_ones() -> None:
+    assert pass_at_k(100, 37, 1) == pytest.approx(0.37)
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+    assert math.copysign(1, pass_at_k(10, 0, 3)) == 1
+    for n, c, k in [(10, 11, 1), (10, -1, 1), (10, 5, 0), (10, 5, 11)]:
+        with pytest.raises(ValueError):
+            pass_at_k(n, c, k)
+
+
+def test_distinct_correct_counts_normal_forms_of_right_answers_only() -> None:
+    assert distinct_correct(question(("a", True), ("a", True), ("b", True), ("c", False))) == 2
+    assert distinct_correct(question(("c", False), ("d", False))) == 0
+
+
+def test_majority_takes_the_most_frequent_answer_and_the_first_of_a_tie() -> None:
+    assert majority_correct(question(("a", False), ("b", True), ("b", True))) == 1
+    assert majority_correct(question(("b", True), ("a", False), ("a", False))) == 0
+    assert majority_correct(question(("a", False), ("b", True))) == 0
+    assert majority_correct(question(("b", True), ("a", False))) == 1
+
+
+def test_summary_means_and_standard_errors_are_by_question() -> None:
+    questions = [
+        question(("a", True), ("b", False), chain=True),
+        question(("a", False), ("b", False), chain=False),
+        question(("a", True), ("b", True), chain=True),
+    ]
+    summary = summarise(questions, ks=(1, 2, 10))
+    assert summary["pass@1"] == pytest.approx(0.5)
+    assert summary["pass@2"] == pytest.approx(2 / 3)
+    assert summary["pass@10"] is None
+    assert summary["chain"] == pytest.approx(2 / 3)
+    assert summary["distinct_correct"] == pytest.approx(1.0)
+    assert summary["standard_errors"]["pass@1"] == pytest.approx(0.5 / math.sqrt(3))
+    assert summary["standard_errors"]["pass@10"] is None
+    assert summary["pass_curve"] == {"1": pytest.approx(0.5), "2": pytest.approx(2 / 3)}
+
+
+def test_summary_without_chain_verdicts_and_of_nothing() -> None:
+    summary = summarise([question(("a", True), chain=None)])
+    assert summary["chain"] is None
+    assert summary["standard_errors"]["pass@1"] is None
+    with pytest.raises(ValueError, match="no questions"):
+        summarise([])
+    with pytest.raises(ValueError, match="no trajectories"):
+        QuestionResult("q", ())
+
+
+def test_standard_error_matches_the_spread_of_repeated_means() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    variance_of_mean = sum((v - 0.6) ** 2 for v in values) / 4 / 5
+    assert standard_error(values) == pytest.approx(math.sqrt(variance_of_mean))
+
+
+def test_judge_asks_the_task() -> None:
+    record = Record("3 7 12 -> 22", ("12 + 7 = 19",), "12 + 7 + 3", "f:1", {"numbers": [3, 7, 12], "target": 22})
+    task = get_task("countdown")
+    right = judge(task, record, "12 + 7 + 3", ["12 + 7 = 19", "19 + 3 = 22"])
+    assert right.correct
+    assert right.chain_correct
+    assert right.canonical == task.canonical("3 + ( 7 + 12 )")
+    wrong = judge(task, record, "( 12 + 3 ) + 3 + 4", ["12 + 7 = 19", "19 + 3 = 23"], stopped=False)
+    assert not wrong.correct
+    assert not wrong.chain_correct
+    assert not wrong.stopped
+
+
+def rendered(item: RenderableType) -> str:
+    file = io.StringIO()
+    Console(width=160, file=file).print(item)
+    return file.getvalue()
+
+
+def results(folder: Path) -> Path:
+    many = [question(*[("a", i % 2 == 0) for i in range(20)], chain=True) for _ in range(3)]
+    one = [question(("a", True))] * 3
+    methods = [
+        MethodResult("ladir", summarise(many), seconds_per_question=0.25, training_seconds=480.0),
+        MethodResult("ar-greedy", summarise(one), seconds_per_question=0.01, training_seconds=480.5),
+    ]
+    write_results(folder / "results.json", methods, task="countdown", num_questions=3, num_trajectories=20, seed=1, split="test")
+    return folder / "results.json"
+
+
+def test_results_file_holds_what_readers_expect(tmp_path: Path) -> None:
+    content = json.loads(results(tmp_path).read_text())
+    assert {"task", "num_questions", "num_trajectories", "seed", "rows"} <= content.keys()
+    expected = {"method", "pass@1", "pass@10", "pass@100", "chain", "distinct_correct"}
+    for row in content["rows"]:
+        assert expected | {"seconds_per_question", "training_seconds"} <= row.keys()
+    assert content["rows"][0]["pass@1"] == 0.5
+    assert content["rows"][1]["pass@10"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]  # nothing left aside
+
+
+def test_reading_something_else_as_results_says_so(tmp_path: Path) -> None:
+    for text in ["{", "[]", '{"rows": 3}']:
+        path = tmp_path / "results.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json.*evaluate"):
+            read_results(path)
+
+
+def test_questions_round_trip(tmp_path: Path) -> None:
+    written = {
+        "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False),))],
+        "ar": [question(("x", False), ("y", True))],
+    }
+    write_questions(tmp_path / "questions.jsonl", written)
+    assert read_questions(tmp_path / "questions.jsonl") == written
+
+
+def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None:
+    content = read_results(results(tmp_path))
+    text = rendered(results_table(content))
+    assert "ladir" in text
+    assert "50.0 ± 0.0" in text
+    rows = markdown_table(content).splitlines()
+    assert len({row.count("|") for row in rows}) == 1
+    assert "| - |" in rows[-1]
+
+
+def test_examples_show_thoughts_and_verdict() -> None:
+    shown = QuestionResult("3 7 -> 10", (Trajectory("3 + 7", True, "3+7", ("3 + 7 = 10",)),) * 2)
+    text = rendered(examples([shown] * 5, 1))
+    assert text.count("3 7 -> 10") == 1
+    assert "3 + 7 = 10" in text
+    assert "2 of 2" in text
+
+
+def test_curves_of_a_resumed_run_do_not_overlap_and_are_plotted(tmp_path: Path) -> None:
+    steps = [1, 2, 3, 4, 3, 4, 5]  # resumed at step 3
+    rows = [{"phase": "vae", "step": step, "loss": 10.0 + i} for i, step in enumerate(steps)]
+    lines = [json.dumps(row) for row in rows] + ['{"phase": "vae", "st']
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines))
+    curves = read_curves(path, ["loss", "absent"])
+    assert curves == {"vae": {"loss": ([1, 2, 3, 4, 5], [10, 11, 14, 15, 16])}}
+    plot_run(tmp_path / "curves.png", curves, read_results(results(tmp_path)))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    path.write_text("\n".join([lines[-1], lines[0]]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1"):
+        read_curves(path, ["loss"])
+    with pytest.raises(ValueError, match="neither curves nor results"):
+        plot_run(tmp_path / "none.png", {}, None)
