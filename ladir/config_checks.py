@@ -55,8 +55,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("backbone.lora.dropout", _DECAY),
     ("data.sentences_per_block", _NOT_NEGATIVE),
     ("data.max_*", _COUNT),
-    ("*.train.max_*", _POSITIVE),
     ("*.train.max_grad_norm", _NOT_NEGATIVE),
+    ("*.train.max_*", _POSITIVE),
     ("*.train.*_batch", _COUNT),
     ("*.train.lr", _POSITIVE),
     ("*.train.min_lr_ratio", _FRACTION),
@@ -132,6 +132,12 @@ def _text_errors(config: Config) -> Iterator[str]:
         yield f"run.name={name!r}: must be the name of one folder; put the path before it into run.folder"
     if any(not prefix.strip() for prefix in config.data.answer_prefixes):
         yield "data.answer_prefixes: an empty prefix would match everywhere; remove it"
+    data = config.data
+    if len({data.input_field, data.output_field, data.answer_field}) < 3:
+        yield (
+            f"data.input_field={data.input_field}, data.output_field={data.output_field}, data.answer_field="
+            f"{data.answer_field}: must be three different fields; give an absent one a name that no record has"
+        )
     wanted = config.deepspeed.stop_signal
     usable = sorted(entry.name.removeprefix("SIG") for entry in signal.Signals)
     if wanted not in usable or wanted in ("KILL", "STOP"):

@@ -134,17 +134,21 @@ def _settings(group: Any = None, prefix: str = "", section_help: str = "") -> It
 def _merge_file(tree: DictConfig, path: str, errors: list[str]) -> None:
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        mapping = isinstance(root, yaml.MappingNode)
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if mapping else None
     except OSError as error:
         errors.append(f"{path}: cannot be read ({error.strerror}); check --config")
         return
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         errors.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
         return
+    if root is None:  # an empty file, or comments only
+        return
     if not isinstance(content, dict):
         errors.append(f"{path}: must hold sections (run:, backbone:, ...), each with its settings")
         return
+    lines = _line_numbers(root)
     _merge(tree, content, lambda name: f"{path}:{lines[name]}" if name in lines else path, errors)
 
 
@@ -183,7 +187,11 @@ def _merge(tree: DictConfig, content: Mapping[Any, Any], where: Callable[[str], 
     def put(entry: _Setting, value: Any) -> None:
         try:
             OmegaConf.update(tree, entry.name, value, merge=True)
+            # OmegaConf lets containers into a list of texts.
+            fits = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
         except OmegaConfBaseException:
+            fits = False
+        if not fits:
             expected = _type_name(entry.annotation)
             errors.append(f"{where(entry.name)}: {entry.name}={_show(value)}: must be {expected}")
 
