@@ -36,6 +36,19 @@ def encode_records(
     The bad ones include those of the reader.  Raises BadRecords where there are any and ``data.on_bad_record=error``,
     or where nothing usable is left; with ``skip`` they are counted and listed in the log.
     """
+    usable, bad = check_records(record_set, tokenizer, settings)
+    if bad and (settings.on_bad_record == "error" or not usable):
+        raise BadRecords(bad, record_set.total)
+    if bad:
+        counted = f"{len(bad)} of {record_set.total} records are left out (data.on_bad_record=skip):"
+        logger.warning("%s\n%s", counted, list_bad_records(bad))
+    return usable, bad
+
+
+def check_records(
+    record_set: RecordSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> tuple[list[EncodedRecord], list[BadRecord]]:
+    """As :func:`encode_records`, but raises and logs nothing whatever ``data.on_bad_record`` says."""
     usable, bad = [], list(record_set.bad)
     for encoded in _tokenize(record_set.records, tokenizer):
         problem = _problem(encoded, settings)
@@ -43,11 +56,6 @@ def encode_records(
             usable.append(encoded)
         else:
             bad.append(BadRecord(encoded.record.source, *problem))
-    if bad and (settings.on_bad_record == "error" or not usable):
-        raise BadRecords(bad, record_set.total)
-    if bad:
-        counted = f"{len(bad)} of {record_set.total} records are left out (data.on_bad_record=skip):"
-        logger.warning("%s\n%s", counted, list_bad_records(bad))
     return usable, bad
 
 

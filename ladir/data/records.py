@@ -216,7 +216,7 @@ def _jsonl_rows(file: Path) -> Iterator[_Row]:
 
 def _parse_json(line: bytes) -> Any:
     try:
-        text = line.decode("utf-8")
+        text = line.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
         raise _Refused(
             f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})", "convert the file to UTF-8"

@@ -1,0 +1,98 @@
+"""``python -m ladir "question" --model DIR``: a trained model answers and shows its thoughts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ladir.tokens import encode_text
+
+if TYPE_CHECKING:
+    from ladir.reasoner import Reasoner, Trajectory
+
+_EPILOG = """other commands:
+  python -m ladir inspect FILE       blocks and token lengths of a data file, and what would be refused
+  python -m ladir countdown --out D  write Countdown puzzles
+each with its own --help"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's options; controls that are not given come from the model folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ladir", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", nargs="+", help="one or more questions")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder written by training/export.py")
+    parser.add_argument("--trace", action="store_true", help="show each block becoming text, step by step")
+    parser.add_argument("--trajectories", type=int, default=1, metavar="N", help="answers per question")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--num-steps", type=int, help="Euler steps per block")
+    parser.add_argument("--sampler", choices=("ode", "sde"), help="deterministic, or fresh noise at every step")
+    parser.add_argument("--initial-noise", type=float, help="scale of the noise a block starts from")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1: off")
+    parser.add_argument("--diversity-scale", type=float, help="diversity guidance among trajectories; 0: off")
+    parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
+    parser.add_argument("--answer-temperature", type=float, help="temperature of the answer's tokens; 0: greedy")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; not set: CUDA where there is one")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer the questions on the command line."""
+    arguments = build_parser().parse_args(argv)
+    from ladir.reasoner import Reasoner
+
+    if arguments.trajectories < 1:
+        raise ValueError(f"--trajectories {arguments.trajectories}: must be at least 1")
+    if not Path(arguments.model).is_dir():
+        raise ValueError(f"--model {arguments.model}: no such folder; training/export.py writes runs/<name>/export")
+    reasoner = Reasoner.from_pretrained(arguments.model, device=arguments.device)
+    _warn_of_unknown_words(reasoner, arguments.question)
+    answers = reasoner.generate(
+        arguments.question,
+        num_trajectories=arguments.trajectories,
+        num_steps=arguments.num_steps,
+        initial_noise=arguments.initial_noise,
+        guidance_scale=arguments.guidance_scale,
+        diversity_scale=arguments.diversity_scale,
+        max_blocks=arguments.max_blocks,
+        sampler=arguments.sampler,
+        answer_temperature=arguments.answer_temperature,
+        seed=arguments.seed,
+        on_step=_ignore_step if arguments.trace else None,
+    )
+    for question, trajectories in zip(arguments.question, answers, strict=True):
+        sys.stdout.write(f"question: {question}\n")
+        for trajectory in trajectories:
+            sys.stdout.write(render(trajectory))
+    return 0
+
+
+def _ignore_step(trajectory: int, block: int, step: int, text: str) -> None:
+    """The trace is shown when a trajectory is complete: several would interleave."""
+
+
+def _warn_of_unknown_words(reasoner: Reasoner, questions: Sequence[str]) -> None:
+    unknown = reasoner.tokenizer.unk_token_id
+    for question in questions:
+        if unknown is not None and unknown in encode_text(reasoner.tokenizer, question):
+            sys.stderr.write(f"ladir: the model's tokenizer does not know all of {question!r}; the answer may suffer\n")
+
+
+def render(trajectory: Trajectory) -> str:
+    """A trajectory as text: its thoughts (each with its steps, if traced) and its answer."""
+    lines = []
+    for number, thought in enumerate(trajectory.thoughts, start=1):
+        steps = trajectory.trace[number - 1] if number <= len(trajectory.trace) else []
+        lines += [f"  block {number}, step {step:>2}: {_one_line(text)}" for step, text in enumerate(steps, start=1)]
+        lines.append(f"  thought {number}: {_one_line(thought)}")
+    if not trajectory.stopped:
+        lines.append("  (did not stop by itself: the limit on blocks forced the answer)")
+    return "\n".join([*lines, f"answer: {trajectory.answer}", ""])
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " | ")

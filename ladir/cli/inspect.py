@@ -1,0 +1,101 @@
+"""``python -m ladir inspect FILE``: what training would see of a data file, and what it would refuse."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import BackboneSettings, DataSettings
+from ladir.config_loader import load_config
+from ladir.data.encode import EncodedRecord, check_records
+from ladir.data.records import BadRecord, RecordSet, list_bad_records, read_records
+from ladir.tokens import load_tokenizer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; returns 1 where training would refuse the file."""
+    parser = argparse.ArgumentParser(prog="python -m ladir inspect", description=__doc__)
+    parser.add_argument("file", help=".jsonl, .jsonl.gz, .parquet, or a Hub id (name:split)")
+    parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder or Hub id; not set: backbone.tokenizer")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="records shown with their blocks")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, e.g. data.input_field=question")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    console = Console(soft_wrap=True)
+    record_set = read_records(arguments.file, config.data)
+    _show_records(console, record_set, arguments.show)
+    bad = list(record_set.bad)
+    tokenizer = _tokenizer(console, config.backbone, arguments.tokenizer)
+    if tokenizer is not None:
+        usable, bad = check_records(record_set, tokenizer, config.data)
+        _show_lengths(console, usable, config.data)
+        _show_unknown(console, usable, tokenizer)
+    return _verdict(console, record_set, bad, config.data)
+
+
+def _tokenizer(console: Console, backbone: BackboneSettings, name: str | None) -> PreTrainedTokenizerBase | None:
+    backbone = dataclasses.replace(backbone, tokenizer=name or backbone.tokenizer)
+    if backbone.tokenizer is None and backbone.name_or_path is None:
+        console.print("No tokenizer given: token lengths are not checked (--tokenizer DIR or backbone.tokenizer).")
+        return None
+    return load_tokenizer(backbone)
+
+
+def _show_records(console: Console, record_set: RecordSet, count: int) -> None:
+    """The first records as training sees them: question, blocks, answer."""
+    for record in record_set.records[: max(count, 0)]:
+        console.print(f"[bold]{escape(record.source)}[/bold]")
+        console.print(f"  question: {escape(record.question)}", highlight=False)
+        for number, block in enumerate(record.blocks, start=1):
+            indented = block.replace("\n", "\n           ")
+            console.print(f"  block {number:>2}: {escape(indented)}", highlight=False)
+        console.print(f"  answer: {escape(record.answer)}", highlight=False)
+
+
+def _show_lengths(console: Console, records: Sequence[EncodedRecord], settings: DataSettings) -> None:
+    """Token lengths of the usable records beside the limits (data.max_*)."""
+    table = Table(title="token lengths of usable records (limits: data.max_*)")
+    for column in ("", "mean", "50 %", "95 %", "99 %", "longest", "limit"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows: list[tuple[str, Iterable[int], int]] = [
+        ("question", (len(r.question) for r in records), settings.max_question_tokens),
+        ("block", (len(b) for r in records for b in r.blocks), settings.max_block_tokens),
+        ("answer", (len(r.answer) for r in records), settings.max_answer_tokens),
+        ("blocks per record", (len(r.blocks) for r in records), settings.max_blocks),
+    ]
+    for name, values, limit in rows:
+        lengths = sorted(values)
+        if lengths:
+            quantiles = [str(lengths[min(int(q * len(lengths)), len(lengths) - 1)]) for q in (0.5, 0.95, 0.99)]
+            table.add_row(name, f"{sum(lengths) / len(lengths):.1f}", *quantiles, str(lengths[-1]), str(limit))
+    console.print(table)
+
+
+def _show_unknown(console: Console, records: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of text that the tokenizer cannot represent: it would be lost in training."""
+    unknown = tokenizer.unk_token_id
+    affected = [r for r in records if unknown is not None and any(unknown in ids for ids in (r.question, *r.blocks, r.answer))]
+    if affected:
+        console.print(
+            f"Warning: {len(affected)} records hold words that the tokenizer does not know, the first at "
+            f"{escape(affected[0].record.source)}; choose a tokenizer that does.",
+            highlight=False,
+        )
+
+
+def _verdict(console: Console, record_set: RecordSet, bad: Sequence[BadRecord], settings: DataSettings) -> int:
+    usable = record_set.total - len(bad)
+    console.print(f"{record_set.total} records: {usable} usable, {len(bad)} bad", highlight=False)
+    if bad:
+        console.print(escape(list_bad_records(list(bad))), highlight=False)
+    if not usable or (bad and settings.on_bad_record == "error"):
+        console.print("Training would refuse this file. Correct the records, or set data.on_bad_record=skip.")
+        return 1
+    return 0
