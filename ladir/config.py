@@ -53,9 +53,7 @@ class BackboneSettings:
     )
     tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
     dtype: str = setting("bfloat16", "dtype of weights and activations", ("bfloat16", "float32"))
-    attention: str = setting(
-        "auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa")
-    )
+    attention: str = setting("auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa"))
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of storing them")
     lora: LoraSettings = section(LoraSettings, "low-rank adapters (PEFT)")
 
@@ -65,9 +63,7 @@ class DataSettings:
     train: str | None = setting(None, "training records: .jsonl, .jsonl.gz, .parquet, or a Hub id read through datasets")
     validation: str | None = setting(None, "validation records: settings are chosen on them")
     test: str | None = setting(None, "test records: the final table is made on them")
-    sentences: str | None = setting(
-        None, "extra sentences the VAE also trains on: JSONL of {\"text\": sentence} (optional)"
-    )
+    sentences: str | None = setting(None, 'extra sentences the VAE also trains on: JSONL of {"text": sentence} (optional)')
     input_field: str = setting("input", "name of the question's field")
     output_field: str = setting("output", "name of the reasoning chain's field")
     answer_field: str = setting("answer", "name of the explicit answer's field, used where a record has it")
@@ -76,7 +72,9 @@ class DataSettings:
     )
     sentences_per_block: int = setting(1, "sentences in one block; 0: the whole chain is one block")
     strip_calculator: bool = setting(True, "remove GSM8K's <<...>> calculator annotations from the reasoning")
-    on_bad_record: str = setting("error", "error: refuse the file; skip: leave the record out, count and list it", ("error", "skip"))
+    on_bad_record: str = setting(
+        "error", "error: refuse the file; skip: leave the record out, count and list it", ("error", "skip")
+    )
     max_question_tokens: int = setting(512, "longest question, in tokens; longer ones are bad records")
     max_block_tokens: int = setting(128, "longest block, in tokens")
     max_blocks: int = setting(32, "most blocks in a record")

@@ -1,0 +1,58 @@
+"""How a record reads as plain text, for the autoregressive baseline: question, reasoning line by line, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ladir.data.blocks import split_answer
+from ladir.data.records import Record
+from ladir.tokens import encode_text, encode_texts
+
+
+@dataclass(frozen=True)
+class ChainText:
+    """A completion taken apart: reasoning lines, and the answer where one was marked."""
+
+    thoughts: list[str]
+    answer: str
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that start a text under this tokenizer: its <bos>, where it has one."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Token ids of the prompt: the question and a newline, behind <bos>."""
+    return bos_ids(tokenizer) + encode_text(tokenizer, f"{question}\n")
+
+
+def completion_text(record: Record, answer_prefix: str) -> str:
+    """The chain of thought, one block a line, and the answer behind ``answer_prefix``."""
+    return "\n".join([*record.blocks, f"{answer_prefix} {record.answer}"])
+
+
+def chain_pairs(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], answer_prefix: str
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids with <eos>) of every record."""
+    prompts = encode_texts(tokenizer, [f"{record.question}\n" for record in records])
+    completions = encode_texts(tokenizer, [completion_text(record, answer_prefix) for record in records])
+    start, eos = bos_ids(tokenizer), int(tokenizer.eos_token_id)
+    return [(start + prompt, [*completion, eos]) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids) that ask to repeat a sentence: what a frozen decoder must be able to do."""
+    start, eos = bos_ids(tokenizer), int(tokenizer.eos_token_id)
+    newline = encode_text(tokenizer, "\n")
+    return [(start + ids + newline, [*ids, eos]) for ids in encode_texts(tokenizer, sentences)]
+
+
+def parse_completion(text: str, answer_prefixes: Sequence[str]) -> ChainText:
+    """Reasoning lines and answer of a completion; the answer is empty where none was marked."""
+    reasoning, answer = split_answer(text, answer_prefixes)
+    return ChainText([line.strip() for line in reasoning.splitlines() if line.strip()], answer or "")

@@ -1,0 +1,39 @@
+"""The autoregressive baseline: an LM that writes its chain of thought as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ladir.data.batches import pad_left
+from ladir.inference.cache import Prefix
+from ladir.inference.decode import decode
+from ladir.inference.sampler import TrajectoryNoise
+from ladir.models.backbone import Backbone
+
+
+@torch.no_grad()
+def complete(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    num_samples: int,
+    pad_id: int,
+    eos_id: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[list[int]]]:
+    """Sampled completions: ``num_samples`` token-id lists per prompt.
+
+    The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers.
+    """
+    device = next(backbone.parameters()).device
+    ids, lengths = pad_left(prompts, pad_id)
+    prefix, hidden = Prefix.start(backbone, backbone.embed(ids.to(device)), lengths.to(device))
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
+    uniform = noise.uniform(list(range(len(owner))), max_tokens).to(device)
+    texts = decode(prefix.select(owner), hidden[owner], eos_id, max_tokens, temperature, uniform)
+    return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]

@@ -1,0 +1,92 @@
+"""Keys and values of what is finished (question, blocks), computed once and read by every denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ladir.models.backbone import Backbone
+
+
+class PrefixCache(Cache):
+    """A growing cache that can be read without growing, so that one prefix serves many denoising steps."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.growing = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of prefix and new tokens [R, heads, P + T, head]; stored only while growing."""
+        if self.growing:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+    @contextmanager
+    def read_only(self) -> Iterator[PrefixCache]:
+        """Within, ``update`` stores nothing."""
+        self.growing = False
+        try:
+            yield self
+        finally:
+            self.growing = True
+
+
+class Prefix:
+    """R sequences of equal padded length P behind which tokens are generated.
+
+    ``valid`` bool [R, P] marks real tokens (questions are padded on the left), ``next_position`` int64 [R].
+    """
+
+    def __init__(self, backbone: Backbone, cache: PrefixCache, valid: Tensor, next_position: Tensor) -> None:
+        self.backbone = backbone
+        self.cache = cache
+        self.valid = valid
+        self.next_position = next_position
+
+    @classmethod
+    def start(cls, backbone: Backbone, inputs: Tensor, lengths: Tensor) -> tuple[Prefix, Tensor]:
+        """A prefix of causal input vectors [R, P, H] padded on the left to ``lengths`` [R]; and the last hidden states [R, H]."""
+        width = inputs.shape[1]
+        order = torch.arange(width, device=inputs.device)[None]
+        padding = (width - lengths)[:, None]
+        valid = order >= padding
+        visible = torch.ones(width, width, dtype=torch.bool, device=inputs.device).tril() & valid[:, None, :]
+        visible = visible | torch.eye(width, dtype=torch.bool, device=inputs.device)
+        cache = PrefixCache()
+        hidden = backbone(inputs, visible, (order - padding).clamp_min(0), cache)
+        return cls(backbone, cache, valid, lengths.clone()), hidden[:, -1]
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of ``rows`` (indices, repeats allowed): trajectories of one question share by being copies of its row."""
+        cache = PrefixCache()
+        for index, layer in enumerate(self.cache.layers):
+            Cache.update(cache, layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
+        return Prefix(self.backbone, cache, self.valid[rows], self.next_position[rows])
+
+    def block_mask(self, length: int) -> Tensor:
+        """Visibility [R, length, P + length] of tokens that see the prefix and each other."""
+        prefix = self.valid[:, None, :].expand(-1, length, -1)
+        return torch.cat([prefix, prefix.new_ones(len(self), length, length)], dim=-1)
+
+    def positions(self, length: int) -> Tensor:
+        """Rotary positions [R, length] of the next tokens."""
+        return self.next_position[:, None] + torch.arange(length, device=self.valid.device)
+
+    def append(self, inputs: Tensor) -> Tensor:
+        """Add tokens [R, T, H] that see the prefix and each other (T = 1: an ordinary token); their hidden states [R, T, H]."""
+        length = inputs.shape[1]
+        hidden = self.backbone(inputs, self.block_mask(length), self.positions(length), self.cache)
+        self.valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
+        self.next_position = self.next_position + length
+        return hidden

@@ -1,0 +1,43 @@
+"""Text from a cached prefix, token by token: the answer, a block's sentence, and the AR baseline's whole chain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ladir.inference.cache import Prefix
+
+
+def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
+    """Token ids [R] from logits [R, V]: greedy at temperature 0, else by inverting the distribution at ``uniform`` [R]."""
+    if temperature == 0.0 or uniform is None:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None].contiguous(), right=True)[:, 0]
+    return drawn.clamp_max(logits.shape[-1] - 1)
+
+
+def decode(
+    prefix: Prefix, hidden: Tensor, eos_id: int, max_tokens: int, temperature: float = 0.0, uniform: Tensor | None = None
+) -> list[list[int]]:
+    """Token ids of each row up to, without, <eos>.
+
+    ``hidden`` [R, H]: last hidden states of the prefix; ``uniform`` [R, max_tokens] in [0, 1): one number per row and token,
+    so that a row's text does not depend on its neighbours.  Rows that have ended leave the batch.
+    """
+    backbone = prefix.backbone
+    texts: list[list[int]] = [[] for _ in range(len(prefix))]
+    rows = torch.arange(len(prefix), device=hidden.device)
+    for step in range(max_tokens):
+        draw = uniform[rows, step] if uniform is not None else None
+        tokens = choose_tokens(backbone.logits(hidden), temperature, draw)
+        alive = tokens != eos_id
+        for row, token in zip(rows[alive].tolist(), tokens[alive].tolist(), strict=True):
+            texts[row].append(token)
+        if not alive.any() or step + 1 == max_tokens:
+            break
+        if not alive.all():
+            keep = alive.nonzero()[:, 0]
+            prefix, rows, tokens = prefix.select(keep), rows[keep], tokens[keep]
+        hidden = prefix.append(backbone.embed(tokens)[:, None])[:, 0]
+    return texts

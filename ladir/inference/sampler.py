@@ -1,0 +1,149 @@
+"""Blocks from noise: Euler steps on a cached prefix, for all trajectories at once (section 1 of the design, inference)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ladir.config import SampleSettings
+from ladir.data.randomness import derive, generator
+from ladir.inference.cache import Prefix
+from ladir.inference.guidance import classifier_free, diversity_force
+from ladir.layout import Mark
+from ladir.models import flow
+from ladir.models.denoiser import Denoiser
+
+#: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
+StepHook = Callable[[list[int], int, int, Tensor], None]
+
+
+class TrajectoryNoise:
+    """A trajectory's random numbers: functions of (seed, question, trajectory), not of its neighbours in the batch."""
+
+    def __init__(self, seed: int, keys: list[tuple[str, int]]) -> None:
+        self._latents = [generator(derive(seed, "latents", question), index) for question, index in keys]
+        self._answers = [generator(derive(seed, "answer", question), index) for question, index in keys]
+
+    def normal(self, rows: list[int], shape: tuple[int, ...]) -> Tensor:
+        """Fresh standard normal numbers [len(rows), *shape]."""
+        return torch.from_numpy(np.stack([self._latents[r].standard_normal(shape, dtype=np.float32) for r in rows]))
+
+    def uniform(self, rows: list[int], count: int) -> Tensor:
+        """Fresh uniform numbers [len(rows), count] for the answer's tokens."""
+        return torch.from_numpy(np.stack([self._answers[r].random(count, dtype=np.float32) for r in rows]))
+
+
+@dataclass
+class Think:
+    """What a group of trajectories that stopped after the same block has thought.
+
+    ``rows`` [n] trajectory indices; ``latents`` [n, B, L, d] standardised; ``prefix`` the cache behind the last <EOT>
+    (conditional branch); ``stopped`` whether the stop head ended it, or the limit on blocks.
+    """
+
+    rows: list[int]
+    latents: Tensor
+    prefix: Prefix
+    stopped: bool
+
+
+class BlockSampler:
+    """Generates blocks behind a prefix until the stop head says the answer follows."""
+
+    def __init__(self, denoiser: Denoiser, settings: SampleSettings, noise: TrajectoryNoise) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
+        self.noise = noise
+
+    def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> list[Think]:
+        """All trajectories' blocks, grouped by the number of blocks.
+
+        ``prefix``: R rows, or 2 R with the unconditional branch behind the conditional one (guidance); ``owner`` [R]: question
+        of each row, consecutive.
+        """
+        rows = list(range(len(owner)))
+        blocks: list[Tensor] = []
+        finished: list[Think] = []
+        for block in range(self.settings.max_blocks):
+            z = self.sample_block(prefix, rows, owner, block, on_step)
+            blocks.append(z)
+            stop = self.append_block(prefix, z) > 0
+            last = block + 1 == self.settings.max_blocks
+            leaving = torch.ones_like(stop) if last else stop
+            for ended in (True, False):
+                group = (leaving & (stop == ended)).nonzero()[:, 0]
+                if len(group):
+                    latents = torch.stack(blocks, 1)[group]
+                    finished.append(Think([rows[i] for i in group.tolist()], latents, prefix.select(group), ended))
+            keep = (~leaving).nonzero()[:, 0]
+            if not len(keep):
+                break
+            prefix = prefix.select(self._branches(keep, len(rows), len(prefix)))
+            rows, owner = [rows[i] for i in keep.tolist()], owner[keep]
+            blocks = [b[keep] for b in blocks]
+        return finished
+
+    @staticmethod
+    def _branches(keep: Tensor, rows: int, prefix_rows: int) -> Tensor:
+        """Prefix rows of the kept trajectories, both guidance branches where there are two."""
+        return torch.cat([keep, keep + rows]) if prefix_rows > rows else keep
+
+    def append_block(self, prefix: Prefix, z: Tensor) -> Tensor:
+        """Add finished blocks [R, L, d] to the cache of every branch; the stop head's logits [R]."""
+        d = self.denoiser
+        marks = [d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT)]
+        inputs = torch.cat([marks[0], d.clean_inputs(z), marks[1]], dim=1)
+        hidden = prefix.append(inputs.repeat(len(prefix) // len(z), 1, 1))
+        return d.stop_logit(hidden[: len(z), -1])
+
+    def sample_block(self, prefix: Prefix, rows: list[int], owner: Tensor, block: int, on_step: StepHook | None) -> Tensor:
+        """One block [R, L, d] per row, from noise to t = 0."""
+        s, d = self.settings, self.denoiser
+        shape = (d.latents_per_block, d.latent_dim)
+        device = prefix.valid.device
+        z = s.initial_noise * self.noise.normal(rows, shape).to(device)
+        times = torch.linspace(1.0, 0.0, s.num_steps + 1).tolist()
+        visible, positions = prefix.block_mask(shape[0] + 1), prefix.positions(shape[0] + 1)
+        with prefix.cache.read_only():
+            for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+                velocity = self._velocity(prefix, z, t, visible, positions, owner)
+                x0 = z - t * velocity
+                z = self._advance(z, velocity, t, t_next, rows)
+                if on_step is not None:
+                    on_step(rows, block, step, x0)
+        return z
+
+    def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Tensor, positions: Tensor, owner: Tensor) -> Tensor:
+        """Guided velocity [R, L, d] at time t."""
+        d, s = self.denoiser, self.settings
+        branches = len(prefix) // len(z)
+        inputs = z.repeat(branches, 1, 1)
+        time = torch.full((len(inputs),), t, device=z.device)
+        prediction = d.denoise_step(inputs, time, visible, positions, prefix.cache)
+        velocity = flow.to_velocity(d.settings.objective, prediction, inputs, time[:, None, None])
+        if branches == 2:
+            velocity = classifier_free(*velocity.chunk(2), s.guidance_scale)
+        if s.diversity_scale:
+            velocity = velocity - s.diversity_scale * t * diversity_force(z, owner)
+        return velocity
+
+    def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, rows: list[int]) -> Tensor:
+        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals.
+
+        SDE: z_s | z_t, x0 is Gaussian with variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's posterior, Ho et al.
+        2020, eq. 7, on the straight path).
+        """
+        if self.settings.sampler == "ode":
+            return z + (t_next - t) * velocity
+        x0, eps = z - t * velocity, z + (1 - t) * velocity
+        variance = (t_next / t) ** 2 * (t**2 - ((1 - t) / (1 - t_next)) ** 2 * t_next**2) if t_next > 0 else 0.0
+        kept = max(t_next**2 - variance, 0.0) ** 0.5
+        z = (1 - t_next) * x0 + kept * eps
+        if variance > 0:
+            z = z + variance**0.5 * self.noise.normal(rows, tuple(z.shape[1:])).to(z.device)
+        return z

@@ -1,0 +1,157 @@
+"""The block layout: which token stands where in one training pass, and what it may see.
+
+Clean stream:  ``question [<BOT> z*L <EOT>]*B <SOA> answer``; noisy stream: ``[<BOT> z~*L]`` for every block and draw, at the
+same positions as the clean block.  Everything attention needs is three integers per token:
+
+* ``position`` - rotary position; for clean tokens also their order in the clean stream,
+* ``limit``    - a clean token is visible when its position is below the viewer's limit,
+* ``copy``     - which noisy copy a token belongs to (``CLEAN`` and ``PAD`` are negative); a copy sees itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CLEAN = -1
+PAD = -2
+
+
+class Mark(IntEnum):
+    """Learned vectors that are no vocabulary entries; NULL replaces a hidden question's embeddings."""
+
+    BOT = 0
+    EOT = 1
+    SOA = 2
+    NULL = 3
+
+
+class Source(IntEnum):
+    """Where a token's input vector comes from; ``Template.index`` counts within each source."""
+
+    TEXT = 0
+    MARK = 1
+    CLEAN_LATENT = 2
+    NOISY_LATENT = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attention structure of a batch; every field is an int64 tensor [N, T] (N sequences, T tokens)."""
+
+    position: Tensor
+    limit: Tensor
+    copy: Tensor
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
+        return Layout(self.position.to(device), self.limit.to(device), self.copy.to(device))
+
+    def visible(self) -> Tensor:
+        """Boolean mask [N, T, T]: ``visible[n, i, j]`` says that token i attends to token j.
+
+        Padding sees itself only, so that no row of the attention is empty.
+        """
+        clean_key = (self.copy == CLEAN)[:, None, :]
+        earlier = self.position[:, None, :] < self.limit[:, :, None]
+        same_copy = (self.copy[:, :, None] == self.copy[:, None, :]) & (self.copy >= 0)[:, :, None]
+        itself = torch.eye(self.copy.shape[1], dtype=torch.bool, device=self.copy.device)
+        return (clean_key & earlier) | same_copy | itself
+
+
+@dataclass(frozen=True)
+class Template:
+    """Layout of one record, as int64 arrays of length T, with the places where losses are read off.
+
+    ``question`` marks the question's tokens, ``noisy`` the noisy latents in the order [block, draw, latent], ``ends`` the
+    clean <EOT>s, ``answer`` the tokens whose next token is the answer's (from <SOA> on).
+    """
+
+    position: np.ndarray
+    limit: np.ndarray
+    copy: np.ndarray
+    source: np.ndarray
+    index: np.ndarray
+    noisy: np.ndarray
+    ends: np.ndarray
+    answer: np.ndarray
+    question_length: int
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+def block_length(latents: int) -> int:
+    """Tokens of a clean block: <BOT>, L latents, <EOT>."""
+    return latents + 2
+
+
+@lru_cache(maxsize=4096)
+def template(question: int, blocks: int, latents: int, draws: int, answer: int | None) -> Template:
+    """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies each.
+
+    ``answer`` is the answer's token count; ``None`` leaves out the answer and the last clean block, which only the answer
+    and the last stop decision need.  Text tokens are indexed question first, then answer.
+    """
+    clean_blocks = blocks if answer is not None else blocks - 1
+    parts = [_text(question, start=0, first_index=0)]
+    parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
+    if answer is not None:
+        parts.append(_answer(question, blocks, latents, answer))
+    parts += [_noisy_block(b, m, question, latents, draws) for b in range(blocks) for m in range(draws)]
+    position, limit, copy, source, index = np.concatenate(parts, axis=1)
+    clean_end = question + clean_blocks * block_length(latents)
+    is_noisy = source == Source.NOISY_LATENT
+    return Template(
+        position=position,
+        limit=limit,
+        copy=copy,
+        source=source,
+        index=index,
+        noisy=np.flatnonzero(is_noisy),
+        ends=question + (np.arange(clean_blocks) + 1) * block_length(latents) - 1,
+        answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
+        question_length=question,
+    )
+
+
+def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return np.stack([position, limit, np.full_like(position, copy), source, index])
+
+
+def _text(count: int, start: int, first_index: int) -> np.ndarray:
+    """Causal text: a token sees everything clean up to itself."""
+    position = np.arange(start, start + count)
+    return _rows(position, position + 1, CLEAN, np.full(count, Source.TEXT), np.arange(first_index, first_index + count))
+
+
+def _clean_block(block: int, question: int, latents: int) -> np.ndarray:
+    """<BOT> z*L <EOT>, all of which see the whole block and what is before it."""
+    start = question + block * block_length(latents)
+    end = start + block_length(latents)
+    source = np.array([Source.MARK, *[Source.CLEAN_LATENT] * latents, Source.MARK])
+    index = np.array([Mark.BOT, *range(block * latents, (block + 1) * latents), Mark.EOT])
+    return _rows(np.arange(start, end), np.full(latents + 2, end), CLEAN, source, index)
+
+
+def _answer(question: int, blocks: int, latents: int, answer: int) -> np.ndarray:
+    """<SOA> and the answer's tokens, causal."""
+    start = question + blocks * block_length(latents)
+    text = _text(answer, start + 1, question)
+    mark = np.array([[start], [start + 1], [CLEAN], [Source.MARK], [Mark.SOA]])
+    return np.concatenate([mark, text], axis=1)
+
+
+def _noisy_block(block: int, draw: int, question: int, latents: int, draws: int) -> np.ndarray:
+    """<BOT> z~*L at the clean block's positions: sees the clean stream before the block, and itself."""
+    start = question + block * block_length(latents)
+    copy = block * draws + draw
+    source = np.array([Source.MARK, *[Source.NOISY_LATENT] * latents])
+    index = np.array([Mark.BOT, *range(copy * latents, (copy + 1) * latents)])
+    position = np.arange(start, start + latents + 1)
+    return _rows(position, np.full_like(position, start), copy, source, index)

@@ -1,0 +1,142 @@
+"""The language model behind encoder, decoder and denoiser: any causal LM of transformers, whole or with LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ladir.config import BackboneSettings, LoraSettings
+from ladir.models.attention import attention_mask, choose_attention
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Backbone(nn.Module):
+    """A causal LM seen as: token embeddings, a decoder over input vectors with a boolean mask, and an LM head."""
+
+    def __init__(self, lm: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self._adapter_is_off = False
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The causal LM itself, without PEFT's wrapper (its linear layers hold the adapters)."""
+        return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.base.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.base.config.get_text_config().vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input vectors [..., H] of token ids [...]."""
+        return self.base.get_input_embeddings()(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [..., V] of hidden states [..., H]."""
+        return self.base.get_output_embeddings()(hidden)
+
+    def forward(self, inputs: Tensor, visible: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
+        """Last hidden states [N, T, H].
+
+        ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length; ``positions``
+        int64 [N or 1, T].
+        """
+        implementation = self.base.config._attn_implementation
+        output = self.base.get_decoder()(
+            inputs_embeds=inputs,
+            attention_mask=attention_mask(visible, implementation, inputs.dtype),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base weights alone: with LoRA this is the frozen decoder, one copy of the LM instead of two."""
+        if not isinstance(self.lm, PeftModel):
+            yield
+            return
+        before, self._adapter_is_off = self._adapter_is_off, True
+        try:
+            with self.lm.disable_adapter():
+                yield
+        finally:
+            self._adapter_is_off = before
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, with the adapters in the state they had in the forward pass."""
+        self.base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts}
+        )
+
+    def _recompute_contexts(self) -> tuple[Any, Any]:
+        return nullcontext(), self.adapter_off() if self._adapter_is_off else nullcontext()
+
+
+def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> PreTrainedModel:
+    """Load a causal LM from a local folder or the Hub, in the settings' dtype and attention.
+
+    Raises ValueError when no name is set, OSError (transformers) when it cannot be found.
+    """
+    name = name_or_path or settings.name_or_path
+    if name is None:
+        raise ValueError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
+    return AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=DTYPES[settings.dtype],
+        attn_implementation=choose_attention(settings.attention, device_type),
+    )
+
+
+def new_lm(settings: BackboneSettings, vocab_size: int, special_ids: dict[str, int | None], device_type: str) -> PreTrainedModel:
+    """A new causal LM of the architecture ``backbone.scratch`` with random weights, in the settings' dtype.
+
+    The weights are drawn in fp32 and then cast, so that the dtype does not change the draw.
+    """
+    if "model_type" not in settings.scratch:
+        raise ValueError("backbone.scratch needs model_type (llama, qwen3, mistral, ...) and the sizes of a new LM")
+    arguments = {**settings.scratch, "vocab_size": vocab_size, **special_ids}
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    lm = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=choose_attention(settings.attention, device_type)
+    )
+    return lm.to(DTYPES[settings.dtype])
+
+
+def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | PeftModel:
+    """The LM with trainable adapters and frozen weights, or unchanged when the rank is 0."""
+    if settings.rank == 0:
+        return lm
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm, config, autocast_adapter_dtype=False)
+
+
+def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> Backbone:
+    """Load the LM, add adapters and activation checkpointing as set."""
+    backbone = Backbone(with_lora(load_lm(settings, device_type, name_or_path), settings.lora))
+    if settings.activation_checkpointing:
+        backbone.enable_activation_checkpointing()
+    return backbone

@@ -1,0 +1,180 @@
+"""The denoiser: the LLM with a blockwise-bidirectional mask, generating blocks of latents from noise (section 1 of the design).
+
+One forward pass trains all blocks and noise draws of a batch at once; :mod:`ladir.layout` says who sees whom.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ladir.config import DenoiserSettings
+from ladir.data.batches import IGNORE, DenoiserBatch
+from ladir.layout import Mark
+from ladir.models import flow
+from ladir.models.backbone import Backbone
+from ladir.models.vae import Vae
+
+
+class TokenHead(nn.Module):
+    """Auxiliary head: a noisy block's hidden states predict the sentence's first tokens (training only)."""
+
+    def __init__(self, hidden: int, latents: int, positions: int, rank: int, vocab_size: int) -> None:
+        super().__init__()
+        self.positions, self.rank = positions, rank
+        self.down = nn.Linear(hidden * latents, positions * rank)
+        self.up = nn.Linear(rank, vocab_size)
+
+    def forward(self, hidden: Tensor, positions: int) -> Tensor:
+        """Logits [K, M, P, V] of the first P = ``positions`` tokens from hidden states [K, M, L, H]."""
+        low = self.down(hidden.flatten(2)).unflatten(-1, (self.positions, self.rank))
+        return self.up(F.silu(low[..., :positions, :]))
+
+
+class Denoiser(nn.Module):
+    """``forward`` gives the training losses; ``predict``, ``block_inputs`` and the heads serve the sampler."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: DenoiserSettings,
+        latents_per_block: int,
+        latent_mean: Tensor,
+        latent_std: Tensor,
+    ) -> None:
+        """``latent_mean`` and ``latent_std`` [d]: the standardisation the flow works in; kept in the checkpoint."""
+        super().__init__()
+        hidden, d = backbone.hidden_size, len(latent_mean)
+        self.settings = settings
+        self.latents_per_block = latents_per_block
+        self.backbone = backbone
+        self.marks = nn.Embedding(len(Mark), hidden)
+        self.latent_in = nn.Linear(d, hidden)
+        self.latent_out = nn.Linear(hidden, d)
+        self.time_in = nn.Linear(settings.timestep_features, hidden)
+        self.time_out = nn.Linear(hidden, hidden)
+        self.stop_head = nn.Linear(hidden, 1)
+        self.token_head = None
+        if settings.token_weight:
+            self.token_head = TokenHead(
+                hidden, latents_per_block, settings.token_positions, settings.token_rank, backbone.vocab_size
+            )
+        self.register_buffer("latent_mean", latent_mean.float())
+        self.register_buffer("latent_std", latent_std.float())
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Marks at the scale of the embeddings; time starts without effect; everything in the backbone's dtype."""
+        scale = float(self.backbone.base.get_input_embeddings().weight.float().std())
+        nn.init.normal_(self.marks.weight, std=scale)
+        nn.init.zeros_(self.time_out.weight)
+        nn.init.zeros_(self.time_out.bias)
+        for module in self.heads().values():
+            module.to(self.backbone.dtype)
+
+    def heads(self) -> dict[str, nn.Module]:
+        """Everything trainable that is not the LLM."""
+        return {name: child for name, child in self.named_children() if name != "backbone"}
+
+    @torch.no_grad()
+    def init_from_vae(self, vae: Vae) -> None:
+        """Start the latent maps from the VAE's decoder projection and mean head, on standardised latents."""
+        w = vae.from_latent.weight.float()
+        self.latent_in.weight.copy_(w * self.latent_std)
+        self.latent_in.bias.copy_(vae.from_latent.bias.float() + w @ self.latent_mean)
+        self.latent_out.weight.copy_(vae.to_mean.weight.float() / self.latent_std[:, None])
+        self.latent_out.bias.copy_((vae.to_mean.bias.float() - self.latent_mean) / self.latent_std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.marks.weight.dtype
+
+    @property
+    def latent_dim(self) -> int:
+        return len(self.latent_mean)
+
+    def mark(self, mark: Mark) -> Tensor:
+        """The input vector [H] of a mark."""
+        return self.marks(torch.tensor(int(mark), device=self.marks.weight.device))
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """Vectors [..., H] added to a noisy block's latents at t [...]."""
+        features = flow.timestep_features(t, self.settings.timestep_features).to(self.dtype)
+        return self.time_out(F.silu(self.time_in(features)))
+
+    def clean_inputs(self, z: Tensor) -> Tensor:
+        """Input vectors [..., H] of finished, standardised latents [..., d]."""
+        return self.latent_in(z.to(self.dtype))
+
+    def noisy_inputs(self, z: Tensor, t: Tensor) -> Tensor:
+        """Input vectors [..., L, H] of noisy latents [..., L, d] at t [...]."""
+        return self.latent_in(z.to(self.dtype)) + self.time_embedding(t)[..., None, :]
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """The objective's prediction, fp32 [..., d], from hidden states [..., H] at noisy latents."""
+        return self.latent_out(hidden).float()
+
+    def stop_logit(self, hidden: Tensor) -> Tensor:
+        """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""
+        return self.stop_head(hidden)[..., 0].float()
+
+    def denoise_step(self, z: Tensor, t: Tensor, visible: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Prediction [R, L, d] for noisy latents ``z`` [R, L, d] at ``t`` [R] behind a cached prefix."""
+        bot = self.mark(Mark.BOT).expand(len(z), 1, -1)
+        inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=1)
+        return self.predict(self.backbone(inputs, visible, positions, cache)[:, 1:])
+
+    def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
+        """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
+        t = batch.t[..., None, None]
+        z_t = flow.interpolate(batch.z0[:, None], batch.eps, t)
+        hidden = self._hidden(batch, z_t)
+        noisy = hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
+        wanted = flow.target(self.settings.objective, batch.z0[:, None], batch.eps, t)
+        losses = {
+            "flow": (self.predict(noisy) - wanted).square().sum(),
+            "answer": self._answer_loss(hidden, batch),
+            "stop": self._stop_loss(hidden, batch),
+        }
+        if self.token_head is not None:
+            losses["token"] = self._token_loss(noisy, batch.block_tokens)
+        return {**losses, **self._metrics(hidden, batch)}
+
+    def _hidden(self, batch: DenoiserBatch, z_t: Tensor) -> Tensor:
+        """Hidden states [N * T, H] of the whole layout."""
+        table = torch.cat(
+            [
+                self.backbone.embed(batch.text_ids),
+                self.marks(torch.arange(len(Mark), device=z_t.device)),
+                self.clean_inputs(batch.z0).flatten(0, 1),
+                self.noisy_inputs(z_t, batch.t).flatten(0, 2),
+            ]
+        )
+        inputs = table[batch.table_index]
+        return self.backbone(inputs, batch.layout.visible(), batch.layout.position).flatten(0, 1)
+
+    def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
+        """Cross-entropy summed over the answer's labels; only labelled positions go through the LM head."""
+        logits = self.backbone.logits(hidden[batch.answer_at]).float()
+        return F.cross_entropy(logits, batch.answer_labels, reduction="sum")
+
+    def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
+        logits = self.stop_logit(hidden[batch.end_at])
+        return F.binary_cross_entropy_with_logits(logits, batch.stop_labels.float(), reduction="sum")
+
+    def _token_loss(self, noisy: Tensor, labels: Tensor) -> Tensor:
+        assert self.token_head is not None
+        logits = self.token_head(noisy, labels.shape[1]).float()
+        labels = labels[:, None].expand(-1, noisy.shape[1], -1)
+        return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    @torch.no_grad()
+    def _metrics(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
+        stop_right = ((self.stop_logit(hidden[batch.end_at]) > 0) == batch.stop_labels.bool()).float()
+        count = torch.tensor(float(len(stop_right)), device=hidden.device)
+        return {"metric/stop_accuracy": torch.stack([stop_right.sum(), count])}

@@ -1,0 +1,68 @@
+"""Flow matching on the straight path ``z_t = (1 - t) z_0 + t eps`` and the objectives that describe it (section 1 of the design).
+
+With a = 1 - t and s = t every objective is a linear combination of z_0 and eps, so each converts exactly into the others:
+velocity = eps - z_0, x0 = z_0, epsilon = eps, v = a eps - s z_0 (Salimans and Ho 2022, on this path).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: below this distance from an end of the path a division is not trusted
+_EDGE = 1e-4
+
+
+def interpolate(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """The noisy latent z_t; ``t`` broadcasts against ``z0`` and ``eps``."""
+    return (1 - t) * z0 + t * eps
+
+
+def target(objective: str, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the network is asked to predict at ``t`` under ``objective``."""
+    if objective == "velocity":
+        return eps - z0
+    if objective == "x0":
+        return z0
+    if objective == "epsilon":
+        return eps
+    if objective == "v":
+        return (1 - t) * eps - t * z0
+    raise ValueError(f"unknown objective {objective!r}; valid: velocity, x0, epsilon, v")
+
+
+def to_x0(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    """The clean latent that a prediction at (z_t, t) implies."""
+    if objective == "velocity":
+        return z_t - t * prediction
+    if objective == "x0":
+        return prediction
+    if objective == "epsilon":
+        return (z_t - t * prediction) / (1 - t).clamp_min(_EDGE)
+    if objective == "v":
+        return ((1 - t) * z_t - t * prediction) / ((1 - t) ** 2 + t**2)
+    raise ValueError(f"unknown objective {objective!r}; valid: velocity, x0, epsilon, v")
+
+
+def to_velocity(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    """The velocity dz/dt = eps - z_0 that a prediction at (z_t, t) implies."""
+    if objective == "velocity":
+        return prediction
+    if objective == "epsilon":
+        return (prediction - z_t) / (1 - t).clamp_min(_EDGE)
+    return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(_EDGE)
+
+
+def to_epsilon(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    """The noise that a prediction at (z_t, t) implies."""
+    return z_t + (1 - t) * to_velocity(objective, prediction, z_t, t)
+
+
+def timestep_features(t: Tensor, size: int) -> Tensor:
+    """Sinusoidal features [..., size] of t in [0, 1], frequencies 1 to 1000 radians, in fp32."""
+    half = size // 2
+    frequency = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=t.device, dtype=torch.float32))
+    angle = t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,192 @@
+"""Which files make a trained LM, VAE, denoiser or export, and how they come back (see :mod:`ladir.models.store`).
+
+* LM: a Hugging Face folder (or PEFT adapter).
+* VAE: ``encoder/`` and, where it was trained, ``decoder/``; our heads.
+* Denoiser: the LM in the folder itself; our heads.
+* Export: a denoiser folder with ``vae/`` (the thought decoder) and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
+from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm
+from ladir.models.denoiser import Denoiser
+from ladir.models.store import HEADS_FILE, SETTINGS_FILE, State, load_heads, load_settings, own_state, save_model
+from ladir.models.vae import ThoughtDecoder, Vae
+
+_ADAPTER_FILE = "adapter_config.json"
+_DECODER_HEAD = "from_latent."
+
+
+def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
+    """The settings that shape a model, without how it was trained."""
+    return {name: value for name, value in asdict(settings).items() if name != "train"}
+
+
+def save_lm(backbone: Backbone, folder: str | Path, state: State | None = None) -> None:
+    """Write a causal LM (or its adapters); ``state`` streams the full tensors of ``backbone`` where it is sharded."""
+    save_model(backbone, state or own_state(backbone), folder, {"lm.": (backbone, "")}, {"kind": "lm"})
+
+
+def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str | None = None) -> None:
+    """Write a VAE; ``base`` names the LM that a frozen decoder or an adapter stands on."""
+    lms = {"encoder.lm.": (vae.encoder, "encoder")}
+    trained = vae.own_decoder is not None and vae.settings.decoder == "trained"
+    if trained and vae.own_decoder is not None:
+        lms["own_decoder.lm."] = (vae.own_decoder, "decoder")
+    settings = {"kind": "vae", "base": base, "settings": plain_settings(vae.settings)}
+    save_model(vae, state or own_state(vae), folder, lms, settings, skip=[] if trained else ["own_decoder."])
+
+
+def save_denoiser(
+    denoiser: Denoiser, folder: str | Path, state: State | None = None, sample: dict[str, Any] | None = None
+) -> None:
+    """Write a denoiser; ``sample`` are the default controls of a :class:`~ladir.reasoner.Reasoner` made from it."""
+    settings = {
+        "kind": "denoiser",
+        "settings": plain_settings(denoiser.settings),
+        "latents_per_block": denoiser.latents_per_block,
+        "latent_dim": denoiser.latent_dim,
+        "sample": sample or {},
+    }
+    save_model(denoiser, state or own_state(denoiser), folder, {"backbone.lm.": (denoiser.backbone, "")}, settings)
+
+
+def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Backbone | None = None) -> None:
+    """Write the decoding half of a VAE; where its LM is ``shared`` with the denoiser (adapters off), only the head."""
+    is_shared = decoder.backbone is shared
+    holder = nn.ModuleDict({"from_latent": decoder.from_latent})
+    if not is_shared:
+        holder["backbone"] = decoder.backbone
+    lms = {} if is_shared else {"backbone.lm.": (decoder.backbone, "")}
+    save_model(holder, own_state(holder), folder, lms, {"kind": "thought_decoder", "base": None, "shared": is_shared})
+
+
+def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> Vae:
+    """A trained VAE on ``device``; ``backbone`` gives dtype and attention.  ValueError when the folder is not whole."""
+    saved = load_settings(folder, "vae")
+    settings = VaeSettings(**saved["settings"])
+    encoder = load_backbone(Path(folder) / "encoder", backbone, device)
+    decoder = None
+    if settings.decoder == "trained":
+        decoder = load_backbone(Path(folder) / "decoder", backbone, device)
+    elif not isinstance(encoder.lm, PeftModel):
+        decoder = Backbone(load_lm(backbone, device.type, saved["base"]))
+    vae = Vae(encoder, decoder, settings)
+    load_heads(vae, folder)
+    return vae.to(device).eval()
+
+
+def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.device) -> Backbone:
+    """An LM folder, or the base LM that an adapter folder names with the adapters on it."""
+    if not (Path(folder) / _ADAPTER_FILE).is_file():
+        return Backbone(load_lm(settings, device.type, str(folder)))
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return Backbone(PeftModel.from_pretrained(load_lm(settings, device.type, base), str(folder), autocast_adapter_dtype=False))
+
+
+def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str) -> Vae:
+    """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one."""
+    encoder = build_backbone(backbone, device_type)
+    shares = isinstance(encoder.lm, PeftModel) and settings.decoder == "frozen"
+    return Vae(encoder, None if shares else Backbone(load_lm(backbone, device_type)), settings)
+
+
+def load_denoiser(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
+    """A trained denoiser on ``device`` and the default controls saved with it."""
+    saved = load_settings(folder, "denoiser")
+    d = saved["latent_dim"]
+    denoiser = Denoiser(
+        load_backbone(folder, backbone, device),
+        DenoiserSettings(**saved["settings"]),
+        saved["latents_per_block"],
+        torch.zeros(d),
+        torch.ones(d),
+    )
+    load_heads(denoiser, folder)
+    return denoiser.to(device).eval(), saved["sample"]
+
+
+def load_export(
+    folder: str | Path, device: torch.device, attention: str, dtype: str | None
+) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any]]:
+    """Denoiser, thought decoder and default controls of an export folder."""
+    settings = BackboneSettings(attention=attention, dtype=dtype or _saved_dtype(Path(folder)))
+    denoiser, sample = load_denoiser(folder, settings, device)
+    vae = Path(folder) / "vae"
+    saved = load_settings(vae, "thought_decoder")
+    weights = load_file(vae / HEADS_FILE)
+    from_latent = nn.Linear(denoiser.latent_dim, denoiser.backbone.hidden_size)
+    from_latent.load_state_dict({name.removeprefix(_DECODER_HEAD): value for name, value in weights.items()})
+    if saved["shared"]:
+        backbone = denoiser.backbone
+    else:
+        backbone = Backbone(load_lm(settings, device.type, saved["base"] or str(vae))).to(device).eval()
+    return denoiser, ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype)), sample
+
+
+def _saved_dtype(folder: Path) -> str:
+    """The dtype of a folder's heads, as a setting's value."""
+    dtype = load_file(folder / HEADS_FILE)["marks.weight"].dtype
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def assemble_export(
+    denoiser_folder: str | Path,
+    vae_folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    sample: SampleSettings,
+) -> None:
+    """Make an export folder from trained model folders by copying files; no weights but our heads are read."""
+    final = Path(folder)
+    aside = final.with_name(final.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    load_settings(denoiser_folder, "denoiser")
+    shutil.copytree(denoiser_folder, aside)
+    _update_settings(aside, sample=asdict(sample))
+    _export_thought_decoder(Path(vae_folder), aside)
+    tokenizer.save_pretrained(str(aside))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+
+
+def _export_thought_decoder(vae_folder: Path, export: Path) -> None:
+    saved = load_settings(vae_folder, "vae")
+    base = saved["base"]
+    shared = (export / _ADAPTER_FILE).is_file() and saved["settings"]["decoder"] == "frozen"
+    source = vae_folder / "decoder" if saved["settings"]["decoder"] == "trained" else Path(base or "")
+    target = export / "vae"
+    target.mkdir()
+    if not shared and source.is_dir():
+        for file in _lm_files(source):
+            shutil.copy2(file, target)
+        base = None
+    heads = load_file(vae_folder / HEADS_FILE)
+    save_file({n: t for n, t in heads.items() if n.startswith(_DECODER_HEAD)}, target / HEADS_FILE)
+    _update_settings(target, kind="thought_decoder", base=base, shared=shared)
+
+
+def _lm_files(folder: Path) -> Iterator[Path]:
+    """The files of a Hugging Face LM folder, without ours and without the tokenizer's."""
+    yield folder / "config.json"
+    yield from sorted(folder.glob("model*.safetensors*"))
+
+
+def _update_settings(folder: Path, **changes: Any) -> None:
+    path = folder / SETTINGS_FILE
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **changes}, indent=1))

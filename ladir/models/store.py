@@ -1,0 +1,173 @@
+"""Model folders: a Hugging Face LM folder (or PEFT adapter) beside our small heads, written from a stream of tensors.
+
+Nothing here needs the whole model at once: a stream yields one full tensor after another and shards are written as they
+fill.  All files are safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ladir.models.backbone import Backbone
+
+SETTINGS_FILE = "ladir.json"
+HEADS_FILE = "heads.safetensors"
+_SHARD_BYTES = 4 * 2**30
+
+State = Iterable[tuple[str, Tensor]]
+
+
+class ShardWriter:
+    """Writes ``model-xxxxx-of-yyyyy.safetensors`` and its index as Hugging Face reads them, a shard at a time."""
+
+    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.current: dict[str, Tensor] = {}
+        self.current_bytes = self.total_bytes = 0
+        self.shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor; writes the shard before it when it is full."""
+        size = tensor.numel() * tensor.element_size()
+        if self.current and self.current_bytes + size > self.shard_bytes:
+            self._flush()
+        self.current[name] = tensor.detach().cpu().contiguous()
+        self.current_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        save_file(self.current, self._temporary(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.current))
+        self.current, self.current_bytes = {}, 0
+
+    def _temporary(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard}.safetensors"
+
+    def close(self) -> None:
+        """Write the last shard, give the files their final names, write the index where there are several."""
+        if self.current:
+            self._flush()
+        if len(self.shards) == 1:
+            self._temporary(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for i, names in enumerate(self.shards):
+            final = f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            self._temporary(i).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def save_model(
+    module: nn.Module,
+    state: State,
+    folder: str | Path,
+    lms: Mapping[str, tuple[Backbone, str]],
+    settings: Mapping[str, Any],
+    skip: Iterable[str] = (),
+) -> None:
+    """Write ``module`` to ``folder`` from a stream of its full tensors.
+
+    ``lms`` maps a name prefix (``"backbone.lm."``) to its backbone and the subfolder it goes to (``""``: the folder itself);
+    names under a ``skip`` prefix are left out; everything else goes to ``heads.safetensors``.  ``settings`` becomes
+    ``ladir.json``, written last: a folder that has it is whole.
+    """
+    final = Path(folder)
+    aside = final.with_name(final.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    writers = {prefix: _LmWriter(backbone, aside / sub) for prefix, (backbone, sub) in lms.items()}
+    heads: dict[str, Tensor] = {}
+    for name, tensor in state:
+        prefix = next((p for p in writers if name.startswith(p)), None)
+        if prefix is not None:
+            writers[prefix].add(name.removeprefix(prefix), tensor)
+        elif not any(name.startswith(p) for p in skip):
+            heads[name] = tensor.detach().cpu().contiguous()
+    for writer in writers.values():
+        writer.close()
+    save_file(heads, aside / HEADS_FILE)
+    (aside / SETTINGS_FILE).write_text(json.dumps(dict(settings), indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+
+
+class _LmWriter:
+    """A causal LM as a Hugging Face folder, or its adapters alone as a PEFT folder."""
+
+    def __init__(self, backbone: Backbone, folder: Path) -> None:
+        self.lm, self.folder = backbone.lm, folder
+        self.base = backbone.base
+        self.is_adapter = isinstance(self.lm, PeftModel)
+        self.adapters: dict[str, Tensor] = {}
+        self.shards = ShardWriter(folder)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if not self.is_adapter:
+            self.shards.add(name, tensor)
+        elif "lora_" in name:
+            self.adapters[name] = tensor.detach().cpu().contiguous()
+
+    def close(self) -> None:
+        if not self.is_adapter:
+            self.shards.close()
+            self.base.config.save_pretrained(self.folder)
+            return
+        state = get_peft_model_state_dict(self.lm, state_dict=self.adapters)
+        save_file(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.lm.peft_config["default"].save_pretrained(str(self.folder))
+
+
+def own_state(module: nn.Module) -> State:
+    """The tensors of an unsharded module, tied ones once."""
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        yield name, tensor
+
+
+def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
+    """``ladir.json`` of a model folder; ValueError names the folder when it is missing, torn or of another kind."""
+    path = Path(folder) / SETTINGS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first")
+    settings = json.loads(path.read_text())
+    if settings.get("kind") != kind:
+        raise ValueError(f"{folder} holds a {settings.get('kind')!r}, not a {kind!r}")
+    return dict(settings)
+
+
+def load_heads(module: nn.Module, folder: str | Path) -> None:
+    """Copy ``heads.safetensors`` into a module; every head must be there and none left over."""
+    state = load_file(Path(folder) / HEADS_FILE)
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    absent = [name for name in missing if not _belongs_to_lm(name)]
+    if absent or unexpected:
+        raise ValueError(f"{folder}/{HEADS_FILE} does not fit: missing {absent}, unexpected {list(unexpected)}")
+
+
+def _belongs_to_lm(name: str) -> bool:
+    return ".lm." in name
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of all weights in name order (16 hex digits): two models with the same weights have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

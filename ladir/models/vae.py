@@ -1,0 +1,124 @@
+"""The VAE: a sentence becomes L latents of size d and back (section 1 of the design).
+
+The encoder reads ``[sentence, L learned queries]``; the last hidden states at the queries give mean and log-variance.  The
+decoder reads ``[W z, sentence]``, teacher-forced.  With LoRA the frozen decoder is the encoder's LM with the adapters off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladir.config import VaeSettings
+from ladir.data.batches import VaeBatch, pad_left
+from ladir.models.attention import causal
+from ladir.models.backbone import Backbone
+
+#: log-variance of a fresh encoder: a small posterior lets reconstruction start at once
+_INITIAL_LOGVAR = -4.0
+
+
+@dataclass(frozen=True)
+class ThoughtDecoder:
+    """The half of the VAE that turns latents into text: ``[W z, sentence]`` read by an LM, its adapters off."""
+
+    backbone: Backbone
+    from_latent: nn.Linear
+
+    @contextmanager
+    def lm(self) -> Iterator[Backbone]:
+        """The decoding LM as it decodes: the base weights alone where it has adapters."""
+        with self.backbone.adapter_off():
+            yield self.backbone
+
+    def prefix(self, z: Tensor) -> Tensor:
+        """Input vectors [N, L, H] of latents ``z`` [N, L, d] (not standardised)."""
+        return self.from_latent(z.to(self.from_latent.weight.dtype))
+
+    def logits(self, z: Tensor, ids: Tensor) -> Tensor:
+        """Logits [N, S + 1, V] for the sentence ``ids`` [N, S] and the <eos> behind it, teacher-forced from ``z``."""
+        with self.lm() as lm:
+            inputs = torch.cat([self.prefix(z), lm.embed(ids)], dim=1)
+            order = torch.arange(inputs.shape[1], device=ids.device)[None]
+            hidden = lm(inputs, causal(inputs.shape[1], ids.device), order)
+            return lm.logits(hidden[:, z.shape[1] - 1 :])
+
+
+class Vae(nn.Module):
+    """``forward`` gives the training losses; ``encode`` and ``thought_decoder`` serve the other phases."""
+
+    def __init__(self, encoder: Backbone, decoder: Backbone | None, settings: VaeSettings) -> None:
+        """``decoder`` None: the encoder's LM with its adapters off decodes (it must then have adapters)."""
+        super().__init__()
+        hidden, d = encoder.hidden_size, settings.latent_dim
+        self.settings = settings
+        self.encoder = encoder
+        self.own_decoder = decoder
+        self.queries = nn.Embedding(settings.latents_per_block, hidden)
+        self.to_mean = nn.Linear(hidden, d)
+        self.to_logvar = nn.Linear(hidden, d)
+        self.from_latent = nn.Linear(d, hidden)
+        self._initialise()
+        if decoder is not None and settings.decoder == "frozen":
+            decoder.requires_grad_(False)
+
+    def _initialise(self) -> None:
+        scale = float(self.encoder.base.get_input_embeddings().weight.float().std())
+        nn.init.normal_(self.queries.weight, std=scale)
+        nn.init.normal_(self.to_logvar.weight, std=1e-3)
+        nn.init.constant_(self.to_logvar.bias, _INITIAL_LOGVAR)
+        for module in (self.queries, self.to_mean, self.to_logvar, self.from_latent):
+            module.to(self.encoder.dtype)
+
+    @property
+    def thought_decoder(self) -> ThoughtDecoder:
+        """The decoding half; with LoRA it is the encoder's own LM, adapters off."""
+        return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent)
+
+    def encode(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each fp32 [N, L, d], of sentences ``ids`` [N, S] padded on the left to ``lengths`` [N]."""
+        count, width = ids.shape
+        latents = self.settings.latents_per_block
+        queries = self.queries(torch.arange(latents, device=ids.device)).expand(count, -1, -1)
+        inputs = torch.cat([self.encoder.embed(ids), queries], dim=1)
+        padding = (width - lengths)[:, None]
+        order = torch.arange(width + latents, device=ids.device)[None]
+        visible = causal(width + latents, ids.device) & (order >= padding)[:, None, :]
+        visible = visible | torch.eye(width + latents, dtype=torch.bool, device=ids.device)
+        hidden = self.encoder(inputs, visible, (order - padding).clamp_min(0))[:, width:]
+        return self.to_mean(hidden).float(), self.to_logvar(hidden).float()
+
+    def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
+        """Summed losses: ``reconstruction`` over label tokens, ``kl`` over latents (each summed over d).
+
+        Metrics: share of sentences whose every token is right, mean posterior standard deviation, active dimensions.
+        """
+        mean, logvar = self.encode(batch.encoder_ids, batch.lengths)
+        sigma = (0.5 * logvar).exp()
+        z = mean + sigma * batch.posterior_noise + batch.extra_noise
+        logits = self.thought_decoder.logits(z, batch.decoder_ids)
+        labels = batch.labels
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum()
+        with torch.no_grad():
+            right = (logits.argmax(-1) == labels) | (labels == -100)
+            counted = torch.tensor(float(len(labels)), device=labels.device)
+            metrics = {
+                "metric/exact": torch.stack([right.all(-1).float().sum(), counted]),
+                "metric/posterior_std": torch.stack([sigma.mean() * counted, counted]),
+                "metric/latent_std": torch.stack([mean.std() * counted, counted]),
+            }
+        return {"reconstruction": loss, "kl": kl, **metrics}
+
+
+def encode_sentences(vae: Vae, sentences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance [N, L, d] (fp32, on the model's device) of token-id lists."""
+    ids, lengths = pad_left(sentences, pad_id)
+    device = vae.from_latent.weight.device
+    with torch.no_grad():
+        return vae.encode(ids.to(device), lengths.to(device))

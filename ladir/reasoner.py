@@ -1,0 +1,199 @@
+"""The face of the package: a trained LaDiR that answers questions and shows its thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import BackboneSettings, SampleSettings
+from ladir.data.batches import pad_left
+from ladir.inference.cache import Prefix
+from ladir.inference.decode import decode
+from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
+from ladir.layout import Mark
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_export, save_denoiser, save_thought_decoder
+from ladir.models.vae import ThoughtDecoder
+from ladir.tokens import decode_text, encode_text, load_tokenizer
+
+#: called after every denoising step with (trajectory, block, step, the block's current text)
+TraceHook = Callable[[int, int, int, str], None]
+
+
+@dataclass
+class Trajectory:
+    """One line of thought and its answer.
+
+    ``thoughts``: text per block; ``latents`` fp32 [B, L, d] (not standardised); ``num_steps``: denoising steps taken;
+    ``stopped``: whether the stop head ended it (else the limit on blocks did); ``trace``: text per block and step, if asked.
+    """
+
+    answer: str
+    thoughts: list[str]
+    latents: Tensor
+    num_steps: int
+    stopped: bool
+    trace: list[list[str]] = field(default_factory=list)
+
+
+class Reasoner:
+    """Denoiser, VAE decoder and tokenizer together; made by :meth:`from_pretrained` or from trained parts."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        thought_decoder: ThoughtDecoder,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SampleSettings | None = None,
+    ) -> None:
+        self.denoiser = denoiser.eval()
+        self.thought_decoder = thought_decoder
+        self.tokenizer = tokenizer
+        self.settings = settings or SampleSettings()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None, attention: str = "auto", dtype: str | None = None
+    ) -> Reasoner:
+        """Load an export folder.  Raises ValueError naming what is missing when it is none.
+
+        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        denoiser, thought_decoder, sample = load_export(folder, device, attention, dtype)
+        tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
+        return cls(denoiser, thought_decoder, tokenizer, SampleSettings(**sample))
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.latent_mean.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        questions: Sequence[str],
+        num_trajectories: int = 1,
+        num_steps: int | None = None,
+        initial_noise: float | None = None,
+        guidance_scale: float | None = None,
+        diversity_scale: float | None = None,
+        max_blocks: int | None = None,
+        sampler: str | None = None,
+        answer_temperature: float | None = None,
+        seed: int = 0,
+        on_step: TraceHook | None = None,
+        thoughts: bool = True,
+    ) -> list[list[Trajectory]]:
+        """Answer ``questions``, each with ``num_trajectories`` independent trajectories; all in one batch.
+
+        Controls not given come from the export's settings.  The same seed gives a trajectory the same random numbers whatever
+        it is batched with.  ``thoughts`` False leaves the blocks undecoded.  Raises ValueError for an empty question.
+        """
+        settings = self._settings(
+            num_steps=num_steps,
+            initial_noise=initial_noise,
+            guidance_scale=guidance_scale,
+            diversity_scale=diversity_scale,
+            max_blocks=max_blocks,
+            sampler=sampler,
+            answer_temperature=answer_temperature,
+        )
+        if any(not question.strip() for question in questions):
+            raise ValueError("a question is empty")
+        if not questions or num_trajectories < 1:
+            return [[] for _ in questions]
+        noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(num_trajectories)])
+        owner = torch.arange(len(questions), device=self.device).repeat_interleave(num_trajectories)
+        prefix = self._question_prefix(questions, owner, settings.guidance_scale != 1.0)
+        traces: dict[tuple[int, int], list[str]] = {}
+        hook = self._trace_hook(traces, on_step) if on_step is not None else None
+        sampled = BlockSampler(self.denoiser, settings, noise).think(prefix, owner, hook)
+        flat: dict[int, Trajectory] = {}
+        for group in sampled:
+            flat.update(self._finish(group, settings, noise, thoughts))
+        for (row, _), texts in sorted(traces.items()):
+            flat[row].trace.append(texts)
+        ordered = [flat[row] for row in range(len(owner))]
+        return [ordered[i : i + num_trajectories] for i in range(0, len(ordered), num_trajectories)]
+
+    def _settings(self, **given: Any) -> SampleSettings:
+        """The export's settings with what the caller gave; ValueError names a control that makes no sense."""
+        settings = replace(self.settings, **{name: value for name, value in given.items() if value is not None})
+        problems = [f"{name} must be at least 1" for name in ("num_steps", "max_blocks") if getattr(settings, name) < 1]
+        if settings.sampler not in ("ode", "sde"):
+            problems.append(f"sampler must be ode or sde, not {settings.sampler!r}")
+        problems += [f"{n} must not be negative" for n in ("initial_noise", "answer_temperature") if getattr(settings, n) < 0]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return settings
+
+    def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
+        """The questions' cache, a row per trajectory; with guidance the hidden-question branch behind it."""
+        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        ids, lengths = pad_left([bos + encode_text(self.tokenizer, q) for q in questions], self.tokenizer.pad_token_id)
+        inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
+        if guided:
+            hidden = self.denoiser.mark(Mark.NULL).expand_as(inputs)
+            inputs, lengths = torch.cat([inputs, hidden]), lengths.repeat(2)
+            owner = torch.cat([owner, owner + len(questions)])
+        prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths)
+        return prefix.select(owner)
+
+    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, thoughts: bool) -> dict[int, Trajectory]:
+        """Answers and thoughts of trajectories that ended after the same block."""
+        uniform = noise.uniform(group.rows, settings.max_answer_tokens).to(self.device)
+        soa = self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1)
+        hidden = group.prefix.append(soa)[:, 0]
+        answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
+        latents = group.latents * self.denoiser.latent_std + self.denoiser.latent_mean
+        count, blocks = latents.shape[:2]
+        texts = self.decode_latents(latents.flatten(0, 1)) if thoughts else [""] * (count * blocks)
+        return {
+            row: Trajectory(
+                answer=decode_text(self.tokenizer, answers[i]),
+                thoughts=texts[i * blocks : (i + 1) * blocks],
+                latents=latents[i].cpu(),
+                num_steps=settings.num_steps * blocks,
+                stopped=group.stopped,
+            )
+            for i, row in enumerate(group.rows)
+        }
+
+    @property
+    def _eos(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @torch.no_grad()
+    def decode_latents(self, z: Tensor) -> list[str]:
+        """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
+        with self.thought_decoder.lm() as decoder:
+            inputs = self.thought_decoder.prefix(z)
+            lengths = torch.full((len(z),), z.shape[1], device=z.device)
+            prefix, hidden = Prefix.start(decoder, inputs, lengths)
+            ids = decode(prefix, hidden, self._eos, self.settings.max_thought_tokens)
+        return [decode_text(self.tokenizer, row) for row in ids]
+
+    def _trace_hook(
+        self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook
+    ) -> Callable[[list[int], int, int, Tensor], None]:
+        """Decodes the current estimate of every trajectory's block after each step."""
+
+        def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            texts = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
+            for row, text in zip(rows, texts, strict=True):
+                traces.setdefault((row, block), []).append(text)
+                on_step(row, block, step, text)
+
+        return hook
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the export folder: the denoiser's LM in Hugging Face's layout, our heads, ``vae/``, the tokenizer."""
+        save_denoiser(self.denoiser, folder, sample=asdict(self.settings))
+        save_thought_decoder(self.thought_decoder, Path(folder) / "vae", shared=self.denoiser.backbone)
+        self.tokenizer.save_pretrained(str(folder))

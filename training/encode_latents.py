@@ -1,0 +1,105 @@
+"""Encode every block of the training and validation records with the trained VAE.
+
+Reads runs/<name>/models/vae, writes runs/<name>/latents/{train,validation}.  All ranks encode; started again it finishes at once
+unless the VAE has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ladir.data.encode import EncodedRecord
+from ladir.data.latents import LatentStore
+from ladir.models.folders import load_vae
+from ladir.models.store import fingerprint
+from ladir.models.vae import Vae, encode_sentences
+from ladir.tokens import load_tokenizer
+from training.phases import read_encoded
+from training.runtime.job import job
+from training.runtime.run import Outcome, Run
+
+logger = logging.getLogger(__name__)
+
+
+def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> None:
+    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``."""
+    target = run.folder.latents / name
+    mark = fingerprint(vae)
+    current = _is_current(target, mark) if run.world.is_main else None
+    if run.world.broadcast(current):
+        return
+    records = read_encoded(run.config, path, tokenizer)
+    parts = [target.with_name(f"{name}.part-{rank}") for rank in range(run.world.size)]
+    mine = range(run.world.rank, len(records), run.world.size)
+    batch_size, pad_id = run.config.latents.batch_size, int(tokenizer.pad_token_id)
+    d, latents = vae.settings.latent_dim, vae.settings.latents_per_block
+    LatentStore.write(parts[run.world.rank], _rows(vae, records, mine, batch_size, pad_id), mark, d, latents)
+    run.world.barrier()
+    if run.world.is_main:
+        store = LatentStore.merge(parts, target)
+        for part in parts:
+            shutil.rmtree(part)
+        logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
+    run.world.barrier()
+
+
+def _is_current(folder: Path, mark: str) -> bool:
+    """Whether the folder already holds the latents of this VAE."""
+    try:
+        return LatentStore.open(folder).fingerprint == mark
+    except FileNotFoundError:
+        return False
+
+
+def _rows(
+    vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], batch_size: int, pad_id: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of the latent store, in order; records are gathered until a batch of sentences is full."""
+    pending: list[int] = []
+    for place, index in enumerate(mine):
+        pending.append(index)
+        sentences = sum(len(records[i].blocks) for i in pending)
+        if sentences >= batch_size or place + 1 == len(mine):
+            yield from _encode(vae, records, pending, pad_id)
+            pending = []
+
+
+def _encode(vae: Vae, records: Sequence[EncodedRecord], indices: Sequence[int], pad_id: int) -> Iterator[dict[str, Any]]:
+    mean, logvar = encode_sentences(vae, [block for i in indices for block in records[i].blocks], pad_id)
+    mean, logvar = mean.cpu(), logvar.cpu()
+    start = 0
+    for i in indices:
+        record, end = records[i], start + len(records[i].blocks)
+        yield {
+            "index": i,
+            "question": record.question,
+            "blocks": record.blocks,
+            "answer": record.answer,
+            "mu": mean[start:end].numpy(),
+            "logvar": logvar[start:end].numpy(),
+        }
+        start = end
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    with job(argv, __doc__ or "", lambda config: "latents") as run:
+        start = time.perf_counter()
+        tokenizer = load_tokenizer(run.config.backbone)
+        vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device)
+        for name, path in (("train", run.config.data.train), ("validation", run.config.data.validation)):
+            if path is not None:
+                encode_split(run, vae, tokenizer, name, path)
+        if run.outcome is None:
+            run.finish(Outcome("finished", 0, 0, time.perf_counter() - start, {}))
+
+
+if __name__ == "__main__":
+    main()

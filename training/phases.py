@@ -1,0 +1,175 @@
+"""What is trained: the VAE, the denoiser and the autoregressive LM, as the train loop sees them.
+
+A phase joins a model of :mod:`ladir.models`, samples and a collator; loop, ranks and checkpoints are the runtime's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
+from ladir.data.encode import EncodedRecord, encode_records
+from ladir.data.latents import LatentStore
+from ladir.data.prompts import bos_ids, chain_pairs, copy_pairs
+from ladir.data.randomness import derive, generator
+from ladir.data.records import Record, read_records, read_sentences
+from ladir.models.ar import ArModel
+from ladir.models.backbone import Backbone, build_backbone, new_lm
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_vae, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.store import fingerprint
+from ladir.tokens import encode_texts, load_tokenizer
+from training.runtime.distributed import World
+from training.runtime.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Samples:
+    """Samples with their collator: what the loop draws micro batches from."""
+
+    items: Sequence[Any]
+    collator: Callable[[Sequence[Any], Sequence[int], bool], Any]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.items)
+
+    def collate(self, indices: list[int], numbers: list[int], training: bool = True) -> Any:
+        """One micro batch of the samples at ``indices``, whose places in the run are ``numbers``."""
+        return self.collator([self.items[i] for i in indices], numbers, training)
+
+
+@dataclass
+class TrainingPhase(Samples):
+    """A model with its losses and samples; ``write(folder, state)`` stores the finished model."""
+
+    name: str = ""
+    model: nn.Module = field(default_factory=nn.Identity)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    validation: Samples | None = None
+    write: Callable[[Path, Iterator[tuple[str, Tensor]]], None] | None = None
+
+    def save(self, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
+        """Write the model whose full tensors ``state`` yields (rank 0)."""
+        if self.write is None:
+            raise ValueError(f"phase {self.name} has nothing to write its model with")
+        self.write(folder, state)
+
+
+def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRecord]:
+    """Records of one file as token ids; bad ones are refused or counted as ``data.on_bad_record`` says."""
+    if path is None:
+        return []
+    encoded, _ = encode_records(read_records(path, config.data), tokenizer, config.data)
+    return encoded
+
+
+def vae_phase(config: Config, world: World) -> TrainingPhase:
+    """The VAE on every block of the training records and the extra sentences."""
+    tokenizer = load_tokenizer(config.backbone)
+    model = new_vae(config.vae, config.backbone, world.device.type)
+    sentences = [block for record in read_encoded(config, config.data.train, tokenizer) for block in record.blocks]
+    if config.data.sentences:
+        sentences += encode_texts(tokenizer, read_sentences(config.data.sentences))
+    held_out = [block for record in read_encoded(config, config.data.validation, tokenizer) for block in record.blocks]
+    collator = VaeCollator(config.vae, model.encoder.vocab_size, *_special_ids(tokenizer), seed=derive(config.run.seed, "vae"))
+    return TrainingPhase(
+        items=sentences,
+        collator=collator,
+        name="vae",
+        model=model,
+        weights={"reconstruction": 1.0, "kl": config.vae.beta},
+        validation=Samples(held_out, collator) if held_out else None,
+        write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
+    )
+
+
+def denoiser_phase(config: Config, world: World) -> TrainingPhase:
+    """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
+    tokenizer = load_tokenizer(config.backbone)
+    folder = RunFolder(config)
+    store = LatentStore.open(folder.latents / "train")
+    vae = load_vae(folder.model("vae"), config.backbone, world.device)
+    store.check_fingerprint(fingerprint(vae))
+    backbone = build_backbone(config.backbone, world.device.type)
+    model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
+    if config.denoiser.init_from_vae:
+        model.init_from_vae(vae.cpu())
+    collator = DenoiserCollator(
+        config.denoiser,
+        np.asarray(store.mean, dtype=np.float32),
+        np.asarray(store.std, dtype=np.float32),
+        eos_id=int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, "denoiser"),
+        samples_per_step=config.denoiser.train.global_batch,
+        prefix=tuple(bos_ids(tokenizer)),
+    )
+    held_out = folder.latents / "validation"
+    validation = LatentStore.open(held_out) if held_out.is_dir() else None
+    settings = config.denoiser
+    weights = {"flow": settings.flow_weight, "answer": settings.answer_weight, "stop": settings.stop_weight}
+    if settings.token_weight:
+        weights["token"] = settings.token_weight
+    return TrainingPhase(
+        items=store,
+        collator=collator,
+        name="denoiser",
+        model=model,
+        weights=weights,
+        validation=Samples(validation, collator) if validation is not None else None,
+        write=lambda target, state: save_denoiser(model, target, state),
+    )
+
+
+def ar_phase(config: Config, world: World) -> TrainingPhase:
+    """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
+    tokenizer = load_tokenizer(config.backbone)
+    if config.ar.from_scratch:
+        pad, eos = _special_ids(tokenizer)
+        ids = {"pad_token_id": pad, "eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id}
+        backbone = Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type))
+    else:
+        backbone = build_backbone(config.backbone, world.device.type)
+    records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
+    held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
+    prefix = config.data.answer_prefixes[0]
+    collator = ArCollator(int(tokenizer.pad_token_id))
+    return TrainingPhase(
+        items=chain_pairs(tokenizer, records, prefix) + _copies(config, tokenizer, records),
+        collator=collator,
+        name=config.ar.phase,
+        model=ArModel(backbone),
+        weights={"text": 1.0},
+        validation=Samples(chain_pairs(tokenizer, held_out, prefix), collator) if held_out else None,
+        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state),
+    )
+
+
+def _copies(config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> list[Any]:
+    """Samples that ask to repeat a sentence: ``ar.copy_fraction`` of all."""
+    share = config.ar.copy_fraction
+    sentences = [block for record in records for block in record.blocks]
+    count = round(len(records) * share / (1.0 - share))
+    chosen = generator(derive(config.run.seed, "copies"), 0).integers(0, len(sentences), count)
+    return copy_pairs(tokenizer, [sentences[i] for i in chosen])
+
+
+def _write_lm(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
+    """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
+    save_lm(backbone, folder, ((name.removeprefix("backbone."), tensor) for name, tensor in state))
+    tokenizer.save_pretrained(str(folder))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    return int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)

@@ -1,0 +1,36 @@
+"""What every entry point does around its work: settings, processes, run folder, and errors a user can act on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ladir.config import Config
+from ladir.config_loader import parse_args
+from ladir.data.records import BadRecords
+from training.runtime.distributed import LaunchError, start, stop
+from training.runtime.run import Run, RunConflict, open_run
+
+logger = logging.getLogger(__name__)
+
+#: errors whose message says all: no traceback is shown for them
+USER_ERRORS = (BadRecords, FileNotFoundError, LaunchError, RunConflict)
+
+
+@contextmanager
+def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str]) -> Iterator[Run]:
+    """``with job(argv, __doc__, lambda config: "vae") as run:`` - the opened run of this process' job.
+
+    Exits with status 2 and one message for errors that are the user's to mend; others go through.
+    """
+    config, _ = parse_args(argv, description)
+    try:
+        world = start(config.deepspeed)
+        with open_run(config, phase(config), world) as run:
+            yield run
+    except USER_ERRORS as error:
+        logger.error("%s", error)
+        raise SystemExit(2) from error
+    finally:
+        stop()

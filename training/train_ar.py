@@ -1,0 +1,25 @@
+"""Train a causal LM on questions and their chains of thought: the autoregressive baseline, or a base LM from scratch.
+
+Reads data.train, writes runs/<name>/models/<ar.phase>.  ar.from_scratch=true builds a new LM from backbone.scratch; else training
+continues from backbone.name_or_path.  Start it under the deepspeed launcher, torchrun, srun, or plain python (one process);
+started again it continues, or finishes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from training.phases import ar_phase
+from training.runtime.job import job
+from training.runtime.loop import train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    with job(argv, __doc__ or "", lambda config: config.ar.phase) as run:
+        if run.outcome is None:
+            train(run, ar_phase(run.config, run.world))
+
+
+if __name__ == "__main__":
+    main()

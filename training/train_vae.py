@@ -1,0 +1,24 @@
+"""Train the VAE that turns a sentence into a block of latents and back.
+
+Reads data.train (and data.sentences), writes runs/<name>/models/vae.  Start it under the deepspeed launcher, torchrun, srun,
+or plain python (one process); started again it continues, or finishes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from training.phases import vae_phase
+from training.runtime.job import job
+from training.runtime.loop import train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    with job(argv, __doc__ or "", lambda config: "vae") as run:
+        if run.outcome is None:
+            train(run, vae_phase(run.config, run.world))
+
+
+if __name__ == "__main__":
+    main()
