@@ -1,0 +1,136 @@
+"""Two real processes joined by gloo, kept alive over many tests because starting one costs seconds.
+
+``two_processes.run(function, *args)`` calls ``function(world, *args)`` on both and returns both results; the function must
+be importable (module level) and its arguments and results picklable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+NUM_PROCESSES = 2
+
+
+class ProcessError(AssertionError):
+    """A function raised on some rank, died or hung; the message holds every rank's traceback."""
+
+
+class ProcessGroup:
+    """Worker processes that execute functions together; restarted after a failure."""
+
+    def __init__(self, size: int = NUM_PROCESSES) -> None:
+        self.size = size
+        self._workers: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """Results by rank.  Raises :class:`ProcessError` when any rank raises or does not answer in ``timeout`` seconds."""
+        answers = self.outcomes(function, *args, timeout=timeout)
+        errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
+        if errors:
+            raise ProcessError("\n".join(errors))
+        return [value for value, _ in answers]
+
+    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[tuple[Any, str | None]]:
+        """Like :meth:`run`, but (result, traceback or None) by rank, for functions that are meant to fail."""
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = [_answer(pipe, timeout) for pipe in self._pipes]
+        if any(error for _, error in answers):
+            self.close()  # collectives may be out of step
+        return answers
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            with _environment(OMP_NUM_THREADS="1"):  # read while libraries load, before any of our code runs
+                worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self._pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._pipes = [], []
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _answer(pipe: Connection, timeout: float) -> tuple[Any, str | None]:
+    if not pipe.poll(timeout):
+        return None, f"no answer in {timeout} s"
+    try:
+        value, error = pipe.recv()
+    except EOFError:
+        return None, "the process died"
+    return value, error
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    """A worker's life: join the group, then execute what comes."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **address})
+    import torch
+
+    from ladir.config import DeepSpeedSettings
+    from training.runtime.distributed import start
+
+    torch.set_num_threads(1)
+    world = start(DeepSpeedSettings(timeout_minutes=3))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            sys.exit(0)
+        try:
+            pipe.send((function(world, *args), None))
+        except Exception:  # reported to the test, whatever it is
+            pipe.send((None, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[ProcessGroup]:
+    """Two processes under one DeepSpeed process group (gloo), ready for many functions."""
+    group = ProcessGroup()
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[ProcessGroup]:
+    """One process with a DeepSpeed process group of its own."""
+    group = ProcessGroup(1)
+    yield group
+    group.close()

@@ -1,0 +1,204 @@
+"""Checkpoints: atomic, verified, readable by any number of ranks.
+
+``checkpoints/<phase>/step-00000123/`` holds one safetensors file per rank (its parts of master weights, moments and
+averages, by parameter), ``state.json`` (where the training stands) and ``manifest.json`` (sizes and hashes of all).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.runtime.distributed import World
+from training.runtime.engine import Engine, StateReader
+from training.runtime.files import publish_folder, sha256, sync_file, write_json, write_text
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of step ``state["step"]`` under ``folder`` (all ranks together); keep the newest ``keep``.
+
+    It appears under its name only when every rank's file is on disk, and older ones go only after that.  Raises
+    :class:`CheckpointError` on all ranks when any of them fails; the older checkpoints are then untouched.
+    """
+    world = engine.world
+    target = folder / f"step-{state['step']:08d}"
+    aside = folder / f".{target.name}.tmp"
+
+    def prepare() -> None:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def write_shard() -> dict[str, Any]:
+        return _write_shard(aside, engine)
+
+    def finish() -> None:
+        if world.is_main:
+            write_json(aside / STATE, {**state, "frozen": frozen, "ranks": world.size})
+            entries = {**dict(shards), STATE: _entry(aside / STATE)}
+            write_json(aside / MANIFEST, entries)
+            publish_folder(aside, target)
+            write_text(folder / LATEST, target.name + "\n")
+            _prune(folder, keep)
+
+    _together(world, target, prepare)
+    frozen = engine.frozen_fingerprint()
+    shards = [item for entry in _together(world, target, write_shard) for item in entry.items()]
+    _together(world, target, finish)
+    return target
+
+
+def _write_shard(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Write this rank's tensors; returns its manifest entry by file name (none where it has nothing of its own)."""
+    tensors, starts = engine.state()
+    if not tensors:
+        return {}
+    path = folder / f"rank-{engine.world.rank:05d}.safetensors"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=starts)
+    sync_file(path)
+    return {path.name: _entry(path)}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _together(world: World, target: Path, action: Callable[[], T]) -> list[T]:
+    """Run ``action`` on every rank; returns all results, or raises on every rank what failed on any."""
+    result, error = None, ""
+    try:
+        result = action()
+    except (OSError, SafetensorError) as caught:
+        error = f"rank {world.rank}: {caught}"
+    answers = world.gather((result, error))
+    errors = [error for _, error in answers if error]
+    if errors:
+        raise CheckpointError(
+            f"{target} could not be written ({'; '.join(errors)}); checkpoints written before it are intact. "
+            "Make room or check the permissions, then start the same command again"
+        )
+    return [result for result, _ in answers]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in steps_in(folder)[max(keep, 1) :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Folders of the checkpoints under ``folder``, newest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def find(folder: Path, world: World) -> Path | None:
+    """The newest whole checkpoint under ``folder`` (None where there is none at all), agreed by all ranks.
+
+    Torn or altered ones are skipped with a warning.  Raises :class:`CheckpointError` when none of those there is whole.
+    """
+    candidates = [Path(path) for path in world.broadcast([str(path) for path in steps_in(folder)])]
+    for number, path in enumerate(candidates):
+        problems = [problem for found in world.gather(_problems(path, world)) for problem in found]
+        if not problems:
+            return path
+        older = f"going back to {candidates[number + 1].name}" if number + 1 < len(candidates) else "no older one is left"
+        if world.is_main:
+            logger.warning("checkpoint %s is damaged (%s): %s", path, "; ".join(problems), older)
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole: restore one from a backup, or delete the folder to start over"
+        )
+    return None
+
+
+def _problems(path: Path, world: World) -> list[str]:
+    """What is wrong with a checkpoint's files; the ranks share the hashing."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = sorted(manifest.items())[world.rank :: world.size]
+        return [problem for name, entry in files for problem in _file_problems(path / name, entry)]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {error}"]
+
+
+def _file_problems(file: Path, entry: dict[str, Any]) -> list[str]:
+    if not file.is_file():
+        return [f"{file.name} is missing"]
+    size = file.stat().st_size
+    if size != entry["size"]:
+        return [f"{file.name} has {size} of {entry['size']} bytes"]
+    return [] if sha256(file) == entry["sha256"] else [f"{file.name} has changed (its hash differs)"]
+
+
+def load(path: Path, engine: Engine) -> dict[str, Any]:
+    """Bring ``engine`` to the checkpoint ``path`` and return its ``state.json``.
+
+    Any number of ranks and any ZeRO stage may read what any other wrote.  Raises :class:`CheckpointError` when it does
+    not belong to this model.
+    """
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    frozen = engine.frozen_fingerprint()
+    if frozen != state["frozen"]:
+        raise CheckpointError(
+            f"{path} was trained on other frozen weights (their hash is {frozen}, the checkpoint's {state['frozen']}): "
+            "put back the model it started from, or start a new run (run.name=...)"
+        )
+    if engine.world.is_main and state["ranks"] != engine.world.size:
+        logger.info("%s was written by %d ranks: its state is redistributed", path, state["ranks"])
+    engine.load_state(Shards(path), state["step"])
+    return state
+
+
+class Shards(StateReader):
+    """The tensors of a checkpoint, whatever rank wrote them; only the parts asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files = [safe_open(file, framework="pt") for file in sorted(path.glob("rank-*.safetensors"))]
+        self._where: dict[str, list[tuple[Any, int]]] = {}
+        self._keys = [set(file.keys()) for file in self._files]
+        for file in self._files:
+            for name, start in (file.metadata() or {}).items():
+                if name != "format":
+                    self._where.setdefault(name, []).append((file, int(start)))
+
+    def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` from the parts that overlap ``[start, start + out.numel())``; raises CheckpointError on a gap."""
+        filled, end, key = 0, start + out.numel(), f"{kind}/{name}"
+        for file, first in self._where.get(name, []) if out.numel() else []:
+            try:
+                part = file.get_slice(key)
+            except SafetensorError as error:
+                raise CheckpointError(f"{self._path}: no {kind} of parameter {name}: {error}") from error
+            low, high = max(start, first), min(end, first + part.get_shape()[0])
+            if low < high:
+                out[low - start : high - start].copy_(part[low - first : high - first])
+                filled += high - low
+        if filled != out.numel():
+            raise CheckpointError(
+                f"{self._path}: {filled} of {out.numel()} elements of {key} found: it is the checkpoint of another model"
+            )
+
+    def buffer(self, name: str) -> Tensor:
+        """A persistent buffer of the model."""
+        for file, keys in zip(self._files, self._keys, strict=True):
+            if f"buffer/{name}" in keys:
+                return torch.as_tensor(file.get_tensor(f"buffer/{name}"))
+        raise CheckpointError(f"{self._path}: no buffer {name}: it is the checkpoint of another model")

@@ -1,0 +1,156 @@
+"""Process set-up: one environment for torchrun, the deepspeed launcher, srun and plain python."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ladir.config import DeepSpeedSettings
+
+logger = logging.getLogger(__name__)
+
+FIRST_PORT, NUM_PORTS = 20000, 20000
+
+
+class LaunchError(RuntimeError):
+    """The process was started in a way that leaves its rank unknown."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this job, and which one this is."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes shared files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over all ranks, as float64 on the CPU (one all-reduce, none for a single process)."""
+        if self.size == 1:
+            return values.detach().to("cpu", torch.float64)
+        total = values.detach().to(self.device, torch.float64)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The small Python objects of all ranks, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's small Python object, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(settings: DeepSpeedSettings) -> World:
+    """Join the job this process was started for.
+
+    Ranks come from RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed), else from an srun step, else this is the only
+    process.  Raises :class:`LaunchError` when they are incomplete.
+    """
+    complete_environment(os.environ)
+    configure_logging(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    import deepspeed  # slow to import, and --help must not wait for it
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # The shared-memory collectives would be compiled on first use: a minute, and a compiler is needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=settings.timeout_minutes),
+            verbose=False,
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def stop() -> None:
+    """Leave the job (end of an entry point)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def complete_environment(environment: Any) -> None:
+    """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in ``environment`` where they are missing."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in environment and "SLURM_STEP_ID" in environment:
+        _from_slurm(environment)
+    if "RANK" not in environment:
+        environment.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        environment.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise LaunchError(
+            f"RANK is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: "
+            "start with torchrun, deepspeed or srun, or unset RANK to run as one process"
+        )
+
+
+def _from_slurm(environment: Any) -> None:
+    """One process per srun task.  A batch step has no SLURM_STEP_ID, so plain python there stays one process."""
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+    local_rank = int(environment["SLURM_LOCALID"])
+    if torch.cuda.is_available():  # with --gpus-per-task=1 every task sees its own GPU as number 0
+        local_rank %= torch.cuda.device_count()
+    environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)})
+    if size == 1:
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+        return
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + job % NUM_PORTS))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def configure_logging(rank: int, size: int) -> None:
+    """Our INFO lines from rank 0, warnings from everybody; other libraries only from WARNING on."""
+    where = f" [rank {rank}]" if size > 1 else ""
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s{where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # DeepSpeed calls collectives by names that torch is about to rename: nothing a user could act on.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    for name in ("ladir", "training"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,267 @@
+"""The one adapter over DeepSpeed: forward, backward, step, averaged weights, full weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ladir.config import DeepSpeedSettings, TrainSettings
+from training.runtime.distributed import World
+from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
+from training.runtime.partitions import partitions_of
+from training.runtime.phase import Batch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Engine:
+    """A model under DeepSpeed, of any ZeRO stage, trained with AdamW.
+
+    Gradients are sums: what is passed to :meth:`backward` is neither divided by the number of micro batches nor by the
+    number of ranks.  Parameters without ``requires_grad`` are partitioned too, but neither stepped nor checkpointed.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainSettings, dtype: str, deepspeed: DeepSpeedSettings, world: World) -> None:
+        """``dtype``: of weights and activations, ``bfloat16`` (with fp32 master weights) or ``float32``."""
+        import deepspeed as ds
+
+        self.world, self.train_settings = world, train
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        config = complete_ds_config(read_ds_config(deepspeed.config), train, DTYPES[dtype], world.size)
+        self.stage = zero_stage(config)
+        optimizer = _make_optimizer(model, train, config, world.device)
+        self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        self.partitions = partitions_of(self._engine, self._names, world.rank)
+        self._optimizer: torch.optim.Optimizer = optimizer
+        self.steps = 0
+        self.ema: list[Tensor] | None = None
+        if train.ema > 0:
+            self.ema = [master.detach().clone() for master in self.partitions.masters]
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model; its submodules may be called directly (by all ranks alike)."""
+        return cast(nn.Module, self._engine.module)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """``model(batch)`` in training mode."""
+        self._engine.train()
+        return cast(dict[str, Tensor], self._engine(batch.to(self.world.device)))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """``model(batch)`` in evaluation mode, without gradient."""
+        self._engine.eval()
+        return cast(dict[str, Tensor], self._engine(batch.to(self.world.device)))
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss`` (a scalar); ``last``: the step follows."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over the ranks; each rank's loss is its share of the sum.
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    @torch.no_grad()
+    def gradient_square(self) -> Tensor:
+        """This rank's share of the squared gradient norm (before clipping): the sum over the ranks is the whole."""
+        if self.partitions.replicated and not self.world.is_main:
+            return torch.zeros((), device=self.world.device)
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.partitions.gradients()]
+        return torch.stack(norms).square().sum()
+
+    def step(self, lr: float) -> None:
+        """Clip, step with learning rate ``lr``, forget the gradients, update the averaged weights."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.partitions.clear_gradients()
+        self.steps += 1
+        if self.ema is not None:
+            # Early on the average follows closely, so that the initial weights do not linger in it.
+            decay = min(self.train_settings.ema, (1 + self.steps) / (10 + self.steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.partitions.masters, 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged (EMA) weights, where there are any.  Entered by all ranks together."""
+        if self.ema is None:
+            yield
+            return
+        self._swap(self.ema)
+        try:
+            yield
+        finally:
+            self._swap(self.ema)
+
+    @torch.no_grad()
+    def _swap(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.partitions.masters, others, strict=True):
+            kept = master.clone()
+            master.copy_(other)
+            other.copy_(kept)
+        self.partitions.publish()
+
+    def full_state(self, ema: bool) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter (frozen ones too) and persistent buffer, whole, one at a time, in its stored dtype.
+
+        Collective: all ranks must exhaust the iterator; only rank 0 is given anything (CPU tensors).  ``ema`` yields
+        the averaged weights.  Tied parameters come once, under their first name.
+        """
+        with self.averaged_weights() if ema else nullcontext():
+            for name, parameter in self.model.named_parameters():
+                with self._gathered(parameter):
+                    value = parameter.detach().cpu().clone() if self.world.is_main else None
+                if value is not None:
+                    yield name, value
+            if self.world.is_main:
+                for name, buffer in persistent_buffers(self.model):
+                    yield name, buffer.detach().cpu().clone()
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        if self.stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter]))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a checkpoint holds of this rank: tensors by ``kind/parameter``, and where each parameter's part starts.
+
+        Kinds are master, exp_avg, exp_avg_sq and ema.  Without ZeRO all ranks hold the same, so only rank 0 has any.
+        """
+        tensors: dict[str, Tensor] = {}
+        starts: dict[str, str] = {}
+        if self.world.is_main:
+            tensors.update({f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model)})
+        if self.partitions.replicated and not self.world.is_main:
+            return tensors, starts
+        kinds = self._kinds()
+        for fragment in self.partitions.fragments:
+            if fragment.numel == 0:
+                continue
+            starts[fragment.name] = str(fragment.start)
+            for kind, values in kinds.items():
+                flat = values[fragment.master].detach().view(-1)
+                tensors[f"{kind}/{fragment.name}"] = flat[fragment.offset : fragment.offset + fragment.numel]
+        return tensors, starts
+
+    @torch.no_grad()
+    def load_state(self, shards: StateReader, steps: int) -> None:
+        """Take over the state saved after ``steps`` steps, by any number of ranks, under any ZeRO stage."""
+        for kind, values in self._kinds().items():
+            for fragment in self.partitions.fragments:
+                flat = values[fragment.master].detach().view(-1)
+                shards.read(kind, fragment.name, fragment.start, flat[fragment.offset : fragment.offset + fragment.numel])
+        for state in self._optimizer_states():
+            state["step"] = torch.full_like(state["step"], steps) if isinstance(state["step"], Tensor) else steps
+        for name, buffer in persistent_buffers(self.model):
+            buffer.copy_(shards.buffer(name))
+        self.steps = steps
+        self.partitions.publish()
+
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        states = self._optimizer_states()
+        kinds = {"master": self.partitions.masters}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            kinds[kind] = [state[kind] for state in states]
+        if self.ema is not None:
+            kinds["ema"] = self.ema
+        return kinds
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """AdamW's state of every master, created as AdamW itself would where no step has been made."""
+        keys = getattr(self.partitions, "keys", self.partitions.masters)
+        for master in keys:
+            state = self._optimizer.state[master]
+            if not state:
+                fused = self._optimizer.defaults.get("fused")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        return [self._optimizer.state[master] for master in keys]
+
+    def frozen_fingerprint(self) -> str:
+        """Hash of the parameters that are not trained: equal weights give equal values on any number of ranks."""
+        total = torch.zeros(2, dtype=torch.int64)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                total += _checksum(name, *_local_part(parameter, self.world))
+        sums = self.world.gather(total.tolist()) if self.stage == 3 else [total.tolist()]
+        merged = [sum(values) % 2**64 for values in zip(*sums, strict=True)]
+        return hashlib.sha256(str(merged).encode()).hexdigest()[:16]
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+class StateReader:
+    """Interface of what :meth:`Engine.load_state` reads from (see :mod:`training.runtime.checkpoint`)."""
+
+    def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` with elements ``[start, start + out.numel())`` of the flattened ``kind`` of parameter ``name``."""
+        raise NotImplementedError
+
+    def buffer(self, name: str) -> Tensor:
+        """The saved buffer ``name``."""
+        raise NotImplementedError
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the buffers that belong to a model's state dict."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _make_optimizer(
+    model: nn.Module, train: TrainSettings, config: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads its state."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # under sharded construction only ds_shape tells the real shape
+            (decayed if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else others).append(parameter)
+    groups = [
+        {"params": group, "weight_decay": decay} for group, decay in ((decayed, train.weight_decay), (others, 0.0)) if group
+    ]
+    if not groups:
+        raise ValueError("the model has no trainable parameter: nothing requires a gradient")
+    arguments: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    if device.type == "cuda" and config.get("zero_optimization", {}).get("offload_optimizer"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments))
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def _local_part(parameter: nn.Parameter, world: World) -> tuple[Tensor, int]:
+    """(this rank's elements of a parameter, flattened; index of the first)."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().reshape(-1), 0
+    partition: Tensor = parameter.ds_tensor
+    start = world.rank * partition.ds_numel  # type: ignore[attr-defined]
+    real = max(0, min(partition.ds_numel, parameter.ds_numel - start))  # type: ignore[attr-defined]
+    return partition.detach().reshape(-1)[:real], start
+
+
+def _checksum(name: str, values: Tensor, start: int, chunk: int = 1 << 22) -> Tensor:
+    """Two int64 sums (modulo 2^64) over the bits of ``values``, weighted by position: additive over partitions."""
+    salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+    total = torch.zeros(2, dtype=torch.int64)
+    for begin in range(0, bits.numel(), chunk):
+        part = bits[begin : begin + chunk].to(torch.int64)
+        weight = torch.arange(start + begin, start + begin + part.numel(), device=part.device) * 2654435761 + salt
+        total += torch.stack([(part * weight).sum(), (part * (weight ^ (weight >> 15))).sum()]).cpu()
+    return total

@@ -1,0 +1,245 @@
+"""The train loop, the same for every phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from training.runtime import checkpoint
+from training.runtime.engine import Engine
+from training.runtime.meters import LossSums, Meters
+from training.runtime.phase import Phase
+from training.runtime.run import Outcome, Run
+from training.runtime.sampler import DataOrder, micro_batch_size
+from training.runtime.schedule import Progress, learning_rate
+from training.runtime.telemetry import Telemetry
+from training.runtime.validation import validate
+from training.runtime.windows import Window, Windows
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or the gradient is NaN or infinite; nothing was stepped or saved."""
+
+
+def train(run: Run, phase: Phase) -> Outcome:
+    """Train ``phase`` to its end, or to a stop signal, continuing from the newest whole checkpoint.
+
+    When finished, the model lies in the run folder's ``models/<phase>``, and another call returns at once.  Raises
+    :class:`NonFiniteError`, :class:`~training.runtime.checkpoint.CheckpointError` and ValueError (settings).
+    """
+    done = run.outcome
+    if done is not None:
+        logger.info("phase %s is already finished (%d steps)", run.phase, done.steps)
+        return done
+    trainer = Trainer(run, phase)
+    trainer.resume()
+    settings, progress = run.settings, trainer.progress
+    with trainer.telemetry(), trainer.windows() as windows:
+        for window in windows:
+            stop = trainer.agree(window)
+            if stop or progress.fraction(settings, phase.num_samples) >= 1:
+                break
+            ahead = progress.after(settings.global_batch).fraction(settings, phase.num_samples)
+            gradient_norm = trainer.accumulate(window)
+            lr = learning_rate(settings, ahead)
+            trainer.engine.step(lr)
+            trainer.advance(lr, gradient_norm, ahead)
+        if progress.fraction(settings, phase.num_samples) < 1:
+            return trainer.interrupt()
+        return trainer.finish()
+
+
+class Trainer:
+    """One training under way: the parts of a turn of the loop."""
+
+    def __init__(self, run: Run, phase: Phase) -> None:
+        self.run, self.phase, self.world, self.settings = run, phase, run.world, run.settings
+        self.micro = micro_batch_size(self.settings.global_batch, self.world.size, self.settings.micro_batch)
+        self.order = DataOrder(phase.num_samples, self.settings.global_batch, run.config.run.seed)
+        self.progress = Progress()
+        self.progress.fraction(self.settings, phase.num_samples)  # refuses a training without end before it starts
+        backbone, deepspeed = run.config.backbone, run.config.deepspeed
+        self.engine = Engine(phase.model, self.settings, backbone.dtype, deepspeed, run.world)
+        self.meters = Meters(phase.weights)
+        self.metrics: dict[str, float] = {}
+        self._checkpoints = run.folder.checkpoints(run.phase)
+        self._saved_step = -1
+        self._counts: dict[str, float] = {}
+        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
+        self._started = 0.0
+
+    def resume(self) -> None:
+        """Go to the newest whole checkpoint, where there is one."""
+        path = checkpoint.find(self._checkpoints, self.world)
+        if path is not None:
+            state = checkpoint.load(path, self.engine)
+            self.progress.step, self.progress.samples = state["step"], state["samples"]
+            self.progress.seconds = state["seconds"]
+            self.meters.load(state["meters"])
+            self._saved_step = self.progress.step
+            logger.info("phase %s continues after step %d (%s)", self.run.phase, self.progress.step, path)
+
+    @contextmanager
+    def telemetry(self) -> Iterator[None]:
+        """Open the records and start the clock."""
+        with Telemetry(self.run, self.progress.step) as self._telemetry:
+            self._started = time.perf_counter() - self.progress.seconds
+            self._interval["seconds"] = self.progress.seconds
+            yield
+
+    def windows(self) -> Windows:
+        """The data from here on."""
+        return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """What happens inside is not training time."""
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
+
+    def agree(self, window: Window) -> bool:
+        """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
+        seconds = time.perf_counter() - self._started if self.world.is_main else 0.0
+        counts = [window.count(term) for term in self.phase.weights]
+        values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
+        *counts, tokens, wait, stops, seconds = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        self._counts = dict(zip(self.phase.weights, counts, strict=True))
+        self._interval["tokens"] += tokens
+        self._interval["wait"] += wait / self.world.size
+        self.progress.seconds = seconds
+        return stops > 0
+
+    def accumulate(self, window: Window) -> float:
+        """Forward and backward of all micro batches, then the second all-reduce: loss sums and gradient norm.
+
+        Returns the gradient norm before clipping; raises :class:`NonFiniteError` on all ranks together.
+        """
+        sums, losses = LossSums(self.phase.weights, self.world.device), []
+        for number, batch in enumerate(window.batches):
+            torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
+            outputs = self.engine.forward(batch)
+            terms = [
+                outputs[term] * (weight / max(self._counts[term], 1.0))
+                for term, weight in self.phase.weights.items()
+                if term in outputs
+            ]
+            loss = torch.stack([term.float() for term in terms]).sum()
+            self.engine.backward(loss, last=number + 1 == len(window.batches))
+            losses.append(loss.detach())
+            sums.add(outputs)
+            self.meters.add_metrics(outputs)
+        square = self.engine.gradient_square().double().reshape(1)
+        *values, square_sum = self.world.sum(torch.cat([sums.stacked(), square])).tolist()
+        if not all(map(math.isfinite, (*values, square_sum))):
+            self._report_non_finite(window, losses)
+        self.meters.add_losses(dict(zip(self.phase.weights, values, strict=True)), self._counts)
+        return math.sqrt(square_sum)
+
+    def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
+        """Find out together which rank's samples it was."""
+        bad = [list(b.sample_ids) for b, loss in zip(window.batches, losses, strict=True) if not torch.isfinite(loss)]
+        everything = [list(batch.sample_ids) for batch in window.batches]
+        found = self.world.gather((bad, everything))
+        where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _) in enumerate(found) if ids]
+        if not where:
+            where = [f"gradient, from rank {rank}'s samples {ids}" for rank, (_, ids) in enumerate(found)]
+        raise NonFiniteError(
+            f"phase {self.run.phase}, step {self.progress.step + 1}: not finite: {'; '.join(where)}. "
+            "Neither weights nor checkpoints were touched. Look at these samples (python -m ladir inspect), or lower "
+            f"{self.run.phase}'s learning rate or max_grad_norm; the same command then continues after the last checkpoint"
+        )
+
+    def advance(self, lr: float, gradient_norm: float, ahead: float) -> None:
+        """Count the step; log, validate and checkpoint where due."""
+        step = self.progress.step = self.progress.step + 1
+        self.progress.samples += self.settings.global_batch
+        if step % self.settings.log_every == 0 or ahead >= 1:
+            self._log(lr, gradient_norm, ahead)
+        if self.settings.validate_every and step % self.settings.validate_every == 0 and ahead < 1:
+            self.validate()
+        if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
+            self.save()
+
+    def _log(self, lr: float, gradient_norm: float, ahead: float) -> None:
+        self.meters.collect(self.world)
+        averages = self.meters.averages()
+        self.meters.clear()
+        seconds = max(self.progress.seconds - self._interval["seconds"], 1e-9)
+        speed = {
+            "lr": lr,
+            "grad_norm": gradient_norm,
+            "tokens_per_second": self._interval["tokens"] / seconds,
+            "data_wait": self._interval["wait"] / seconds,
+            "memory_gib": self._telemetry.memory_gib(),
+            "epoch": self.progress.samples / self.phase.num_samples,
+            "seconds": self.progress.seconds,
+        }
+        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": self.progress.seconds}
+        self.metrics.update(averages)
+        self._telemetry.record("train", self.progress.step, {**averages, **speed})
+        shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}
+        self._telemetry.progress(ahead, self.progress.step, {**averages, **shown})
+
+    def validate(self) -> None:
+        """Validate now, off the clock."""
+        most = self.settings.validation_batches * self.settings.global_batch
+        with self._clock_stopped():
+            values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step)
+        if values:
+            self._telemetry.record("validation", self.progress.step, values)
+            self.metrics.update({f"validation/{name}": value for name, value in values.items()})
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, off the clock, unless there is one."""
+        if self._saved_step == self.progress.step:
+            return
+        with self._clock_stopped():
+            self.meters.collect(self.world)
+            state = {**dataclasses.asdict(self.progress), "meters": self.meters.state()}
+            checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
+        self._saved_step = self.progress.step
+
+    def interrupt(self) -> Outcome:
+        """Stopped by a signal: checkpoint, and leave the mark to be started again."""
+        self.save()
+        self.run.interrupt()
+        logger.info("phase %s interrupted after step %d: the same command continues", self.run.phase, self.progress.step)
+        return self._outcome("interrupted")
+
+    def finish(self) -> Outcome:
+        """At the end: validate, checkpoint, write the model, record the outcome."""
+        self.validate()
+        self.save()
+        self._write_model()
+        outcome = self._outcome("finished")
+        self.run.finish(outcome)
+        return outcome
+
+    def _write_model(self) -> None:
+        state = self.engine.full_state(ema=True)
+        if self.world.is_main:
+            with self.run.new_folder(self.run.folder.model(self.run.phase)) as folder:
+                self.phase.save(folder, state)
+        for _ in state:  # collective: every rank goes through all of it
+            pass
+
+    def _outcome(self, status: str) -> Outcome:
+        progress = self.progress
+        return Outcome(status, progress.step, progress.samples, progress.seconds, dict(self.metrics))
+
+
+def _seed(seed: int, number: int) -> int:
+    """Seed of the operations inside the model, a function of the run's seed and the micro batch's first sample."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=7).digest(), "little")

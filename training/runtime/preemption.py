@@ -1,0 +1,37 @@
+"""Signals that ask for a checkpoint and a clean stop: they only set a flag, which the ranks agree on once per step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Context manager: inside it TERM and one chosen signal set :attr:`requested` instead of ending the process."""
+
+    def __init__(self, stop_signal: str) -> None:
+        """``stop_signal``: name without SIG, e.g. ``USR2``; raises ValueError for an unknown one."""
+        try:
+            chosen = signal.Signals["SIG" + stop_signal.upper().removeprefix("SIG")]
+        except KeyError:
+            raise ValueError(f"deepspeed.stop_signal={stop_signal}: no such signal; use USR1 or USR2") from None
+        self.requested = False
+        self._signals = {chosen, signal.SIGTERM}
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self._signals:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        logger.info("%s received: stopping after this step", signal.Signals(number).name)

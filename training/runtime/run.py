@@ -1,0 +1,242 @@
+"""The run folder: one folder per run, shared by its phases, from which everything continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ladir.config import Config, TrainSettings
+from training.runtime.distributed import World
+from training.runtime.files import publish_folder, write_json, write_text
+from training.runtime.preemption import StopRequest
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
+INTERRUPTED = "INTERRUPTED"
+
+IRRELEVANT = ("run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "data.test",
+              "data.validation", "data.on_bad_record")  # fmt: skip
+IRRELEVANT_IN_TRAIN = (
+    "micro_batch", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
+)  # fmt: skip
+SECTIONS = {"vae": ("vae",), "denoiser": ("vae", "latents", "denoiser")}
+"""Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
+
+
+class RunConflict(RuntimeError):
+    """The run folder holds the work of other settings."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    status: str
+    """``finished`` or ``interrupted`` (a checkpoint waits; start the same command again)."""
+    steps: int
+    samples: int
+    seconds: float
+    """Training time over all restarts; start-up, validation and checkpoints not counted."""
+    metrics: dict[str, float]
+    """The last logged training metrics and the last validation."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the phase's model is written."""
+        return self.status == "finished"
+
+
+class RunFolder:
+    """Names of everything in ``runs/<name>/``."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run.folder) / config.run.name
+        self.metrics = self.path / "metrics.jsonl"
+        self.latents = self.path / "latents"
+        self.export = self.path / "export"
+        self.interrupted = self.path / INTERRUPTED
+
+    def checkpoints(self, phase: str) -> Path:
+        """Folder of a phase's checkpoints."""
+        return self.path / "checkpoints" / phase
+
+    def model(self, phase: str) -> Path:
+        """Folder of a phase's finished model."""
+        return self.path / "models" / phase
+
+    def tensorboard(self, phase: str) -> Path:
+        """Folder of a phase's TensorBoard events."""
+        return self.path / "tensorboard" / phase
+
+    def config(self, phase: str) -> Path:
+        """The settings a phase was started with."""
+        return self.path / f"config-{phase}.yaml"
+
+    def outcome_file(self, phase: str) -> Path:
+        """Its presence says that a phase is finished."""
+        return self.path / f"outcome-{phase}.json"
+
+    def outcome(self, phase: str) -> Outcome | None:
+        """How a phase finished; None where it has not."""
+        file = self.outcome_file(phase)
+        return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+class Run:
+    """One phase of a run, opened: its folder, settings, processes and stop signal."""
+
+    def __init__(self, config: Config, phase: str, world: World) -> None:
+        self.config, self.phase, self.world = config, phase, world
+        self.folder = RunFolder(config)
+        self.stop = StopRequest(config.deepspeed.stop_signal)
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The training settings of this phase."""
+        own = {"vae": self.config.vae.train, "denoiser": self.config.denoiser.train}
+        return own.get(self.phase, self.config.ar.train)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Set where this phase is already finished, on all ranks alike."""
+        found = self.world.broadcast(dataclasses.asdict(done) if (done := self.folder.outcome(self.phase)) else None)
+        return Outcome(**found) if found else None
+
+    def prepare(self) -> None:
+        """Make the folder, refuse a conflict, record settings and environment (rank 0; the others wait)."""
+        problem = self._prepare() if self.world.is_main else None
+        problem = self.world.broadcast(problem)
+        if problem:
+            raise RunConflict(problem)
+
+    def _prepare(self) -> str | None:
+        try:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            problem = self._conflict()
+            if problem is None:
+                settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
+                write_text(self.folder.config(self.phase), settings)
+                write_text(self.folder.path / "config.yaml", settings)
+                write_json(self.folder.path / "environment.json", environment())
+                self.folder.interrupted.unlink(missing_ok=True)
+            return problem
+        except OSError as error:
+            return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
+
+    def _conflict(self) -> str | None:
+        """What differs from the settings this phase was started with, where it left work behind."""
+        file = self.folder.config(self.phase)
+        has_work = self.folder.outcome_file(self.phase).is_file() or self.folder.checkpoints(self.phase).is_dir()
+        if not file.is_file() or not has_work:
+            return None
+        old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
+        new = relevant_settings(dataclasses.asdict(self.config), self.phase)
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if not changed:
+            return None
+        lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+        return (
+            f"phase '{self.phase}' of {self.folder.path} was started with other settings:\n{lines}\n"
+            f"Give them back, choose another run.name, or delete {self.folder.checkpoints(self.phase)} and "
+            f"{self.folder.outcome_file(self.phase)} to train this phase anew"
+        )
+
+    def interrupt(self) -> None:
+        """Leave the mark by which a batch script knows that the job should be queued again."""
+        if self.world.is_main:
+            write_text(self.folder.interrupted, f"{self.phase}\n")
+
+    def finish(self, outcome: Outcome) -> None:
+        """Record that the phase is finished."""
+        if self.world.is_main:
+            write_json(self.folder.outcome_file(self.phase), dataclasses.asdict(outcome))
+        self.world.barrier()
+
+    @contextmanager
+    def new_folder(self, target: Path) -> Iterator[Path]:
+        """An empty folder to fill (rank 0 only), which becomes ``target`` when the block ends without an error."""
+        aside = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        publish_folder(aside, target)
+
+
+@contextmanager
+def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
+    """``with open_run(config, "vae", world) as run:`` prepares the run folder and listens to the stop signals.
+
+    Raises :class:`RunConflict` when the folder cannot be used.
+    """
+    run = Run(config, phase, world)
+    run.prepare()
+    with run.stop:
+        yield run
+
+
+def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
+    """The flattened settings on which the result of a phase depends."""
+    sections = {"run", "backbone", "data", *SECTIONS.get(phase, ("ar",))}
+    flat = {key: value for key, value in _flatten(config, "") if key.split(".")[0] in sections}
+    own = SECTIONS.get(phase, ("ar",))[-1]
+    return {
+        key: value
+        for key, value in flat.items()
+        if not key.startswith(IRRELEVANT)
+        and not (key.startswith(f"{own}.train.") and key.rsplit(".", 1)[1] in IRRELEVANT_IN_TRAIN)
+        and not (".train." in key and not key.startswith(f"{own}."))
+    }
+
+
+def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def environment() -> dict[str, Any]:
+    """Versions, code commit and machine, for the record."""
+    versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"command": sys.argv, "python": platform.python_version(), "packages": versions, "device": device,
+            "host": platform.node(), **_code_version()}  # fmt: skip
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _code_version() -> dict[str, Any]:
+    """Commit of the checkout this file lies in, and whether it has local changes; None outside git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}

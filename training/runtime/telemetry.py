@@ -1,0 +1,125 @@
+"""What people look at: metrics.jsonl, TensorBoard, and a progress bar on a terminal or lines in a log.
+
+Rank 0 writes; on the other ranks every method does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ladir.config import TelemetrySettings
+from training.runtime.files import write_text
+from training.runtime.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """The records of one phase.  Use as a context manager; call with agreed (all-reduced) values."""
+
+    def __init__(self, run: Run, resumed_step: int) -> None:
+        """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn."""
+        self._settings: TelemetrySettings = run.config.telemetry
+        self._phase, self._device = run.phase, run.world.device
+        self._active = run.world.is_main
+        self._writer: Any = None
+        self._bar: tqdm[Any] | None = None
+        self._last_line = -math.inf
+        if not self._active:
+            return
+        withdraw(run.folder.metrics, run.phase, resumed_step)
+        self._file = run.folder.metrics.open("a", encoding="utf-8")
+        if self._settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
+        bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
+        if bar:
+            layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
+            self._bar = tqdm(total=1.0, desc=run.phase, bar_format=layout, file=sys.stderr, leave=True)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._active:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars: ``kind`` is ``train`` or ``validation``; non-finite values are written as null."""
+        if not self._active:
+            return
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
+        """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
+        if not self._active:
+            return
+        text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.n = min(fraction, 1.0)
+            self._bar.set_postfix_str(f"step {step} {text}")
+            return
+        now = time.monotonic()
+        if fraction >= 1 or now - self._last_line >= self._settings.line_every_seconds:
+            self._last_line = now
+            logger.info("%s %3.0f%% step %d %s", self._phase, 100 * min(fraction, 1.0), step, text)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text sample (Markdown) for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """The distribution of ``values`` for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_histogram(name, values.detach().float().cpu(), step)
+
+    def memory_gib(self) -> float:
+        """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""
+        if self._device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._device)) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def withdraw(metrics: Path, phase: str, after: int) -> None:
+    """Remove a phase's records of steps later than ``after``, which will be made again, and a torn last line."""
+    if not metrics.is_file():
+        return
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _stays(line, phase, after)]
+    if len(kept) < len(lines):
+        write_text(metrics, "".join(kept))
+
+
+def _stays(line: str, phase: str, after: int) -> bool:
+    try:
+        row = json.loads(line)
+        return bool(row["phase"] != phase or row["step"] <= after)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,61 @@
+"""Validation: the same losses on held-out samples, with the averaged weights."""
+
+from __future__ import annotations
+
+import torch
+
+from training.runtime.distributed import World
+from training.runtime.engine import Engine
+from training.runtime.meters import LossSums, Meters
+from training.runtime.phase import Phase
+from training.runtime.sampler import MicroBatch
+from training.runtime.telemetry import Telemetry
+
+
+def validate(engine: Engine, phase: Phase, most: int, micro: int, telemetry: Telemetry, step: int) -> dict[str, float]:
+    """Mean loss per term over the first ``most`` validation samples, on all ranks alike; empty without such.
+
+    Sample n has number n, so the noise is the same each time.  Then the phase's ``on_validate``, where it has one.
+    """
+    source, world = phase.validation, engine.world
+    if source is None:
+        return {}
+    sums, counts = LossSums(phase.weights, world.device), dict.fromkeys(phase.weights, 0.0)
+    meters = Meters(phase.weights)
+    with engine.averaged_weights():
+        for (indices, numbers), real in share(min(most, source.num_samples), micro, world):
+            batch = source.collate(indices, numbers, training=False)
+            outputs = engine.evaluate(batch)
+            if real:
+                sums.add(outputs)
+                meters.add_metrics(outputs)
+                for term in counts:
+                    counts[term] += batch.counts.get(term, 0)
+        total = world.sum(torch.cat([sums.stacked().cpu(), torch.tensor(list(counts.values()), dtype=torch.float64)]))
+        terms, values = list(counts), total.tolist()
+        meters.add_losses(
+            dict(zip(terms, values[: len(terms)], strict=True)), dict(zip(terms, values[len(terms) :], strict=True))
+        )
+        meters.collect(world)
+        _phase_hook(engine, phase, telemetry, step)
+    return meters.averages()
+
+
+def share(num_samples: int, micro: int, world: World) -> list[tuple[MicroBatch, bool]]:
+    """This rank's micro batches of samples 0..num_samples, and whether they count.
+
+    All ranks get the same number, as sharded weights demand; a rank that is short repeats the first without counting.
+    """
+    starts = list(range(0, num_samples, micro))
+    parts = [list(range(start, min(start + micro, num_samples))) for start in starts]
+    rounds = -(-len(parts) // world.size)
+    mine = [number * world.size + world.rank for number in range(rounds)]
+    return [((parts[n], parts[n]), True) if n < len(parts) else ((parts[0], parts[0]), False) for n in mine]
+
+
+@torch.no_grad()
+def _phase_hook(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -> None:
+    hook = getattr(phase, "on_validate", None)
+    if hook is not None:
+        engine.model.eval()
+        hook(engine.model, telemetry, step)
