@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 # GSM8K's calculator annotations, e.g. <<48/2=24>>.
-_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_CALCULATOR = re.compile(r"<<[^<>;=\n]*=[^<>;\n]*>>")
 
 # Abbreviations that never end a sentence, those that are words unless a number follows ("No. 5"), and those that end
 # one before a capital letter.
@@ -33,7 +33,10 @@ _INLINE_MATH = re.compile(r"(?<![\\$])\$(?![\s$])(?:\\.|[^$\n\\])*(?<![\s\\])\$(
 _INLINE_CODE = re.compile(r"`[^`\n]+`")
 _PAIRS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 
-_BOUNDARY = re.compile(r"\n|[.!?\u2026]+[\"'\u201d\u2019)\]}*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u300d\u300f]*")
+# Anchored at the start of a run and possessive, so that a long run of marks is read once.
+_BOUNDARY = re.compile(
+    r"\n|(?<![.!?\u2026])[.!?\u2026]++[\"'\u201d\u2019)\]}*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u300d\u300f]*"
+)
 _LIST_MARK = re.compile(r"\s*(?:\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.)]|[-*+#>]+)\s*")
 _WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'\u201c\u2018])([^\s(\[\"'\u201c\u2018]*)$")
 

@@ -92,12 +92,17 @@ class Solver:
         found: dict[Form, Solution] = {}
         for first, second in _partitions(numbers):
             for one, other in itertools.product(self._solve(first), self._solve(second)):
-                larger, smaller = (one, other) if one.value >= other.value else (other, one)
-                for operator, value in _results(larger.value, smaller.value, self.max_value):
-                    form = combine_forms(operator, larger.form, smaller.form)
-                    if form not in found:
-                        found[form] = Solution(value, form, operator, larger, smaller)
+                # Of equal operands either may be divided by the other; otherwise the larger one comes first.
+                for larger, smaller in ((one, other), (other, one)):
+                    if larger.value >= smaller.value:
+                        self._combine(larger, smaller, found)
         return tuple(found.values())
+
+    def _combine(self, larger: Solution, smaller: Solution, found: dict[Form, Solution]) -> None:
+        for operator, value in _results(larger.value, smaller.value, self.max_value):
+            form = combine_forms(operator, larger.form, smaller.form)
+            if form not in found:
+                found[form] = Solution(value, form, operator, larger, smaller)
 
 
 def _partitions(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,9 +9,9 @@ from fractions import Fraction
 from ladir.data.records import Record
 
 _MAX_LENGTH = 10_000  # characters of an answer that are looked at, from its end
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([^{}]+?)\s*\}\s*\{\s*([^{}]+?)\s*\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,100})\}\{([^{}]{1,100})\}")
 _NUMBER = re.compile(
-    r"(?<![0-9.])(-\s?)?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})(?:\.[0-9]{1,100})?|\.[0-9]{1,100})"
+    r"(?<![0-9.])(-\s?)?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})(?:\.[0-9]{1,100})?|\.[0-9]{1,100})(?![0-9])"
     r"(?:\s?/\s?([0-9]{1,100})(?![0-9.]))?",
     re.ASCII,
 )
@@ -20,7 +20,7 @@ _NUMBER = re.compile(
 def final_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; thousands separators, ``$``, ``%``, ``a/b`` and ``\\frac`` are understood."""
     text = text[-_MAX_LENGTH:].replace("\\$", "$").replace("\\%", "%").replace("\N{MINUS SIGN}", "-")
-    text = _FRACTION.sub(r"\1/\2", text).replace("-$", "$-")
+    text = _FRACTION.sub(lambda match: f"{match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-")
     found = list(_NUMBER.finditer(text))
     if not found:
         return None
