@@ -1,0 +1,118 @@
+"""``python -m ladir``: inspect, countdown, asking; exit status and messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ladir import reasoner
+from ladir.__main__ import main
+from ladir.tokens import build_word_tokenizer
+
+SMALL = ["countdown.train=30", "countdown.validation=5", "countdown.test=5", "countdown.max_number=9"]
+
+
+@pytest.fixture
+def puzzles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main(["countdown", "--out", str(tmp_path / "cd"), *SMALL]) == 0
+    assert f"{tmp_path / 'cd'}/test.jsonl: 5 lines" in capsys.readouterr().out
+    return tmp_path / "cd"
+
+
+def test_countdown_follows_the_seed(puzzles: Path, tmp_path: Path) -> None:
+    assert main(["countdown", *SMALL, "--out", str(tmp_path / "same")]) == 0
+    assert main(["countdown", *SMALL, "run.seed=1", "--out", str(tmp_path / "other")]) == 0
+    train = (puzzles / "train.jsonl").read_text()
+    assert (tmp_path / "same" / "train.jsonl").read_text() == train
+    assert (tmp_path / "other" / "train.jsonl").read_text() != train
+
+
+def test_inspect_shows_blocks_lengths_and_verdict(puzzles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, tokenizer = str(puzzles / "train.jsonl"), str(puzzles / "tokenizer")
+    first = json.loads((puzzles / "train.jsonl").read_text().splitlines()[0])
+    assert main(["inspect", file, "--tokenizer", tokenizer, "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    step, _, answer = first["output"].split("\n")
+    assert f"question: {first['input']}" in out and f"block  1: {step}" in out
+    assert f"answer: {answer.removeprefix('#### ')}" in out
+    assert "blocks per record" in out and " 0 bad" in out and "does not know" not in out
+
+
+def test_inspect_refuses_what_training_would(puzzles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, tokenizer = tmp_path / "my.jsonl", str(puzzles / "tokenizer")
+    good = {"input": "[bold] words", "output": "12 + 3 = 15\n#### 15"}
+    file.write_text(json.dumps(good) + "\n{}\n" + json.dumps({**good, "input": "1 2 3 4"}) + "\n")
+    command = ["inspect", str(file), "--tokenizer", tokenizer, "data.max_question_tokens=3"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "3 records: 1 usable, 2 bad" in out
+    assert f"{file}:2: no field 'input'" in out and f"{file}:3: its question has 4 tokens" in out
+    assert "1 records hold words that the tokenizer does not know" in out and "[bold] words" in out
+    assert main([*command, "data.on_bad_record=skip"]) == 0
+    assert main(["inspect", str(file), "data.input_field=x"]) == 1
+    assert "No tokenizer given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["inspect", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["inspect", "x.jsonl", "data.inptu_field=a"], 2, "did you mean data.input_field"),
+        (["countdown", "--out", "x", "countdown.train=99999999"], 1, "allow only"),
+        (["3 7 12 -> 45", "--model", "nowhere"], 1, "--model nowhere: no such folder"),
+    ],
+)
+def test_faults_are_told_without_a_traceback(
+    argv: list[str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == status
+    assert message in capsys.readouterr().err
+
+
+class FakeReasoner:
+    """Answers from a table, noting how it was asked."""
+
+    def __init__(self) -> None:
+        self.tokenizer = build_word_tokenizer(["3", "7", "->", "21"])
+        self.asked: dict[str, Any] = {}
+
+    def generate(self, questions: list[str], on_step: Any = None, **controls: Any) -> list[list[reasoner.Trajectory]]:
+        self.asked = controls
+        trace = [["9 9", "3 * 7 = 21"]] if on_step else []
+        trajectory = reasoner.Trajectory("3 * 7", ["3 * 7 = 21"], torch.zeros(1, 1, 2), 2, False, trace)
+        return [[trajectory] * controls["num_trajectories"] for _ in questions]
+
+
+def test_asking_prints_thoughts_and_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeReasoner()
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: fake)
+    assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "2", "--num-steps", "5", "--seed", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("  thought 1: 3 * 7 = 21\n") == 2 and captured.out.count("answer: 3 * 7\n") == 2
+    assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
+    assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
+    assert main(["what is 3", "--model", str(tmp_path), "--trace"]) == 0
+    captured = capsys.readouterr()
+    assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
+    assert "does not know all of 'what is 3'" in captured.err
+    assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "0"]) == 1
+
+
+def test_help_as_a_process() -> None:
+    done = subprocess.run([sys.executable, "-m", "ladir", "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "--trace" in done.stdout and "inspect FILE" in done.stdout

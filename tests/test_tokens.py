@@ -1,0 +1,91 @@
+"""Tokenizer set-up: nothing is assumed about special tokens, and text stays text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ladir.config import BackboneSettings
+from ladir.tokens import build_word_tokenizer, decode_text, encode_text, encode_texts, load_tokenizer
+
+WORDS = ["12", "3", "+", "(", ")", "####", "##", "->", "\n", "it's"]
+
+
+def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with special tokens at its end, as Llama's and Qwen's are."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=30))
+def test_words_survive_the_round_trip(words: list[str]) -> None:
+    tokenizer = build_word_tokenizer(WORDS)
+    ids = encode_text(tokenizer, " ".join(words))
+    assert len(ids) == len(words) and tokenizer.unk_token_id not in ids
+    text = decode_text(tokenizer, ids)
+    assert encode_text(tokenizer, text) == ids
+    assert " \n" not in text and "\n " not in text and "  " not in text
+
+
+def test_word_tokenizer_is_reloaded_the_same(tmp_path: Path) -> None:
+    tokenizer = build_word_tokenizer([*WORDS, "12"])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+    text = "12 + 3\n#### ( 12 )"
+    assert encode_text(loaded, text) == encode_text(tokenizer, text)
+    assert decode_text(loaded, encode_text(loaded, text)) == text
+    assert len({loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id}) == 3
+    assert len(loaded) == len(WORDS) + 3
+    assert decode_text(loaded, encode_text(loaded, "12 nowhere 3")) == "12 3"
+
+
+@given(st.text())
+def test_byte_tokens_survive_the_round_trip(text: str) -> None:
+    tokenizer = byte_tokenizer(eos_token="<|end|>")
+    assert decode_text(tokenizer, encode_text(tokenizer, text)) == text
+
+
+def test_special_tokens_in_a_text_are_text() -> None:
+    tokenizer = byte_tokenizer(eos_token="<|end|>", bos_token="<|start|>")
+    text = "a <|end|> b <|start|>"
+    ids = encode_text(tokenizer, text)
+    assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids)
+    assert decode_text(tokenizer, ids) == text
+
+
+def test_decoding_stops_at_the_end_token_and_leaves_special_tokens_out() -> None:
+    tokenizer = byte_tokenizer(eos_token="<|end|>", bos_token="<|start|>")
+    a, b = encode_text(tokenizer, "ab")
+    assert decode_text(tokenizer, [tokenizer.bos_token_id, a, tokenizer.eos_token_id, b]) == "a"
+    assert decode_text(tokenizer, []) == ""
+
+
+def test_many_texts_equal_one_by_one() -> None:
+    tokenizer = byte_tokenizer(eos_token="<|end|>")
+    texts = ["", "a", "longer text"]
+    assert encode_texts(tokenizer, texts) == [encode_text(tokenizer, text) for text in texts]
+    assert encode_texts(tokenizer, []) == []
+
+
+def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
+    byte_tokenizer(eos_token="<|end|>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(BackboneSettings(name_or_path=str(tmp_path)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
+def test_unusable_tokenizers_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer: set backbone.tokenizer"):
+        load_tokenizer(BackboneSettings())
+    with pytest.raises(ValueError, match=r"cannot be loaded.*set backbone.tokenizer"):
+        load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
