@@ -27,8 +27,9 @@ def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}; set backbone.tokenizer to a folder written by "
+            f"the tokenizer {name!r} cannot be loaded: {reason}; set backbone.tokenizer to a folder written by "
             "save_pretrained, or to a Hub id"
         ) from error
     if tokenizer.eos_token_id is None:
