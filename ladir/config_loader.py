@@ -59,12 +59,16 @@ def save_config(config: Config, path: str | Path) -> None:
     OmegaConf.save(OmegaConf.structured(config), path)
 
 
-def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Config, argparse.Namespace]:
+def parse_args(
+    argv: Sequence[str] | None,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> tuple[Config, argparse.Namespace]:
     """The configuration that a command line names (``[--config FILE] [section.key=value ...]``), and its raw arguments.
 
-    ``argv``: the arguments without the program's name; None: those of this process.  ``--help`` explains every setting.
-    The ``--local_rank`` that launchers add is accepted and ignored.  Errors are printed, all at once, and end the
-    process with status 2 before anything is loaded.
+    ``argv``: the arguments without the program's name; None: those of this process.  ``add_arguments`` may declare options
+    of a program's own.  ``--help`` explains every setting.  The ``--local_rank`` that launchers add is accepted and ignored.
+    Errors are printed, all at once, and end the process with status 2 before anything is loaded.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -75,6 +79,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Config, ar
     parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that beat the file's")
+    if add_arguments is not None:
+        add_arguments(parser)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     errors = [_option_error(option) for option in unknown]
     try:

@@ -205,6 +205,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert (config.run.name, config.run.seed) == ("a", 3)
         assert arguments.config == str(path)
 
+    _, arguments = parse_args(["--extra=7"], "does things", lambda parser: parser.add_argument("--extra", type=int))
+    assert arguments.extra == 7
+
     with pytest.raises(SystemExit) as caught:
         parse_args(["--vae.train.lr=3", "--confg", "vae.betta=3"], "does things")
     assert caught.value.code == 2

@@ -108,7 +108,7 @@ def test_judge_asks_the_task() -> None:
 
 def rendered(item: RenderableType) -> str:
     file = io.StringIO()
-    Console(width=160, file=file).print(item)
+    Console(width=80, file=file).print(item)
     return file.getvalue()
 
 
@@ -156,6 +156,7 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     text = rendered(results_table(content))
     assert "ladir" in text
     assert "50.0 ± 0.0" in text
+    assert "…" not in text  # fits a narrow terminal
     rows = markdown_table(content).splitlines()
     assert len({row.count("|") for row in rows}) == 1
     assert "| - |" in rows[-1]
@@ -169,19 +170,20 @@ def test_examples_show_thoughts_and_verdict() -> None:
     assert "2 of 2" in text
 
 
-def test_curves_of_a_resumed_run_do_not_overlap_and_are_plotted(tmp_path: Path) -> None:
-    steps = [1, 2, 3, 4, 3, 4, 5]  # resumed at step 3
-    rows = [{"phase": "vae", "step": step, "loss": 10.0 + i} for i, step in enumerate(steps)]
-    lines = [json.dumps(row) for row in rows] + ['{"phase": "vae", "st']
+def test_curves_are_read_by_phase_and_kind_and_plotted(tmp_path: Path) -> None:
+    rows = [{"phase": "vae", "kind": "train", "step": step, "loss": 10.0 - step, "lr": 1.0} for step in (1, 2, 3)]
+    rows += [{"phase": "vae", "kind": "validation", "step": 3, "loss": 5.0}, {"phase": "ar", "step": 1, "loss": 3.0}]
+    rows += [{"phase": "vae", "kind": "train", "step": 4, "loss": None}]
+    torn = '{"phase": "vae", "st'
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(lines))
-    curves = read_curves(path, ["loss", "absent"])
-    assert curves == {"vae": {"loss": ([1, 2, 3, 4, 5], [10, 11, 14, 15, 16])}}
+    path.write_text("\n".join([*map(json.dumps, rows), torn]))
+    curves = read_curves(path, {"vae": ["loss", "absent"], "denoiser": ["loss"]})
+    assert curves == {"vae": {"loss": ([1, 2, 3], [9, 8, 7]), "loss (validation)": ([3], [5])}}
     plot_run(tmp_path / "curves.png", curves, read_results(results(tmp_path)))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    path.write_text("\n".join([lines[-1], lines[0]]))
+    path.write_text("\n".join([torn, json.dumps(rows[0])]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1"):
-        read_curves(path, ["loss"])
+        read_curves(path, {"vae": ["loss"]})
     with pytest.raises(ValueError, match="neither curves nor results"):
         plot_run(tmp_path / "none.png", {}, None)

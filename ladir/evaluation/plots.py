@@ -13,29 +13,25 @@ from matplotlib.figure import Figure
 _Curve = tuple[list[float], list[float]]
 _PANEL = (4.6, 3.4)  # inches
 _COLUMNS = 3
+_FEW = 10  # a curve of fewer points shows them
 
 
-def read_curves(path: str | Path, keys: Sequence[str]) -> dict[str, dict[str, _Curve]]:
-    """Training curves by phase and key, each as (steps, values), from a ``metrics.jsonl``.
+def read_curves(path: str | Path, keys: Mapping[str, Sequence[str]]) -> dict[str, dict[str, _Curve]]:
+    """Training curves from a ``metrics.jsonl``, by phase and label, each as (steps, values).
 
-    A line that repeats an earlier step (a run that was resumed) replaces what came from there on; a torn last line is
-    left out.
+    ``keys``: what to read of each phase, in this order; a label is "key" in training and "key (validation)" there.
+    Phases and keys without a value are left out, and so is a torn last line.
     """
-    points: dict[str, dict[str, dict[int, float]]] = {}
+    curves: dict[str, dict[str, _Curve]] = {phase: {} for phase in keys}
     for row in _rows(Path(path)):
-        phase = points.setdefault(str(row["phase"]), {})
-        step = int(row["step"])
-        for key in keys:
+        for key in keys.get(row["phase"], ()):
             value = row.get(key)
-            if isinstance(value, (int, float)):
-                curve = phase.setdefault(key, {})
-                while curve and next(reversed(curve)) >= step:
-                    curve.popitem()
-                curve[step] = float(value)
-    return {
-        phase: {key: ([float(step) for step in curve], list(curve.values())) for key, curve in curves.items()}
-        for phase, curves in points.items()
-    }
+            if value is not None:
+                label = key if row.get("kind") == "train" else f"{key} ({row.get('kind')})"
+                steps, heights = curves[row["phase"]].setdefault(label, ([], []))
+                steps.append(float(row["step"]))
+                heights.append(float(value))
+    return {phase: found for phase, found in curves.items() if found}
 
 
 def plot_run(
@@ -64,7 +60,7 @@ def plot_run(
 
 def _plot_curves(axes: Axes, phase: str, curves: Mapping[str, _Curve]) -> None:
     for key, (steps, values) in curves.items():
-        axes.plot(steps, values, linewidth=1.2, label=key)
+        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < _FEW else None, label=key)
     axes.set_title(phase)
     axes.set_xlabel("optimizer step")
     if all(value > 0 for _, values in curves.values() for value in values):

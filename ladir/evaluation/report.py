@@ -5,47 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ladir.evaluation.results import QuestionResult, Trajectory
+from ladir.evaluation.results import QuestionResult
 
 _COLUMNS = {
     "pass@1": "pass@1",
-    "pass@10": "pass@10",
-    "pass@100": "pass@100",
+    "pass@10": "pass\n@10",
+    "pass@100": "pass\n@100",
     "chain": "chain",
-    "distinct_correct": "distinct\nsolutions",
-    "majority": "majority",
-    "seconds_per_question": "s per\nquestion",
-    "training_seconds": "training\nseconds",
+    "distinct_correct": "distinct\nright",
+    "seconds_per_question": "seconds\neach",
+    "training_seconds": "seconds\ntrained",
 }
 _SECONDS = {"seconds_per_question": "{:.3f}", "training_seconds": "{:.0f}"}
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The rows of a ``results.json`` as a table; rates in percent with their standard error by question."""
+    """The rows of a ``results.json`` as a table of 80 columns; rates in percent."""
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
-        caption="percent ± standard error by question; chain: the thoughts alone solve the question",
+        caption="percent, ± standard error by question; chain: the thoughts alone are right",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in results["rows"]:
-        table.add_row(row["method"], *(_cell(row, name) for name in _COLUMNS))
+        table.add_row(row["method"], *(_cell(row, name, error=name == "pass@1") for name in _COLUMNS))
     return table
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """The same table as Markdown, for a README or a log."""
+    """The same figures as Markdown, for a README or a log, every rate with its standard error by question."""
     lines = [
-        "| method | " + " | ".join(title.replace("\n", " ") for title in _COLUMNS.values()) + " |",
+        "| method | " + " | ".join(name.replace("_", " ") for name in _COLUMNS) + " |",
         "|---" + "|---:" * len(_COLUMNS) + "|",
     ]
-    lines += [f"| {row['method']} | " + " | ".join(_cell(row, name) for name in _COLUMNS) + " |" for row in results["rows"]]
+    lines += [
+        f"| {row['method']} | " + " | ".join(_cell(row, name, error=True) for name in _COLUMNS) + " |" for row in results["rows"]
+    ]
     return "\n".join(lines)
 
 
@@ -56,26 +61,22 @@ def examples(questions: Sequence[QuestionResult], count: int) -> RenderableType:
 
 def _example(question: QuestionResult) -> Text:
     shown = question.trajectories[0]
-    text = Text()
-    text.append(f"{question.question}\n", style="bold")
-    for number, thought in enumerate(shown.thoughts, start=1):
-        text.append(f"  thought {number}   {' '.join(thought.split())}\n")
-    text.append(f"  answer      {' '.join(shown.answer.split())}   ")
-    text.append(*_verdict(shown))
+    verdict, style = ("right", "green") if shown.correct else ("wrong", "red")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(question.question.strip(), style="bold")
     text.append(f"   ({question.num_correct} of {len(question.trajectories)} trajectories right)\n", style="dim")
+    for number, thought in enumerate(shown.thoughts, start=1):
+        text.append(f"  thought {number}        {' '.join(thought.split())}\n")
+    text.append("  answer (").append(verdict, style=style).append(f")   {' '.join(shown.answer.split())}\n")
     return text
 
 
-def _verdict(trajectory: Trajectory) -> tuple[str, str]:
-    return ("right", "green") if trajectory.correct else ("wrong", "red")
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def _cell(row: Mapping[str, Any], name: str, error: bool) -> str:
     value = row.get(name)
     if value is None:
         return "-"
     if name in _SECONDS:
         return _SECONDS[name].format(value)
-    error = row.get("standard_errors", {}).get(name)
+    spread = row.get("standard_errors", {}).get(name) if error else None
     scale, digits = (1, 2) if name == "distinct_correct" else (100, 1)
-    return f"{scale * value:.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
+    return f"{scale * value:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")

@@ -1,0 +1,116 @@
+"""Running other programs of this project as jobs: launched, logged, watched, and stopped so that they can save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+POLL_SECONDS = 0.2
+MEMORY_EVERY_SECONDS = 2.0
+GRACE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended: its exit status, its wall-clock seconds, and the most memory its processes held together."""
+
+    status: int
+    seconds: float
+    peak_gib: float
+
+
+def launcher_command(script: str | Path, ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The command that runs ``script`` on ``ranks`` processes of this machine through the ``deepspeed`` launcher.
+
+    The launcher is called as a module of this interpreter, so that it works in an environment that is not activated;
+    the port is a free one, so that several jobs can run beside one another.
+    """
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [*launcher, "--num_accelerators", str(ranks), "--master_port", str(port), str(script), *arguments]
+
+
+def run_job(command: Sequence[str], log: Path, ranks: int, watch: Callable[[float], None]) -> JobResult:
+    """Run ``command`` to its end with its output in ``log``; ``watch(seconds)`` is called a few times a second.
+
+    An exception (KeyboardInterrupt, too) first asks the job to save and stop, waits for it, and is then raised again.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start, peak, measured = time.monotonic(), 0.0, float("-inf")
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(ranks), start_new_session=True)
+        try:
+            while job.poll() is None:
+                seconds = time.monotonic() - start
+                if seconds - measured >= MEMORY_EVERY_SECONDS:
+                    measured, peak = seconds, max(peak, _memory_gib(job.pid))
+                watch(seconds)
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _stop(job)
+            raise
+    return JobResult(job.returncode, time.monotonic() - start, peak)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that holds text, without reading more than its end."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """This process' environment, this interpreter's tools first on the path, the cores divided among the ranks."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if hasattr(os, "sched_getaffinity") else 1
+    tools = str(Path(sys.executable).parent)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _stop(job: subprocess.Popen[bytes]) -> None:
+    """Ask the job's ranks to save and stop; end everything by force if that takes too long.
+
+    The ranks get the signal themselves: the launcher would kill them at once.
+    """
+    try:
+        family = psutil.Process(job.pid).children(recursive=True)
+        parents = {process.ppid() for process in family}
+        for process in family:
+            if process.pid not in parents:
+                process.terminate()
+        job.wait(timeout=GRACE_SECONDS)
+    except (psutil.NoSuchProcess, subprocess.TimeoutExpired):
+        pass  # gone already, or ended below
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+def _memory_gib(pid: int) -> float:
+    """Memory of a process and all below it, pages shared among them counted once (where the system can tell)."""
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+    except psutil.Error:
+        pass  # a process ended while it was being looked at: this sample is too low, the next one will not be
+    return total / 2**30
