@@ -14,17 +14,20 @@ from rich.console import Console
 
 from ladir.config_loader import parse_args
 from training.demo import Demo, Stage, _add_arguments
-from training.jobs import last_line, launcher_command, run_job
+from training.jobs import LAUNCHER, last_line, launcher_command, run_job
 from training.runtime.files import write_json
 
-# A launcher that dies at once when asked to stop, and the rank below it that first saves.
+# A launcher that dies at once when asked to stop, and below it a rank, with a helper of its own, that first saves.
 FAMILY = """
 import subprocess, sys
 rank = '''
-import pathlib, signal, sys, time
+import pathlib, signal, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]])
 def save(*_):
     time.sleep(0.3)
     pathlib.Path(sys.argv[1]).write_text("saved")
+    helper.kill()
+    helper.wait()
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
@@ -62,7 +65,7 @@ def test_an_interrupted_job_may_save_before_it_ends(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(python(FAMILY, str(saved)), log, 1, interrupt)
+        run_job(python(FAMILY, str(saved), LAUNCHER), log, 1, interrupt)
     assert saved.read_text() == "saved"
     assert not [child for child in psutil.Process().children(recursive=True) if str(saved) in child.cmdline()]
 

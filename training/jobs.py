@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+LAUNCHER = "deepspeed.launcher"
 POLL_SECONDS = 0.2
 MEMORY_EVERY_SECONDS = 2.0
 GRACE_SECONDS = 120.0
@@ -34,7 +35,7 @@ def launcher_command(script: str | Path, ranks: int, arguments: Sequence[str]) -
     The launcher is called as a module of this interpreter, so that it works in an environment that is not activated;
     the port is a free one, so that several jobs can run beside one another.
     """
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    launcher = [sys.executable, "-m", f"{LAUNCHER}.runner"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -90,11 +91,8 @@ def _stop(job: subprocess.Popen[bytes]) -> None:
     The ranks get the signal themselves: the launcher would kill them at once.
     """
     try:
-        family = psutil.Process(job.pid).children(recursive=True)
-        parents = {process.ppid() for process in family}
-        for process in family:
-            if process.pid not in parents:
-                process.terminate()
+        for process in _working(job.pid):
+            process.terminate()
         job.wait(timeout=GRACE_SECONDS)
     except (psutil.NoSuchProcess, subprocess.TimeoutExpired):
         pass  # gone already, or ended below
@@ -102,6 +100,13 @@ def _stop(job: subprocess.Popen[bytes]) -> None:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
+
+
+def _working(pid: int) -> list[psutil.Process]:
+    """The ranks below the launcher processes of a job, or the job itself where it has no launcher."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    launchers = {process.pid for process in family if any(LAUNCHER in part for part in process.cmdline())}
+    return [process for process in family if process.pid not in launchers and (process.pid == pid or process.ppid() in launchers)]
 
 
 def _memory_gib(pid: int) -> float:
