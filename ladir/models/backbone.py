@@ -82,8 +82,8 @@ class Backbone(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass, with the adapters in the state they had in the forward pass."""
-        self.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts}
+        self.base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts}
         )
 
     def _recompute_contexts(self) -> tuple[Any, Any]:

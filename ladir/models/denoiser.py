@@ -68,9 +68,10 @@ class Denoiser(nn.Module):
         self.register_buffer("latent_std", latent_std.float())
         self._initialise()
 
+    @torch.no_grad()
     def _initialise(self) -> None:
         """Marks at the scale of the embeddings; time starts without effect; everything in the backbone's dtype."""
-        scale = float(self.backbone.base.get_input_embeddings().weight.float().std())
+        scale = float(self.backbone.base.get_input_embeddings().get_parameter("weight").float().std())
         nn.init.normal_(self.marks.weight, std=scale)
         nn.init.zeros_(self.time_out.weight)
         nn.init.zeros_(self.time_out.bias)

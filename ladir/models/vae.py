@@ -67,8 +67,9 @@ class Vae(nn.Module):
         if decoder is not None and settings.decoder == "frozen":
             decoder.requires_grad_(False)
 
+    @torch.no_grad()
     def _initialise(self) -> None:
-        scale = float(self.encoder.base.get_input_embeddings().weight.float().std())
+        scale = float(self.encoder.base.get_input_embeddings().get_parameter("weight").float().std())
         nn.init.normal_(self.queries.weight, std=scale)
         nn.init.normal_(self.to_logvar.weight, std=1e-3)
         nn.init.constant_(self.to_logvar.bias, _INITIAL_LOGVAR)

@@ -1,0 +1,419 @@
+"""One pass over all blocks and draws against one plain forward per block and draw; who can influence whom."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ladir.config import LoraSettings
+from ladir.data.batches import DenoiserBatch
+from ladir.data.latents import LatentRecord
+from ladir.layout import CLEAN, PAD
+from ladir.models import flow
+from ladir.models.backbone import Backbone
+from ladir.models.denoiser import Denoiser
+from tests.reference import reference_losses
+from tests.tiny import (
+    SHAPES,
+    assert_same_gradients,
+    collator,
+    gradients,
+    random_records,
+    randomise_adapters,
+    tiny_denoiser,
+    tiny_lm,
+    tiny_vae,
+)
+
+# Norms, softmax and losses are computed in float32 whatever the weights: equality is to float32's rounding.
+TOLERANCE = 1e-5
+WEIGHTS = {"flow": 5.0, "answer": 0.7, "stop": 1.3, "token": 0.5}
+OBJECTIVES = ("velocity", "x0", "epsilon", "v")
+
+
+def hidden_questions(denoiser: Denoiser, records: Sequence[LatentRecord], numbers: Sequence[int], **changes: Any) -> list[bool]:
+    """Whether each sample's question is hidden: its layout alone then differs from the one without dropout."""
+    answers = []
+    for record, number in zip(records, numbers, strict=True):
+        shown = collator(denoiser, **{**changes, "condition_dropout": 0.0})([record], [number])
+        drawn = collator(denoiser, **changes)([record], [number])
+        answers.append(not torch.equal(shown.table_index, drawn.table_index))
+    return answers
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    return sum((WEIGHTS[name] * value.double() for name, value in losses.items() if "/" not in name), torch.tensor(0.0))
+
+
+def losses_and_gradients(
+    model: nn.Module, compute: Callable[[], dict[str, Tensor]]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    model.zero_grad()
+    losses = {name: value for name, value in compute().items() if "/" not in name}
+    total(losses).backward()
+    return {name: float(value.detach()) for name, value in losses.items()}, gradients(model)
+
+
+def assert_one_pass_is_the_reference(
+    denoiser: Denoiser, records: Sequence[LatentRecord], numbers: Sequence[int], prefix: tuple[int, ...] = (), **changes: Any
+) -> None:
+    changes = {"prefix": prefix, **changes}
+    batch = collator(denoiser, **changes)(records, list(numbers))
+    hidden = hidden_questions(denoiser, records, numbers, **changes)
+    ours, our_gradients = losses_and_gradients(denoiser, lambda: denoiser(batch))
+    theirs, their_gradients = losses_and_gradients(denoiser, lambda: reference_losses(denoiser, records, batch, hidden, prefix))
+    assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-5)
+    assert_same_gradients(our_gradients, their_gradients, TOLERANCE)
+    assert max(float(g.abs().max()) for g in our_gradients.values()) > 0.1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_one_pass_equals_one_forward_per_block_and_draw(kind: str, attention: str) -> None:
+    denoiser = tiny_denoiser(tiny_lm(kind, attention=attention), draws=2, token_weight=0.5)
+    records = random_records(4, seed=1, max_blocks=3)
+    assert_one_pass_is_the_reference(denoiser, records, range(4), condition_dropout=0.5, sample_latents=True)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_equals_the_reference(objective: str) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), objective=objective, draws=1, timesteps="logit_normal", timestep_mean=1.0)
+    assert_one_pass_is_the_reference(denoiser, random_records(2, seed=2), range(2))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32), st.booleans(), st.sampled_from(sorted(SHAPES))
+)
+def test_random_layouts_equal_the_reference(latents: int, draws: int, count: int, seed: int, answer: bool, kind: str) -> None:
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2)
+    records = random_records(count, seed=seed, latents=latents)
+    first = (seed % 100) * 16 + (0 if answer else 8)
+    numbers = range(first, first + count)
+    assert_one_pass_is_the_reference(denoiser, records, numbers, prefix=(3,), condition_dropout=0.3, samples_per_step=8)
+
+
+def test_lora_trains_the_adapters_alone_and_equals_the_reference() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=2)
+    randomise_adapters(denoiser, seed=3)
+    assert_one_pass_is_the_reference(denoiser, random_records(2, seed=3), range(2))
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith("backbone")}
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    records = random_records(3, seed=4)
+    results = []
+    for checkpointing in (False, True):
+        denoiser = tiny_denoiser(tiny_lm(), draws=2).train()
+        if checkpointing:
+            denoiser.backbone.enable_activation_checkpointing()
+        batch = collator(denoiser)(records, [0, 1, 2])
+        results.append(losses_and_gradients(denoiser, lambda d=denoiser, b=batch: d(b)))  # type: ignore[misc]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert_same_gradients(results[1][1], results[0][1], 1e-6)
+
+
+def test_counts_are_the_labels_that_the_sums_run_over() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, token_weight=0.5)
+    records = random_records(5, seed=5)
+    batch = collator(denoiser)(records, list(range(5)))
+    blocks = sum(len(record.blocks) for record in records)
+    assert batch.counts == {
+        "flow": blocks * 2 * 2 * 3,
+        "answer": sum(len(record.answer) + 1 for record in records),
+        "stop": blocks,
+        "token": 2 * sum(min(len(block), 3) for record in records for block in record.blocks),
+    }
+    assert batch.num_tokens == int((batch.layout.copy != PAD).sum())
+    assert batch.to("meta").layout.copy.device.type == "meta"
+
+
+# --- perturbations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outputs:
+    """Everything a forward pass predicts."""
+
+    noisy: Tensor  # [K, M, L, d]
+    stop: Tensor
+    answer: Tensor
+    token: Tensor  # [K, M, P, V]
+
+
+@contextmanager
+def listening(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def outputs(denoiser: Denoiser, batch: DenoiserBatch) -> Outputs:
+    noisy: list[Tensor] = []
+    stop: list[Tensor] = []
+    answer: list[Tensor] = []
+    token: list[Tensor] = []
+    assert denoiser.token_head is not None
+    with (
+        listening(denoiser.latent_out, noisy),
+        listening(denoiser.stop_head, stop),
+        listening(denoiser.backbone.base.get_output_embeddings(), answer),
+        listening(denoiser.token_head, token),
+    ):
+        denoiser(batch)
+    return Outputs(noisy[0], stop[0], answer[0], token[0])
+
+
+def perturbed(tensor: Tensor, *places: Any) -> Tensor:
+    changed = tensor.clone()
+    for place in places:
+        changed[place] = changed[place] + 0.3
+    return changed
+
+
+def differs(before: Tensor, after: Tensor) -> Tensor:
+    """Per leading index, whether anything changed: bit-identical or clearly different, nothing in between."""
+    change = (before - after).abs().flatten(1).max(1).values
+    assert bool(((change == 0) | (change > 1e-6)).all()), change
+    return change > 0
+
+
+class Case:
+    """Records with 3 and 1 blocks (the second is padded), two draws; rows 0..2 are the blocks of the first."""
+
+    def __init__(self, attention: str = "eager", **changes: Any) -> None:
+        self.denoiser = tiny_denoiser(tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0)
+        rng = np.random.default_rng(0)
+        zeros = [torch.from_numpy(rng.standard_normal((count, 2, 3), dtype=np.float32)) for count in (3, 1)]
+        self.records = [
+            LatentRecord([5, 6, 7], [[8, 9], [10], [11, 12]], [13, 14], zeros[0], zeros[0]),
+            LatentRecord([15], [[16]], [17], zeros[1], zeros[1]),
+        ]
+        self.batch = collator(self.denoiser, **changes)(self.records, [0, 1])
+        self.before = outputs(self.denoiser, self.batch)
+
+    def effect(self, **changes: Tensor) -> dict[str, list[Any]]:
+        """What a changed batch changes: noisy [K][M], stop per <EOT> (rows 0..2, then 3), answer per label."""
+        after = outputs(self.denoiser, replace(self.batch, **cast(Any, changes)))
+        noisy = differs(self.before.noisy.flatten(0, 1), after.noisy.flatten(0, 1)).view(4, 2)
+        token = differs(self.before.token.flatten(0, 1), after.token.flatten(0, 1)).view(4, 2)
+        assert torch.equal(noisy, token)
+        return {
+            "noisy": noisy.tolist(),
+            "stop": differs(self.before.stop, after.stop).tolist(),
+            "answer": differs(self.before.answer, after.answer).tolist(),
+        }
+
+
+NO, YES = [False, False], [True, True]
+SILENT = {"noisy": [NO] * 4, "stop": [False] * 4, "answer": [False] * 5}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_noise_and_time_reach_their_own_copy_alone(attention: str) -> None:
+    case = Case(attention)
+    for name, tensor in (("eps", case.batch.eps), ("t", case.batch.t)):
+        effect = case.effect(**{name: perturbed(tensor, (1, 0))})
+        assert effect == {**SILENT, "noisy": [NO, [True, False], NO, NO]}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_clean_block_reaches_later_blocks_and_the_answer(attention: str) -> None:
+    case = Case(attention)
+    layout, table = case.batch.layout, case.batch.table_index
+    latents_of_block_1 = (layout.copy == CLEAN) & ((layout.position == 8) | (layout.position == 9))  # behind 3 + 4 tokens, <BOT>
+    assert latents_of_block_1.sum(1).tolist() == [2, 0]
+    effect = case.effect(table_index=torch.where(latents_of_block_1, 0, table))
+    assert effect == {
+        "noisy": [NO, NO, YES, NO],  # block 1's own copies never see its clean latents
+        "stop": [False, True, True, False],
+        "answer": [True, True, True, False, False],
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_answer_question_and_neighbours(attention: str) -> None:
+    case = Case(attention)
+    ids = case.batch.text_ids  # 5 6 7 | 13 14 | 15 | 17
+
+    def change(place: int) -> Tensor:
+        return torch.where(torch.arange(len(ids)) == place, 20, ids)
+
+    first_answer_token, second = case.effect(text_ids=change(3)), case.effect(text_ids=change(4))
+    assert first_answer_token == {**SILENT, "answer": [False, True, True, False, False]}
+    assert second == {**SILENT, "answer": [False, False, True, False, False]}
+    for place in range(3):
+        effect = case.effect(text_ids=change(place))
+        assert effect == {"noisy": [YES] * 3 + [NO], "stop": [True] * 3 + [False], "answer": [True] * 3 + [False] * 2}
+    neighbour = case.effect(text_ids=change(5))
+    assert neighbour == {"noisy": [NO] * 3 + [YES], "stop": [False] * 3 + [True], "answer": [False] * 3 + [True] * 2}
+
+
+def test_a_hidden_question_is_really_hidden() -> None:
+    case = Case(condition_dropout=1.0)
+    ids = case.batch.text_ids
+    questions = torch.tensor([True, True, True, False, False, True, False])
+    assert case.effect(text_ids=torch.where(questions, 20, ids)) == SILENT
+    answers = case.effect(text_ids=torch.where(questions, ids, 20))
+    assert answers == {**SILENT, "answer": [False, True, True, False, True]}
+    shown = outputs(case.denoiser, collator(case.denoiser, condition_dropout=0.0)(case.records, [0, 1]))
+    assert differs(case.before.noisy, shown.noisy).all()
+
+
+def test_what_padding_holds_changes_nothing() -> None:
+    case = Case()
+    padding = case.batch.layout.copy == PAD
+    assert padding.any()
+    table = torch.where(padding, 12, case.batch.table_index)
+    assert case.effect(table_index=table) == SILENT
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str) -> None:
+    """Every token's input vector is moved in turn; the rule is transitive, so layers widen nothing."""
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2)
+    layout = collator(denoiser)(random_records(2, seed=6), [0, 1]).layout
+    visible, width = layout.visible(), layout.copy.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    for row in range(2):
+        inputs = torch.randn(1, width, 16, generator=generator, dtype=torch.float64).expand(width + 1, -1, -1).clone()
+        inputs[torch.arange(width), torch.arange(width)] += 0.5
+        with torch.no_grad():
+            hidden = denoiser.backbone(inputs, visible[row].expand(width + 1, -1, -1), layout.position[row].expand(width + 1, -1))
+        change = (hidden[:width] - hidden[width]).abs().max(-1).values
+        assert torch.equal(change > 1e-9, visible[row].T)
+        assert float(change[~visible[row].T].max()) == 0.0
+
+
+# --- randomness and splitting ------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, token_weight=0.5)
+    records = random_records(6, seed=7)
+    collate = collator(denoiser, condition_dropout=0.5, sample_latents=True)
+    numbers = [16, 17, 18, 19, 20, 21]
+    whole, whole_gradients = losses_and_gradients(denoiser, lambda: denoiser(collate(records, numbers)))
+    for cuts in ([0, 3, 6], [0, 1, 2, 3, 4, 5, 6]):
+        parts = [collate(records[a:b], numbers[a:b]) for a, b in itertools.pairwise(cuts)]
+        summed, summed_gradients = losses_and_gradients(
+            denoiser,
+            lambda parts=parts: {name: torch.stack([denoiser(p)[name] for p in parts]).sum() for name in whole},  # type: ignore[misc]
+        )
+        assert summed == pytest.approx(whole, rel=TOLERANCE)
+        assert_same_gradients(summed_gradients, whole_gradients, TOLERANCE)
+        assert sum(p.counts["flow"] for p in parts) == collate(records, numbers).counts["flow"]
+
+
+def test_a_samples_noise_follows_from_its_number_alone() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=3)
+    records = random_records(3, seed=8)
+    collate = collator(denoiser, sample_latents=True)
+    batch, alone = collate(records, [5, 9, 2]), collate(records[1:2], [9])
+    first = len(records[0].blocks)
+    own = slice(first, first + len(records[1].blocks))
+    for name in ("eps", "t", "z0"):
+        assert torch.equal(getattr(batch, name)[own], getattr(alone, name))
+    assert not torch.equal(alone.eps, collate(records[1:2], [10]).eps)
+    assert not torch.equal(alone.eps, collator(denoiser, seed=12)(records[1:2], [9]).eps)
+
+
+def test_latents_are_standardised_and_sampled_only_when_asked() -> None:
+    denoiser = tiny_denoiser(tiny_lm())
+    record = random_records(1, seed=9)[0]
+    standard = (record.mu - denoiser.latent_mean) / denoiser.latent_std
+    assert torch.allclose(collator(denoiser)([record], [0]).z0, standard, atol=1e-6)
+    drawn = collator(denoiser, sample_latents=True)
+    assert torch.allclose(drawn([record], [0], training=False).z0, standard, atol=1e-6)
+    samples = torch.stack([drawn([record], [n]).z0 for n in range(3000)])
+    posterior = torch.exp(0.5 * record.logvar) / denoiser.latent_std
+    assert torch.allclose(samples.mean(0), standard, atol=0.2)
+    assert torch.allclose(samples.std(0) / posterior, torch.ones_like(standard), atol=0.06)
+
+
+def test_question_dropout_has_its_rate_in_training_and_none_in_validation() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=1)
+    record = random_records(1, seed=10)[0]
+    numbers = range(400)
+    hidden = hidden_questions(denoiser, [record] * 400, numbers, condition_dropout=0.25)
+    assert 0.25 - 0.065 < np.mean(hidden) < 0.25 + 0.065  # three standard errors
+    collate = collator(denoiser, condition_dropout=1.0)
+    shown = collator(denoiser, condition_dropout=0.0)
+    assert torch.equal(collate([record], [0], False).table_index, shown([record], [0]).table_index)
+
+
+def test_timesteps_follow_their_distribution() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=50)
+    records = random_records(1, seed=11) * 40
+    uniform = collator(denoiser)(records, list(range(40))).t.flatten()
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert torch.allclose(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.05)
+    normal = collator(denoiser, timesteps="logit_normal", timestep_mean=1.0, timestep_std=0.5)(records, list(range(40))).t
+    logits = torch.logit(normal.flatten())
+    assert float(logits.mean()) == pytest.approx(1.0, abs=0.06)
+    assert float(logits.std()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_answer_is_part_of_every_nth_step_only() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, answer_every=3)
+    records = random_records(2, seed=12)
+    collate = collator(denoiser, samples_per_step=2)
+    whole = collate(records, [0, 1])
+    assert whole.counts["answer"] > 0
+    for step in range(1, 7):
+        batch = collate(records, [2 * step, 2 * step + 1])
+        assert (batch.counts["answer"] > 0) == (batch.counts["stop"] > 0) == (step % 3 == 0)
+        assert batch.counts["flow"] == whole.counts["flow"]
+    short = collate(records, [2, 3])
+    losses = denoiser(short)
+    assert losses["answer"].item() == 0.0 == losses["stop"].item()
+    total({name: losses[name] for name in ("flow", "answer", "stop")}).backward()  # the unused heads are in the graph
+    validation = collate(records, [2, 3], False)
+    assert validation.counts["answer"] == whole.counts["answer"]
+
+
+def test_unlabelled_positions_never_reach_the_vocabulary() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=4)
+    seen: list[Tensor] = []
+    batch = collator(denoiser)(random_records(3, seed=13), [0, 1, 2])
+    with listening(denoiser.backbone.base.get_output_embeddings(), seen):
+        denoiser(batch)
+    assert [tuple(logits.shape) for logits in seen] == [(int(batch.counts["answer"]), 29)]
+
+
+def test_time_conditions_the_noisy_latents_and_starts_without_effect() -> None:
+    fresh = Denoiser(Backbone(tiny_lm()), tiny_denoiser(tiny_lm()).settings, 2, torch.zeros(3), torch.ones(3))
+    t = torch.tensor([0.1, 0.9])
+    assert torch.equal(fresh.time_embedding(t), torch.zeros(2, 16, dtype=torch.float64))
+    trained = tiny_denoiser(tiny_lm())
+    assert not torch.allclose(*trained.time_embedding(t))
+
+
+def test_the_vaes_maps_start_the_denoisers() -> None:
+    vae, denoiser = tiny_vae(), tiny_denoiser(tiny_lm())
+    denoiser.init_from_vae(vae)
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    standard = (z - denoiser.latent_mean) / denoiser.latent_std
+    assert torch.allclose(denoiser.clean_inputs(standard), vae.from_latent(z.double()), atol=1e-5)
+    hidden = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    predicted = denoiser.predict(hidden) * denoiser.latent_std + denoiser.latent_mean
+    assert torch.allclose(predicted, vae.to_mean(hidden).float(), atol=1e-5)
+
+
+def test_flow_target_of_the_loss_is_the_objectives() -> None:
+    with pytest.raises(ValueError, match="velocity, x0, epsilon, v"):
+        flow.target("velocty", torch.zeros(1), torch.zeros(1), torch.zeros(1))
