@@ -48,7 +48,7 @@ $(VENV)/.created:
 $(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/.created
 	@echo "environment: installing requirements.txt (once; a few minutes)"
 	@$(PIP) -r requirements.txt
-	@$(PIP) --no-deps --editable .
+	@$(PIP) --no-deps --editable . 2>$(VENV)/install.log || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready

@@ -133,11 +133,8 @@ def _text_errors(config: Config) -> Iterator[str]:
     if any(not prefix.strip() for prefix in config.data.answer_prefixes):
         yield "data.answer_prefixes: an empty prefix would match everywhere; remove it"
     data = config.data
-    if len({data.input_field, data.output_field, data.answer_field}) < 3:
-        yield (
-            f"data.input_field={data.input_field}, data.output_field={data.output_field}, data.answer_field="
-            f"{data.answer_field}: must be three different fields; give an absent one a name that no record has"
-        )
+    if data.input_field == data.output_field:
+        yield f"data.input_field and data.output_field are both {data.input_field!r}: a record needs a field for each"
     wanted = config.deepspeed.stop_signal
     usable = sorted(entry.name.removeprefix("SIG") for entry in signal.Signals)
     if wanted not in usable or wanted in ("KILL", "STOP"):

@@ -166,7 +166,7 @@ def test_a_wrong_value_is_refused(override: str, part: str) -> None:
         (["backbone.lora.rank=4", "backbone.lora.targets=[]"], "no layer"),
         (["sample.guidance_scale=4", "denoiser.condition_dropout=0"], "condition_dropout above 0"),
         (["ar.copy_fraction=0.1"], "data.sentences"),
-        (["data.output_field=answer"], "three different fields"),
+        (["data.output_field=input"], "a record needs a field for each"),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused(overrides: list[str], part: str) -> None:

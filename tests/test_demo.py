@@ -17,6 +17,8 @@ from training.demo import Demo, Stage, _add_arguments
 from training.jobs import LAUNCHER, last_line, launcher_command, run_job
 from training.runtime.files import write_json
 
+OUTCOME: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
+
 # A launcher that dies at once when asked to stop, and below it a rank, with a helper of its own, that first saves.
 FAMILY = """
 import subprocess, sys
@@ -74,7 +76,7 @@ def test_the_last_line_is_found_in_long_logs_and_absent_in_empty_ones(tmp_path: 
     path = tmp_path / "log"
     path.write_text("")
     assert last_line(path) == ""
-    path.write_text("é" * 5000 + "\nstep 1\rstep 2\n\n")
+    path.write_text("é" * 5000 + "\nstep 1\rstep 2\n\n[2026-01-31 12:00:00,123] [INFO] [launch.py] spawned\n")
     assert last_line(path) == "step 2"
 
 
@@ -86,27 +88,33 @@ def test_the_launcher_runs_the_entry_point_on_as_many_ranks_on_a_port_of_its_own
         assert int(command[command.index("--master_port") + 1]) > 1023
 
 
-def test_stages_are_run_once_and_again_when_their_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[str] = []
-
+def test_a_stage_runs_once_and_again_when_its_settings_or_an_earlier_stage_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stages(self: Demo) -> list[Stage]:
-        def command(name: str) -> list[str]:
-            runs.append(name)
-            return python("print('x')", "name=" + name)
+        write_json(self.folder.outcome_file("vae"), {**OUTCOME, "seconds": 1.0})
+        return [
+            Stage("vae", "trains", lambda: python("print('x')"), trains=True),
+            Stage("evaluate", "asks", lambda: python("print('y')")),
+        ]
 
-        return [Stage(name, f"does {name}", lambda name=name: command(name)) for name in ("a", "b")]  # type: ignore[misc]
+    def skipped(*overrides: str) -> list[str]:
+        run, output = demo(tmp_path, *overrides)
+        run.run()
+        return [line.split(":")[0] for line in output.getvalue().splitlines() if "done before" in line]
+
+    def seconds(stage: str) -> float:
+        return json.loads((tmp_path / "d" / "demo.json").read_text())[stage]["seconds"]
 
     monkeypatch.setattr(Demo, "stages", stages)
-    first, output = demo(tmp_path)
-    first.run()
-    assert output.getvalue().count("done before") == 0
-    assert json.loads((tmp_path / "d" / "demo.json").read_text()).keys() == {"a", "b"}
-    again, output = demo(tmp_path)
-    again.run()
-    assert output.getvalue().count("done before") == 2
-    changed, output = demo(tmp_path, "vae.beta=0.5")
-    changed.run()
-    assert output.getvalue().count("done before") == 0
+    assert skipped() == []
+    assert skipped() == ["[1/2] trains", "[2/2] asks"]
+    before = seconds("vae"), seconds("evaluate")
+    assert skipped("sample.num_steps=3") == ["[1/2] trains"]
+    assert seconds("vae") == before[0]
+    assert seconds("evaluate") > before[1]  # what it cost in all
+    assert skipped("sample.num_steps=3", "vae.beta=0.5") == []
+    assert skipped("sample.num_steps=3", "vae.beta=0.5") == ["[1/2] trains", "[2/2] asks"]
 
 
 @pytest.mark.parametrize("code", ["print('the reason'); raise SystemExit(4)", "print('the reason')"])
@@ -121,14 +129,13 @@ def test_a_failed_stage_shows_the_end_of_its_log_and_is_not_recorded(
     assert caught.value.code == 1
     assert "the reason" in output.getvalue()
     assert "a.log" in output.getvalue()
-    assert not (tmp_path / "d" / "demo.json").exists()
+    assert json.loads((tmp_path / "d" / "demo.json").read_text())["a"]["settings"] is None
 
 
 def test_the_baseline_gets_the_seconds_ladir_had_after_the_base(tmp_path: Path) -> None:
     built, _ = demo(tmp_path)
-    outcome: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
     for phase, seconds in {"base": 100.0, "vae": 20.0, "latents": 3.5, "denoiser": 40.0}.items():
-        write_json(built.folder.outcome_file(phase), {**outcome, "seconds": seconds})
+        write_json(built.folder.outcome_file(phase), {**OUTCOME, "seconds": seconds})
     command = next(stage for stage in built.stages() if stage.name == "ar").command()
     assert "ar.train.max_seconds=63.5" in command
     assert all("deepspeed.launcher.runner" in stage.command() for stage in built.stages() if stage.trains)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,16 +22,16 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from ladir.config import Config
-from ladir.config_checks import values
 from ladir.config_loader import parse_args
 from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
-from training.jobs import JobResult, last_line, launcher_command, run_job
+from training.jobs import last_line, launcher_command, run_job
 from training.runtime.files import write_json
-from training.runtime.run import RunFolder
+from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
+LOG_TAIL = 30
 CURVES = {"base": ("loss",), "vae": ("reconstruction",), "denoiser": ("flow", "answer", "stop", "token"), "ar": ("loss",)}
 
 
@@ -75,22 +76,19 @@ class Demo:
         ]
 
     def run(self) -> None:
-        """Run every stage that is not finished; ends the process where one fails."""
-        stages = self.stages()
+        """Run every stage that is not finished, and all after one that ran; ends the process where one fails."""
+        stages, ran = self.stages(), False
         for number, stage in enumerate(stages, start=1):
             label = f"[{number}/{len(stages)}] {stage.title}"
             command = stage.command()
-            fingerprint = self._fingerprint(command)
-            done = self.record.get(stage.name)
-            if done and done["settings"] == fingerprint:
-                self.console.print(f"{label}: done before ({_clock(done['seconds'])})", highlight=False, markup=False)
+            fingerprint = self._fingerprint(stage, command)
+            record = self.record.setdefault(stage.name, {"settings": None, "seconds": 0.0, "peak_gib": 0.0})
+            if not ran and record["settings"] == fingerprint:
+                self._line(f"{label}: done before ({_clock(record['seconds'])})")
                 continue
-            result = self._run_stage(stage, label, command)
-            self.record[stage.name] = {
-                "settings": fingerprint,
-                "seconds": result.seconds,
-                "peak_gib": result.peak_gib,
-            }
+            ran, record["settings"] = True, None
+            self._run_stage(stage, label, command)
+            record["settings"] = fingerprint
             write_json(self.record_file, self.record)
 
     def show(self) -> None:
@@ -126,39 +124,44 @@ class Demo:
         seconds = sum(outcome.seconds for outcome in outcomes if outcome is not None)
         return self._entry("train_ar", "ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")()
 
-    def _run_stage(self, stage: Stage, label: str, command: Sequence[str]) -> JobResult:
-        log = self.logs / f"{stage.name}.log"
-        live = self.console.is_terminal
-        if not live:
+    def _run_stage(self, stage: Stage, label: str, command: Sequence[str]) -> None:
+        """Run a stage to its end and note its cost; a stage that was interrupted before adds to what it had cost."""
+        log, record, start = self.logs / f"{stage.name}.log", self.record[stage.name], time.monotonic()
+        if not self.console.is_terminal:
             self._line(f"{label} ...")
         with self.console.status(label) as status:
 
             def watch(seconds: float) -> None:
                 width = self.console.width - 4
-                lines = [f"{label}  {_clock(seconds)}", f"  {last_line(log)}"]
-                status.update(Group(*(Text(line[:width], style="dim" if i else "") for i, line in enumerate(lines))))
+                line = Text(f"  {last_line(log)}"[:width], style="dim")
+                status.update(Group(Text(f"{label}  {_clock(seconds)}"[:width]), line))
 
             try:
-                result = run_job(command, log, self.ranks, watch if live else lambda seconds: None)
+                result = run_job(command, log, self.ranks, watch if self.console.is_terminal else lambda seconds: None)
             except KeyboardInterrupt:
                 self._line(f"{label}: stopped; the same command continues it")
                 sys.exit(130)
+            finally:
+                record["seconds"] += time.monotonic() - start
+                write_json(self.record_file, self.record)
+        record["peak_gib"] = max(record["peak_gib"], result.peak_gib)
         if result.status != 0 or (stage.trains and self.folder.outcome(stage.name) is None):
-            self._fail(label, log, result)
+            self._fail(label, log, result.status)
         self._line(f"{label}: {_clock(result.seconds)}")
-        return result
 
-    def _fail(self, label: str, log: Path, result: JobResult) -> NoReturn:
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]:
+    def _fail(self, label: str, log: Path, status: int) -> NoReturn:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]:
             self._line(f"    {line}")
-        self._line(f"{label}: failed with status {result.status}; the lines above end {log}")
+        self._line(f"{label}: failed with status {status}; the lines above end {log}")
         self._line("Running the same command again repeats this stage from its last checkpoint.")
         sys.exit(1)
 
-    def _fingerprint(self, command: Sequence[str]) -> str:
-        """Changes with any setting and with the stage's own arguments, but not with the launcher's port."""
-        own = [argument for argument in command if "=" in argument]
-        return hashlib.sha256(json.dumps([list(values(self.config)), own]).encode()).hexdigest()
+    def _fingerprint(self, stage: Stage, command: Sequence[str]) -> str:
+        """Changes with the settings on which the stage's result depends (not with the launcher's port)."""
+        own = [argument for argument in command if "=" in argument and argument not in self.settings]
+        everything = asdict(self.config)
+        relevant = relevant_settings(everything, stage.name) if stage.trains else everything
+        return hashlib.sha256(json.dumps([relevant, own], sort_keys=True).encode()).hexdigest()
 
     def _solved_first(self, questions: Sequence[QuestionResult]) -> list[QuestionResult]:
         """Questions in their own order, one whose first trajectory is right in front."""

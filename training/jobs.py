@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 
 LAUNCHER = "deepspeed.launcher"
+LAUNCHER_LINE = re.compile(r"\[\d{4}-\d\d-\d\d ")
 POLL_SECONDS = 0.2
 MEMORY_EVERY_SECONDS = 2.0
 GRACE_SECONDS = 120.0
@@ -65,11 +67,11 @@ def run_job(command: Sequence[str], log: Path, ranks: int, watch: Callable[[floa
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that holds text, without reading more than its end."""
+    """The last line of a log that says something, the launcher's own lines passed over; only the log's end is read."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return next((line.strip() for line in reversed(lines) if line.strip() and not LAUNCHER_LINE.match(line)), "")
 
 
 def _environment(ranks: int) -> dict[str, str]:
