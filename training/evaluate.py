@@ -10,13 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from ladir.config import Config
 from ladir.data.prompts import parse_completion, prompt_ids
-from ladir.data.records import Record, read_records
+from ladir.data.records import Record
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import MethodResult, QuestionResult, judge, read_results, write_questions, write_results
@@ -25,6 +26,7 @@ from ladir.models.folders import load_backbone
 from ladir.reasoner import Reasoner
 from ladir.tasks import Task, get_task
 from ladir.tokens import decode_text, load_tokenizer
+from training.phases import read_encoded
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder
 
@@ -45,7 +47,7 @@ class Asked:
 def ladir_answerer(config: Config, reasoner: Reasoner, task: Task, method: str) -> Answerer:
     """LaDiR in one of its variants: ``ladir``, ``ladir-zero-noise`` (one trajectory), ``ladir-sde``."""
     zero = method == "ladir-zero-noise"
-    controls = {
+    controls: dict[str, Any] = {
         "num_trajectories": 1 if zero else config.evaluate.num_trajectories,
         "initial_noise": 0.0 if zero else config.sample.initial_noise,
         "answer_temperature": 0.0 if zero else config.sample.answer_temperature,
@@ -116,7 +118,8 @@ def evaluate(run: Run) -> None:
     path = config.data.test if config.evaluate.split == "test" else config.data.validation
     if path is None:
         raise FileNotFoundError(f"data.{config.evaluate.split} is not set: name the records to evaluate on")
-    records = read_records(path, config.data).records[: config.evaluate.num_questions]
+    encoded = read_encoded(config, path, load_tokenizer(config.backbone))[: config.evaluate.num_questions]
+    records = [entry.record for entry in encoded]
     reasoner = Reasoner.from_pretrained(run.folder.export, run.world.device, config.backbone.attention)
     rows: list[MethodResult] = []
     judged: dict[str, list[QuestionResult]] = {}

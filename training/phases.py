@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,11 +34,21 @@ from training.runtime.run import RunFolder
 logger = logging.getLogger(__name__)
 
 
+class Items(Protocol):
+    """What samples are taken from: a list, or a store on disk."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> Any:
+        """One sample."""
+
+
 @dataclass
 class Samples:
     """Samples with their collator: what the loop draws micro batches from."""
 
-    items: Sequence[Any]
+    items: Items
     collator: Callable[[Sequence[Any], Sequence[int], bool], Any]
 
     @property

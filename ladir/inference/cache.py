@@ -13,30 +13,53 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ladir.models.backbone import Backbone
 
 
+class PrefixLayer(DynamicLayer):
+    """Keys and values [R, heads, P, head] of one layer; new ones are kept only while ``growing``."""
+
+    keys: Tensor
+    values: Tensor
+    growing = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of prefix and new tokens [R, heads, P + T, head]."""
+        if self.growing:
+            return super().update(key_states, value_states, *args, **kwargs)
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+    def select(self, rows: Tensor) -> PrefixLayer:
+        """A layer of the given rows, repeats allowed."""
+        layer = PrefixLayer()
+        layer.update(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        return layer
+
+
 class PrefixCache(Cache):
     """A growing cache that can be read without growing, so that one prefix serves many denoising steps."""
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.growing = True
+    layers: list[PrefixLayer]  # type: ignore[assignment]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of prefix and new tokens [R, heads, P + T, head]; stored only while growing."""
-        if self.growing:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+    def __init__(self, layers: list[PrefixLayer] | None = None) -> None:
+        if layers is None:
+            super().__init__(layer_class_to_replicate=PrefixLayer)
+        else:
+            super().__init__(layers=[*layers])
 
     @contextmanager
     def read_only(self) -> Iterator[PrefixCache]:
-        """Within, ``update`` stores nothing."""
-        self.growing = False
+        """Within, updates store nothing."""
+        self._set_growing(False)
         try:
             yield self
         finally:
-            self.growing = True
+            self._set_growing(True)
+
+    def _set_growing(self, growing: bool) -> None:
+        for layer in self.layers:
+            layer.growing = growing
+
+    def select(self, rows: Tensor) -> PrefixCache:
+        """A cache of the given rows, repeats allowed."""
+        return PrefixCache([layer.select(rows) for layer in self.layers])
 
 
 class Prefix:
@@ -69,10 +92,7 @@ class Prefix:
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefix of ``rows`` (indices, repeats allowed): trajectories of one question share by being copies of its row."""
-        cache = PrefixCache()
-        for index, layer in enumerate(self.cache.layers):
-            Cache.update(cache, layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
-        return Prefix(self.backbone, cache, self.valid[rows], self.next_position[rows])
+        return Prefix(self.backbone, self.cache.select(rows), self.valid[rows], self.next_position[rows])
 
     def block_mask(self, length: int) -> Tensor:
         """Visibility [R, length, P + length] of tokens that see the prefix and each other."""

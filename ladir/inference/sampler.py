@@ -127,7 +127,8 @@ class BlockSampler:
         prediction = d.denoise_step(inputs, time, visible, positions, prefix.cache)
         velocity = flow.to_velocity(d.settings.objective, prediction, inputs, time[:, None, None])
         if branches == 2:
-            velocity = classifier_free(*velocity.chunk(2), s.guidance_scale)
+            conditional, unconditional = velocity.chunk(2)
+            velocity = classifier_free(conditional, unconditional, s.guidance_scale)
         if s.diversity_scale:
             velocity = velocity - s.diversity_scale * t * diversity_force(z, owner)
         return velocity

@@ -35,7 +35,9 @@ class Batch(Protocol):
 class SampleSource(Protocol):
     """A set of samples that can be collated into micro batches."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """How many samples there are."""
 
     def collate(self, indices: list[int], numbers: list[int], training: bool = True) -> Batch:
         """Build a micro batch.
@@ -54,12 +56,17 @@ class Phase(SampleSource, Protocol):
     name: str
     model: nn.Module
     """``model(batch)`` returns the SUM over its labels of every loss term (fp32 scalars).  It may add metrics under
-    ``"metric/<name>"``: detached tensors ``[2]`` of (sum, count), averaged over the interval between two log lines."""
+    ``"metric/<name>"``: detached tensors ``[2]`` of (sum, count), averaged over the interval between two log lines.
+
+    In the same micro batch all ranks must run the same modules and give gradients to the same parameters, whatever
+    their samples are (an empty selection or ``+ 0.0 * parameter.sum()`` does): ZeRO-3 communicates while they run."""
 
     weights: Mapping[str, float]
     """Weight per loss term: ``loss = sum_k weights[k] * sum_k / max(count_k, 1)``, both taken over the global batch."""
 
-    validation: SampleSource | None
+    @property
+    def validation(self) -> SampleSource | None:
+        """What the model is validated on; None where nothing is held out."""
 
     def save(self, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         """Write the finished model into the new folder ``folder`` (called on rank 0 only).
