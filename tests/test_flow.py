@@ -1,0 +1,198 @@
+"""The flow on paths whose velocity is known in closed form."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ladir.config import SampleSettings
+from ladir.inference.guidance import classifier_free, diversity_force
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.models import flow
+
+OBJECTIVES = ("velocity", "x0", "epsilon", "v")
+MEAN, STD = 1.5, 0.4
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.01, 0.99), st.integers(0, 1000))
+def test_every_objective_says_the_same(t: float, seed: int) -> None:
+    z0, eps = draw(5, 3, seed=seed), draw(5, 3, seed=seed + 1)
+    time = torch.tensor(t, dtype=torch.float64)
+    z_t = flow.interpolate(z0, eps, time)
+    for objective in OBJECTIVES:
+        prediction = flow.target(objective, z0, eps, time)
+        assert torch.allclose(flow.to_x0(objective, prediction, z_t, time), z0, atol=1e-10)
+        assert torch.allclose(flow.to_velocity(objective, prediction, z_t, time), eps - z0, atol=1e-10)
+        assert torch.allclose(flow.to_epsilon(objective, prediction, z_t, time), eps, atol=1e-10)
+
+
+@pytest.mark.parametrize(("source", "goal"), list(itertools.permutations(OBJECTIVES, 2)))
+def test_a_wrong_prediction_converts_exactly_too(source: str, goal: str) -> None:
+    """What the network predicts is not the truth: its implied (x0, eps) must survive source -> goal -> (x0, eps)."""
+    t = torch.tensor([0.05, 0.3, 0.5, 0.95], dtype=torch.float64)[:, None]
+    z_t, prediction = draw(4, 3), draw(4, 3, seed=1)
+    x0, eps = (convert(source, prediction, z_t, t) for convert in (flow.to_x0, flow.to_epsilon))
+    assert torch.allclose(flow.interpolate(x0, eps, t), z_t, atol=1e-12)
+    converted = flow.target(goal, x0, eps, t)
+    for convert in (flow.to_x0, flow.to_epsilon, flow.to_velocity):
+        assert torch.allclose(convert(goal, converted, z_t, t), convert(source, prediction, z_t, t), atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_ends_of_the_path_are_finite(objective: str) -> None:
+    z0, eps = draw(4, 3).float(), draw(4, 3, seed=1).float()
+    for t in (0.0, 1.0):
+        time = torch.tensor(t)
+        z_t = flow.interpolate(z0, eps, time)
+        assert torch.equal(z_t, eps if t else z0)
+        prediction = flow.target(objective, z0, eps, time)
+        for convert in (flow.to_x0, flow.to_velocity, flow.to_epsilon):
+            assert convert(objective, prediction, z_t, time).isfinite().all()
+        assert torch.allclose(flow.to_epsilon(objective, prediction, z_t, time), eps, atol=1e-4) or t == 0.0
+        assert torch.allclose(flow.to_x0(objective, prediction, z_t, time), z0, atol=1e-4) or t == 1.0
+
+
+@pytest.mark.parametrize("function", [flow.to_x0, flow.to_velocity])
+def test_unknown_objectives_are_refused(function: Any) -> None:
+    with pytest.raises(ValueError, match="unknown objective 'noise'; valid: velocity, x0, epsilon, v"):
+        function("noise", torch.zeros(1), torch.zeros(1), torch.tensor(0.5))
+
+
+def test_timestep_features_are_bounded_and_tell_times_apart() -> None:
+    t = torch.linspace(0, 1, 101)
+    features = flow.timestep_features(t, 64)
+    assert features.shape == (101, 64) and features.abs().max() <= 1
+    distance = torch.cdist(features, features) + 10 * torch.eye(101)
+    assert distance.min() > 0.1
+    assert torch.allclose(flow.timestep_features(t.double(), 64), features, atol=1e-6)
+
+
+# --- the sampler's own steps on Gaussian data --------------------------------------------------------------------------
+
+
+def exact_velocity(z: Tensor, t: float) -> Tensor:
+    """E[eps - z0 | z_t = z] for z0 ~ N(MEAN, STD^2): everything is jointly Gaussian."""
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    centred = z - (1 - t) * MEAN
+    return (t * centred - (1 - t) * STD**2 * centred) / variance - MEAN
+
+
+def exact_transport(noise: Tensor) -> Tensor:
+    """Where the ODE takes a starting point: the flow of Gaussians keeps the number of standard deviations."""
+    return MEAN + STD * noise
+
+
+class GaussianSampler(BlockSampler):
+    """The sampler with the network replaced by the exact velocity."""
+
+    def __init__(self, settings: SampleSettings, count: int, seed: int = 0) -> None:
+        self.settings = settings
+        self.noise = TrajectoryNoise(seed, [("", i) for i in range(count)])
+
+    def run(self, z: Tensor) -> list[Tensor]:
+        """z at t = 1 and after every step."""
+        path = [z]
+        times = torch.linspace(1.0, 0.0, self.settings.num_steps + 1).tolist()
+        for t, t_next in itertools.pairwise(times):
+            path.append(self._advance(path[-1], exact_velocity(path[-1], t), t, t_next, list(range(len(z)))))
+        return path
+
+
+def test_the_ode_transports_noise_to_data() -> None:
+    noise = draw(200, 1, 1)
+    ends = {n: GaussianSampler(SampleSettings(num_steps=n), 200).run(noise)[-1] for n in (50, 100, 200)}
+    errors = [float((end - exact_transport(noise)).abs().max()) for end in ends.values()]
+    assert errors[2] < 0.02
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.15)  # Euler is of first order
+    assert errors[1] / errors[2] == pytest.approx(2.0, rel=0.15)
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_every_marginal_along_the_way_is_the_paths(sampler: str) -> None:
+    count, steps = 4000, 100
+    path = GaussianSampler(SampleSettings(num_steps=steps, sampler=sampler), count, seed=3).run(draw(count, 1, 1, seed=2))
+    for step in (20, 50, 80, 95, 100):
+        t = 1 - step / steps
+        std = ((1 - t) ** 2 * STD**2 + t**2) ** 0.5
+        z = path[step]
+        assert float(z.mean()) == pytest.approx((1 - t) * MEAN, abs=0.05 * std + 0.01)
+        assert float(z.std()) == pytest.approx(std, rel=0.06)
+
+
+def test_the_sde_forgets_its_start_and_the_ode_does_not() -> None:
+    noise = draw(2000, 1, 1)
+    for sampler, low, high in (("ode", 0.99, 1.0), ("sde", -0.1, 0.6)):
+        end = GaussianSampler(SampleSettings(num_steps=50, sampler=sampler), 2000).run(noise)[-1]
+        correlation = float(torch.corrcoef(torch.stack([noise.flatten(), end.flatten()]))[0, 1])
+        assert low <= correlation <= high + 1e-9
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_a_perfect_network_reaches_the_data_in_any_number_of_steps(sampler: str) -> None:
+    z0 = draw(6, 2, 3, seed=4)
+    for steps in (1, 2, 7):
+        gaussian = GaussianSampler(SampleSettings(num_steps=steps, sampler=sampler), 6)
+        z = draw(6, 2, 3, seed=5)
+        for t, t_next in itertools.pairwise(torch.linspace(1.0, 0.0, steps + 1).tolist()):
+            z = gaussian._advance(z, (z - z0) / t, t, t_next, list(range(6)))
+        assert torch.allclose(z, z0, atol=1e-10)
+
+
+def test_one_sde_step_has_the_posteriors_mean_and_variance() -> None:
+    """z_s | z_t, x0 by Bayes from z_s ~ N((1-s) x0, s^2) and z_t | z_s ~ N(a z_s, t^2 - a^2 s^2), a = (1-t)/(1-s)."""
+    t, s, z_t, x0, count = 0.7, 0.4, 0.9, -0.3, 20000
+    a = (1 - t) / (1 - s)
+    likelihood = t**2 - a**2 * s**2
+    variance = 1 / (1 / s**2 + a**2 / likelihood)
+    mean = variance * ((1 - s) * x0 / s**2 + a * z_t / likelihood)
+    z = torch.full((count, 1, 1), z_t, dtype=torch.float64)
+    stepped = GaussianSampler(SampleSettings(sampler="sde"), count, seed=9)._advance(z, (z - x0) / t, t, s, list(range(count)))
+    assert float(stepped.mean()) == pytest.approx(mean, abs=4 * (variance / count) ** 0.5)
+    assert float(stepped.var()) == pytest.approx(variance, rel=0.05)
+
+
+# --- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
+    c, u = draw(3, 2), draw(3, 2, seed=1)
+    assert torch.allclose(classifier_free(c, u, 1.0), c)
+    assert torch.equal(classifier_free(c, u, 0.0), u)
+    assert torch.allclose(classifier_free(c, u, 4.0), u + 4 * (c - u))
+
+
+def test_diversity_force_is_the_written_out_sum() -> None:
+    z, owner = draw(7, 2, 3), torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    force = diversity_force(z, owner)
+    for i in range(7):
+        group = [j for j in range(7) if owner[j] == owner[i]]
+        distances = [float((z[a] - z[b]).norm()) for a in group for b in group if a != b]
+        expected = torch.zeros(2, 3, dtype=torch.float64)
+        if distances:
+            s2 = sorted(distances)[(len(distances) - 1) // 2] ** 2
+            for j in group:
+                d2 = float((z[i] - z[j]).square().sum())
+                expected += 2 * (1 - d2 / s2) * torch.exp(torch.tensor(-d2 / s2)) * (z[i] - z[j])
+        assert torch.allclose(force[i], expected, atol=1e-8)
+    assert torch.equal(force[3], torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_diversity_force_never_acts_across_questions_and_survives_twins() -> None:
+    z, owner = draw(4, 2, 3), torch.tensor([0, 0, 1, 1])
+    force = diversity_force(z, owner)
+    moved = z.clone()
+    moved[2:] += 5.0
+    assert torch.equal(diversity_force(moved, owner)[:2], force[:2])
+    twins = z[:1].expand(3, -1, -1).float()
+    assert torch.equal(diversity_force(twins, torch.zeros(3, dtype=torch.int64)), torch.zeros(3, 2, 3))
