@@ -6,6 +6,7 @@ fill.  All files are safetensors and JSON.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -123,11 +124,20 @@ class _LmWriter:
     def close(self) -> None:
         if not self.is_adapter:
             self.shards.close()
-            self.base.config.save_pretrained(self.folder)
+            self._write_config()
             return
         state = get_peft_model_state_dict(self.lm, state_dict=self.adapters)
         save_file(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.lm.peft_config["default"].save_pretrained(str(self.folder))
+
+    def _write_config(self) -> None:
+        """As save_pretrained does: the config names the class and the dtype of the weights."""
+        config = copy.deepcopy(self.base.config)
+        config.architectures = [type(self.base).__name__]
+        config.dtype = self.base.dtype
+        config.save_pretrained(self.folder)
+        if self.base.generation_config is not None:
+            self.base.generation_config.save_pretrained(self.folder)
 
 
 def own_state(module: nn.Module) -> State:

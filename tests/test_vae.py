@@ -1,0 +1,329 @@
+"""The VAE and its folders: padding, teacher forcing, the shared decoder, the KL term, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ladir.config import BackboneSettings, LoraSettings, VaeSettings
+from ladir.data.batches import IGNORE, VaeBatch, VaeCollator, pad_left
+from ladir.inference.cache import Prefix
+from ladir.inference.decode import decode
+from ladir.models.backbone import Backbone
+from ladir.models.folders import load_vae, new_vae, save_lm, save_vae
+from ladir.models.store import ShardWriter, fingerprint, load_settings, own_state
+from ladir.models.vae import Vae, encode_sentences
+from tests.tiny import (
+    EOS,
+    PAD,
+    SHAPES,
+    VOCAB,
+    assert_same_gradients,
+    gradients,
+    randomise_adapters,
+    tiny_lm,
+    tiny_vae,
+    tokens,
+)
+
+LORA = LoraSettings(rank=2, alpha=4.0)
+CPU = torch.device("cpu")
+
+
+def sentences(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [tokens(rng, 1, 7) for _ in range(count)]
+
+
+def collate(vae: Vae, rows: list[list[int]], training: bool = True, first: int = 0) -> VaeBatch:
+    collator = VaeCollator(vae.settings, VOCAB, PAD, EOS, seed=3)
+    return collator(rows, list(range(first, first + len(rows))), training)
+
+
+def losses(vae: Vae, batch: VaeBatch, beta: float = 0.1) -> Tensor:
+    result = vae(batch)
+    return result["reconstruction"].double() + beta * result["kl"].double()
+
+
+# --- encoding and decoding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_sentence_is_encoded_the_same_in_any_company(kind: str, lora: LoraSettings | None) -> None:
+    vae, rows = tiny_vae(kind, lora=lora), sentences(5)
+    mean, logvar = encode_sentences(vae, rows, PAD)
+    for i, row in enumerate(rows):
+        alone_mean, alone_logvar = encode_sentences(vae, [row], PAD)
+        assert torch.allclose(mean[i], alone_mean[0], atol=1e-6)
+        assert torch.allclose(logvar[i], alone_logvar[0], atol=1e-6)
+    assert torch.equal(mean, encode_sentences(vae, rows, EOS)[0])  # what the padding holds does not matter
+    assert not torch.allclose(mean[0], mean[1], atol=1e-2)
+
+
+def test_the_encoder_is_the_lm_over_sentence_and_queries() -> None:
+    vae, row = tiny_vae(), sentences(1)[0]
+    inputs = torch.cat([vae.encoder.embed(torch.tensor(row)), vae.queries.weight])[None]
+    hidden = vae.encoder.base.get_decoder()(inputs_embeds=inputs).last_hidden_state[:, -2:]
+    mean, logvar = encode_sentences(vae, [row], PAD)
+    assert torch.allclose(mean, vae.to_mean(hidden).float(), atol=1e-6)
+    assert torch.allclose(logvar, vae.to_logvar(hidden).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_training_losses_do_not_depend_on_padding(kind: str) -> None:
+    vae, rows = tiny_vae(kind, latent_noise=0.5, token_substitution=0.3), sentences(4)
+    whole = vae(collate(vae, rows))
+    alone = [vae(collate(vae, rows[i : i + 1], first=i)) for i in range(4)]
+    for name in ("reconstruction", "kl"):
+        total = sum(float(one[name].detach()) for one in alone)
+        assert float(whole[name].detach()) == pytest.approx(total, rel=1e-5)
+    assert whole["metric/exact"].tolist() == [sum(float(one["metric/exact"][0]) for one in alone), 4.0]
+
+
+def test_counts_are_the_labels_and_validation_is_without_noise() -> None:
+    vae, rows = tiny_vae(latent_noise=2.0, token_substitution=0.9), sentences(6)
+    batch = collate(vae, rows)
+    assert batch.counts == {"reconstruction": int((batch.labels != IGNORE).sum()), "kl": 6 * 2}
+    assert batch.extra_noise.std() > 1.5 and batch.posterior_noise.std() > 0.8
+    assert not torch.equal(batch.encoder_ids, pad_left(rows, PAD)[0])
+    assert torch.equal(batch.labels[batch.labels != IGNORE], torch.tensor([t for row in rows for t in [*row, EOS]]))
+    quiet = collate(vae, rows, training=False)
+    assert torch.equal(quiet.encoder_ids, pad_left(rows, PAD)[0])
+    assert float(quiet.extra_noise.abs().sum() + quiet.posterior_noise.abs().sum()) == 0.0
+
+
+def test_substitution_has_its_rate_and_noise_its_size() -> None:
+    settings = VaeSettings(latent_dim=4, latents_per_block=2, latent_noise=3.0, token_substitution=0.3)
+    rows = [[VOCAB + 5] * 50] * 200  # an id that substitution never draws
+    batch = VaeCollator(settings, VOCAB, PAD, EOS, seed=0)(rows, list(range(200)))
+    assert float((batch.encoder_ids != VOCAB + 5).float().mean()) == pytest.approx(0.3, abs=0.015)
+    assert batch.encoder_ids[batch.encoder_ids != VOCAB + 5].unique().tolist() == list(range(VOCAB))
+    assert float(batch.extra_noise.std()) == pytest.approx(3.0, rel=0.06)
+    assert float(batch.posterior_noise.std()) == pytest.approx(1.0, rel=0.06)
+    again = VaeCollator(settings, VOCAB, PAD, EOS, seed=0)(rows[:1], [7])
+    assert torch.equal(again.encoder_ids[0], batch.encoder_ids[7]) and torch.equal(again.extra_noise[0], batch.extra_noise[7])
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", SHAPES)
+@torch.no_grad()
+def test_greedy_decoding_is_the_teacher_forced_argmax(kind: str, lora: LoraSettings | None) -> None:
+    vae = tiny_vae(kind, lora=lora)
+    z = 2 * torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(1))
+    with vae.thought_decoder.lm() as lm:
+        prefix, hidden = Prefix.start(lm, vae.thought_decoder.prefix(z), torch.full((8,), 2))
+        texts = decode(prefix, hidden, EOS, max_tokens=9)
+    assert len(set(map(tuple, texts))) > 1
+    for i, text in enumerate(texts):
+        forced = vae.thought_decoder.logits(z[i : i + 1], torch.tensor([text], dtype=torch.int64))[0].argmax(-1).tolist()
+        assert forced[: len(text)] == text
+        assert len(text) == 9 or forced[len(text)] == EOS
+
+
+# --- who is trained ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_term_is_torchs() -> None:
+    vae = tiny_vae()
+    batch = collate(vae, sentences(5))
+    mean, logvar = vae.encode(batch.encoder_ids, batch.lengths)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
+    assert float(vae(batch)["kl"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_reconstruction_is_the_decoders_cross_entropy_given_z() -> None:
+    vae = tiny_vae(latent_noise=0.5, token_substitution=0.0)
+    row = sentences(1)[0]
+    batch = collate(vae, [row])
+    mean, logvar = vae.encode(batch.encoder_ids, batch.lengths)
+    z = mean + (0.5 * logvar).exp() * batch.posterior_noise + batch.extra_noise
+    lm = vae.thought_decoder.backbone.base
+    inputs = torch.cat([vae.from_latent(z.double())[0], lm.get_input_embeddings()(torch.tensor(row))])[None]
+    logits = lm(inputs_embeds=inputs).logits[0, 1:]
+    expected = -logits.log_softmax(-1)[torch.arange(len(row) + 1), torch.tensor([*row, EOS])].sum()
+    assert float(vae(batch)["reconstruction"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_a_frozen_decoder_gets_no_gradient_but_passes_it_on() -> None:
+    vae = tiny_vae()
+    losses(vae, collate(vae, sentences(3)), beta=0.0).backward()
+    assert vae.own_decoder is not None
+    assert all(p.grad is None and not p.requires_grad for p in vae.own_decoder.parameters())
+    for module in (vae.encoder.base.get_decoder().layers[0], vae.queries, vae.to_mean, vae.to_logvar, vae.from_latent):
+        assert all(float(p.grad.abs().max()) > 0 for p in module.parameters())
+
+
+def test_a_trained_decoder_gets_its_gradient() -> None:
+    vae = tiny_vae(decoder="trained")
+    losses(vae, collate(vae, sentences(3))).backward()
+    assert vae.own_decoder is not None
+    assert all(p.grad is not None for p in vae.own_decoder.parameters())
+
+
+@torch.no_grad()
+def test_the_lora_decoder_is_the_base_lm_whatever_the_adapters_hold() -> None:
+    vae, base = tiny_vae(lora=LORA), tiny_lm(seed=7)
+    z, ids = torch.randn(3, 2, 3), torch.tensor(sentences(1)[0]).expand(3, -1)
+    plain = base(inputs_embeds=torch.cat([vae.from_latent(z.double()), base.get_input_embeddings()(ids)], 1)).logits[:, 1:]
+    before, mean = vae.thought_decoder.logits(z, ids), encode_sentences(vae, sentences(2), PAD)[0]
+    randomise_adapters(vae, seed=99)
+    assert torch.allclose(before, plain, atol=1e-6)
+    assert torch.equal(vae.thought_decoder.logits(z, ids), before)
+    assert not torch.allclose(encode_sentences(vae, sentences(2), PAD)[0], mean, atol=1e-3)
+
+
+def test_with_lora_only_adapters_and_heads_are_trained() -> None:
+    vae = tiny_vae(lora=LORA)
+    for _ in range(2):  # decoding switches the adapters off and must leave them trainable
+        vae.zero_grad()
+        losses(vae, collate(vae, sentences(3))).backward()
+        trained = {name for name, p in vae.named_parameters() if p.requires_grad}
+        assert all("lora_" in name for name in trained if name.startswith("encoder")) and any("lora_" in n for n in trained)
+        assert all(float(g.abs().max()) > 0 for g in gradients(vae).values())
+        frozen = [p for name, p in vae.named_parameters() if name not in trained]
+        assert all(p.grad is None for p in frozen)
+
+
+def checkpointed(vae: Vae) -> Vae:
+    vae.encoder.enable_activation_checkpointing()
+    if vae.own_decoder is not None:
+        vae.own_decoder.enable_activation_checkpointing()
+    return vae
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_activation_checkpointing_gives_the_same_gradients(lora: LoraSettings | None) -> None:
+    """With LoRA the recomputed decoder must have its adapters off again, the recomputed encoder on."""
+    results = []
+    for change in (lambda vae: vae, checkpointed):
+        vae = change(tiny_vae(lora=lora)).train()
+        losses(vae, collate(vae, sentences(4))).backward()
+        results.append(gradients(vae))
+    assert_same_gradients(results[1], results[0], 1e-6)
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def base_folder(path: Path, kind: str = "llama") -> str:
+    """A Hugging Face folder of a tiny fp32 LM."""
+    tiny_lm(kind, seed=7, dtype=torch.float32).save_pretrained(str(path))
+    return str(path)
+
+
+def settings(base: str, lora: LoraSettings | None = None) -> BackboneSettings:
+    return BackboneSettings(name_or_path=base, dtype="float32", attention="eager", lora=lora or LoraSettings())
+
+
+@pytest.mark.parametrize("variant", ["full", "lora", "trained", "lora-trained"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: str) -> None:
+    backbone = settings(base_folder(tmp_path / "base", kind), LORA if "lora" in variant else None)
+    vae_settings = VaeSettings(latent_dim=3, latents_per_block=2, decoder="trained" if "trained" in variant else "frozen")
+    vae = new_vae(vae_settings, backbone, "cpu")
+    move(vae)
+    save_vae(vae.eval(), tmp_path / "vae", base=backbone.name_or_path)
+    back = load_vae(tmp_path / "vae", settings(base_folder(tmp_path / "base", kind)), CPU)
+    rows, z = sentences(4), torch.randn(2, 2, 3)
+    ids = torch.tensor([rows[0], rows[0]])
+    assert torch.equal(encode_sentences(vae, rows, PAD)[0], encode_sentences(back, rows, PAD)[0])
+    assert torch.equal(encode_sentences(vae, rows, PAD)[1], encode_sentences(back, rows, PAD)[1])
+    assert torch.equal(vae.thought_decoder.logits(z, ids), back.thought_decoder.logits(z, ids))
+    assert (back.own_decoder is None) == (variant == "lora")
+    assert isinstance(back.encoder.lm, PeftModel) == ("lora" in variant)
+    assert fingerprint(back) == fingerprint(load_vae(tmp_path / "vae", backbone, CPU))
+    assert not back.training
+    assert not list(tmp_path.glob("**/*.writing")) and not list(tmp_path.glob("**/*.bin"))
+
+
+def move(vae: Vae) -> None:
+    """As if trained: every trainable parameter moves."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_saved_lora_vae_holds_no_copy_of_the_base(tmp_path: Path) -> None:
+    vae = new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(base_folder(tmp_path / "base"), LORA), "cpu")
+    save_vae(vae, tmp_path / "vae", base=str(tmp_path / "base"))
+    names = [name for file in (tmp_path / "vae").glob("**/*.safetensors") for name in load_file(file)]
+    assert any("lora_A" in name for name in names)
+    assert not [name for name in names if "embed" in name or "layernorm" in name or "base_layer" in name]
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    vae, same, other = tiny_vae(), tiny_vae(), tiny_vae(seed=8)
+    assert fingerprint(vae) == fingerprint(same) != fingerprint(other)
+    with torch.no_grad():
+        same.to_mean.bias[0] += 1e-6
+    assert fingerprint(vae) != fingerprint(same)
+
+
+def test_a_torn_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"base is no vae folder: ladir\.json is missing"):
+        load_vae(base, settings(base), CPU)
+    vae = new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(base), "cpu")
+    save_vae(vae, tmp_path / "vae", base=base)
+    with pytest.raises(ValueError, match="holds a 'vae', not a 'denoiser'"):
+        load_settings(tmp_path / "vae", "denoiser")
+    saved = json.loads((tmp_path / "vae" / "ladir.json").read_text())
+    saved["settings"]["latents_per_block"] = 3
+    (tmp_path / "vae" / "ladir.json").write_text(json.dumps(saved))
+    with pytest.raises((ValueError, RuntimeError), match=r"queries\.weight"):
+        load_vae(tmp_path / "vae", settings(base), CPU)
+
+
+def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    vae = new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(base), "cpu")
+    save_vae(vae, tmp_path / "vae", base=base)
+    move(vae)
+    save_vae(vae, tmp_path / "vae", base=base)
+    assert fingerprint(load_vae(tmp_path / "vae", settings(base), CPU)) == fingerprint(vae)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("shard_bytes", [1, 3000, 2**30])
+@torch.no_grad()
+def test_shards_of_any_size_are_a_hugging_face_folder(tmp_path: Path, kind: str, shard_bytes: int) -> None:
+    lm = tiny_lm(kind, dtype=torch.float32)
+    writer = ShardWriter(tmp_path, shard_bytes)
+    state = dict(own_state(lm))
+    for name, tensor in state.items():
+        writer.add(name, tensor)
+    writer.close()
+    lm.config.save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == {1: len(state), 2**30: 1}.get(shard_bytes, len(files)) and (shard_bytes == 2**30 or len(files) > 1)
+    assert sorted(name for file in files for name in load_file(file)) == sorted(state)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    back, report = loaded
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.tensor([sentences(1)[0]])
+    back.set_attn_implementation("eager")
+    assert torch.equal(back(ids).logits, lm(ids).logits)
+
+
+def test_a_streamed_lm_is_a_hugging_face_folder(tmp_path: Path) -> None:
+    """The stream is what ZeRO-3 gathers: plain names and one full tensor after another."""
+    backbone = Backbone(tiny_lm("qwen3", dtype=torch.bfloat16))
+    save_lm(backbone, tmp_path / "lm", ((name, tensor.clone()) for name, tensor in own_state(backbone)))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
+    assert back.dtype == torch.bfloat16 and back.config.architectures == ["Qwen3ForCausalLM"]
+    assert back.generation_config.eos_token_id == EOS
+    weights = dict(back.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in backbone.base.named_parameters())
