@@ -27,11 +27,15 @@ class ToyBatch:
 
 
 class ToyModel(nn.Module):
-    """Regression through a frozen layer; odd samples also go through a second head (the term ``odd``)."""
+    """Regression through a frozen layer; odd samples also go through a second head (the term ``odd``).
 
-    def __init__(self, width: int = 6, seed: int = 0) -> None:
+    ``optional_head``: that head is left out where a micro batch has no odd sample; ranks must then agree on that.
+    """
+
+    def __init__(self, optional_head: bool = False) -> None:
         super().__init__()
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
+        width, self.optional_head = 6, optional_head
         self.inner = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 15))
         self.frozen = nn.Linear(15, 8).requires_grad_(False)
         self.even_head = nn.Linear(8, 1)
@@ -43,7 +47,7 @@ class ToyModel(nn.Module):
         hidden = torch.tanh(self.frozen(self.inner(batch.inputs.to(dtype)))) * self.scale.to(dtype)
         odd = torch.tensor([number % 2 == 1 for number in batch.sample_ids])
         losses = {"all": (self.even_head(hidden).float().squeeze(1) - batch.targets).square().sum()}
-        if odd.any():
+        if odd.any() or not self.optional_head:
             losses["odd"] = (self.odd_head(hidden[odd]).float().squeeze(1) + batch.targets[odd]).square().sum()
         losses["metric/size"] = torch.tensor([float(hidden.detach().float().abs().sum()), float(hidden.numel())])
         return losses

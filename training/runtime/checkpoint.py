@@ -162,7 +162,17 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
         )
     if engine.world.is_main and state["ranks"] != engine.world.size:
         logger.info("%s was written by %d ranks: its state is redistributed", path, state["ranks"])
-    engine.load_state(Shards(path), state["step"])
+    error = ""
+    try:
+        shards = Shards(path)
+        shards.check(engine.trainable_sizes())
+        engine.load_state(shards, state["step"])
+    except (CheckpointError, OSError, SafetensorError) as caught:
+        error = str(caught)
+    errors = [error for error in engine.world.gather(error) if error]
+    if errors:
+        raise CheckpointError(errors[0])
+    engine.publish()
     return state
 
 
@@ -173,11 +183,23 @@ class Shards(StateReader):
         self._path = path
         self._files = [safe_open(file, framework="pt") for file in sorted(path.glob("rank-*.safetensors"))]
         self._where: dict[str, list[tuple[Any, int]]] = {}
+        self._sizes: dict[str, int] = {}
         self._keys = [set(file.keys()) for file in self._files]
         for file in self._files:
-            for name, start in (file.metadata() or {}).items():
+            for name, place in (file.metadata() or {}).items():
                 if name != "format":
-                    self._where.setdefault(name, []).append((file, int(start)))
+                    start, self._sizes[name] = map(int, place.split("/"))
+                    self._where.setdefault(name, []).append((file, start))
+
+    def check(self, sizes: dict[str, int]) -> None:
+        """Raise :class:`CheckpointError` unless these are the trained parameters, and their sizes, of the checkpoint."""
+        both = self._sizes.keys() | sizes.keys()
+        wrong = sorted(name for name in both if self._sizes.get(name) != sizes.get(name))
+        if wrong:
+            first = f"{wrong[0]} has {self._sizes.get(wrong[0], 'no')} elements there, {sizes.get(wrong[0], 'none')} here"
+            raise CheckpointError(
+                f"{self._path} is the checkpoint of another model: {len(wrong)} trained parameters differ ({first})"
+            )
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` from the parts that overlap ``[start, start + out.numel())``; raises CheckpointError on a gap."""
@@ -192,13 +214,11 @@ class Shards(StateReader):
                 out[low - start : high - start].copy_(part[low - first : high - first])
                 filled += high - low
         if filled != out.numel():
-            raise CheckpointError(
-                f"{self._path}: {filled} of {out.numel()} elements of {key} found: it is the checkpoint of another model"
-            )
+            raise CheckpointError(f"{self._path}: {filled} of {out.numel()} elements of {key} found: a rank's file is missing")
 
     def buffer(self, name: str) -> Tensor:
         """A persistent buffer of the model."""
         for file, keys in zip(self._files, self._keys, strict=True):
             if f"buffer/{name}" in keys:
                 return torch.as_tensor(file.get_tensor(f"buffer/{name}"))
-        raise CheckpointError(f"{self._path}: no buffer {name}: it is the checkpoint of another model")
+        raise CheckpointError(f"{self._path} is the checkpoint of another model: it has no buffer {name}")

@@ -79,6 +79,10 @@ def start(settings: DeepSpeedSettings) -> World:
     """
     complete_environment(os.environ)
     configure_logging(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        # Else DeepSpeed counts "devices" by running numactl in every step (4 ms).
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed  # slow to import, and --help must not wait for it
     import deepspeed.ops
 

@@ -133,11 +133,12 @@ class Engine:
         return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter]))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What a checkpoint holds of this rank: tensors by ``kind/parameter``, and where each parameter's part starts.
+        """What a checkpoint holds of this rank: tensors by ``kind/parameter``, and by parameter ``start/size`` of its part.
 
         Kinds are master, exp_avg, exp_avg_sq and ema.  Without ZeRO all ranks hold the same, so only rank 0 has any.
         """
         tensors: dict[str, Tensor] = {}
+        sizes = self.trainable_sizes()
         starts: dict[str, str] = {}
         if self.world.is_main:
             tensors.update({f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model)})
@@ -147,7 +148,7 @@ class Engine:
         for fragment in self.partitions.fragments:
             if fragment.numel == 0:
                 continue
-            starts[fragment.name] = str(fragment.start)
+            starts[fragment.name] = f"{fragment.start}/{sizes[fragment.name]}"
             for kind, values in kinds.items():
                 flat = values[fragment.master].detach().view(-1)
                 tensors[f"{kind}/{fragment.name}"] = flat[fragment.offset : fragment.offset + fragment.numel]
@@ -155,7 +156,10 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, shards: StateReader, steps: int) -> None:
-        """Take over the state saved after ``steps`` steps, by any number of ranks, under any ZeRO stage."""
+        """Read the state saved after ``steps`` steps, by any number of ranks, under any ZeRO stage.
+
+        Nothing collective happens here, so that a failure can be told to the other ranks; :meth:`publish` follows.
+        """
         for kind, values in self._kinds().items():
             for fragment in self.partitions.fragments:
                 flat = values[fragment.master].detach().view(-1)
@@ -165,7 +169,15 @@ class Engine:
         for name, buffer in persistent_buffers(self.model):
             buffer.copy_(shards.buffer(name))
         self.steps = steps
+
+    def publish(self) -> None:
+        """Bring what :meth:`load_state` read into the weights of all ranks (collective)."""
         self.partitions.publish()
+
+    def trainable_sizes(self) -> dict[str, int]:
+        """Number of elements of every trained parameter."""
+        named = self.model.named_parameters()
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
 
     def _kinds(self) -> dict[str, list[Tensor]]:
         states = self._optimizer_states()

@@ -77,6 +77,7 @@ class Trainer:
         self._saved_step = -1
         self._counts: dict[str, float] = {}
         self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
+        self._unlogged: tuple[float, float] | None = None
         self._started = 0.0
 
     def resume(self) -> None:
@@ -109,9 +110,13 @@ class Trainer:
         yield
         self._started += time.perf_counter() - start
 
+    def _seconds(self) -> float:
+        """Training seconds so far, by this rank's clock."""
+        return time.perf_counter() - self._started
+
     def agree(self, window: Window) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
-        seconds = time.perf_counter() - self._started if self.world.is_main else 0.0
+        seconds = self._seconds() if self.world.is_main else 0.0
         counts = [window.count(term) for term in self.phase.weights]
         values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
         *counts, tokens, wait, stops, seconds = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -165,18 +170,24 @@ class Trainer:
         """Count the step; log, validate and checkpoint where due."""
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
-        if step % self.settings.log_every == 0 or ahead >= 1:
-            self._log(lr, gradient_norm, ahead)
+        self._unlogged = (lr, gradient_norm)
+        if step % self.settings.log_every == 0:
+            self._log(ahead)
         if self.settings.validate_every and step % self.settings.validate_every == 0 and ahead < 1:
             self.validate()
         if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
             self.save()
 
-    def _log(self, lr: float, gradient_norm: float, ahead: float) -> None:
+    def _log(self, fraction: float) -> None:
+        """Write what was measured since the last time, if anything."""
+        if self._unlogged is None:
+            return
+        (lr, gradient_norm), self._unlogged = self._unlogged, None
         self.meters.collect(self.world)
         averages = self.meters.averages()
         self.meters.clear()
-        seconds = max(self.progress.seconds - self._interval["seconds"], 1e-9)
+        now = self._seconds()
+        seconds = max(now - self._interval["seconds"], 1e-9)
         speed = {
             "lr": lr,
             "grad_norm": gradient_norm,
@@ -184,13 +195,13 @@ class Trainer:
             "data_wait": self._interval["wait"] / seconds,
             "memory_gib": self._telemetry.memory_gib(),
             "epoch": self.progress.samples / self.phase.num_samples,
-            "seconds": self.progress.seconds,
+            "seconds": now,
         }
-        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": self.progress.seconds}
+        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": now}
         self.metrics.update(averages)
         self._telemetry.record("train", self.progress.step, {**averages, **speed})
         shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}
-        self._telemetry.progress(ahead, self.progress.step, {**averages, **shown})
+        self._telemetry.progress(fraction, self.progress.step, {**averages, **shown})
 
     def validate(self) -> None:
         """Validate now, off the clock."""
@@ -219,7 +230,8 @@ class Trainer:
         return self._outcome("interrupted")
 
     def finish(self) -> Outcome:
-        """At the end: validate, checkpoint, write the model, record the outcome."""
+        """At the end: log, validate, checkpoint, write the model, record the outcome."""
+        self._log(1.0)
         self.validate()
         self.save()
         self._write_model()

@@ -150,6 +150,10 @@ class WholeParameters:
             ordered = [parameter for group in private(optimizer, "fp16_groups") for parameter in group]
             self.keys = self.masters = [master for group in groups for master in group]
             self._low = [parameter.data for parameter in ordered]
+            # DeepSpeed made a step with zero gradients to create AdamW's state: undo its decay and its count.
+            optimizer.optimizer.state.clear()
+            for low, master in zip(self._low, self.masters, strict=True):
+                master.data.copy_(low)
         self.fragments = [Fragment(names[id(p)], 0, p.numel(), master, 0) for master, p in enumerate(ordered)]
 
     def gradients(self) -> list[Tensor]:

@@ -1,0 +1,184 @@
+"""The DeepSpeed adapter: gradients, stale gradients, averages, full weights, on two processes and on one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ladir.config import DeepSpeedSettings, TrainSettings
+from tests.distributed import ProcessGroup
+from tests.toy_phase import ToyModel, ToyPhase
+from training.runtime.distributed import World
+from training.runtime.ds_config import DeepSpeedConfigError, read_ds_config
+from training.runtime.engine import Engine
+
+STAGES = [0, 2, 3]
+
+
+def make_engine(world: World, stage: int, dtype: str = "float32", **train: Any) -> Engine:
+    settings = dataclasses.replace(TrainSettings(), weight_decay=0.0, max_grad_norm=0.0, **train)
+    return Engine(ToyModel(optional_head=True), settings, dtype, DeepSpeedSettings(config=f"ds_configs/zero{stage}.json"), world)
+
+
+def weights(engine: Engine, ema: bool = False) -> dict[str, Tensor]:
+    """Full weights on every rank."""
+    state = {name: value.float() for name, value in engine.full_state(ema)}
+    return engine.world.broadcast(state)
+
+
+def one_step(engine: Engine, micro_batches: list[list[int]], lr: float = 0.01) -> float:
+    """A step on these micro batches (the same on every rank); returns the gradient norm."""
+    phase = ToyPhase()
+    for number, indices in enumerate(micro_batches):
+        outputs = engine.forward(phase.collate(indices, indices, training=False))
+        loss = torch.stack([value for name, value in outputs.items() if not name.startswith("metric")]).sum()
+        engine.backward(loss / engine.world.size, last=number + 1 == len(micro_batches))
+    norm = float(engine.world.sum(engine.gradient_square().reshape(1)).sqrt())
+    engine.step(lr)
+    return norm
+
+
+def reference_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[list[int]]) -> float:
+    """The same step in plain PyTorch; an unused parameter has gradient zero."""
+    phase = ToyPhase()
+    for indices in micro_batches:
+        outputs = model(phase.collate(indices, indices, training=False))
+        torch.stack([value for name, value in outputs.items() if not name.startswith("metric")]).sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    norm = float(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+STEPS = [[[1, 2], [3, 4]], [[2, 4], [6, 8]], [[2, 6], [3, 5]]]
+"""Step 1 uses the odd head, step 2 does not, step 3 only in its second micro batch."""
+
+
+def unused_branch(world: World, stage: int) -> dict[str, Any]:
+    engine, model = make_engine(world, stage, beta1=0.0), ToyModel(optional_head=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], betas=(0.0, 0.999), weight_decay=0.0, lr=0.01
+    )
+    moved, gaps, norms = [], [], []
+    for micro_batches in STEPS:
+        before = weights(engine)
+        norms.append((one_step(engine, micro_batches), reference_step(model, optimizer, micro_batches)))
+        after = weights(engine)
+        moved.append(float((after["odd_head.weight"] - before["odd_head.weight"]).abs().max()))
+        gaps.append(max(float((after[name] - value.detach()).abs().max()) for name, value in model.state_dict().items()))
+    return {"moved": moved, "gaps": gaps, "norms": norms}
+
+
+def unused_branch_undefended(world: World) -> list[float]:
+    engine = make_engine(world, 3, beta1=0.0)
+    engine.partitions.clear_gradients = lambda: None  # type: ignore[method-assign]
+    moved = []
+    for micro_batches in STEPS[:2]:
+        before = weights(engine)
+        one_step(engine, micro_batches)
+        moved.append(float((weights(engine)["odd_head.weight"] - before["odd_head.weight"]).abs().max()))
+    return moved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_without_gradient_keeps_its_value(two_processes: ProcessGroup, stage: int) -> None:
+    for result in two_processes.run(unused_branch, stage):
+        assert result["moved"][0] > 1e-3 and result["moved"][2] > 1e-3
+        assert result["moved"][1] == 0.0
+        assert max(result["gaps"]) < 1e-5
+        for ours, reference in result["norms"]:
+            assert ours == pytest.approx(reference, rel=1e-5)
+
+
+def test_without_the_defence_stale_gradients_are_applied(two_processes: ProcessGroup) -> None:
+    assert two_processes.run(unused_branch_undefended)[0][1] > 1e-3
+
+
+def averages(world: World, stage: int, dtype: str) -> dict[str, float]:
+    engine = make_engine(world, stage, dtype, ema=0.9)
+    expected = weights(engine)
+    masters_before = None
+    for number in range(4):
+        one_step(engine, [[1, 2], [3, 4]])
+        decay = min(0.9, (2 + number) / (11 + number))
+        now = weights(engine)
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in now.items()}
+        masters_before = [master.detach().clone() for master in engine.partitions.masters]
+    averaged, plain = weights(engine, ema=True), weights(engine)
+    with engine.averaged_weights():
+        phase = ToyPhase()
+        inside = float(engine.evaluate(phase.collate([1, 2], [0, 1], training=False))["all"])
+    model = ToyModel()
+    model.load_state_dict(averaged)
+    outside = float(model(phase.collate([1, 2], [0, 1], training=False))["all"].detach())
+    restored = all(torch.equal(a, b) for a, b in zip(masters_before or [], engine.partitions.masters, strict=True))
+    return {
+        "gap": max(float((averaged[name] - expected[name]).abs().max()) for name in expected),
+        "distance": max(float((averaged[name] - plain[name]).abs().max()) for name in expected),
+        "loss_gap": abs(inside - outside),
+        "restored": restored,
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_averaged_weights_equal_a_reference(two_processes: ProcessGroup, stage: int, dtype: str, tolerance: float) -> None:
+    for result in two_processes.run(averages, stage, dtype):
+        assert result["gap"] < tolerance
+        assert result["distance"] > 5e-3
+        assert result["loss_gap"] < max(tolerance, 1e-5)
+        assert result["restored"]
+
+
+def full_states(world: World, stage: int) -> dict[str, Any]:
+    engine, reference = make_engine(world, stage), ToyModel().state_dict()
+    yielded = dict(engine.full_state(ema=False))
+    names = world.gather(sorted(yielded))
+    equal = all(torch.equal(value, reference[name]) for name, value in yielded.items())
+    first = engine.frozen_fingerprint()
+    changed = ToyModel()
+    with torch.no_grad():
+        changed.frozen.weight[3, 5] += 1e-3
+    settings = DeepSpeedSettings(config=f"ds_configs/zero{stage}.json")
+    other = Engine(changed, TrainSettings(), "float32", settings, world).frozen_fingerprint()
+    trained = make_engine(world, stage)
+    one_step(trained, [[1, 2]])
+    return {"names": names, "equal": equal, "fingerprints": (first, other, trained.frozen_fingerprint())}
+
+
+def test_full_state_and_fingerprint(two_processes: ProcessGroup, one_process: ProcessGroup) -> None:
+    seen = set()
+    for stage in STAGES:
+        results = [*two_processes.run(full_states, stage), *one_process.run(full_states, stage)]
+        for result in results:
+            assert result["names"][0] == sorted(ToyModel().state_dict())
+            assert all(names == [] for names in result["names"][1:])
+            assert result["equal"]
+            first, other, trained = result["fingerprints"]
+            assert first == trained != other
+            seen.add(first)
+    assert len(seen) == 1
+
+
+def test_a_ds_config_that_sets_what_we_decide_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    settings = {"train_batch_size": 8, "optimizer": {}, "zero_optimization": {"stage": 1}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        read_ds_config(str(file))
+    assert "train_batch_size" in str(caught.value) and "global_batch" in str(caught.value)
+    assert "optimizer" in str(caught.value) and "stage=1" in str(caught.value)
+    file.write_text("{")
+    with pytest.raises(DeepSpeedConfigError, match=r"ds\.json:1: not JSON"):
+        read_ds_config(str(file))
+    with pytest.raises(DeepSpeedConfigError, match=r"zero3\.json"):
+        read_ds_config("nowhere.json")

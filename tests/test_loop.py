@@ -1,0 +1,184 @@
+"""The train loop on one and two processes: accumulation, ranks, resume, bad numbers, signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import ProcessGroup
+from tests.toy_phase import ToyPhase, toy_config
+from training.runtime.distributed import World
+from training.runtime.loop import NonFiniteError, train
+from training.runtime.run import Outcome, RunConflict, open_run
+
+HIDDEN = ("phase", "kind", "tokens_per_second", "data_wait", "memory_gib", "seconds")
+
+
+def run_toy(
+    world: World, folder: Path, stage: int = 3, dtype: str = "float32", stop_at: int | None = None, **train_settings: Any
+) -> Outcome:
+    """Train the toy; rank ``world.size - 1`` is signalled while it collates the sample of number ``stop_at``."""
+    phase = ToyPhase()
+    if stop_at is not None and world.rank == world.size - 1:
+
+        def signal_once(numbers: list[int]) -> None:
+            if stop_at in numbers:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+        phase.before_collate = signal_once
+    with open_run(toy_config(folder, stage, dtype, **train_settings), "ar", world) as run:
+        return train(run, phase)
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The logged numbers, without what depends on time."""
+    rows = [json.loads(line) for line in (folder / "toy" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows if row["kind"] == kind]
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "toy" / "models" / "ar" / "model.safetensors")
+
+
+def assert_close(folder: Path, reference: Path, tolerance: float) -> None:
+    for row, expected in zip(records(folder), records(reference), strict=True):
+        assert row == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    ours, theirs = model(folder), model(reference)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
+
+
+def assert_identical(folder: Path, reference: Path) -> None:
+    assert records(folder) == records(reference)
+    assert records(folder, "validation") == records(reference, "validation")
+    ours, theirs = model(folder), model(reference)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_ranks_accumulation_and_stages_change_nothing(
+    two_processes: ProcessGroup, one_process: ProcessGroup, tmp_path: Path
+) -> None:
+    """Global batch 8 as 1 x 8, 2 x 4, 4 x 2, 8 x 1 and on two ranks, with ZeRO 0, 2 and 3: the same losses and weights."""
+    one_process.run(run_toy, tmp_path / "reference", 0, "float32", None)
+    reference = tmp_path / "reference"
+    for micro in (8, 4, 2, 1):
+        for stage in (3, 2, 0):
+            folder = tmp_path / f"one-{stage}-{micro}"
+            settings = toy_settings(micro_batch=micro)
+            one_process.run(run_with, folder, stage, "float32", settings)
+            assert_close(folder, reference, 2e-5)
+            if micro <= 4:
+                folder = tmp_path / f"two-{stage}-{micro}"
+                two_processes.run(run_with, folder, stage, "float32", settings)
+                assert_close(folder, reference, 2e-5)
+    assert len({row["loss"] for row in records(reference)}) == 6
+
+
+def toy_settings(**settings: Any) -> dict[str, Any]:
+    return settings
+
+
+def run_with(world: World, folder: Path, stage: int, dtype: str, settings: dict[str, Any], stop_at: int | None = None) -> Outcome:
+    return run_toy(world, folder, stage, dtype, stop_at, **settings)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(3, "float32"), (3, "bfloat16"), (2, "bfloat16"), (0, "float32")])
+def test_interrupted_runs_joined_equal_an_undisturbed_one(
+    two_processes: ProcessGroup, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    """Two signals on one rank, in the middle of an epoch (20 samples, batch 8) and of a log interval."""
+    settings = toy_settings(max_steps=9, ema=0.9, log_every=2, validate_every=4, micro_batch=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    two_processes.run(run_with, whole, stage, dtype, settings)
+    steps = []
+    for stop_at in (23, 47):
+        outcomes = two_processes.run(run_with, parts, stage, dtype, settings, stop_at)
+        assert {outcome.status for outcome in outcomes} == {"interrupted"}
+        assert (parts / "toy" / "INTERRUPTED").is_file()
+        steps.append(outcomes[0].steps)
+    last = two_processes.run(run_with, parts, stage, dtype, settings)
+    assert [outcome.finished for outcome in last] == [True, True]
+    assert not (parts / "toy" / "INTERRUPTED").exists()
+    assert 0 < steps[0] < steps[1] < 9
+    assert_identical(parts, whole)
+
+
+def finish_twice(world: World, folder: Path) -> tuple[Outcome, Outcome, str]:
+    first = run_toy(world, folder)
+    second = run_toy(world, folder)
+    try:
+        run_toy(world, folder, lr=0.5)
+    except RunConflict as error:
+        return first, second, str(error)
+    return first, second, ""
+
+
+def test_a_finished_phase_returns_at_once_and_other_settings_are_refused(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    for first, second, conflict in two_processes.run(finish_twice, tmp_path):
+        assert first == second and first.finished and first.steps == 6
+        assert "ar.train.lr: 0.01 -> 0.5" in conflict and "run.name" in conflict
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def poisoned(world: World, folder: Path) -> str:
+    config = toy_config(folder, checkpoint_every=2, micro_batch=2)
+    try:
+        with open_run(config, "ar", world) as run:
+            train(run, ToyPhase(poison=29))
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("group", ["one_process", "two_processes"])
+def test_a_nan_in_a_batch_stops_the_run_before_it_does_harm(group: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Sample number 29 is in step 4, micro batch 3 of 4 by numbers 28, 29: rank 0 of 2."""
+    processes: ProcessGroup = request.getfixturevalue(group)
+    messages = processes.run(poisoned, tmp_path)
+    assert len(set(messages)) == 1
+    expected = ToyPhaseOrder().ids([28, 29])
+    assert "step 4" in messages[0] and f"rank 0, samples [{expected}]" in messages[0]
+    checkpoints = tmp_path / "toy" / "checkpoints" / "ar"
+    assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-00000002"]
+    assert [row["step"] for row in records(tmp_path)] == [1, 2, 3]
+    processes.run(run_with, tmp_path, 3, "float32", toy_settings(checkpoint_every=2, micro_batch=2))
+    clean = tmp_path / "clean"
+    processes.run(run_with, clean, 3, "float32", toy_settings(checkpoint_every=2, micro_batch=2))
+    assert_identical(tmp_path, clean)
+
+
+class ToyPhaseOrder:
+    """Which samples stand at given numbers of a toy run."""
+
+    def ids(self, numbers: list[int]) -> list[int]:
+        from training.runtime.sampler import DataOrder
+
+        order = DataOrder(ToyPhase().num_samples, 8, 0)
+        return [order.index(number) for number in numbers]
+
+
+def bounded_by_seconds(world: World, folder: Path) -> Outcome:
+    return run_toy(world, folder, max_steps=None, max_seconds=0.5, log_every=1000)
+
+
+def test_seconds_bound_a_run_on_all_ranks_alike(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    outcomes = two_processes.run(bounded_by_seconds, tmp_path)
+    assert outcomes[0].steps == outcomes[1].steps > 1
+    assert outcomes[0].seconds == outcomes[1].seconds >= 0.5
+    assert records(tmp_path)[-1]["step"] == outcomes[0].steps
+
+
+def test_epochs_bound_a_run(one_process: ProcessGroup, tmp_path: Path) -> None:
+    settings = toy_settings(max_steps=None, max_epochs=2.0)
+    outcome = one_process.run(run_with, tmp_path, 0, "float32", settings)[0]
+    assert (outcome.steps, outcome.samples) == (5, 40)
+    assert records(tmp_path)[-1]["epoch"] == 2.0
+    assert dataclasses.asdict(outcome)["metrics"].keys() >= {"all", "odd", "loss", "size", "validation/loss"}

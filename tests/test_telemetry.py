@@ -1,0 +1,178 @@
+"""Records, lines, signals and the environment of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ladir.config import Config
+from tests.toy_phase import toy_config
+from training.runtime.distributed import LaunchError, World, complete_environment
+from training.runtime.meters import Meters
+from training.runtime.preemption import StopRequest
+from training.runtime.run import Run, RunFolder, relevant_settings
+from training.runtime.telemetry import Telemetry, withdraw
+from training.runtime.validation import share
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    config = toy_config(tmp_path)
+    config.telemetry.tensorboard = True
+    run = Run(config, "ar", ALONE)
+    run.prepare()
+    return run
+
+
+def steps(file: Path, phase: str = "ar") -> list[int]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row["step"] for row in rows if row["phase"] == phase]
+
+
+def tensorboard_steps(folder: Path, tag: str) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
+    run.folder.metrics.write_text('{"phase": "vae", "kind": "train", "step": 9, "loss": 1}\n')
+    with Telemetry(run, 0) as telemetry:
+        for step in range(1, 6):
+            telemetry.record("train", step, {"loss": 1.0 / step})
+    with run.folder.metrics.open("a") as file:
+        file.write('{"phase": "ar", "ste')  # torn by a kill
+    with Telemetry(run, 3) as telemetry:
+        telemetry.record("train", 4, {"loss": 0.5})
+        telemetry.text("sample", "a thought", 4)
+        telemetry.histogram("latents", torch.randn(8), 4)
+    assert steps(run.folder.metrics) == [1, 2, 3, 4]
+    assert steps(run.folder.metrics, "vae") == [9]
+    assert tensorboard_steps(run.folder.tensorboard("ar"), "train/loss") == [1, 2, 3, 4]
+
+
+def test_values_that_are_not_numbers_stay_valid_json(run: Run) -> None:
+    with Telemetry(run, 0) as telemetry:
+        telemetry.record("train", 1, {"loss": math.nan, "norm": math.inf, "lr": 0.5})
+    row = json.loads(run.folder.metrics.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (row["loss"], row["norm"], row["lr"]) == (None, None, 0.5)
+
+
+def test_lines_are_not_written_more_often_than_asked(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Telemetry(run, 0) as telemetry:
+        for step in range(1, 11):
+            telemetry.progress(step / 10, step, {"loss": 1234.5, "lr": 1e-5})
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "step 1 " in lines[0] and "100% step 10 loss 1234 lr 1e-05" in lines[1]
+
+
+def test_other_ranks_write_nothing(run: Run) -> None:
+    other = Run(run.config, "ar", World(1, 2, 1, torch.device("cpu")))
+    with Telemetry(other, 0) as telemetry:
+        telemetry.record("train", 1, {"loss": 1.0})
+        telemetry.progress(1.0, 1, {"loss": 1.0})
+        telemetry.text("sample", "text", 1)
+    assert not run.folder.metrics.exists() and not run.folder.tensorboard("ar").exists()
+    withdraw(run.folder.metrics, "ar", 0)
+
+
+def test_meters_average_over_labels_and_survive_a_checkpoint() -> None:
+    meters = Meters({"flow": 5.0, "stop": 1.0})
+    assert meters.add_losses({"flow": 6.0, "stop": 0.0}, {"flow": 3.0, "stop": 0.0}) == 10.0
+    meters.add_metrics({"metric/accuracy": torch.tensor([3.0, 4.0]), "flow": torch.tensor(1.0)})
+    meters.collect(ALONE)
+    resumed = Meters({"flow": 5.0, "stop": 1.0})
+    resumed.load(json.loads(json.dumps(meters.state())))
+    for meter in (meters, resumed):
+        meter.add_losses({"flow": 2.0, "stop": 4.0}, {"flow": 1.0, "stop": 4.0})
+        assert meter.averages() == {"flow": 2.0, "stop": 1.0, "loss": 10.5, "accuracy": 0.75}
+    meters.clear()
+    assert meters.averages() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_only_set_a_flag_and_are_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest("USR1") as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) == before
+    with pytest.raises(ValueError, match="stop_signal=USR9"):
+        StopRequest("USR9")
+
+
+def test_plain_python_is_one_process() -> None:
+    environment: dict[str, str] = {}
+    complete_environment(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) > 0
+
+
+def test_srun_tasks_are_ranks_and_a_batch_step_is_one_process() -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    environment = {**step, "SLURM_JOB_ID": "123", "MASTER_ADDR": "node7"}
+    complete_environment(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("3", "4", "1")
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node7", "20123")
+    batch = {"SLURM_JOB_ID": "123", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    complete_environment(batch)
+    assert batch["WORLD_SIZE"] == "1"
+
+
+def test_half_an_environment_is_refused() -> None:
+    with pytest.raises(LaunchError, match="WORLD_SIZE, MASTER_ADDR"):
+        complete_environment({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"})
+
+
+def test_only_settings_that_change_a_phase_conflict() -> None:
+    config = Config()
+    before = {phase: relevant_settings(dataclasses.asdict(config), phase) for phase in ("vae", "denoiser", "ar")}
+    config.telemetry.progress, config.vae.train.log_every, config.denoiser.train.micro_batch = "lines", 1, 1
+    config.sample.num_steps, config.deepspeed.config, config.run.name = 3, "other.json", "other"
+    assert before == {phase: relevant_settings(dataclasses.asdict(config), phase) for phase in before}
+    config.vae.train.lr, config.vae.latent_dim = 9.0, 7
+    after = {phase: relevant_settings(dataclasses.asdict(config), phase) for phase in before}
+    assert after["ar"] == before["ar"]
+    assert after["vae"]["vae.train.lr"] == 9.0 and "vae.train.lr" not in after["denoiser"]
+    assert after["denoiser"]["vae.latent_dim"] == 7
+
+
+def test_folders_appear_whole_or_not_at_all(run: Run) -> None:
+    target = run.folder.model("ar")
+    with pytest.raises(RuntimeError), run.new_folder(target) as folder:
+        (folder / "weights").write_text("half")
+        raise RuntimeError
+    assert not target.exists()
+    for content in ("first", "second"):
+        with run.new_folder(target) as folder:
+            (folder / "weights").write_text(content)
+        assert (target / "weights").read_text() == content
+    assert [path.name for path in target.parent.iterdir()] == ["ar"]
+
+
+def test_the_run_folder_records_where_it_comes_from(run: Run) -> None:
+    environment = json.loads((run.folder.path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and "commit" in environment
+    assert RunFolder(run.config).config("ar").read_text() == (run.folder.path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("samples", "micro", "ranks"), [(8, 4, 2), (9, 4, 2), (3, 4, 2), (1, 1, 3)])
+def test_validation_shares_cover_each_sample_once_in_equal_rounds(samples: int, micro: int, ranks: int) -> None:
+    shares = [share(samples, micro, World(rank, ranks, rank, torch.device("cpu"))) for rank in range(ranks)]
+    assert len({len(part) for part in shares}) == 1
+    counted = [index for part in shares for (indices, _), real in part if real for index in indices]
+    assert sorted(counted) == list(range(samples))
