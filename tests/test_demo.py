@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ladir.config_loader import parse_args
 from training.demo import Demo, Stage, _add_arguments
-from training.jobs import LAUNCHER, last_line, launcher_command, run_job
+from training.jobs import LAUNCHER, launcher_command, run_job, tail
 from training.runtime.files import write_json
 
 OUTCOME: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
@@ -56,14 +56,13 @@ def test_a_job_reports_status_time_and_memory_and_keeps_its_output(tmp_path: Pat
     assert result.status == 3
     assert 0 <= max(seen) <= result.seconds
     assert {"hello", "bye"} <= set((tmp_path / "logs" / "a.log").read_text().split())
-    assert last_line(tmp_path / "logs" / "a.log") in ("hello", "bye")
 
 
 def test_an_interrupted_job_may_save_before_it_ends(tmp_path: Path) -> None:
     log, saved = tmp_path / "a.log", tmp_path / "saved"
 
     def interrupt(_: float) -> None:
-        if last_line(log) == "ready":
+        if tail(log, 1) == ["ready"]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -72,12 +71,13 @@ def test_an_interrupted_job_may_save_before_it_ends(tmp_path: Path) -> None:
     assert not [child for child in psutil.Process().children(recursive=True) if str(saved) in child.cmdline()]
 
 
-def test_the_last_line_is_found_in_long_logs_and_absent_in_empty_ones(tmp_path: Path) -> None:
+def test_the_tail_of_a_log_leaves_out_the_launcher_and_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("")
-    assert last_line(path) == ""
-    path.write_text("é" * 5000 + "\nstep 1\rstep 2\n\n[2026-01-31 12:00:00,123] [INFO] [launch.py] spawned\n")
-    assert last_line(path) == "step 2"
+    assert tail(path, 3) == []
+    path.write_text("é" * 20_000 + "\nstep 1\rstep 2\n\n[2026-01-31 12:00:00,123] [INFO] [launch.py] spawned\n")
+    assert tail(path, 1) == ["step 2"]
+    assert tail(path, 2) == ["step 1", "step 2"]
 
 
 def test_the_launcher_runs_the_entry_point_on_as_many_ranks_on_a_port_of_its_own() -> None:

@@ -26,7 +26,7 @@ from ladir.config_loader import parse_args
 from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
-from training.jobs import last_line, launcher_command, run_job
+from training.jobs import launcher_command, run_job, tail
 from training.runtime.files import write_json
 from training.runtime.run import RunFolder, relevant_settings
 
@@ -133,7 +133,7 @@ class Demo:
 
             def watch(seconds: float) -> None:
                 width = self.console.width - 4
-                line = Text(f"  {last_line(log)}"[:width], style="dim")
+                line = Text("  ".join(["", *tail(log, 1)])[:width], style="dim")
                 status.update(Group(Text(f"{label}  {_clock(seconds)}"[:width]), line))
 
             try:
@@ -150,10 +150,10 @@ class Demo:
         self._line(f"{label}: {_clock(result.seconds)}")
 
     def _fail(self, label: str, log: Path, status: int) -> NoReturn:
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]:
+        for line in tail(log, LOG_TAIL):
             self._line(f"    {line}")
         self._line(f"{label}: failed with status {status}; the lines above end {log}")
-        self._line("Running the same command again repeats this stage from its last checkpoint.")
+        self._line("When the cause is mended, the same command continues from the last checkpoint.")
         sys.exit(1)
 
     def _fingerprint(self, stage: Stage, command: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import psutil
 
 LAUNCHER = "deepspeed.launcher"
 LAUNCHER_LINE = re.compile(r"\[\d{4}-\d\d-\d\d ")
+TAIL_BYTES = 16384
 POLL_SECONDS = 0.2
 MEMORY_EVERY_SECONDS = 2.0
 GRACE_SECONDS = 120.0
@@ -66,12 +67,12 @@ def run_job(command: Sequence[str], log: Path, ranks: int, watch: Callable[[floa
     return JobResult(job.returncode, time.monotonic() - start, peak)
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something, the launcher's own lines passed over; only the log's end is read."""
+def tail(log: Path, count: int) -> list[str]:
+    """The last ``count`` lines of a log that say something, without the launcher's own; only the log's end is read."""
     with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip() and not LAUNCHER_LINE.match(line)), "")
+    return [line for line in lines if line.strip() and not LAUNCHER_LINE.match(line)][-count:]
 
 
 def _environment(ranks: int) -> dict[str, str]:
