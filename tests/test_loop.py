@@ -176,6 +176,18 @@ def test_seconds_bound_a_run_on_all_ranks_alike(two_processes: ProcessGroup, tmp
     assert records(tmp_path)[-1]["step"] == outcomes[0].steps
 
 
+def initial_weights(world: World, folder: Path, phase: str) -> list[torch.Tensor]:
+    with open_run(toy_config(folder), phase, world):
+        return [torch.randn(3), torch.nn.Linear(2, 2).weight.detach()]
+
+
+def test_initial_weights_follow_from_the_seed(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    (first, other), (again, _), (ar, _) = (two_processes.run(initial_weights, tmp_path, name) for name in ("base", "base", "ar"))
+    for value, on_other_rank, repeated, of_other_phase in zip(first, other, again, ar, strict=True):
+        assert torch.equal(value, on_other_rank) and torch.equal(value, repeated)
+        assert not torch.equal(value, of_other_phase)
+
+
 def test_epochs_bound_a_run(one_process: ProcessGroup, tmp_path: Path) -> None:
     settings = toy_settings(max_steps=None, max_epochs=2.0)
     outcome = one_process.run(run_with, tmp_path, 0, "float32", settings)[0]

@@ -34,6 +34,10 @@ class Engine:
         import deepspeed as ds
 
         self.world, self.train_settings = world, train
+        for parameter in model.parameters():
+            # DeepSpeed casts only to bf16, and nothing at all once a part of the model was sharded while loading.
+            if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(DTYPES[dtype])
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         config = complete_ds_config(read_ds_config(deepspeed.config), train, DTYPES[dtype], world.size)
         self.stage = zero_stage(config)

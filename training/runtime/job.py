@@ -9,13 +9,26 @@ from contextlib import contextmanager
 from ladir.config import Config
 from ladir.config_loader import parse_args
 from ladir.data.records import BadRecords
+from training.runtime.checkpoint import CheckpointError
 from training.runtime.distributed import LaunchError, start, stop
+from training.runtime.ds_config import DeepSpeedConfigError
+from training.runtime.loop import NonFiniteError
 from training.runtime.run import Run, RunConflict, open_run
+from training.runtime.sampler import BatchSizeError
 
 logger = logging.getLogger(__name__)
 
 #: errors whose message says all: no traceback is shown for them
-USER_ERRORS = (BadRecords, FileNotFoundError, LaunchError, RunConflict)
+USER_ERRORS = (
+    BadRecords,
+    BatchSizeError,
+    CheckpointError,
+    DeepSpeedConfigError,
+    FileNotFoundError,
+    LaunchError,
+    NonFiniteError,
+    RunConflict,
+)
 
 
 @contextmanager

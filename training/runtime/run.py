@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -29,12 +32,12 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
 INTERRUPTED = "INTERRUPTED"
 
-IRRELEVANT = ("run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "data.test",
+IRRELEVANT = ("run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.", "data.test",
               "data.validation", "data.on_bad_record")  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
 )  # fmt: skip
-SECTIONS = {"vae": ("vae",), "denoiser": ("vae", "latents", "denoiser")}
+SECTIONS = {"vae": ("vae",), "latents": ("vae", "latents"), "denoiser": ("vae", "latents", "denoiser")}
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
 
 
@@ -181,12 +184,22 @@ class Run:
 def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     """``with open_run(config, "vae", world) as run:`` prepares the run folder and listens to the stop signals.
 
+    Random numbers are seeded on all ranks alike, so that what is built inside starts from the same weights each time.
     Raises :class:`RunConflict` when the folder cannot be used.
     """
     run = Run(config, phase, world)
     run.prepare()
+    seed_everything(config.run.seed, phase)
     with run.stop:
         yield run
+
+
+def seed_everything(seed: int, phase: str) -> None:
+    """Seed Python, numpy and torch from the run's seed and the phase's name."""
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed}:{phase}".encode(), digest_size=4).digest(), "little")
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
 
 
 def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
