@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -104,10 +105,13 @@ class Reasoner:
             sampler=sampler,
             answer_temperature=answer_temperature,
         )
-        if any(not question.strip() for question in questions):
-            raise ValueError("a question is empty")
-        if not questions or num_trajectories < 1:
-            return [[] for _ in questions]
+        if num_trajectories < 1:
+            raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
+        empty = next((i for i, question in enumerate(questions) if not question.strip()), None)
+        if empty is not None:
+            raise ValueError(f"question {empty + 1} is empty")
+        if not questions:
+            return []
         noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(num_trajectories)])
         owner = torch.arange(len(questions), device=self.device).repeat_interleave(num_trajectories)
         prefix = self._question_prefix(questions, owner, settings.guidance_scale != 1.0)
@@ -128,7 +132,12 @@ class Reasoner:
         problems = [f"{name} must be at least 1" for name in ("num_steps", "max_blocks") if getattr(settings, name) < 1]
         if settings.sampler not in ("ode", "sde"):
             problems.append(f"sampler must be ode or sde, not {settings.sampler!r}")
-        problems += [f"{n} must not be negative" for n in ("initial_noise", "answer_temperature") if getattr(settings, n) < 0]
+        for name in ("initial_noise", "answer_temperature", "diversity_scale", "guidance_scale"):
+            value = getattr(settings, name)
+            if not math.isfinite(value):
+                problems.append(f"{name} must be a finite number, not {value}")
+            elif value < 0 and name != "guidance_scale":
+                problems.append(f"{name} must not be negative")
         if problems:
             raise ValueError("; ".join(problems))
         return settings

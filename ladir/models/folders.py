@@ -24,7 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
 from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm
 from ladir.models.denoiser import Denoiser
-from ladir.models.store import HEADS_FILE, SETTINGS_FILE, State, load_heads, load_settings, own_state, save_model
+from ladir.models.store import (
+    HEADS_FILE,
+    SETTINGS_FILE,
+    State,
+    load_heads,
+    load_settings,
+    own_state,
+    save_model,
+    without_adapters,
+)
 from ladir.models.vae import ThoughtDecoder, Vae
 
 _ADAPTER_FILE = "adapter_config.json"
@@ -66,13 +75,18 @@ def save_denoiser(
 
 
 def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Backbone | None = None) -> None:
-    """Write the decoding half of a VAE; where its LM is ``shared`` with the denoiser (adapters off), only the head."""
+    """Write the decoding half of a VAE; where its LM is ``shared`` with the denoiser (adapters off), only the head.
+
+    Adapters take no part in decoding and are left out.
+    """
     is_shared = decoder.backbone is shared
     holder = nn.ModuleDict({"from_latent": decoder.from_latent})
+    lms = {}
     if not is_shared:
-        holder["backbone"] = decoder.backbone
-    lms = {} if is_shared else {"backbone.lm.": (decoder.backbone, "")}
-    save_model(holder, own_state(holder), folder, lms, {"kind": "thought_decoder", "base": None, "shared": is_shared})
+        holder["backbone"] = plain = Backbone(decoder.backbone.base)
+        lms["backbone.lm."] = (plain, "")
+    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared}
+    save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
 
 
 def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> Vae:

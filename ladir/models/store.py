@@ -150,6 +150,13 @@ def own_state(module: nn.Module) -> State:
         yield name, tensor
 
 
+def without_adapters(state: State) -> State:
+    """The base LM's tensors out of an adapted one's, under the names they have without adapters."""
+    for name, tensor in state:
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), tensor
+
+
 def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     """``ladir.json`` of a model folder; ValueError names the folder when it is missing, torn or of another kind."""
     path = Path(folder) / SETTINGS_FILE

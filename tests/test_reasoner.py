@@ -1,0 +1,527 @@
+"""The reasoner: cached sampling against sampling that computes the whole sequence anew at every step, and its controls."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
+from ladir.inference.ar import complete
+from ladir.inference.decode import choose_tokens
+from ladir.inference.guidance import diversity_force
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.layout import Mark
+from ladir.models import flow
+from ladir.models.backbone import Backbone, build_backbone
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import assemble_export, load_export, new_vae, save_denoiser, save_vae
+from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.reasoner import Reasoner, Trajectory
+from ladir.tokens import build_word_tokenizer, decode_text, encode_text
+from tests.reference import clean_group, noisy_group, plain_forward, question_groups
+from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, tiny_denoiser, tiny_lm, tiny_vae
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+QUESTIONS = ["a b c", "d", "e f g h i"]
+SETTINGS = SampleSettings(num_steps=3, max_blocks=3, max_answer_tokens=5, max_thought_tokens=5)
+LORA = LoraSettings(rank=2, alpha=4.0)
+CPU = torch.device("cpu")
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """One token per letter: 29 with <pad>, <eos>, <unk>."""
+    return build_word_tokenizer(LETTERS)
+
+
+def undecided(denoiser: Denoiser) -> Denoiser:
+    """The stop head leans on the block's content, so that trajectories differ in length."""
+    with torch.no_grad():
+        denoiser.stop_head.weight.mul_(3.0)
+        denoiser.stop_head.bias.fill_(-0.5)
+    return denoiser
+
+
+def tiny_reasoner(kind: str = "llama", attention: str = "eager", objective: str = "velocity", **controls: Any) -> Reasoner:
+    denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), objective=objective))
+    return Reasoner(denoiser, tiny_vae(kind).thought_decoder, tokenizer(), replace(SETTINGS, **controls))
+
+
+# --- the obvious version -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlainTrajectory:
+    path: list[list[Tensor]]  # per block: the estimate of the clean latents after every step
+    blocks: list[Tensor]
+    stopped: bool
+    answer: list[int]
+
+
+def plain_velocity(reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: float, hidden: bool) -> Tensor:
+    """The network's velocity for one noisy block, from the whole sequence."""
+    d = reasoner.denoiser
+    clean = [clean_group(d, block) for block in blocks]
+    time = torch.tensor(t)
+    states = plain_forward(d.backbone, [*question_groups(d, ids, hidden), *clean, noisy_group(d, z, time)])
+    prediction = d.latent_out(states[-len(z) :]).float()
+    return flow.to_velocity(d.settings.objective, prediction, z, time)
+
+
+def plain_step(
+    settings: SampleSettings, z: Tensor, velocity: Tensor, t: float, s: float, noise: TrajectoryNoise, row: int
+) -> Tensor:
+    """Euler, or a draw from z_s given z_t and x0 by Bayes' rule."""
+    if settings.sampler == "ode":
+        return z + (s - t) * velocity
+    x0, a = z - t * velocity, (1 - t) / (1 - s)
+    if s == 0:
+        return x0
+    likelihood = t**2 - a**2 * s**2
+    variance = 1 / (1 / s**2 + a**2 / likelihood)
+    mean = variance * ((1 - s) * x0 / s**2 + a * z / likelihood)
+    return mean + variance**0.5 * noise.normal([row], tuple(z.shape))[0]
+
+
+def plain_block(
+    reasoner: Reasoner, ids: list[int], before: list[list[Tensor]], noise: TrajectoryNoise, rows: list[int]
+) -> list[list[Tensor]]:
+    """One block of every trajectory of a question, in lockstep (diversity needs the others): x0 per step, then z."""
+    s, d = reasoner.settings, reasoner.denoiser
+    zs = [s.initial_noise * noise.normal([row], (d.latents_per_block, d.latent_dim))[0] for row in rows]
+    paths: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(s.num_steps):
+        t, t_next = 1 - step / s.num_steps, 1 - (step + 1) / s.num_steps
+        force = diversity_force(torch.stack(zs), torch.zeros(len(zs), dtype=torch.int64))
+        for i, row in enumerate(rows):
+            velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
+            if s.guidance_scale != 1.0:
+                free = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=True)
+                velocity = free + s.guidance_scale * (velocity - free)
+            velocity = velocity - s.diversity_scale * t * force[i]
+            paths[i].append(zs[i] - t * velocity)
+            zs[i] = plain_step(s, zs[i], velocity, t, max(t_next, 0.0), noise, row)
+    return [[*path, z] for path, z in zip(paths, zs, strict=True)]
+
+
+def plain_answer(reasoner: Reasoner, groups: list[Tensor], uniform: Tensor) -> list[int]:
+    """Token by token, the whole sequence each time."""
+    d, s = reasoner.denoiser, reasoner.settings
+    groups = [*groups, d.marks.weight[Mark.SOA][None]]
+    answer: list[int] = []
+    while len(answer) < s.max_answer_tokens:
+        logits = d.backbone.logits(plain_forward(d.backbone, groups)[-1:])
+        token = int(choose_tokens(logits, s.answer_temperature, uniform[None, len(answer)]))
+        if token == EOS:
+            break
+        answer.append(token)
+        groups.append(d.backbone.embed(torch.tensor([token])))
+    return answer
+
+
+@torch.no_grad()
+def plain_generate(reasoner: Reasoner, question: str, count: int, seed: int) -> list[PlainTrajectory]:
+    """All trajectories of one question without batch, padding or cache."""
+    s, d = reasoner.settings, reasoner.denoiser
+    ids = encode_text(reasoner.tokenizer, question)
+    noise = TrajectoryNoise(seed, [(question, i) for i in range(count)])
+    found = [PlainTrajectory([], [], False, []) for _ in range(count)]
+    alive = list(range(count))
+    for _ in range(s.max_blocks):
+        if not alive:
+            break
+        for row, path in zip(alive, plain_block(reasoner, ids, [found[r].blocks for r in alive], noise, alive), strict=True):
+            found[row].path.append(path[:-1])
+            found[row].blocks.append(path[-1])
+            groups = [*question_groups(d, ids, hidden=False), *(clean_group(d, block) for block in found[row].blocks)]
+            found[row].stopped = bool(d.stop_head(plain_forward(d.backbone, groups)[-1]) > 0)
+        alive = [row for row in alive if not found[row].stopped]
+    for row, trajectory in enumerate(found):
+        groups = [*question_groups(d, ids, hidden=False), *(clean_group(d, block) for block in trajectory.blocks)]
+        trajectory.answer = plain_answer(reasoner, groups, noise.uniform([row], s.max_answer_tokens)[0])
+    return found
+
+
+def standard(reasoner: Reasoner, trajectory: Trajectory) -> Tensor:
+    d = reasoner.denoiser
+    return (trajectory.latents - d.latent_mean) / d.latent_std
+
+
+def assert_cached_is_plain(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int = 4) -> list[Trajectory]:
+    answers = reasoner.generate(questions, num_trajectories=count, seed=seed)
+    estimates = steps_of(reasoner, questions, count, seed)
+    for q, question in enumerate(questions):
+        for i, plain in enumerate(plain_generate(reasoner, question, count, seed)):
+            ours = answers[q][i]
+            assert ours.stopped == plain.stopped
+            assert ours.num_steps == reasoner.settings.num_steps * len(plain.blocks)
+            assert torch.allclose(standard(reasoner, ours), torch.stack(plain.blocks), atol=1e-4)
+            path = torch.stack([torch.stack(block) for block in plain.path])
+            assert torch.allclose(torch.stack(estimates[q * count + i]).view_as(path), path, atol=1e-4)
+            assert ours.answer == decode_text(reasoner.tokenizer, plain.answer)
+    return [trajectory for group in answers for trajectory in group]
+
+
+def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int) -> list[list[Tensor]]:
+    """The estimate of the clean latents after every step, per trajectory, from the sampler's hook."""
+    seen: list[list[Tensor]] = [[] for _ in range(len(questions) * count)]
+
+    def hook(rows: list[int], _block: int, _step: int, x0: Tensor) -> None:
+        for row, estimate in zip(rows, x0, strict=True):
+            seen[row].append(estimate)
+
+    noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(count)])
+    owner = torch.arange(len(questions)).repeat_interleave(count)
+    with torch.no_grad():
+        prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
+        BlockSampler(reasoner.denoiser, reasoner.settings, noise).think(prefix, owner, hook)
+    return seen
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str) -> None:
+    assert_cached_is_plain(tiny_reasoner(kind, attention), QUESTIONS, 2)
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"sampler": "sde"},
+        {"guidance_scale": 3.0},
+        {"diversity_scale": 0.5},
+        {"guidance_scale": 0.0, "diversity_scale": 0.8, "sampler": "sde", "initial_noise": 2.0},
+        {"answer_temperature": 0.0},
+        {"num_steps": 1, "max_blocks": 1},
+        {"initial_noise": 0.0},
+    ],
+    ids=lambda controls: "-".join(controls),
+)
+def test_every_control_equals_its_obvious_version(controls: dict[str, Any]) -> None:
+    assert_cached_is_plain(tiny_reasoner(**controls), QUESTIONS[:2], 3)
+
+
+@pytest.mark.parametrize("objective", ["x0", "epsilon", "v"])
+def test_every_objective_samples_alike_with_and_without_cache(objective: str) -> None:
+    # An untrained epsilon network divides by 1 - t at t = 1: only the agreement matters here.
+    reasoner = tiny_reasoner(objective=objective, initial_noise=0.1)
+    if objective == "epsilon":
+        reasoner.settings = replace(reasoner.settings, num_steps=1, max_blocks=1)
+        assert all(t.latents.isfinite().all() for g in reasoner.generate(QUESTIONS) for t in g)
+    else:
+        assert_cached_is_plain(reasoner, QUESTIONS, 1)
+
+
+def test_trajectories_end_by_themselves_or_at_the_limit() -> None:
+    trajectories = assert_cached_is_plain(tiny_reasoner(max_blocks=4), QUESTIONS, 4)
+    lengths = {(len(t.latents), t.stopped) for t in trajectories}
+    assert {True, False} == {stopped for _, stopped in lengths} and len({length for length, _ in lengths}) >= 3
+    assert all(length == 4 for length, stopped in lengths if not stopped)
+    assert all(len(t.thoughts) == len(t.latents) for t in trajectories)
+
+
+def test_a_stop_head_that_never_or_always_stops() -> None:
+    reasoner = tiny_reasoner()
+    for bias, blocks in ((-1e4, 3), (1e4, 1)):
+        with torch.no_grad():
+            reasoner.denoiser.stop_head.bias.fill_(bias)
+        trajectories = list(itertools.chain(*reasoner.generate(QUESTIONS, 2)))
+        assert {(len(t.latents), t.stopped, t.num_steps) for t in trajectories} == {(blocks, bias > 0, 3 * blocks)}
+
+
+# --- batches, seeds, controls ------------------------------------------------------------------------------------------
+
+
+def assert_same(ours: Trajectory, theirs: Trajectory, atol: float = 1e-5) -> None:
+    assert (ours.answer, ours.thoughts, ours.num_steps, ours.stopped) == (
+        theirs.answer,
+        theirs.thoughts,
+        theirs.num_steps,
+        theirs.stopped,
+    )
+    assert torch.allclose(ours.latents, theirs.latents, atol=atol)
+
+
+@pytest.mark.parametrize("controls", [{}, {"guidance_scale": 2.0, "sampler": "sde"}], ids=["plain", "guided-sde"])
+def test_a_trajectory_is_the_same_in_any_batch(controls: dict[str, Any]) -> None:
+    reasoner = tiny_reasoner(**controls)
+    together = reasoner.generate(QUESTIONS, 4, seed=6)
+    for question, group in zip(QUESTIONS, together, strict=True):
+        [alone] = reasoner.generate([question], 1, seed=6)
+        [two] = reasoner.generate([question], 2, seed=6)
+        assert_same(alone[0], group[0])
+        assert_same(two[1], group[1])
+    backwards = reasoner.generate(QUESTIONS[::-1], 4, seed=6)[::-1]
+    for one, other in zip(itertools.chain(*together), itertools.chain(*backwards), strict=True):
+        assert_same(one, other)
+
+
+def test_seeds_reproduce_and_differ() -> None:
+    reasoner = tiny_reasoner(sampler="sde")
+    first, again, other = (reasoner.generate(QUESTIONS, 3, seed=seed) for seed in (1, 1, 2))
+    for one, same, different in zip(*(itertools.chain(*g) for g in (first, again, other)), strict=True):
+        assert_same(one, same, atol=0.0)
+        assert not torch.allclose(one.latents[0], different.latents[0], atol=1e-3)
+    latents = [t.latents[0] for t in first[0]]
+    assert not torch.allclose(latents[0], latents[1], atol=1e-3)
+
+
+def test_guidance_of_one_is_no_guidance() -> None:
+    plain, guided = tiny_reasoner(), tiny_reasoner(guidance_scale=1.0 + 1e-7)  # the second runs both branches
+    for one, other in zip(
+        itertools.chain(*plain.generate(QUESTIONS, 2)), itertools.chain(*guided.generate(QUESTIONS, 2)), strict=True
+    ):
+        assert_same(one, other, atol=1e-4)
+    strong = plain.generate(QUESTIONS, 2, guidance_scale=3.0)[0][0]
+    assert not torch.allclose(strong.latents[0], plain.generate(QUESTIONS, 2)[0][0].latents[0], atol=1e-3)
+
+
+def test_diversity_needs_company_and_stays_within_a_question() -> None:
+    reasoner = tiny_reasoner()
+    for [lone], [same] in zip(reasoner.generate(QUESTIONS), reasoner.generate(QUESTIONS, diversity_scale=0.8), strict=True):
+        assert_same(lone, same, atol=0.0)
+    together = reasoner.generate(QUESTIONS[:2], 3, diversity_scale=0.8)
+    for question, group in zip(QUESTIONS[:2], together, strict=True):
+        for one, other in zip(group, reasoner.generate([question], 3, diversity_scale=0.8)[0], strict=True):
+            assert_same(one, other)
+    spread = reasoner.generate(QUESTIONS[:1], 3)[0]
+    assert not torch.allclose(spread[0].latents[0], together[0][0].latents[0], atol=1e-3)
+
+
+def test_zero_noise_and_temperature_leave_nothing_to_chance() -> None:
+    reasoner = tiny_reasoner()
+    [group] = reasoner.generate(QUESTIONS[:1], 3, initial_noise=0.0, answer_temperature=0.0)
+    for other in group[1:]:
+        assert_same(group[0], other)
+
+
+def test_extreme_controls_work() -> None:
+    reasoner = tiny_reasoner()
+    extreme = {"num_steps": 1, "initial_noise": 0.0, "answer_temperature": 0.0, "max_blocks": 1, "guidance_scale": 0.0}
+    for controls in ({"num_steps": 40}, extreme, *({name: value} for name, value in extreme.items())):
+        for group in reasoner.generate(QUESTIONS, 2, **controls):  # type: ignore[arg-type]
+            assert all(t.latents.isfinite().all() and len(t.thoughts) == len(t.latents) for t in group)
+    assert reasoner.generate([]) == []
+    one_letter = reasoner.generate(["a"], thoughts=False)[0][0]
+    assert one_letter.thoughts == [""] * len(one_letter.latents)
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"max_blocks": 0}, "max_blocks must be at least 1"),
+        ({"num_trajectories": 0}, "num_trajectories must be at least 1"),
+        ({"sampler": "euler"}, "sampler must be ode or sde, not 'euler'"),
+        ({"initial_noise": -1.0}, "initial_noise must not be negative"),
+        ({"initial_noise": float("nan")}, "initial_noise must be a finite number"),
+        ({"answer_temperature": -0.1}, "answer_temperature must not be negative"),
+        ({"diversity_scale": -0.1}, "diversity_scale must not be negative"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_controls_are_refused(controls: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_reasoner().generate(QUESTIONS, **controls)
+
+
+def test_several_bad_controls_are_named_at_once_and_questions_must_not_be_empty() -> None:
+    reasoner = tiny_reasoner()
+    with pytest.raises(ValueError, match=r"num_steps.*max_blocks.*sampler.*initial_noise"):
+        reasoner.generate(QUESTIONS, num_steps=0, max_blocks=-1, sampler="x", initial_noise=-1)
+    with pytest.raises(ValueError, match="question 2 is empty"):
+        reasoner.generate(["a", " \n"])
+
+
+# --- thoughts, trace, answers ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_thought(decoder: ThoughtDecoder, z: Tensor, limit: int) -> list[int]:
+    """Greedy text of one block's latents [L, d], the whole sequence each time."""
+    ids: list[int] = []
+    while len(ids) < limit:
+        token = int(decoder.logits(z[None], torch.tensor([ids], dtype=torch.int64))[0, -1].argmax())
+        if token == EOS:
+            break
+        ids.append(token)
+    return ids
+
+
+def test_thoughts_are_the_vae_decoders_greedy_text() -> None:
+    reasoner = tiny_reasoner()
+    for trajectory in itertools.chain(*reasoner.generate(QUESTIONS, 2)):
+        texts = [decode_text(reasoner.tokenizer, plain_thought(reasoner.thought_decoder, z, 5)) for z in trajectory.latents]
+        assert trajectory.thoughts == texts
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_the_trace_shows_every_step_of_every_block(sampler: str) -> None:
+    reasoner = tiny_reasoner(sampler=sampler)
+    calls: list[tuple[int, int, int, str]] = []
+    answers = reasoner.generate(QUESTIONS, 2, on_step=lambda *call: calls.append(call))
+    flat = list(itertools.chain(*answers))
+    for row, trajectory in enumerate(flat):
+        own = [call for call in calls if call[0] == row]
+        assert [(block, step) for _, block, step, _ in own] == [(b, s) for b in range(len(trajectory.thoughts)) for s in range(3)]
+        assert [text for *_, text in own] == list(itertools.chain(*trajectory.trace))
+        assert [texts[-1] for texts in trajectory.trace] == trajectory.thoughts
+    for one, other in zip(flat, itertools.chain(*reasoner.generate(QUESTIONS, 2)), strict=True):
+        assert_same(one, other, atol=0.0)  # watching changes nothing
+
+
+def test_a_begin_token_is_put_before_the_question_where_there_is_one() -> None:
+    reasoner, plain = tiny_reasoner(), tiny_reasoner()
+    reasoner.tokenizer.bos_token = "z"
+    noise = {question: TrajectoryNoise(0, [(question, 0)]) for question in ("a b", "z a b")}
+    with torch.no_grad():
+        ours = reasoner._question_prefix(["a b"], torch.tensor([0]), False)
+        theirs = plain._question_prefix(["z a b"], torch.tensor([0]), False)
+        latents = [
+            BlockSampler(r.denoiser, SETTINGS, noise["a b"] if r is reasoner else TrajectoryNoise(0, [("a b", 0)]))
+            .think(prefix, torch.tensor([0]))[0]
+            .latents
+            for r, prefix in ((reasoner, ours), (plain, theirs))
+        ]
+    assert torch.equal(latents[0], latents[1])
+
+
+def test_sampled_tokens_follow_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20000, -1)
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.5, 1.0, 3.0):
+        drawn = choose_tokens(logits, temperature, uniform)
+        shares = torch.bincount(drawn, minlength=4) / len(drawn)
+        assert torch.allclose(shares, (logits[0] / temperature).softmax(-1), atol=0.012)
+    assert choose_tokens(logits[:3], 0.0, uniform[:3]).tolist() == [3, 3, 3]
+    edges = torch.tensor([0.0, 1.0 - 2**-24])
+    assert choose_tokens(torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, -1), 1.0, edges).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@torch.no_grad()
+def test_the_baselines_greedy_text_is_transformers_generate(kind: str) -> None:
+    lm = tiny_lm(kind)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    texts = complete(Backbone(lm), prompts, ["a", "b", "c"], 2, PAD, EOS, max_tokens=8, temperature=0.0, seed=0)
+    for prompt, group in zip(prompts, texts, strict=True):
+        ids = torch.tensor([prompt])
+        generated = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+        expected = generated[0, len(prompt) :].tolist()
+        expected = expected[: expected.index(EOS)] if EOS in expected else expected
+        assert group == [expected, expected]
+
+
+def test_the_baselines_samples_do_not_depend_on_the_batch() -> None:
+    backbone, prompts = Backbone(tiny_lm()), [[5, 6, 7], [8], [9, 10, 11, 12]]
+
+    def ask(which: list[int], samples: int) -> list[list[list[int]]]:
+        keys = [str(i) for i in which]
+        return complete(backbone, [prompts[i] for i in which], keys, samples, PAD, EOS, max_tokens=8, temperature=1.0, seed=2)
+
+    together = ask([0, 1, 2], 3)
+    assert len({tuple(text) for group in together for text in group}) > 3
+    for i in range(3):
+        assert ask([i], 1)[0][0] == together[i][0]
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """A denoiser and a VAE on one base LM, as their phases leave them."""
+
+    denoiser: Denoiser
+    vae: Vae
+    base: Path
+
+
+def trained(folder: Path, denoiser_lora: bool, vae_lora: bool, decoder: str, kind: str = "llama") -> Trained:
+    base = folder / "base"
+    tiny_lm(kind, seed=7, dtype=torch.float32).save_pretrained(str(base))
+    plain = BackboneSettings(name_or_path=str(base), dtype="float32", attention="eager")
+    adapted = replace(plain, lora=LORA)
+    vae_settings = VaeSettings(latent_dim=3, latents_per_block=2, decoder=decoder)
+    vae = new_vae(vae_settings, adapted if vae_lora else plain, "cpu")
+    model = tiny_denoiser(tiny_lm(kind, dtype=torch.float32))
+    denoiser = Denoiser(
+        build_backbone(adapted if denoiser_lora else plain, "cpu"), model.settings, 2, model.latent_mean, model.latent_std
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [*vae.parameters(), *denoiser.parameters()]:
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    for module, adapts in ((denoiser, denoiser_lora), (vae, vae_lora)):
+        if adapts:
+            randomise_adapters(module, seed=8)
+    return Trained(undecided(denoiser).eval(), vae.eval(), base)
+
+
+def assert_same_answers(ours: Reasoner, theirs: Reasoner) -> None:
+    assert ours.settings == theirs.settings
+    pairs = zip(*(itertools.chain(*r.generate(QUESTIONS, 2, seed=5)) for r in (ours, theirs)), strict=True)
+    for one, other in pairs:
+        assert_same(one, other)
+
+
+VARIANTS = {
+    "full": (False, False, "frozen"),
+    "lora": (True, True, "frozen"),
+    "full-denoiser-lora-vae": (False, True, "frozen"),
+    "lora-denoiser-full-vae": (True, False, "frozen"),
+    "trained-decoder": (False, False, "trained"),
+    "lora-trained-decoder": (True, True, "trained"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant: str) -> None:
+    parts = trained(tmp_path, *VARIANTS[variant])
+    save_denoiser(parts.denoiser, tmp_path / "denoiser")
+    save_vae(parts.vae, tmp_path / "vae", base=str(parts.base))
+    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS)
+    assert len({t.answer for g in reasoner.generate(QUESTIONS, 2) for t in g}) > 1
+    assert any(t.thoughts != [""] * len(t.thoughts) for g in reasoner.generate(QUESTIONS, 2) for t in g)
+    assemble_export(tmp_path / "denoiser", tmp_path / "vae", reasoner.tokenizer, tmp_path / "export", SETTINGS)
+    if not VARIANTS[variant][0]:
+        shutil.move(parts.base, tmp_path / "elsewhere")  # a whole export stands alone
+    exported = Reasoner.from_pretrained(tmp_path / "export", device="cpu")
+    assert_same_answers(exported, reasoner)
+    exported.save_pretrained(tmp_path / "again")
+    assert_same_answers(Reasoner.from_pretrained(tmp_path / "again", device="cpu"), reasoner)
+    assert not list(tmp_path.glob("**/*.writing"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reasoner_made_of_parts_is_saved_and_loaded(tmp_path: Path, variant: str) -> None:
+    parts = trained(tmp_path, *VARIANTS[variant], kind="qwen3")
+    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS)
+    reasoner.save_pretrained(tmp_path / "export")
+    assert_same_answers(Reasoner.from_pretrained(tmp_path / "export", device="cpu"), reasoner)
+
+
+def test_an_export_is_a_hugging_face_folder(tmp_path: Path) -> None:
+    parts = trained(tmp_path, *VARIANTS["full"])
+    Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS).save_pretrained(tmp_path / "export")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(lm(ids).logits, parts.denoiser.backbone.base(ids).logits)
+    assert Reasoner.from_pretrained(tmp_path / "export", device="cpu").settings == SETTINGS
+    saved = load_export(tmp_path / "export", CPU, "eager", None)[2]
+    assert saved == asdict(SETTINGS)
+
+
+def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is no denoiser folder"):
+        Reasoner.from_pretrained(tmp_path / "nothing")
