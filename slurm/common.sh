@@ -1,0 +1,138 @@
+# shellcheck shell=bash
+# What the batch scripts of this folder share; they source it, and users read docs/slurm.md.
+set -euo pipefail
+
+readonly FIRST_PORT=20000 NUM_PORTS=20000
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# run_phase ENTRY NEEDS CONFIG [section.key=value ...]: run training/ENTRY.py on all nodes of this job.
+# NEEDS is "gpus" (one process per GPU) or "cpu" (one process in all).
+run_phase() {
+    local entry=$1 needs=$2
+    shift 2
+    [ $# -gt 0 ] || fail "$entry: no configuration; submit: sbatch slurm/$entry.sbatch configs/NAME.yaml [section.key=value ...]"
+    local config=$1
+    shift
+    [ -f "$config" ] || fail "$entry: no configuration file '$config' in $PWD"
+    use_environment
+    read_settings "$config" "$@"
+    count_processes "$entry" "$needs"
+    prepare_run_folder
+    echo "$(date '+%F %T') $SLURM_JOB_NAME, job $SLURM_JOB_ID, start $((restarts + 1)): $NODES node(s) x $PROCESSES process(es), $LAUNCHER"
+    [ "$restarts" -le "$max_restarts" ] ||
+        fail "$entry: started $((restarts + 1)) times, MAX_RESTARTS=$max_restarts; find out why in $LOG, then submit it again: it continues"
+    export_environment
+    local status=0
+    trap : TERM USR1 USR2 # the step's processes answer signals; this shell only waits for them
+    start_step "$entry" --config "$config" "$@" || status=$?
+    finish "$entry" "$status"
+}
+
+# The Python of the cluster's user: VENV, else .venv of this project, else whatever is on the path.
+use_environment() {
+    local venv=${VENV:-.venv}
+    if [ -f "$venv/bin/activate" ]; then
+        # shellcheck disable=SC1091
+        source "$venv/bin/activate"
+    elif [ -n "${VENV:-}" ]; then
+        fail "VENV=$VENV is no virtual environment (no bin/activate in it)"
+    fi
+    command -v python >/dev/null || fail "no python: make the environment with 'make venv', or name yours in VENV"
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# Checks the configuration without loading anything heavy; sets RUN_FOLDER and STOP_SIGNAL.
+read_settings() {
+    local answer
+    answer=$(python slurm/settings.py "$@") || exit 2
+    { read -r RUN_FOLDER && read -r STOP_SIGNAL; } <<<"$answer"
+    export RUN_FOLDER STOP_SIGNAL
+}
+
+count_processes() {
+    local entry=$1 needs=$2
+    NODES=$SLURM_JOB_NUM_NODES
+    if [ "$needs" = cpu ]; then
+        NODES=1 PROCESSES=1
+    else
+        PROCESSES=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+    fi
+    [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] ||
+        fail "$entry: this job has no GPU; submit with --gres=gpu:N (or PROCESSES_PER_NODE=N for a run without GPUs)"
+    LAUNCHER=${LAUNCHER:-torchrun}
+    [[ $LAUNCHER =~ ^(torchrun|deepspeed|srun)$ ]] || fail "LAUNCHER=$LAUNCHER: must be torchrun, deepspeed or srun"
+    export NODES PROCESSES LAUNCHER
+}
+
+# One appended log per job, the submitted script and the hostfile, all in the run folder.
+prepare_run_folder() {
+    restarts=${SLURM_RESTART_COUNT:-0} max_restarts=${MAX_RESTARTS:-20}
+    RANK_LOGS=$RUN_FOLDER/logs/ranks
+    LOG=$RUN_FOLDER/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.log
+    HOSTFILE=$RUN_FOLDER/slurm/hostfile-$SLURM_JOB_ID
+    mkdir -p "$RANK_LOGS" "$RUN_FOLDER/slurm" || fail "$RUN_FOLDER cannot be written; choose another run.folder"
+    if ! [ /dev/stdout -ef "$LOG" ]; then
+        echo "log: $LOG"
+        exec >>"$LOG" 2>&1
+    fi
+    cp "$0" "$RUN_FOLDER/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID.sbatch"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "1,${NODES}s/\$/ slots=$PROCESSES/p" >"$HOSTFILE"
+    rm -f "$RUN_FOLDER/INTERRUPTED"
+    export RANK_LOGS HOSTFILE LOG
+}
+
+export_environment() {
+    MASTER_ADDR=$(sed -n '1s/ .*//p' "$HOSTFILE")
+    MASTER_PORT=${MASTER_PORT:-$((FIRST_PORT + SLURM_JOB_ID % NUM_PORTS))}
+    CORES=$((${SLURM_CPUS_ON_NODE:-$PROCESSES} / PROCESSES))
+    export MASTER_ADDR MASTER_PORT
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    # A collective that waits too long ends the process, and the flight recorder says which one it was.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
+    export TORCH_FR_DUMP_TEMP_FILE=$RANK_LOGS/nccl-$SLURM_JOB_ID-rank-
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # sbatch's --cpus-per-task does not reach srun by itself
+    fi
+}
+
+start_step() {
+    local extra options
+    read -r -a extra <<<"${SRUN_EXTRA:-}"
+    options=(--kill-on-bad-exit=1 --wait=120 --nodes="$NODES" --unbuffered)
+    if [ "$LAUNCHER" = srun ]; then
+        options+=(--ntasks="$((NODES * PROCESSES))" --ntasks-per-node="$PROCESSES")
+        if [ "$CORES" -gt 0 ]; then
+            options+=(--cpus-per-task="$CORES")
+        else
+            options+=(--overcommit --cpus-per-task=1)
+        fi
+    else
+        options+=(--ntasks="$NODES" --ntasks-per-node=1)
+    fi
+    srun "${options[@]}" ${extra[@]+"${extra[@]}"} bash slurm/node.sh "training/$1.py" "${@:2}"
+}
+
+# Interrupted runs left a mark and go back to the queue; launchers garble exit codes, so the mark decides.
+finish() {
+    local entry=$1 status=$2
+    if ! [ -e "$RUN_FOLDER/INTERRUPTED" ]; then
+        [ "$status" -eq 0 ] || echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
+        exit "$status"
+    fi
+    # A job that somebody has cancelled is not RUNNING any more and stays cancelled.
+    if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+        echo "$entry: interrupted and saved; this job was cancelled, submit it again to continue"
+        exit 1
+    fi
+    [ "$restarts" -lt "$max_restarts" ] ||
+        fail "$entry: interrupted and saved, but MAX_RESTARTS=$max_restarts is used up; submit it again to continue"
+    echo "$entry: interrupted and saved; back to the queue (restart $((restarts + 1)) of at most $max_restarts)"
+    scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
+    exit 0
+}

@@ -1,0 +1,38 @@
+"""What the scripts of this folder need to know of a configuration, without loading more than the settings.
+
+``settings.py CONFIG [section.key=value ...]`` prints the run folder and the stop signal, one a line; with ``--phases`` as the
+first argument also the phases of the whole chain, one a line.  Errors go to stderr, one a line, with status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ladir.config import Config
+from ladir.config_loader import ConfigError, load_config
+
+
+def phases(config: Config) -> list[str]:
+    """The chain for ``config``: an entry point per line, with sbatch options and settings of its own."""
+    base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch else []
+    baseline = ["train_ar"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
+    return [*base, "train_vae", "encode_latents", "train_denoiser", *baseline, "export", "evaluate"]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the answer; returns the exit status."""
+    chain = arguments[:1] == ["--phases"]
+    path, *overrides = arguments[1:] if chain else arguments
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        sys.stderr.writelines(f"error: {line}\n" for line in error.errors)
+        return 2
+    lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
+    sys.stdout.write("\n".join([*lines, *(phases(config) if chain else [])]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Queue the whole chain, each phase after the one before it has succeeded.
+# Usage: slurm/submit.sh [--sbatch-option=value ...] CONFIG [section.key=value ...]
+# PHASES overrides the chain: entries separated by ';', each an entry point with sbatch options and settings of its own,
+# e.g. PHASES='train_vae --time=04:00:00; encode_latents --nodes=1'.  See docs/slurm.md.
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+options=()
+while [[ ${1:-} == -* ]]; do
+    [[ $1 == --* ]] || fail "write sbatch's options in their long form, --name=value: $1"
+    options+=("$1")
+    shift
+done
+[ $# -gt 0 ] || fail "no configuration; usage: slurm/submit.sh [--sbatch-option=value ...] configs/NAME.yaml [section.key=value ...]"
+[ -f "$1" ] || fail "no configuration file '$1' (options for sbatch are written --name=value)"
+config=$(realpath "$1")
+shift
+command -v sbatch >/dev/null || fail "no sbatch: this machine cannot submit to Slurm"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export LADIR_ROOT=$PWD
+
+asks_for_gpus() {
+    [[ -n ${PROCESSES_PER_NODE:-}${SBATCH_GRES:-}${SBATCH_GPUS:-}${SBATCH_GPUS_PER_NODE:-}${SBATCH_GPUS_PER_TASK:-} ]] ||
+        [[ " $* ${PHASES:-} " =~ \ --(gres|gpus|gpus-per-node|gpus-per-task|gpus-per-socket)=  ]]
+}
+asks_for_gpus ${options[@]+"${options[@]}"} ||
+    fail "no GPU asked for: add --gres=gpu:N (or set PROCESSES_PER_NODE=N for a run without GPUs)"
+
+python=${VENV:-.venv}/bin/python
+[ -x "$python" ] || python=python3
+answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py --phases "$config" "$@") || exit 2
+mapfile -t lines <<<"$answer"
+run_folder=${lines[0]} stop_signal=${lines[1]}
+if [ -n "${PHASES:-}" ]; then
+    IFS=';' read -r -a phases <<<"$PHASES"
+else
+    phases=("${lines[@]:2}")
+fi
+
+mkdir -p "$run_folder/logs" "$run_folder/slurm" || fail "$run_folder cannot be written; choose another run.folder"
+# Jobs read this copy, so that editing the file does not change what is queued.
+submitted=$run_folder/slurm/submitted-$(date +%Y%m%d-%H%M%S)-$$.yaml
+cp "$config" "$submitted"
+
+jobs=()
+cancel() {
+    [ ${#jobs[@]} -eq 0 ] || scancel "${jobs[@]}"
+}
+trap cancel ERR
+echo "run folder   $run_folder"
+for phase in "${phases[@]}"; do
+    read -r -a words <<<"$phase"
+    entry=${words[0]:-}
+    [ -f "slurm/$entry.sbatch" ] || { cancel; fail "PHASES: no slurm/$entry.sbatch"; }
+    own=() settings=()
+    [ "$entry" != export ] || own=(--nodes=1 --gres=none) # copies files: no GPU
+    for word in "${words[@]:1}"; do
+        if [[ $word == --* ]]; then own+=("$word"); else settings+=("$word"); fi
+    done
+    after=()
+    [ ${#jobs[@]} -eq 0 ] || after=(--dependency="afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
+    job=$(sbatch --parsable --output="$run_folder/logs/%x-%j.log" --signal="$stop_signal@${STOP_SECONDS:-300}" \
+        ${options[@]+"${options[@]}"} ${own[@]+"${own[@]}"} ${after[@]+"${after[@]}"} \
+        "slurm/$entry.sbatch" "$submitted" "$@" ${settings[@]+"${settings[@]}"})
+    job=${job%%;*} # with several clusters: ID;CLUSTER
+    echo "job $job  $phase${after:+  (after ${jobs[-1]})}"
+    jobs+=("$job")
+done
+list=$(IFS=,; echo "${jobs[*]}")
+echo "watch        squeue --jobs=$list"
+echo "logs         tail -F $run_folder/logs/*.log"
+echo "tensorboard  tensorboard --logdir $run_folder/tensorboard"
+echo "stop it all  scancel ${jobs[*]}"
