@@ -11,7 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Context manager: inside it TERM and one chosen signal set :attr:`requested` instead of ending the process."""
+    """Context manager: inside it TERM and one chosen signal set :attr:`requested` instead of ending the process.
+
+    A launcher may start the process with these signals blocked: one that came while the process was starting is then
+    obeyed on entry, and one that comes after the end no longer disturbs.
+    """
 
     def __init__(self, stop_signal: str) -> None:
         """``stop_signal``: name without SIG, e.g. ``USR2``; raises ValueError for an unknown one."""
@@ -22,13 +26,16 @@ class StopRequest:
         self.requested = False
         self._signals = {chosen, signal.SIGTERM}
         self._previous: dict[signal.Signals, Any] = {}
+        self._blocked: set[int] = set()
 
     def __enter__(self) -> StopRequest:
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
+        self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
