@@ -1,0 +1,37 @@
+"""The autoregressive baseline's loss against transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ladir.data.batches import ArCollator
+from ladir.models.ar import ArModel
+from ladir.models.backbone import Backbone
+from tests.tiny import PAD, SHAPES, assert_same_gradients, gradients, tiny_lm
+
+PAIRS = [([5, 6, 7], [8, 9, 1]), ([10], [11, 12, 13, 14, 1]), ([15, 16], [1])]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_loss_and_gradients_are_transformers(kind: str) -> None:
+    model = ArModel(Backbone(tiny_lm(kind)))
+    batch = ArCollator(PAD)(PAIRS, [0, 1, 2])
+    result = model(batch)
+    result["text"].backward()
+    ours = gradients(model)
+    model.zero_grad()
+    expected = torch.tensor(0.0, dtype=torch.float64)
+    right = 0.0
+    for prompt, completion in PAIRS:
+        ids = torch.tensor([[*prompt, *completion]])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        output = model.backbone.base(input_ids=ids, labels=labels)
+        expected = expected + output.loss * len(completion)
+        predicted = output.logits[0, len(prompt) - 1 : -1].argmax(-1)
+        right += float((predicted == torch.tensor(completion)).sum())
+    expected.backward()
+    assert result["text"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(ours, gradients(model), 1e-5)
+    assert batch.counts == {"text": 9.0} and batch.num_tokens == 5 + 5 + 2
+    assert result["metric/token_accuracy"].tolist() == [right, 9.0]
