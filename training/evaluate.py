@@ -1,7 +1,7 @@
 """Ask the held-out questions and judge the answers: LaDiR beside the autoregressive baseline, in one table.
 
 Reads runs/<name>/export and models/ar, writes runs/<name>/results.json and generations.jsonl.  Questions are split over the
-ranks.
+ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ladir.models.folders import load_backbone
 from ladir.reasoner import Reasoner
 from ladir.tasks import Task, get_task
 from ladir.tokens import decode_text, load_tokenizer
+from training.answers import Answered, AnswerLog
 from training.phases import read_encoded
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder
@@ -34,14 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: answers a batch of records: a list of judged trajectories per record
 Answerer = Callable[[Sequence[Record]], list[QuestionResult]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A method's judged questions on this rank, by index, and the seconds it took."""
-
-    questions: dict[int, QuestionResult]
-    seconds: float
 
 
 def ladir_answerer(config: Config, reasoner: Reasoner, task: Task, method: str) -> Answerer:
@@ -93,16 +85,25 @@ def ar_answerer(config: Config, device: torch.device, task: Task, method: str) -
     return answer
 
 
-def ask(run: Run, records: Sequence[Record], answerer: Answerer) -> Asked:
-    """This rank's share of the questions, batch by batch."""
-    mine = list(range(run.world.rank, len(records), run.world.size))
+def ask(run: Run, log: AnswerLog, method: str, records: Sequence[Record], answerer: Answerer) -> dict[int, Answered] | None:
+    """A method's answers to all questions, by index; None when a signal asked to stop (what is answered is kept)."""
+    done = log.read(method)
+    mine = [i for i in range(len(records)) if i not in done][run.world.rank :: run.world.size]
     size = run.config.evaluate.questions_per_batch
-    answered: dict[int, QuestionResult] = {}
-    start = time.perf_counter()
+    answered: dict[int, Answered] = {}
     for first in range(0, len(mine), size):
+        if run.stop.requested:  # the others see it at the end of their shares
+            break
         batch = mine[first : first + size]
-        answered.update(zip(batch, answerer([records[i] for i in batch]), strict=True))
-    return Asked(answered, time.perf_counter() - start)
+        start = time.perf_counter()
+        results = answerer([records[i] for i in batch])
+        seconds = (time.perf_counter() - start) / len(batch)
+        new = {i: Answered(result, seconds) for i, result in zip(batch, results, strict=True)}
+        log.add(method, new)
+        answered.update(new)
+    if run.stop_agreed():
+        return None
+    return done | {i: answer for part in run.world.gather(answered) for i, answer in part.items()}
 
 
 def training_seconds(folder: RunFolder, method: str) -> float:
@@ -121,6 +122,7 @@ def evaluate(run: Run) -> None:
     encoded = read_encoded(config, path, load_tokenizer(config.backbone))[: config.evaluate.num_questions]
     records = [entry.record for entry in encoded]
     reasoner = Reasoner.from_pretrained(run.folder.export, run.world.device, config.backbone.attention)
+    log = AnswerLog(run)
     rows: list[MethodResult] = []
     judged: dict[str, list[QuestionResult]] = {}
     for method in config.evaluate.methods:
@@ -128,14 +130,18 @@ def evaluate(run: Run) -> None:
             answerer = ar_answerer(config, run.world.device, task, method)
         else:
             answerer = ladir_answerer(config, reasoner, task, method)
-        parts = run.world.gather(ask(run, records, answerer))
-        questions = {index: question for part in parts for index, question in part.questions.items()}
-        judged[method] = [questions[i] for i in range(len(records))]
-        seconds = sum(part.seconds for part in parts) / len(records)
+        answered = ask(run, log, method, records, answerer)
+        if answered is None:
+            run.interrupt()
+            logger.info("evaluation interrupted: the same command continues")
+            return
+        judged[method] = [answered[i].result for i in range(len(records))]
+        seconds = sum(answer.seconds for answer in answered.values()) / len(records)
         rows.append(MethodResult(method, summarise(judged[method]), seconds, training_seconds(run.folder, method)))
         logger.info("%s: pass@1 %.3f", method, rows[-1].summary["pass@1"])
     if run.world.is_main:
         _report(run, records, rows, judged)
+    log.remove()
 
 
 def _report(run: Run, records: Sequence[Record], rows: list[MethodResult], judged: dict[str, list[QuestionResult]]) -> None:

@@ -127,11 +127,14 @@ def read_questions(path: str | Path) -> dict[str, list[QuestionResult]]:
     with Path(path).open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            trajectories = (
-                Trajectory(**{**trajectory, "thoughts": tuple(trajectory["thoughts"])}) for trajectory in row["trajectories"]
-            )
-            questions.setdefault(row["method"], []).append(QuestionResult(row["question"], tuple(trajectories)))
+            questions.setdefault(row["method"], []).append(question_from(row))
     return questions
+
+
+def question_from(row: Mapping[str, Any]) -> QuestionResult:
+    """A question read back from the JSON object of its ``dataclasses.asdict``; other keys are ignored."""
+    trajectories = (Trajectory(**{**trajectory, "thoughts": tuple(trajectory["thoughts"])}) for trajectory in row["trajectories"])
+    return QuestionResult(row["question"], tuple(trajectories))
 
 
 def _write(path: Path, text: str) -> None:

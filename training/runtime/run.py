@@ -164,6 +164,10 @@ class Run:
         if self.world.is_main:
             write_text(self.folder.interrupted, f"{self.phase}\n")
 
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop, answered alike on all of them (collective)."""
+        return bool(self.world.sum(torch.tensor([float(self.stop.requested)])).item() > 0)
+
     def finish(self, outcome: Outcome) -> None:
         """Record that the phase is finished."""
         if self.world.is_main:
