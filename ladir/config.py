@@ -54,7 +54,11 @@ class BackboneSettings:
     tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
     dtype: str = setting("bfloat16", "dtype of weights and activations", ("bfloat16", "float32"))
     attention: str = setting("auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa"))
-    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of storing them")
+    activation_checkpointing: str = setting(
+        "none",
+        "activations recomputed in the backward pass instead of stored: of no layer, of every layer, of every second layer",
+        ("none", "full", "selective"),
+    )
     lora: LoraSettings = section(LoraSettings, "low-rank adapters (PEFT)")
 
 
@@ -195,8 +199,21 @@ class TelemetrySettings:
 @dataclass
 class DeepSpeedSettings:
     config: str = setting("ds_configs/zero3.json", "DeepSpeed configuration (ZeRO stage, offload, communication)")
-    timeout_minutes: float = setting(30.0, "longest wait for another rank before the job is ended")
+    timeout_minutes: float = setting(30.0, "longest wait for another rank (start-up, checkpoints) before the job is ended")
+    step_timeout_minutes: float = setting(5.0, "longest wait for another rank within a training step, after the first one")
+    sharded_loading: bool = setting(
+        True, "ZeRO-3 on several processes: pretrained weights are split while they are read, so that none holds a whole LM"
+    )
     stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
+
+
+@dataclass
+class PlanSettings:
+    samples: int | None = setting(None, "training records; not set: counted in data.train")
+    question_tokens: int | None = setting(None, "mean tokens of a question; not set: measured in data.train, else half the limit")
+    blocks: int | None = setting(None, "mean blocks of a record; not set: likewise")
+    block_tokens: int | None = setting(None, "mean tokens of a block; not set: likewise")
+    answer_tokens: int | None = setting(None, "mean tokens of an answer; not set: likewise")
 
 
 @dataclass
@@ -224,3 +241,4 @@ class Config:
     evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")
     telemetry: TelemetrySettings = section(TelemetrySettings, "what people look at")
     deepspeed: DeepSpeedSettings = section(DeepSpeedSettings, "the engine")
+    plan: PlanSettings = section(PlanSettings, "what training/plan.py assumes of the data; no phase reads it")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.data.encode import EncodedRecord
 from ladir.data.latents import LatentStore
 from ladir.models.folders import load_vae
-from ladir.models.store import fingerprint
+from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases import read_encoded
@@ -31,9 +31,12 @@ logger = logging.getLogger(__name__)
 def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> None:
     """Encode one file's records on all ranks and merge their parts into ``latents/<name>``."""
     target = run.folder.latents / name
-    mark = fingerprint(vae)
-    current = _is_current(target, mark) if run.world.is_main else None
-    if run.world.broadcast(current):
+    mark, current = "", False
+    if run.world.is_main:
+        mark = folder_fingerprint(run.folder.model("vae"))
+        current = _is_current(target, mark)
+    mark, current = run.world.broadcast((mark, current))
+    if current:
         return
     records = read_encoded(run.config, path, tokenizer)
     parts = [target.with_name(f"{name}.part-{rank}") for rank in range(run.world.size)]
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with job(argv, __doc__ or "", lambda config: "latents") as run:
         start = time.perf_counter()
         tokenizer = load_tokenizer(run.config.backbone)
-        vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device)
+        vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
         for name, path in (("train", run.config.data.train), ("validation", run.config.data.validation)):
             if path is not None:
                 encode_split(run, vae, tokenizer, name, path)

@@ -25,11 +25,12 @@ from ladir.data.records import Record, read_records, read_sentences
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone, build_backbone, new_lm
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_vae, new_vae, save_denoiser, save_lm, save_vae
-from ladir.models.store import fingerprint
+from ladir.models.folders import load_latent_maps, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.store import folder_fingerprint
 from ladir.tokens import encode_texts, load_tokenizer
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
+from training.runtime.sharding import sharded_init
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenize
 def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
-    model = new_vae(config.vae, config.backbone, world.device.type)
+    with sharded_init(config, config.vae.train, world):
+        model = new_vae(config.vae, config.backbone, world.device.type)
     sentences = [block for record in read_encoded(config, config.data.train, tokenizer) for block in record.blocks]
     if config.data.sentences:
         sentences += encode_texts(tokenizer, read_sentences(config.data.sentences))
@@ -110,12 +112,13 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
     store = LatentStore.open(folder.latents / "train")
-    vae = load_vae(folder.model("vae"), config.backbone, world.device)
-    store.check_fingerprint(fingerprint(vae))
-    backbone = build_backbone(config.backbone, world.device.type)
-    model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
+    vae = folder.model("vae")
+    store.check_fingerprint(world.broadcast(folder_fingerprint(vae) if world.is_main else None))
+    with sharded_init(config, config.denoiser.train, world):
+        backbone = build_backbone(config.backbone, world.device.type)
+        model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
-        model.init_from_vae(vae.cpu())
+        model.init_from_vae(load_latent_maps(vae))
     collator = DenoiserCollator(
         config.denoiser,
         np.asarray(store.mean, dtype=np.float32),
@@ -150,7 +153,8 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         ids = {"pad_token_id": pad, "eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id}
         backbone = Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type))
     else:
-        backbone = build_backbone(config.backbone, world.device.type)
+        with sharded_init(config, config.ar.train, world):
+            backbone = build_backbone(config.backbone, world.device.type)
     records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
     held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
     prefix = config.data.answer_prefixes[0]

@@ -123,9 +123,11 @@ class VaeCollator:
 
 @dataclass
 class ArBatch(TensorBatch):
-    """Token ids [N, T] (right-padded) and labels [N, T]: ``labels[:, i]`` is the token after ``ids[:, i]`` or IGNORE."""
+    """Token ids [N, T] (right-padded); ``labels`` [n] are the tokens that follow those at ``label_at`` [n], indices into the
+    N*T flattened tokens."""
 
     ids: Tensor
+    label_at: Tensor
     labels: Tensor
 
 
@@ -139,13 +141,16 @@ class ArCollator:
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], numbers: Sequence[int], training: bool = True
     ) -> ArBatch:
         rows = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
-        labels = [[IGNORE] * (len(prompt) - 1) + list(completion) for prompt, completion in pairs]
+        ids = pad_right(rows, self.pad_id)
+        ends = [i * ids.shape[1] + len(row) for i, row in enumerate(rows)]
+        label_at = [range(end - len(completion), end) for end, (_, completion) in zip(ends, pairs, strict=True)]
         return ArBatch(
             counts={"text": float(sum(len(completion) for _, completion in pairs))},
             num_tokens=sum(map(len, rows)),
             sample_ids=list(numbers),
-            ids=pad_right(rows, self.pad_id),
-            labels=pad_right(labels, IGNORE),
+            ids=ids,
+            label_at=_flat(label_at),
+            labels=_flat([completion for _, completion in pairs]),
         )
 
 

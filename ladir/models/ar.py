@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladir.data.batches import IGNORE, ArBatch
+from ladir.data.batches import ArBatch
 from ladir.models.attention import causal
 from ladir.models.backbone import Backbone
 
@@ -23,9 +23,8 @@ class ArModel(nn.Module):
         length = batch.ids.shape[1]
         positions = torch.arange(length, device=batch.ids.device)[None]
         hidden = self.backbone(self.backbone.embed(batch.ids), causal(length, batch.ids.device), positions)
-        labelled = batch.labels != IGNORE
-        labels = batch.labels[labelled]
-        logits = self.backbone.logits(hidden[labelled]).float()
+        labels = batch.labels
+        logits = self.backbone.logits(hidden.flatten(0, 1)[batch.label_at]).float()
         right = (logits.detach().argmax(-1) == labels).float().sum()
         return {
             "text": F.cross_entropy(logits, labels, reduction="sum"),

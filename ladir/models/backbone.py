@@ -17,6 +17,26 @@ from ladir.models.attention import attention_mask, choose_attention
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+#: every n-th layer is recomputed, by ``backbone.activation_checkpointing``
+_RECOMPUTED_LAYERS = {"full": 1, "selective": 2}
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[None]:
+    """Inside, a parameter that an engine has split over its ranks is there in full, to be read (by all ranks together).
+
+    Split parameters bring the two methods used here; any other parameter is whole already.
+    """
+    if not hasattr(parameter, "all_gather"):
+        yield
+        return
+    split: Any = parameter
+    split.all_gather()
+    try:
+        yield
+    finally:
+        split.partition()
+
 
 class Backbone(nn.Module):
     """A causal LM seen as: token embeddings, a decoder over input vectors with a boolean mask, and an LM head."""
@@ -80,10 +100,22 @@ class Backbone(nn.Module):
         finally:
             self._adapter_is_off = before
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, with the adapters in the state they had in the forward pass."""
+    def embedding_std(self) -> float:
+        """Standard deviation of the token embeddings: the scale of new input vectors.
+
+        Without weights (meta device) the one of the architecture's own initialisation.
+        """
+        weight = self.base.get_input_embeddings().get_parameter("weight")
+        if weight.is_meta:
+            return float(self.base.config.get_text_config().initializer_range)
+        with whole(weight), torch.no_grad():
+            return float(weight.float().std())
+
+    def enable_activation_checkpointing(self, every_n_layers: int = 1) -> None:
+        """Recompute every n-th layer's activations in the backward pass, with the adapters in the state they had before."""
         self.base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts}
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts},
+            every_n_layers=every_n_layers,
         )
 
     def _recompute_contexts(self) -> tuple[Any, Any]:
@@ -137,6 +169,11 @@ def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | 
 def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> Backbone:
     """Load the LM, add adapters and activation checkpointing as set."""
     backbone = Backbone(with_lora(load_lm(settings, device_type, name_or_path), settings.lora))
-    if settings.activation_checkpointing:
-        backbone.enable_activation_checkpointing()
+    return with_activation_checkpointing(backbone, settings.activation_checkpointing)
+
+
+def with_activation_checkpointing(backbone: Backbone, setting: str) -> Backbone:
+    """The same backbone, set to recompute what ``backbone.activation_checkpointing`` says."""
+    if setting != "none":
+        backbone.enable_activation_checkpointing(_RECOMPUTED_LAYERS[setting])
     return backbone

@@ -15,7 +15,7 @@ from ladir.data.batches import IGNORE, DenoiserBatch
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone
-from ladir.models.vae import Vae
+from ladir.models.vae import LatentMaps, Vae
 
 
 class TokenHead(nn.Module):
@@ -71,8 +71,7 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Marks at the scale of the embeddings; time starts without effect; everything in the backbone's dtype."""
-        scale = float(self.backbone.base.get_input_embeddings().get_parameter("weight").float().std())
-        nn.init.normal_(self.marks.weight, std=scale)
+        nn.init.normal_(self.marks.weight, std=self.backbone.embedding_std())
         nn.init.zeros_(self.time_out.weight)
         nn.init.zeros_(self.time_out.bias)
         for module in self.heads().values():
@@ -83,7 +82,7 @@ class Denoiser(nn.Module):
         return {name: child for name, child in self.named_children() if name != "backbone"}
 
     @torch.no_grad()
-    def init_from_vae(self, vae: Vae) -> None:
+    def init_from_vae(self, vae: Vae | LatentMaps) -> None:
         """Start the latent maps from the VAE's decoder projection and mean head, on standardised latents."""
         w = vae.from_latent.weight.float()
         self.latent_in.weight.copy_(w * self.latent_std)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
-from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm
+from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm, with_activation_checkpointing
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
     HEADS_FILE,
@@ -34,7 +34,7 @@ from ladir.models.store import (
     save_model,
     without_adapters,
 )
-from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
 
 _ADAPTER_FILE = "adapter_config.json"
 _DECODER_HEAD = "from_latent."
@@ -89,13 +89,30 @@ def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Ba
     save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
 
 
-def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> Vae:
-    """A trained VAE on ``device``; ``backbone`` gives dtype and attention.  ValueError when the folder is not whole."""
+def load_latent_maps(folder: str | Path) -> LatentMaps:
+    """The linear maps of a trained VAE, without its LMs.  ValueError when the folder is not whole."""
+    load_settings(folder, "vae")
+    weights = load_file(Path(folder) / HEADS_FILE)
+    maps = []
+    for name in ("from_latent", "to_mean"):
+        size_out, size_in = weights[f"{name}.weight"].shape
+        maps.append(nn.Linear(size_in, size_out))
+        maps[-1].load_state_dict({part: weights[f"{name}.{part}"] for part in ("weight", "bias")})
+    return LatentMaps(*maps)
+
+
+def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.device, encoder_only: bool = False) -> Vae:
+    """A trained VAE on ``device``; ``backbone`` gives dtype and attention.  ValueError when the folder is not whole.
+
+    ``encoder_only`` leaves out a decoder of its own: half the memory where nothing is decoded.
+    """
     saved = load_settings(folder, "vae")
     settings = VaeSettings(**saved["settings"])
     encoder = load_backbone(Path(folder) / "encoder", backbone, device)
     decoder = None
-    if settings.decoder == "trained":
+    if encoder_only:
+        pass
+    elif settings.decoder == "trained":
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
     elif not isinstance(encoder.lm, PeftModel):
         decoder = Backbone(load_lm(backbone, device.type, saved["base"]))
@@ -115,8 +132,11 @@ def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.
 def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str) -> Vae:
     """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one."""
     encoder = build_backbone(backbone, device_type)
-    shares = isinstance(encoder.lm, PeftModel) and settings.decoder == "frozen"
-    return Vae(encoder, None if shares else Backbone(load_lm(backbone, device_type)), settings)
+    if isinstance(encoder.lm, PeftModel) and settings.decoder == "frozen":
+        return Vae(encoder, None, settings)
+    # A frozen decoder stores activations as well: the gradient passes through it on its way to the latents.
+    decoder = with_activation_checkpointing(Backbone(load_lm(backbone, device_type)), backbone.activation_checkpointing)
+    return Vae(encoder, decoder, settings)
 
 
 def load_denoiser(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
@@ -138,6 +158,7 @@ def load_export(
     folder: str | Path, device: torch.device, attention: str, dtype: str | None
 ) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any]]:
     """Denoiser, thought decoder and default controls of an export folder."""
+    load_settings(folder, "denoiser")  # names the folder where it is none, before any file is missed
     settings = BackboneSettings(attention=attention, dtype=dtype or _saved_dtype(Path(folder)))
     denoiser, sample = load_denoiser(folder, settings, device)
     vae = Path(folder) / "vae"

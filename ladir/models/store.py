@@ -181,6 +181,16 @@ def _belongs_to_lm(name: str) -> bool:
     return ".lm." in name
 
 
+def folder_fingerprint(folder: str | Path) -> str:
+    """A hash of the weight files in a model folder (16 hex digits) and of the base they stand on; loads no model."""
+    digest = hashlib.sha256(json.dumps(load_settings(folder, "vae").get("base")).encode())
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        digest.update(str(file.relative_to(folder)).encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(module: nn.Module) -> str:
     """A hash of all weights in name order (16 hex digits): two models with the same weights have the same."""
     digest = hashlib.sha256()

@@ -24,6 +24,14 @@ _INITIAL_LOGVAR = -4.0
 
 
 @dataclass(frozen=True)
+class LatentMaps:
+    """The linear maps of a VAE that a denoiser starts from: latents [d] to input vectors [H], hidden states [H] to means [d]."""
+
+    from_latent: nn.Linear
+    to_mean: nn.Linear
+
+
+@dataclass(frozen=True)
 class ThoughtDecoder:
     """The half of the VAE that turns latents into text: ``[W z, sentence]`` read by an LM, its adapters off."""
 
@@ -69,8 +77,7 @@ class Vae(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        scale = float(self.encoder.base.get_input_embeddings().get_parameter("weight").float().std())
-        nn.init.normal_(self.queries.weight, std=scale)
+        nn.init.normal_(self.queries.weight, std=self.encoder.embedding_std())
         nn.init.normal_(self.to_logvar.weight, std=1e-3)
         nn.init.constant_(self.to_logvar.bias, _INITIAL_LOGVAR)
         for module in (self.queries, self.to_mean, self.to_logvar, self.from_latent):
