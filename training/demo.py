@@ -1,4 +1,4 @@
-"""The demo: LaDiR from nothing on arithmetic puzzles, every training phase through the ``deepspeed`` launcher.
+"""The demo: LaDiR from nothing on arithmetic puzzles, every training phase through the deepspeed launcher.
 
 Makes the puzzles, trains base LM, VAE and denoiser and, for as many seconds, the autoregressive baseline, evaluates both,
 exports LaDiR and shows what came out.  Run again, it skips what is finished and continues what was interrupted.

@@ -1,4 +1,4 @@
-"""``python -m ladir "question" --model DIR``: a trained model answers and shows its thoughts."""
+"""python -m ladir "question" --model DIR: a trained model answers and shows its thoughts."""
 
 from __future__ import annotations
 

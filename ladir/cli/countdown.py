@@ -1,4 +1,4 @@
-"""``python -m ladir countdown``: write Countdown puzzles as JSONL, and a tokenizer for them."""
+"""python -m ladir countdown: write Countdown puzzles as JSONL, and a tokenizer for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m ladir inspect FILE``: what training would see of a data file, and what it would refuse."""
+"""python -m ladir inspect FILE: what training would see of a data file, and what it would refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ladir.tokens import load_tokenizer
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 1 where training would refuse the file."""
     parser = argparse.ArgumentParser(prog="python -m ladir inspect", description=__doc__)
-    parser.add_argument("file", help=".jsonl, .jsonl.gz, .parquet, or a Hub id (name:split)")
+    parser.add_argument("file", help=".jsonl, .jsonl.gz, .parquet, or a Hub id (name:split or name:config:split)")
     parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder or Hub id; not set: backbone.tokenizer")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records shown with their blocks")
