@@ -128,6 +128,7 @@ class VaeSettings:
 @dataclass
 class LatentSettings:
     batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
+    records_per_part: int = setting(1024, "records a rank encodes between two looks at the stop signal; finished parts are kept")
 
 
 @dataclass

@@ -74,6 +74,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("vae.latent_noise", _NOT_NEGATIVE),
     ("vae.token_substitution", _FRACTION),
     ("latents.batch_size", _COUNT),
+    ("latents.records_per_part", _COUNT),
     ("denoiser.timestep_std", _POSITIVE),
     ("denoiser.draws", _COUNT),
     ("denoiser.*_weight", _NOT_NEGATIVE),

@@ -1,11 +1,14 @@
 """Encode every block of the training and validation records with the trained VAE.
 
-Reads runs/<name>/models/vae, writes runs/<name>/latents/{train,validation}.  All ranks encode; started again it finishes at once
-unless the VAE has changed.
+Reads runs/<name>/models/vae, writes runs/<name>/latents/{train,validation}.  All ranks encode; started again it continues with
+the part after the last one that is written, or finishes at once unless the VAE has changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import logging
 import shutil
 import time
@@ -28,8 +31,11 @@ from training.runtime.run import Outcome, Run
 logger = logging.getLogger(__name__)
 
 
-def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> None:
-    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``."""
+def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> bool:
+    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``.
+
+    False when a signal asked to stop: the parts that are written wait for the next start.
+    """
     target = run.folder.latents / name
     mark, current = "", False
     if run.world.is_main:
@@ -37,20 +43,44 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
         current = _is_current(target, mark)
     mark, current = run.world.broadcast((mark, current))
     if current:
-        return
+        return True
     records = read_encoded(run.config, path, tokenizer)
-    parts = [target.with_name(f"{name}.part-{rank}") for rank in range(run.world.size)]
-    mine = range(run.world.rank, len(records), run.world.size)
-    batch_size, pad_id = run.config.latents.batch_size, int(tokenizer.pad_token_id)
-    d, latents = vae.settings.latent_dim, vae.settings.latents_per_block
-    LatentStore.write(parts[run.world.rank], _rows(vae, records, mine, batch_size, pad_id), mark, d, latents)
+    parts = _parts(run, target, mark, path)
+    if not _encode_parts(run, vae, records, parts, mark, int(tokenizer.pad_token_id)):
+        return False
     run.world.barrier()
     if run.world.is_main:
-        store = LatentStore.merge(parts, target)
-        for part in parts:
-            shutil.rmtree(part)
+        store = LatentStore.merge(sorted(parts.glob("[0-9]*")), target)  # not what a killed process left
+        shutil.rmtree(parts)
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
     run.world.barrier()
+    return True
+
+
+def _parts(run: Run, target: Path, mark: str, path: str) -> Path:
+    """Folder of the parts: another one for other weights, data, ranks or sizes, so that parts never mix."""
+    data, size = dataclasses.asdict(run.config.data), Path(path).stat().st_size if Path(path).is_file() else None
+    facts = [mark, path, size, data, run.world.size, run.config.latents.records_per_part]
+    return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
+
+
+def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, mark: str, pad_id: int) -> bool:
+    """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
+    if run.world.is_main:
+        for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
+            if other != folder:
+                shutil.rmtree(other)
+    settings, latents = vae.settings, run.config.latents
+    width = latents.records_per_part * run.world.size
+    for first in range(0, len(records), width):
+        if run.stop_agreed():
+            return False
+        mine = range(first + run.world.rank, min(first + width, len(records)), run.world.size)
+        part = folder / f"{first:09d}-{run.world.rank:05d}"
+        if mine and not part.is_dir():
+            rows = _rows(vae, records, mine, latents.batch_size, pad_id)
+            LatentStore.write(part, rows, mark, settings.latent_dim, settings.latents_per_block)
+    return True
 
 
 def _is_current(folder: Path, mark: str) -> bool:
@@ -98,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(run.config.backbone)
         vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
         for name, path in (("train", run.config.data.train), ("validation", run.config.data.validation)):
-            if path is not None:
-                encode_split(run, vae, tokenizer, name, path)
+            if path is not None and not encode_split(run, vae, tokenizer, name, path):
+                run.interrupt()
+                logger.info("encoding interrupted: the same command continues")
+                return
         if run.outcome is None:
             run.finish(Outcome("finished", 0, 0, time.perf_counter() - start, {}))
 

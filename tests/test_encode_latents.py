@@ -1,0 +1,88 @@
+"""A stopped encoding: written parts are kept, the rest follows, and the store is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ladir.config_loader import load_config
+from ladir.data.latents import LatentStore
+from training import encode_latents
+from training.runtime.distributed import World
+from training.runtime.run import Run
+
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
+
+
+class Encoder:
+    """Stands for the VAE: latents are a function of the sentence; asks the run to stop during its ``stop_in``-th batch."""
+
+    settings = SimpleNamespace(latent_dim=2, latents_per_block=1)
+
+    def __init__(self, run: Run, stop_in: int = 0) -> None:
+        self.run, self.stop_in = run, stop_in
+        self.sentences = 0
+
+    def __call__(self, vae: object, sentences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+        self.stop_in -= 1
+        self.run.stop.requested |= self.stop_in == 0
+        self.sentences += len(sentences)
+        mean = torch.tensor([[[float(sum(sentence)), float(len(sentence))]] for sentence in sentences])
+        return mean, -mean
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Ten records of one to three blocks, in place of a file's; any VAE folder has the fingerprint ``vae``."""
+    made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
+    monkeypatch.setattr(encode_latents, "read_encoded", lambda config, path, tokenizer: made)
+    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "vae")
+    return made
+
+
+def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> tuple[bool, Encoder, Path]:
+    config = load_config(None, [f"run.folder={folder}", "latents.records_per_part=3", "latents.batch_size=2"])
+    run = Run(config, "latents", World(0, 1, 0, torch.device("cpu")))
+    vae: Any = Encoder(run, stop_in)
+    monkeypatch.setattr(encode_latents, "encode_sentences", vae)
+    finished = encode_latents.encode_split(run, vae, TOKENIZER, "train", "train.jsonl")
+    return finished, vae, run.folder.latents / "train"
+
+
+def test_a_stopped_encoding_continues_after_its_last_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]
+) -> None:
+    finished, whole, expected = encode(tmp_path / "whole", monkeypatch)
+    assert finished
+    assert whole.sentences == sum(len(record.blocks) for record in records)
+
+    finished, first, store = encode(tmp_path / "stopped", monkeypatch, stop_in=4)
+    assert not finished
+    assert not store.exists()
+    (next(store.parent.iterdir()) / ".000000003-00000.torn").mkdir()  # left by a process that was killed
+    finished, second, store = encode(tmp_path / "stopped", monkeypatch)
+    assert finished
+    assert 0 < first.sentences < whole.sentences
+    assert first.sentences + second.sentences == whole.sentences
+    assert (store / "latents.arrow").read_bytes() == (expected / "latents.arrow").read_bytes()
+    assert json.loads((store / "stats.json").read_text()) == json.loads((expected / "stats.json").read_text())
+    assert [path.name for path in store.parent.iterdir()] == ["train"]
+
+
+def test_an_encoding_under_way_starts_over_when_the_vae_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]
+) -> None:
+    assert not encode(tmp_path, monkeypatch, stop_in=4)[0]
+    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "another")
+    finished, vae, store = encode(tmp_path, monkeypatch)
+    assert finished
+    assert vae.sentences == sum(len(record.blocks) for record in records)
+    assert LatentStore.open(store).fingerprint == "another"
+    assert [path.name for path in store.parent.iterdir()] == ["train"]
