@@ -27,7 +27,7 @@ run_phase() {
         fail "$entry: started $((restarts + 1)) times, MAX_RESTARTS=$max_restarts; find out why in $LOG, then submit it again: it continues"
     export_environment
     local status=0
-    trap : TERM USR1 USR2 # the step's processes answer signals; this shell only waits for them
+    trap : TERM USR1 USR2 "$STOP_SIGNAL" # the step's processes answer signals; this shell only waits for them
     start_step "$entry" --config "$config" "$@" || status=$?
     finish "$entry" "$status"
 }

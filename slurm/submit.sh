@@ -57,15 +57,20 @@ for phase in "${phases[@]}"; do
     read -r -a words <<<"$phase"
     entry=${words[0]:-}
     [ -f "slurm/$entry.sbatch" ] || { cancel; fail "PHASES: no slurm/$entry.sbatch"; }
-    own=() settings=()
-    [ "$entry" != export ] || own=(--nodes=1 --gres=none) # copies files: no GPU
+    own=(${options[@]+"${options[@]}"}) settings=()
+    if [ "$entry" = export ]; then # copies files: one node, no GPU
+        own=(--nodes=1 --gres=none)
+        for option in ${options[@]+"${options[@]}"}; do
+            [[ $option =~ ^--(nodes|ntasks|gres|gpu) ]] || own+=("$option")
+        done
+    fi
     for word in "${words[@]:1}"; do
         if [[ $word == --* ]]; then own+=("$word"); else settings+=("$word"); fi
     done
     after=()
     [ ${#jobs[@]} -eq 0 ] || after=(--dependency="afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
     job=$(sbatch --parsable --output="$run_folder/logs/%x-%j.log" --signal="$stop_signal@${STOP_SECONDS:-300}" \
-        ${options[@]+"${options[@]}"} ${own[@]+"${own[@]}"} ${after[@]+"${after[@]}"} \
+        ${own[@]+"${own[@]}"} ${after[@]+"${after[@]}"} \
         "slurm/$entry.sbatch" "$submitted" "$@" ${settings[@]+"${settings[@]}"})
     job=${job%%;*} # with several clusters: ID;CLUSTER
     echo "job $job  $phase${after:+  (after ${jobs[-1]})}"

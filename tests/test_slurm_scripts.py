@@ -1,0 +1,58 @@
+"""What the batch scripts rely on and needs no cluster: settings in short, signals that wait (the rest: ``make test-slurm``)."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+STOPPED_WHILE_STARTING = """
+import os, signal
+print("starting", flush=True)
+input()
+from training.runtime.preemption import StopRequest
+with StopRequest("USR2") as stop:
+    print(stop.requested, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_held_signal_is_obeyed_as_soon_as_the_process_can_and_does_not_kill_it_afterwards(number: int) -> None:
+    command = [sys.executable, "slurm/hold_signals.py", "TERM", "SIGusr2", "--", sys.executable, "-c", STOPPED_WHILE_STARTING]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "starting\n"
+    process.send_signal(number)
+    output, _ = process.communicate("go\n")
+    assert output.split() == ["True", "saved"]
+    assert process.returncode == 0
+
+
+def settings(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "slurm/settings.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_settings_name_run_folder_signal_and_the_phases_a_configuration_needs() -> None:
+    first, second = settings("configs/demo.yaml", "run.name=x", "deepspeed.stop_signal=USR1").stdout.splitlines()
+    assert (first, second) == (str(ROOT / "runs" / "x"), "USR1")
+    phases = settings("--phases", "configs/demo.yaml").stdout.splitlines()[2:]
+    base = "train_ar ar.phase=base ar.from_scratch=true"
+    assert phases == [base, "train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate"]
+    phases = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]").stdout.splitlines()[2:]
+    assert phases == ["train_vae", "encode_latents", "train_denoiser", "export", "evaluate"]
+    assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in phases)
+
+
+def test_settings_report_every_error_in_a_line_of_its_own() -> None:
+    result = settings("configs/demo.yaml", "vae.latent_dimm=3", "vae.beta=-1")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert [line.startswith("error: ") for line in result.stderr.splitlines()] == [True, True]
