@@ -1,5 +1,6 @@
 # make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
+# make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
 # make lint    linters and types only
 # make venv    the virtual environment (.venv) that the others use; they make it themselves
 # Another interpreter: make PYTHON=python3.12 ...
@@ -12,7 +13,9 @@ SEED ?= 0
 RANKS ?= 2
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint venv clean-venv
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+
+.PHONY: help demo test test-slurm lint venv clean-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +28,19 @@ demo: $(VENV)/.ready
 test: lint
 	@echo "tests: pytest $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.ready-dev
+	@missing=$$(for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || echo $$program; done); \
+	[ -z "$$missing" ] || if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		echo "test-slurm: installing $(SLURM_PACKAGES)"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			$(SLURM_PACKAGES) >$(VENV)/slurm-install.log 2>&1 || { cat $(VENV)/slurm-install.log; exit 1; }; \
+	else \
+		echo "test-slurm: not found:" $$missing; \
+		echo "as root on Debian or Ubuntu: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; \
+	fi
+	@[ "$$(id -u)" -eq 0 ] || { echo "test-slurm: needs root: the cluster's daemons start jobs as other users"; exit 1; }
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slurm -x --durations=0 --durations-min=5 tests/slurm
 
 lint: $(VENV)/.ready-dev
 	@echo "lint: ruff, mypy, shellcheck"

@@ -1,0 +1,218 @@
+"""A real two-node Slurm cluster on this machine: munge, slurmctld and two slurmd, each under a host name of its own.
+
+GPUs are symlinks to /dev/null: Slurm schedules them, the jobs compute on the CPU.  Needs root and Debian's packages
+(``make test-slurm`` installs them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+NODES = {"nodeA": "127.0.0.11", "nodeB": "127.0.0.12"}
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare")
+HOSTS = Path("/etc/hosts")
+REPOSITORY = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+PATIENCE = 400.0
+"""Seconds after which a wait gives up: many times what an idle machine needs, because a busy one needs them."""
+
+SLURM_CONF = """
+ClusterName=ladirtest
+SlurmctldHost={host}
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=5
+MinJobAge=3600
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100
+"""
+
+
+class Cluster:
+    """Commands on the running cluster; every wait has a limit and fails with the state and the end of the logs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A command from the repository's folder with ``variables`` added to the environment."""
+        result = subprocess.run(
+            command, capture_output=True, text=True, env={**self.environment, **variables}, cwd=REPOSITORY, timeout=60
+        )
+        if check and result.returncode != 0:
+            raise AssertionError(f"{' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}")
+        return result
+
+    def submit(self, *arguments: str, **variables: str) -> str:
+        """``sbatch arguments``; returns the job id."""
+        return self.run("sbatch", "--parsable", *arguments, **variables).stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What scontrol says of a job."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).stdout))
+
+    def state(self, job: str) -> str:
+        """Its state, e.g. RUNNING."""
+        return self.job(job)["JobState"]
+
+    def wait(self, job: str, seconds: float = PATIENCE) -> str:
+        """Wait until the job has ended; returns its state."""
+        self.until(lambda: self.state(job) in ENDED, f"job {job} to end", job, seconds)
+        return self.state(job)
+
+    def until(self, condition: Callable[[], bool], what: str, job: str, seconds: float = PATIENCE) -> None:
+        """Poll ``condition``; fails when it does not hold in time, or when the job has ended without it."""
+        end = time.monotonic() + seconds
+        while not condition():
+            ended = self.state(job) in ENDED and not condition()
+            if ended or time.monotonic() > end:
+                raise AssertionError(
+                    f"{'job ended while waiting' if ended else f'waited {seconds:.0f} s'} for {what}\n{self.report(job)}"
+                )
+            time.sleep(0.1)
+
+    def report(self, job: str) -> str:
+        """A job's state and the end of its log."""
+        record = self.run("scontrol", "show", "job", "-o", job, check=False).stdout
+        log = Path(self.job(job).get("StdOut", "/nowhere"))
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        return f"{record}\n{text[-6000:]}"
+
+
+def missing() -> list[str]:
+    """What this machine lacks for a cluster."""
+    lacks = [program for program in PROGRAMS if shutil.which(program) is None]
+    if os.geteuid() != 0:
+        lacks.append("root (slurmd starts jobs as other users)")
+    return lacks
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """Start the cluster, wait until both nodes are idle; stop every daemon at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="ladir-slurm-"))
+    folder.chmod(0o755)  # munge refuses sockets behind closed folders
+    with _host_names():
+        cluster = Cluster(folder)
+        try:
+            _start(cluster)
+            yield cluster
+        finally:
+            _stop(cluster)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _host_names() -> Iterator[None]:
+    before = HOSTS.read_text()
+    HOSTS.write_text(before.rstrip("\n") + "\n" + "".join(f"{address} {name}\n" for name, address in NODES.items()))
+    try:
+        yield
+    finally:
+        HOSTS.write_text(before)
+
+
+def _start(cluster: Cluster) -> None:
+    folder = cluster.folder
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o400)
+    for number in range(8):
+        (folder / f"gpu{number}").symlink_to("/dev/null")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    ports = _free_ports(1 + len(NODES))
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=8 RealMemory=1000 Gres=gpu:8 State=UNKNOWN"
+        for (name, address), port in zip(NODES.items(), ports[1:], strict=True)
+    )
+    conf = SLURM_CONF.format(host=socket.gethostname(), port=ports[0], folder=folder, nodes=nodes)
+    (folder / "slurm.conf").write_text(conf)
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
+    cluster.run("munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket", *files)
+    cluster.run("slurmctld", "-f", str(folder / "slurm.conf"))
+    for name in NODES:
+        (folder / f"spool-{name}").mkdir()
+        start = f"hostname {name} && exec slurmd -N {name} -f {folder}/slurm.conf"
+        cluster.run("unshare", "--uts", "sh", "-c", start)
+    end = time.monotonic() + 30
+    while (
+        cluster.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=gpu", check=False).stdout.split() != ["idle"] * 2
+    ):
+        if time.monotonic() > end:
+            logs = [file.read_text()[-2000:] for file in sorted(folder.glob("*.log"))]
+            raise AssertionError("the cluster did not start:\n" + "\n".join(logs))
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _stop(cluster: Cluster) -> None:
+    """Cancel all jobs, wait until they are gone, end the daemons; by force what is left of them after that."""
+    cluster.run("scancel", "--user=root", check=False)
+    _wait_while(lambda: cluster.run("squeue", "--noheader", check=False).stdout != "", seconds=20)
+    for process in _processes(cluster):
+        process.terminate()
+    _wait_while(lambda: bool(_processes(cluster)), seconds=10)
+    for process in _processes(cluster):
+        process.kill()
+
+
+def _processes(cluster: Cluster) -> list[psutil.Process]:
+    """Daemons and job processes of this cluster, known by the configuration in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while condition() and time.monotonic() < end:
+        time.sleep(0.2)

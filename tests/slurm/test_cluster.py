@@ -1,0 +1,182 @@
+"""The batch scripts on a real two-node cluster: chains, launchers, signals, preemption, lost nodes, dead ranks, bad input."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import REPOSITORY, Cluster
+from tests.slurm.project import CONFIG, SIZE, Project
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+PHASES = "train_vae; encode_latents; train_denoiser; export --time=00:30:00; evaluate evaluate.methods=[ladir]"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_slurm_accepts_every_script_and_finds_no_site_in_it(script: Path, cluster: Cluster) -> None:
+    accepted = cluster.run("sbatch", "--test-only", *SIZE, f"slurm/{script.name}", CONFIG)
+    assert "to start at" in accepted.stderr
+    lines = script.read_text().splitlines()
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert len(directives) > 3
+    assert max(directives) < min(commands)
+    for word in ("account", "partition", "qos", "gres", "gpus", "constraint", "nodes", "time"):
+        assert not any(f"--{word}=" in lines[number] for number in directives)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([*SIZE], "no configuration"),
+        ([*SIZE, "configs/none.yaml"], "no configuration file 'configs/none.yaml'"),
+        ([*SIZE, CONFIG, "vae.latent_dimm=3"], "unknown setting vae.latent_dimm; did you mean vae.latent_dim?"),
+        (["--nodes=2", CONFIG], "no GPU asked for"),
+    ],
+    ids=["no config", "no such config", "unknown key", "no GPU"],
+)
+def test_a_chain_that_cannot_work_is_refused_in_one_line(arguments: list[str], reason: str, cluster: Cluster) -> None:
+    result = cluster.run("slurm/submit.sh", *arguments, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert reason in result.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_chain_is_queued_as_a_whole_or_not_at_all(cluster: Cluster, tmp_path: Path) -> None:
+    chain = "train_vae --begin=now+1hour; export; evaluate --nodes=3"
+    result = cluster.run("slurm/submit.sh", *SIZE, CONFIG, f"run.folder={tmp_path}", check=False, PHASES=chain)
+    assert result.returncode != 0
+    assert result.stdout.count("job ") == 2
+    assert cluster.run("squeue", "--noheader", "--states=PENDING,RUNNING").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "reason"),
+    [
+        (SIZE, [], "no configuration"),
+        (SIZE, [CONFIG, "vae.latent_dimm=3"], "unknown setting vae.latent_dimm"),
+        (["--nodes=2"], [CONFIG], "this job has no GPU"),
+    ],
+    ids=["no config", "unknown key", "no GPU"],
+)
+def test_a_job_that_cannot_work_ends_at_once_in_one_line(
+    options: list[str], arguments: list[str], reason: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    job = cluster.submit(f"--output={log}", *options, "slurm/train_vae.sbatch", *arguments)
+    assert cluster.wait(job, seconds=30) == "FAILED"
+    assert len(log.read_text().splitlines()) == 1
+    assert reason in log.read_text()
+
+
+def test_the_chain_leaves_everything_in_the_run_folder(chain: dict[str, str], project: Project) -> None:
+    assert list(chain) == ["base", "train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate"]
+    run = project.folder / "first"
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["ar-greedy", "ladir"]
+    assert (run / "export" / "config.json").is_file()
+    assert json.loads((run / "environment.json").read_text())["packages"]
+    assert (run / "config.yaml").is_file()
+    assert len(list((run / "slurm").glob("submitted-*.yaml"))) == 1
+    job = chain["train_vae"]
+    assert (run / "slurm" / f"hostfile-{job}").read_text().splitlines() == ["nodeA slots=1", "nodeB slots=1"]
+    assert (run / "slurm" / f"train_vae-{job}.sbatch").read_text() == (REPOSITORY / "slurm/train_vae.sbatch").read_text()
+    for rank in range(2):
+        assert (run / "logs" / "ranks" / f"train_vae-{job}-rank-{rank}.log").is_file()
+    assert "vae 100%" in project.log(job)
+    assert "2 node(s) x 1 process(es), torchrun" in project.log(job)
+    steps = project.losses("first", "vae")
+    assert list(steps) == list(range(1, max(steps) + 1))
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_a_chain_is_stopped_and_continues_under_each_launcher(launcher: str, chain: dict[str, str], project: Project) -> None:
+    """The VAE is stopped in training; encoding and evaluation while their processes are still starting."""
+    jobs = project.submit_chain(launcher, LAUNCHER=launcher, PHASES=PHASES)
+    assert list(jobs) == ["train_vae", "encode_latents", "train_denoiser", "export", "evaluate"]
+    for phase, job in jobs.items():
+        if phase == "train_vae":
+            project.reach(job, launcher, 3)
+        elif phase in ("encode_latents", "evaluate") and launcher == "srun":
+            project.started(job)
+        else:
+            project.finish(job)
+            continue
+        project.cluster.run("scancel", "--signal=USR2", job)
+        project.restarted(job, 1)
+        project.finish(job)
+        assert "interrupted and saved; back to the queue (restart 1 of at most 20)" in project.log(job)
+        assert f"start 2: 2 node(s) x 1 process(es), {launcher}" in project.log(job)
+    assert (project.folder / launcher / "results.json").is_file()
+    assert project.losses(launcher, "vae") == project.losses("first", "vae")
+    assert project.weights(launcher, "vae") == project.weights("first", "vae")
+
+
+def test_signal_preemption_and_a_lost_node_change_no_loss(chain: dict[str, str], project: Project) -> None:
+    cluster, name = project.cluster, "survivor"
+    job = project.submit("train_vae", name)
+
+    project.reach(job, name, 3)
+    cluster.run("scancel", "--signal=USR2", job)
+    project.restarted(job, 1)
+    saved = project.step(name)
+
+    project.reach(job, name, saved + 3)
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    project.restarted(job, 2)
+    assert cluster.wait(urgent) == "COMPLETED"
+    saved = project.step(name)
+
+    project.reach(job, name, saved + 3)
+    cluster.run("scontrol", "update", "nodename=nodeB", "state=down", "reason=test")
+    project.restarted(job, 3)
+    cluster.run("scontrol", "update", "nodename=nodeB", "state=resume", check=False)  # refused where it is back by itself
+    project.finish(job)
+
+    log = project.log(job)
+    assert "USR2 received" in log
+    assert "TERM received" in log
+    assert "start 4: " in log
+    assert project.losses(name, "vae") == project.losses("first", "vae")
+    assert project.weights(name, "vae") == project.weights("first", "vae")
+
+
+def test_a_cancelled_job_stays_cancelled_and_a_killed_rank_ends_its_job(chain: dict[str, str], project: Project) -> None:
+    cluster, name = project.cluster, "killed"
+    job = project.submit("train_vae", name)
+    project.reach(job, name, 3)
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    time.sleep(3)  # a job that went back to the queue would do so now
+    assert cluster.state(job) == "CANCELLED"
+    saved = project.step(name)
+
+    job = project.submit("train_vae", name)
+    project.reach(job, name, saved + 2)
+    project.rank(name, 1).kill()
+    assert cluster.wait(job, seconds=30) == "FAILED"
+    assert f"phase vae continues after step {saved}" in project.log(job)
+    assert "error: train_vae failed with status" in project.log(job)
+
+
+def test_a_failing_phase_cancels_what_depends_on_it(chain: dict[str, str], project: Project) -> None:
+    phases = "train_vae; encode_latents; evaluate"
+    jobs = project.submit_chain("failing", "data.train=nowhere.jsonl", PHASES=phases, LAUNCHER="srun")
+    assert [project.cluster.wait(job) for job in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert "nowhere.jsonl" in project.log(jobs["train_vae"])
+
+
+def test_a_job_goes_back_to_the_queue_only_so_many_times(chain: dict[str, str], project: Project) -> None:
+    job = project.submit("train_vae", "tired", MAX_RESTARTS="0")
+    project.started(job)
+    project.cluster.run("scancel", "--signal=USR2", job)
+    assert project.cluster.wait(job) == "FAILED"
+    assert "interrupted and saved, but MAX_RESTARTS=0 is used up" in project.log(job)
