@@ -143,7 +143,7 @@ class Reasoner:
         return settings
 
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
-        """The questions' cache, a row per trajectory; with guidance the hidden-question branch behind it."""
+        """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
         bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         ids, lengths = pad_left([bos + encode_text(self.tokenizer, q) for q in questions], self.tokenizer.pad_token_id)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
@@ -152,7 +152,7 @@ class Reasoner:
             inputs, lengths = torch.cat([inputs, hidden]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths)
-        return prefix.select(owner)
+        return prefix.share(owner)
 
     def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, thoughts: bool) -> dict[int, Trajectory]:
         """Answers and thoughts of trajectories that ended after the same block."""

@@ -35,5 +35,5 @@ def complete(
     owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
     uniform = noise.uniform(list(range(len(owner))), max_tokens).to(device)
-    texts = decode(prefix.select(owner), hidden[owner], eos_id, max_tokens, temperature, uniform)
+    texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform)
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]

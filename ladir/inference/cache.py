@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ladir.models.backbone import Backbone
+from ladir.models.prefix_attention import SharedPrefix
 
 
 class PrefixLayer(DynamicLayer):
@@ -24,12 +25,15 @@ class PrefixLayer(DynamicLayer):
         """Keys and values of prefix and new tokens [R, heads, P + T, head]."""
         if self.growing:
             return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            return key_states, value_states
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
     def select(self, rows: Tensor) -> PrefixLayer:
         """A layer of the given rows, repeats allowed."""
         layer = PrefixLayer()
-        layer.update(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        if self.is_initialized:
+            layer.update(self.keys.index_select(0, rows), self.values.index_select(0, rows))
         return layer
 
 
@@ -63,16 +67,25 @@ class PrefixCache(Cache):
 
 
 class Prefix:
-    """R sequences of equal padded length P behind which tokens are generated.
+    """R sequences of equal padded length behind which tokens are generated.
 
-    ``valid`` bool [R, P] marks real tokens (questions are padded on the left), ``next_position`` int64 [R].
+    ``cache`` holds the rows' own tokens, P each; ``valid`` bool [R, P] marks the real ones (questions are padded on the left);
+    ``next_position`` int64 [R]; ``shared`` is what the rows read together, in front of their own tokens.
     """
 
-    def __init__(self, backbone: Backbone, cache: PrefixCache, valid: Tensor, next_position: Tensor) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        cache: PrefixCache,
+        valid: Tensor,
+        next_position: Tensor,
+        shared: SharedPrefix | None = None,
+    ) -> None:
         self.backbone = backbone
         self.cache = cache
         self.valid = valid
         self.next_position = next_position
+        self.shared = shared
 
     @classmethod
     def start(cls, backbone: Backbone, inputs: Tensor, lengths: Tensor) -> tuple[Prefix, Tensor]:
@@ -90,12 +103,28 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.valid)
 
-    def select(self, rows: Tensor) -> Prefix:
-        """The prefix of ``rows`` (indices, repeats allowed): trajectories of one question share by being copies of its row."""
-        return Prefix(self.backbone, self.cache.select(rows), self.valid[rows], self.next_position[rows])
+    def share(self, owner: Tensor) -> Prefix:
+        """A row for every trajectory, ``owner`` [R] naming the sequence it continues; rows of one sequence are consecutive.
 
-    def block_mask(self, length: int) -> Tensor:
-        """Visibility [R, length, P + length] of tokens that see the prefix and each other."""
+        The sequences' keys and values stay where they are; a row has only its own tokens' (where the model's attention
+        cannot read the two apart, every row has a copy).
+        """
+        if len(owner) <= len(self) or not self.backbone.shares_prefixes:
+            return self.select(owner)
+        layers = self.cache.layers
+        shared = SharedPrefix.build([layer.keys for layer in layers], [layer.values for layer in layers], self.valid, owner)
+        own = PrefixCache([PrefixLayer() for _ in layers])
+        return Prefix(self.backbone, own, self.valid.new_ones(len(owner), 0), self.next_position[owner], shared)
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of ``rows`` (indices, repeats allowed), copied but for what is shared."""
+        shared = self.shared.select(rows) if self.shared is not None else None
+        return Prefix(self.backbone, self.cache.select(rows), self.valid[rows], self.next_position[rows], shared)
+
+    def visible(self, length: int) -> Tensor | SharedPrefix:
+        """What ``length`` new tokens see: the prefix and each other, as a mask [R, length, P + length] or a shared prefix."""
+        if self.shared is not None:
+            return self.shared
         prefix = self.valid[:, None, :].expand(-1, length, -1)
         return torch.cat([prefix, prefix.new_ones(len(self), length, length)], dim=-1)
 
@@ -106,7 +135,7 @@ class Prefix:
     def append(self, inputs: Tensor) -> Tensor:
         """Add tokens [R, T, H] that see the prefix and each other (T = 1: an ordinary token); their hidden states [R, T, H]."""
         length = inputs.shape[1]
-        hidden = self.backbone(inputs, self.block_mask(length), self.positions(length), self.cache)
+        hidden = self.backbone(inputs, self.visible(length), self.positions(length), self.cache)
         self.valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
         self.next_position = self.next_position + length
         return hidden

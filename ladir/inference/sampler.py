@@ -17,6 +17,7 @@ from ladir.inference.guidance import classifier_free, diversity_force
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.denoiser import Denoiser
+from ladir.models.prefix_attention import SharedPrefix
 
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
 StepHook = Callable[[list[int], int, int, Tensor], None]
@@ -108,7 +109,7 @@ class BlockSampler:
         device = prefix.valid.device
         z = s.initial_noise * self.noise.normal(rows, shape).to(device)
         times = torch.linspace(1.0, 0.0, s.num_steps + 1).tolist()
-        visible, positions = prefix.block_mask(shape[0] + 1), prefix.positions(shape[0] + 1)
+        visible, positions = prefix.visible(shape[0] + 1), prefix.positions(shape[0] + 1)
         with prefix.cache.read_only():
             for step, (t, t_next) in enumerate(itertools.pairwise(times)):
                 velocity = self._velocity(prefix, z, t, visible, positions, owner)
@@ -118,7 +119,9 @@ class BlockSampler:
                     on_step(rows, block, step, x0)
         return z
 
-    def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Tensor, positions: Tensor, owner: Tensor) -> Tensor:
+    def _velocity(
+        self, prefix: Prefix, z: Tensor, t: float, visible: Tensor | SharedPrefix, positions: Tensor, owner: Tensor
+    ) -> Tensor:
         """Guided velocity [R, L, d] at time t."""
         d, s = self.denoiser, self.settings
         branches = len(prefix) // len(z)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ladir.config import BackboneSettings, LoraSettings
 from ladir.models.attention import attention_mask, choose_attention
+from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, can_share_prefixes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -71,21 +72,44 @@ class Backbone(nn.Module):
         """Vocabulary logits [..., V] of hidden states [..., H]."""
         return self.base.get_output_embeddings()(hidden)
 
-    def forward(self, inputs: Tensor, visible: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, visible: Tensor | SharedPrefix, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Last hidden states [N, T, H].
 
-        ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length; ``positions``
-        int64 [N or 1, T].
+        ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length, or a prefix that
+        all see beside everything in the cache; ``positions`` int64 [N or 1, T].
         """
-        implementation = self.base.config._attn_implementation
+        if isinstance(visible, SharedPrefix):
+            with self._attention(PREFIX_ATTENTION):
+                return self._decode(inputs, None, positions, cache, shared_prefix=visible)
+        mask = attention_mask(visible, self.base.config._attn_implementation, inputs.dtype)
+        return self._decode(inputs, mask, positions, cache)
+
+    def _decode(self, inputs: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, **kwargs: Any) -> Tensor:
         output = self.base.get_decoder()(
             inputs_embeds=inputs,
-            attention_mask=attention_mask(visible, implementation, inputs.dtype),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            **kwargs,
         )
         return output.last_hidden_state
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a :class:`SharedPrefix` may be passed to :meth:`forward`."""
+        return can_share_prefixes(self.base.config)
+
+    @contextmanager
+    def _attention(self, implementation: str) -> Iterator[None]:
+        """Another attention of transformers, for the calls inside."""
+        config = self.base.config
+        before = config._attn_implementation
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from ladir.data.batches import IGNORE, DenoiserBatch
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone
+from ladir.models.prefix_attention import SharedPrefix
 from ladir.models.vae import LatentMaps, Vae
 
 
@@ -123,7 +124,7 @@ class Denoiser(nn.Module):
         """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""
         return self.stop_head(hidden)[..., 0].float()
 
-    def denoise_step(self, z: Tensor, t: Tensor, visible: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def denoise_step(self, z: Tensor, t: Tensor, visible: Tensor | SharedPrefix, positions: Tensor, cache: Cache) -> Tensor:
         """Prediction [R, L, d] for noisy latents ``z`` [R, L, d] at ``t`` [R] behind a cached prefix."""
         bot = self.mark(Mark.BOT).expand(len(z), 1, -1)
         inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=1)
