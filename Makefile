@@ -1,6 +1,7 @@
 # make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
 # make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
+# make bench   what one pass, caches and ZeRO-3 save and cost on this machine, measured
 # make lint    linters and types only
 # make venv    the virtual environment (.venv) that the others use; they make it themselves
 # Another interpreter: make PYTHON=python3.12 ...
@@ -15,7 +16,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: help demo test test-slurm lint venv clean-venv
+.PHONY: help demo test test-slurm bench lint venv clean-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,9 @@ test-slurm: $(VENV)/.ready-dev
 	fi
 	@[ "$$(id -u)" -eq 0 ] || { echo "test-slurm: needs root: the cluster's daemons start jobs as other users"; exit 1; }
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slurm -x --durations=0 --durations-min=5 tests/slurm
+
+bench: $(VENV)/.ready-dev
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m benchmark -s tests/test_benchmarks.py
 
 lint: $(VENV)/.ready-dev
 	@echo "lint: ruff, mypy, shellcheck"

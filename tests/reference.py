@@ -23,11 +23,8 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor]) -> Tensor:
     """
     inputs = torch.cat(list(groups))[None]
     group = torch.tensor([i for i, vectors in enumerate(groups) for _ in range(len(vectors))])
-    mask = torch.zeros(len(group), len(group), dtype=inputs.dtype)
-    for i in range(len(group)):
-        for j in range(len(group)):
-            if group[j] > group[i]:
-                mask[i, j] = torch.finfo(inputs.dtype).min
+    later = group[None, :] > group[:, None]
+    mask = torch.zeros(later.shape, dtype=inputs.dtype).masked_fill(later, torch.finfo(inputs.dtype).min)
     positions = torch.arange(len(group))[None]
     decoder = backbone.base.get_decoder()
     return decoder(
