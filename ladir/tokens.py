@@ -12,28 +12,29 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ladir.config import BackboneSettings
+from ladir.errors import UnusableError
 
 
 def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer with a padding token (its own, else the end-of-sequence token).
 
-    Raises ValueError where no tokenizer is named, it cannot be loaded, or it has no end-of-sequence token.
+    Raises UnusableError where no tokenizer is named, it cannot be loaded, or it has no end-of-sequence token.
     """
     name = backbone.tokenizer or backbone.name_or_path
     if name is None:
-        raise ValueError(
+        raise UnusableError(
             "no tokenizer: set backbone.tokenizer, or backbone.name_or_path to a model folder or Hub id that has one"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UnusableError(
             f"the tokenizer {name!r} cannot be loaded: {reason}; set backbone.tokenizer to a folder written by "
             "save_pretrained, or to a Hub id"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UnusableError(
             f"the tokenizer {name!r} has no end-of-sequence token, which ends answers and sentences; set eos_token in "
             "its tokenizer_config.json"
         )

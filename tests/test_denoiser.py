@@ -404,7 +404,7 @@ def test_time_conditions_the_noisy_latents_and_starts_without_effect() -> None:
 
 
 def test_the_vaes_maps_start_the_denoisers() -> None:
-    vae, denoiser = tiny_vae(), tiny_denoiser(tiny_lm())
+    vae, denoiser = tiny_vae(), tiny_denoiser(tiny_lm(), objective="x0")
     denoiser.init_from_vae(vae)
     z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     standard = (z - denoiser.latent_mean) / denoiser.latent_std
@@ -412,6 +412,10 @@ def test_the_vaes_maps_start_the_denoisers() -> None:
     hidden = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     predicted = denoiser.predict(hidden) * denoiser.latent_std + denoiser.latent_mean
     assert torch.allclose(predicted, vae.to_mean(hidden).float(), atol=1e-5)
+    other = tiny_denoiser(tiny_lm(), objective="velocity")
+    before = other.latent_out.weight.clone()
+    other.init_from_vae(vae)
+    assert torch.equal(other.latent_out.weight, before)  # the mean head gives z_0, not eps - z_0
 
 
 def test_flow_target_of_the_loss_is_the_objectives() -> None:

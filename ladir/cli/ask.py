@@ -43,8 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Answer the questions on the command line."""
     arguments = build_parser().parse_args(argv)
+    from transformers.utils.logging import disable_progress_bar
+
     from ladir.reasoner import Reasoner
 
+    disable_progress_bar()
     if arguments.trajectories < 1:
         raise ValueError(f"--trajectories {arguments.trajectories}: must be at least 1")
     if not Path(arguments.model).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ladir.config import BackboneSettings, LoraSettings
+from ladir.errors import UnusableError
 from ladir.models.attention import attention_mask, choose_attention
 from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, can_share_prefixes
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -149,16 +153,26 @@ class Backbone(nn.Module):
 def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> PreTrainedModel:
     """Load a causal LM from a local folder or the Hub, in the settings' dtype and attention.
 
-    Raises ValueError when no name is set, OSError (transformers) when it cannot be found.
+    Raises UnusableError when no name is set or it cannot be loaded.  A sliding window is not kept: blocks see their whole past.
     """
     name = name_or_path or settings.name_or_path
     if name is None:
-        raise ValueError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=DTYPES[settings.dtype],
-        attn_implementation=choose_attention(settings.attention, device_type),
-    )
+        raise UnusableError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=DTYPES[settings.dtype],
+            attn_implementation=choose_attention(settings.attention, device_type),
+        )
+    except (OSError, ValueError) as error:
+        raise UnusableError(
+            f"the LM {name!r} cannot be loaded: {error}; set backbone.name_or_path to a folder written by save_pretrained "
+            "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id"
+        ) from error
+    window = getattr(lm.config.get_text_config(), "sliding_window", None)
+    if window is not None and getattr(lm.config.get_text_config(), "use_sliding_window", True):
+        logger.warning("%s was trained with a sliding window of %d tokens; here every token sees its whole past", name, window)
+    return lm
 
 
 def new_lm(settings: BackboneSettings, vocab_size: int, special_ids: dict[str, int | None], device_type: str) -> PreTrainedModel:

@@ -84,10 +84,15 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def init_from_vae(self, vae: Vae | LatentMaps) -> None:
-        """Start the latent maps from the VAE's decoder projection and mean head, on standardised latents."""
+        """Start the latent maps from the VAE's decoder projection and mean head, on standardised latents.
+
+        The mean head gives z_0, so it is a start for ``latent_out`` under the x0 objective only.
+        """
         w = vae.from_latent.weight.float()
         self.latent_in.weight.copy_(w * self.latent_std)
         self.latent_in.bias.copy_(vae.from_latent.bias.float() + w @ self.latent_mean)
+        if self.settings.objective != "x0":
+            return
         self.latent_out.weight.copy_(vae.to_mean.weight.float() / self.latent_std[:, None])
         self.latent_out.bias.copy_((vae.to_mean.bias.float() - self.latent_mean) / self.latent_std)
 

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ladir.errors import UnusableError
 from ladir.models.backbone import Backbone
 
 SETTINGS_FILE = "ladir.json"
@@ -158,13 +159,13 @@ def without_adapters(state: State) -> State:
 
 
 def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
-    """``ladir.json`` of a model folder; ValueError names the folder when it is missing, torn or of another kind."""
+    """``ladir.json`` of a model folder; UnusableError names the folder when it is missing, torn or of another kind."""
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first")
+        raise UnusableError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first")
     settings = json.loads(path.read_text())
     if settings.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {settings.get('kind')!r}, not a {kind!r}")
+        raise UnusableError(f"{folder} holds a {settings.get('kind')!r}, not a {kind!r}")
     return dict(settings)
 
 

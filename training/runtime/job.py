@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from transformers.utils.logging import disable_progress_bar
+
 from ladir.config import Config
 from ladir.config_loader import parse_args
 from ladir.data.records import BadRecords
+from ladir.errors import UnusableError
 from training.runtime.checkpoint import CheckpointError
-from training.runtime.distributed import LaunchError, start, stop
+from training.runtime.distributed import LaunchError, RankLostError, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError
 from training.runtime.loop import NonFiniteError
 from training.runtime.run import Run, RunConflict, open_run
@@ -27,7 +30,9 @@ USER_ERRORS = (
     FileNotFoundError,
     LaunchError,
     NonFiniteError,
+    RankLostError,
     RunConflict,
+    UnusableError,
 )
 
 
@@ -38,6 +43,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     Exits with status 2 and one message for errors that are the user's to mend; others go through.
     """
     config, _ = parse_args(argv, description)
+    disable_progress_bar()
     try:
         world = start(config.deepspeed)
         with open_run(config, phase(config), world) as run:
