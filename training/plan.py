@@ -1,0 +1,56 @@
+"""Predict what every phase needs before a GPU is asked for: memory, disk, steps and time; no weights are loaded.
+
+    python training/plan.py --config configs/math_8b.yaml --gpus 8 --gpu-memory 80
+
+Models are built on the meta device and one micro batch is traced through them, so that it runs anywhere in a minute or two.
+Ends with status 0 where every phase fits, 1 where one does not (and says what makes it fit), 2 where a setting is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ladir.config_loader import parse_args
+from training.planning.models import PlanError
+from training.planning.predict import GIB, Machine, Planner
+from training.planning.report import report
+from training.runtime.ds_config import DeepSpeedConfigError
+from training.runtime.sampler import BatchSizeError
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs (processes) of the job")
+    parser.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one GPU, in GiB")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a host's memory (8)")
+    parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
+    parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of that peak that is reached (0.4)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    config, arguments = parse_args(argv, __doc__ or "", _add_arguments)
+    machine = Machine(
+        gpus=arguments.gpus,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu_bytes=int(arguments.gpu_memory * GIB),
+        reserve=int(arguments.reserve * GIB),
+        flops=arguments.tflops * 1e12,
+        mfu=arguments.mfu,
+    )
+    try:
+        planner = Planner(config, machine)
+        predictions = list(planner.predictions())
+    except (PlanError, BatchSizeError, DeepSpeedConfigError) as error:
+        sys.stderr.write(f"plan.py: {error}\n")
+        return 2
+    Console().print(report(predictions, machine, planner.data.measured))
+    return 0 if all(p.fits for p in predictions) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What an engine holds of weights, gradients and optimizer state on one GPU and in host memory, by arithmetic.
+
+The rules are DeepSpeed's as :mod:`training.runtime.engine` uses it; tests compare them with real engines, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from training.runtime.ds_config import zero_stage
+
+FP32 = 4
+#: a master weight and AdamW's two moments
+_ADAM_TENSORS = 3
+
+# DeepSpeed's own values where a configuration is silent.
+_DEFAULTS = {
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its elements, and whether it is trained (and decayed: matrices are)."""
+
+    numel: int
+    trained: bool
+    matrix: bool
+
+
+def weights_of(model: nn.Module) -> list[Weight]:
+    """The parameters of a model, tied ones once."""
+    return [Weight(p.numel(), p.requires_grad, p.ndim >= 2) for p in model.parameters()]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed configuration decides about memory."""
+
+    stage: int
+    world_size: int
+    element_bytes: int
+    offload_optimizer: bool
+    offload_weights: bool
+    persistence_threshold: int
+    max_live: int
+    prefetch: int
+    reduce_bucket: int
+    sub_group: int
+
+    @staticmethod
+    def of(ds_config: dict[str, Any], world_size: int, element_bytes: int) -> Zero:
+        """Read a configuration file's content; ``element_bytes``: 2 in bf16, 4 in fp32."""
+        zero = {**_DEFAULTS, **ds_config.get("zero_optimization", {})}
+        return Zero(
+            stage=zero_stage(ds_config),
+            world_size=world_size,
+            element_bytes=element_bytes,
+            offload_optimizer="offload_optimizer" in zero,
+            offload_weights="offload_param" in zero,
+            persistence_threshold=int(zero["stage3_param_persistence_threshold"]),
+            max_live=int(zero["stage3_max_live_parameters"]),
+            prefetch=int(zero["stage3_prefetch_bucket_size"]),
+            reduce_bucket=int(zero["reduce_bucket_size"]),
+            sub_group=int(zero["sub_group_size"]),
+        )
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Bytes on one rank, GPU and host apart."""
+
+    weights: int = 0
+    frozen: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    buckets: int = 0
+    gathered: int = 0
+    step: int = 0
+    host_weights: int = 0
+    host_gradients: int = 0
+    host_optimizer: int = 0
+    host_average: int = 0
+
+    @property
+    def resident(self) -> int:
+        """On the GPU at all times: without gathered weights and without what the step needs for a moment."""
+        return self.weights + self.frozen + self.gradients + self.optimizer + self.average + self.buckets
+
+    @property
+    def host(self) -> int:
+        """In host memory at all times."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name.startswith("host_"))
+
+
+def part(numel: int, world_size: int) -> int:
+    """Elements of a rank's part of a tensor: DeepSpeed pads to equal parts."""
+    return -(-numel // world_size)
+
+
+def holdings(weights: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
+    """What one rank holds once training runs; ``averaged``: there is an exponential moving average (EMA)."""
+    trained = [w for w in weights if w.trained]
+    frozen = [w for w in weights if not w.trained]
+    rules = {0: _whole, 2: _stage2, 3: _stage3}
+    return rules[zero.stage](trained, frozen, zero, averaged)
+
+
+def _numel(weights: Iterable[Weight]) -> int:
+    return sum(w.numel for w in weights)
+
+
+def _whole(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
+    """Everything on every rank; in fp32 the weights are their own masters."""
+    size, count = zero.element_bytes, _numel(trained)
+    tensors = _ADAM_TENSORS if size != FP32 else _ADAM_TENSORS - 1
+    return Holdings(
+        weights=size * count,
+        frozen=size * _numel(frozen),
+        gradients=size * count,
+        optimizer=FP32 * tensors * count,
+        average=FP32 * count * averaged,
+    )
+
+
+def _stage2(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
+    """Whole weights; each of the two groups of the optimizer is one flat tensor, padded and cut into equal parts."""
+    size, count = zero.element_bytes, _numel(trained)
+    groups = [_numel(w for w in trained if w.matrix == matrix) for matrix in (True, False)]
+    align = 2 * zero.world_size  # DeepSpeed aligns the parts to 4 bytes
+    padded = [-(-group // align) * align for group in groups]
+    mine = sum(padded) // zero.world_size
+    state = Holdings(
+        weights=size * sum(padded),
+        frozen=size * _numel(frozen),
+        gradients=FP32 * mine,
+        optimizer=FP32 * _ADAM_TENSORS * mine,
+        average=FP32 * mine * averaged,
+        buckets=size * min(zero.reduce_bucket, max(count, 1)),
+    )
+    return _offloaded(state, zero)
+
+
+def _stage3(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
+    """Every weight is cut into equal parts; small ones are on all ranks whole, besides."""
+    size, ranks = zero.element_bytes, zero.world_size
+    mine = sum(part(w.numel, ranks) for w in trained)
+    everything = [*trained, *frozen]
+    largest = max(w.numel for w in everything)
+    state = Holdings(
+        weights=size * (mine + _persistent(trained, zero)),
+        frozen=size * (sum(part(w.numel, ranks) for w in frozen) + _persistent(frozen, zero)),
+        gradients=FP32 * mine,
+        optimizer=FP32 * _ADAM_TENSORS * mine,
+        average=FP32 * mine * averaged,
+        buckets=size * zero.reduce_bucket,
+        gathered=size * min(zero.max_live + largest, _numel(everything)) * (ranks > 1 or zero.offload_weights),
+        step=FP32 * min(mine, zero.sub_group),
+    )
+    return _offloaded(state, zero)
+
+
+def _persistent(weights: Sequence[Weight], zero: Zero) -> int:
+    """Elements of weights that stay gathered (with one rank and no offloading a gathered weight is the part itself)."""
+    if zero.world_size == 1 and not zero.offload_weights:
+        return 0
+    return _numel(w for w in weights if w.numel <= zero.persistence_threshold)
+
+
+def _offloaded(state: Holdings, zero: Zero) -> Holdings:
+    """The same bytes with what is offloaded counted as host memory."""
+    values = {f.name: getattr(state, f.name) for f in fields(state)}
+    moved = ["gradients", "optimizer", "average"] if zero.offload_optimizer else []
+    moved += ["weights", "frozen"] if zero.offload_weights else []
+    for name in moved:
+        host = "host_weights" if name == "frozen" else f"host_{name}"
+        values[host] += values[name]
+        values[name] = 0
+    if zero.offload_optimizer:
+        values["step"] = 0  # done on the CPU
+    return Holdings(**values)
+
+
+def checkpoint_bytes(weights: Sequence[Weight], averaged: bool) -> int:
+    """Bytes of the tensors in one checkpoint: masters, two moments and averages of what is trained, over all ranks."""
+    return FP32 * (_ADAM_TENSORS + averaged) * _numel(w for w in weights if w.trained)

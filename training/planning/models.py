@@ -1,0 +1,160 @@
+"""The models and micro batches of every phase on the meta device: shapes without weights or data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ladir.config import BackboneSettings, Config
+from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
+from ladir.data.encode import encode_records
+from ladir.data.latents import LatentRecord
+from ladir.data.records import read_records
+from ladir.models.ar import ArModel
+from ladir.models.attention import choose_attention
+from ladir.models.backbone import DTYPES, Backbone, with_activation_checkpointing, with_lora
+from ladir.models.denoiser import Denoiser
+from ladir.models.vae import Vae
+from ladir.tokens import load_tokenizer
+
+PHASES = ("vae", "denoiser", "ar")
+_META = torch.device("meta")
+_ID = 1  # which token stands somewhere does not matter
+
+
+class PlanError(ValueError):
+    """The settings leave open what a plan needs."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A record's sizes in tokens, and the number of its blocks."""
+
+    question: int
+    blocks: int
+    block: int
+    answer: int
+
+    @property
+    def completion(self) -> int:
+        """Tokens of the chain as text: every block with its newline, the answer, <eos>."""
+        return self.blocks * (self.block + 1) + self.answer + 1
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """How many records there are, the mean one and the longest possible one."""
+
+    samples: int
+    mean: Lengths
+    longest: Lengths
+    measured: bool
+
+
+def data_size(config: Config) -> DataSize:
+    """From ``plan.*``, else measured in a local ``data.train``, else half the limits.  PlanError where the count is unknown."""
+    data, plan = config.data, config.plan
+    limits = Lengths(data.max_question_tokens, data.max_blocks, data.max_block_tokens, data.max_answer_tokens)
+    measured = _measure(config)
+    samples, mean, longest = measured or (None, None, limits)
+    half = Lengths(*(max(1, value // 2) for value in (limits.question, limits.blocks, limits.block, limits.answer)))
+    mean = mean or half
+    samples = plan.samples or samples
+    if samples is None:
+        raise PlanError("plan.samples is not set and data.train is no local file: say how many training records there are")
+    mean = Lengths(
+        plan.question_tokens or mean.question,
+        plan.blocks or mean.blocks,
+        plan.block_tokens or mean.block,
+        plan.answer_tokens or mean.answer,
+    )
+    return DataSize(samples, mean, longest, measured is not None)
+
+
+def _measure(config: Config) -> tuple[int, Lengths, Lengths] | None:
+    """Number, mean and longest sizes of the records in a local file; None where file or tokenizer are not at hand."""
+    if config.data.train is None or not Path(config.data.train).is_file():
+        return None
+    try:
+        tokenizer = load_tokenizer(config.backbone)
+    except (OSError, ValueError):
+        return None
+    encoded, _ = encode_records(read_records(config.data.train, config.data), tokenizer, config.data)
+    if not encoded:
+        return None
+    columns: list[Sequence[int]] = [
+        [len(record.question) for record in encoded],
+        [len(record.blocks) for record in encoded],
+        [len(block) for record in encoded for block in record.blocks],
+        [len(record.answer) for record in encoded],
+    ]
+    mean = Lengths(*(max(1, round(float(np.mean(column)))) for column in columns))
+    return len(encoded), mean, Lengths(*(max(column) for column in columns))
+
+
+def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
+    """The LM's architecture: of ``name_or_path`` where it is at hand without network, else ``backbone.scratch``."""
+    if backbone.name_or_path:
+        try:
+            return AutoConfig.from_pretrained(backbone.name_or_path, local_files_only=True)
+        except (OSError, ValueError):
+            pass  # not a local folder and not in the cache
+    arguments = dict(backbone.scratch)
+    if "model_type" not in arguments:
+        raise PlanError(
+            f"the architecture of {backbone.name_or_path} is not at hand without network: download its config.json and "
+            "name the folder in backbone.name_or_path, or describe it in backbone.scratch (see configs/math_8b.yaml)"
+        )
+    if "vocab_size" not in arguments:
+        try:
+            arguments["vocab_size"] = len(load_tokenizer(backbone))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"backbone.scratch.vocab_size is not set, and there is no tokenizer to count: {error}") from error
+    return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+
+
+def _backbone(config: Config, checkpointing: str, adapters: bool = True) -> Backbone:
+    settings = config.backbone
+    attention = choose_attention(settings.attention, "cuda")
+    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[settings.dtype], attn_implementation=attention)
+    return with_activation_checkpointing(Backbone(with_lora(lm, settings.lora) if adapters else lm), checkpointing)
+
+
+def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
+    """The model that ``phase`` trains, without weights."""
+    with _META:
+        encoder = _backbone(config, checkpointing)
+        if phase == "vae":
+            shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
+            return Vae(encoder, None if shares else _backbone(config, checkpointing, adapters=False), config.vae)
+        if phase == "denoiser":
+            d = config.vae.latent_dim
+            return Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
+        return ArModel(encoder)
+
+
+def micro_batch(
+    config: Config, phase: str, lengths: Lengths, count: int, vocab_size: int, device: torch.device | str = _META
+) -> Any:
+    """``count`` samples of the given sizes, as the phase's collator makes them."""
+    numbers = list(range(count))
+    if phase == "vae":
+        sentences = [[_ID] * lengths.block] * count
+        return VaeCollator(config.vae, vocab_size, 0, _ID, 0)(sentences, numbers, training=False).to(device)
+    if phase == "denoiser":
+        d = config.vae.latent_dim
+        latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
+        blocks = [[_ID] * lengths.block] * lengths.blocks
+        record = LatentRecord([_ID] * lengths.question, blocks, [_ID] * lengths.answer, latents, latents)
+        zeros = np.zeros(d, dtype=np.float32)
+        collator = DenoiserCollator(replace(config.denoiser, answer_every=1), zeros, zeros + 1, _ID, 0, max(count, 1))
+        return collator([record] * count, numbers).to(device)
+    pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
+    return ArCollator(0)([pair] * count, numbers).to(device)

@@ -1,0 +1,159 @@
+"""What a forward and backward pass allocates and computes, found by running it, on the meta device or on a real one.
+
+On the meta device tensors have sizes but no data, so that the pass of an 8B model is traced in seconds on any machine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within, counts the bytes of storages that operators allocate and that are still alive, and their peak.
+
+    Storages that were there before (weights, batch: ``known``) do not count.  ``flops`` counts matrix products.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.flops = 0
+        self._seen: Any = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+@contextmanager
+def fused_attention(add_flops: Callable[[int], None]) -> Iterator[None]:
+    """Within, scaled_dot_product_attention allocates what the fused kernels do: no matrix of attention weights.
+
+    A function in its place, because a torch function mode is suspended while the backward pass recomputes activations.
+    """
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return _Attention.apply(query, key, value, attn_mask, add_flops)
+
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of fused attention [N, heads, T, D]: it keeps its inputs, its output and one statistic per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, add_flops: Any) -> Tensor:
+        out = torch.empty_like(query)
+        statistic = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        bias = None if mask is None else torch.empty(mask.shape, dtype=query.dtype, device=query.device)
+        ctx.save_for_backward(query, key, value, bias, out, statistic)
+        ctx.add_flops, ctx.flops = add_flops, 4 * query.numel() * key.shape[-2]
+        add_flops(ctx.flops)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        torch.empty(query.shape, dtype=torch.float32, device=query.device)  # the kernels accumulate this one in fp32
+        ctx.add_flops(2 * ctx.flops)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A traced pass: most bytes alive at once (weights, their gradients and the batch not counted) and its FLOPs."""
+
+    peak_bytes: int
+    flops: int
+
+
+def trace_training(model: nn.Module, batch: Any) -> Pass:
+    """Forward and backward of ``model(batch)``, each weight's gradient given up as soon as it is complete.
+
+    That is what the engine does: it moves a gradient into its own buffers the moment autograd has it.
+    """
+    model.train()
+    memory = LiveMemory(_known(model, batch))
+    with _gradients_given_up(model), memory, _fused(model, memory):
+        outputs = model(batch)
+        losses = [value for name, value in outputs.items() if not name.startswith("metric/")]
+        torch.stack(losses).sum().backward()
+    return Pass(memory.peak, memory.flops)
+
+
+def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None) -> Pass:
+    """``run()`` in evaluation mode without gradient; ``model`` holds the weights that do not count."""
+    model.eval()
+    memory = LiveMemory(_known(model, batch))
+    with torch.no_grad(), memory, _fused(model, memory):
+        run()
+    return Pass(memory.peak, memory.flops)
+
+
+def _fused(model: nn.Module, memory: LiveMemory) -> AbstractContextManager[Any]:
+    def add(flops: int) -> None:
+        memory.flops += flops
+
+    on_meta = next(model.parameters()).is_meta
+    return fused_attention(add) if on_meta else nullcontext()
+
+
+def _known(model: nn.Module, batch: Any) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    pending = list(vars(batch).values()) if batch is not None else []
+    for value in pending:
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "__dict__"):
+            pending.extend(vars(value).values())
+
+
+@contextmanager
+def _gradients_given_up(model: nn.Module) -> Iterator[None]:
+    def give_up(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(give_up) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
