@@ -73,7 +73,7 @@ for phase in "${phases[@]}"; do
         ${own[@]+"${own[@]}"} ${after[@]+"${after[@]}"} \
         "slurm/$entry.sbatch" "$submitted" "$@" ${settings[@]+"${settings[@]}"})
     job=${job%%;*} # with several clusters: ID;CLUSTER
-    echo "job $job  $phase${after:+  (after ${jobs[-1]})}"
+    echo "job $job  ${words[*]}${after:+  (after ${jobs[-1]})}"
     jobs+=("$job")
 done
 list=$(IFS=,; echo "${jobs[*]}")

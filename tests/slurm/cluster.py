@@ -26,7 +26,7 @@ PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unsh
 HOSTS = Path("/etc/hosts")
 REPOSITORY = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-PATIENCE = 400.0
+PATIENCE = 900.0
 """Seconds after which a wait gives up: many times what an idle machine needs, because a busy one needs them."""
 
 SLURM_CONF = """

@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.cluster import REPOSITORY, Cluster
 from tests.slurm.project import CONFIG, SIZE, Project
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 PHASES = "train_vae; encode_latents; train_denoiser; export --time=00:30:00; evaluate evaluate.methods=[ladir]"
@@ -51,7 +51,7 @@ def test_a_chain_that_cannot_work_is_refused_in_one_line(arguments: list[str], r
 
 
 def test_a_chain_is_queued_as_a_whole_or_not_at_all(cluster: Cluster, tmp_path: Path) -> None:
-    chain = "train_vae --begin=now+1hour; export; evaluate --nodes=3"
+    chain = "train_vae --begin=now+1hour; export; evaluate --partition=nowhere"
     result = cluster.run("slurm/submit.sh", *SIZE, CONFIG, f"run.folder={tmp_path}", check=False, PHASES=chain)
     assert result.returncode != 0
     assert result.stdout.count("job ") == 2
