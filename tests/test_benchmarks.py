@@ -265,7 +265,7 @@ def test_cached_sampling_against_recomputing(report: Report) -> None:
     )
 
 
-@pytest.mark.parametrize(("length", "trajectories"), [(5, 100), (256, 20)])
+@pytest.mark.parametrize(("length", "trajectories"), [(16, 100), (256, 20)])
 def test_shared_prefixes_against_copies(length: int, trajectories: int, report: Report) -> None:
     config = demo()
     settings = replace(config.sample, num_steps=5, max_blocks=3)
@@ -416,7 +416,6 @@ def _zero3_against_plain(config: Config, world: Any, report: Report) -> None:
         },
         deepspeed=deepspeed_parts(lambda: zero(batches, {}), turns),
     )
-    zero.engine.close()
 
 
 def deepspeed_parts(step: Callable[[], None], turns: int) -> dict[str, float]:

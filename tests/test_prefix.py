@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ladir.config import SampleSettings
 from ladir.inference.ar import complete
-from ladir.inference.cache import Prefix
+from ladir.inference.cache import SHORTEST_SHARED, Prefix
 from ladir.inference.decode import decode
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
 from ladir.models.backbone import Backbone
 from tests.tiny import EOS, PAD, SHAPES, tiny_denoiser, tiny_lm
 
-LENGTHS = torch.tensor([3, 5, 1])
+LENGTHS = torch.tensor([9, SHORTEST_SHARED, 1])
 OWNERS = {
     "as many each": [0, 0, 1, 1, 2, 2],
     "ragged": [0, 0, 0, 0, 1, 2, 2],
@@ -57,7 +57,7 @@ def assert_same(shared: Prefix, copied: Prefix, seed: int) -> None:
     assert torch.allclose(shared.append(block), copied.append(block), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([4, 4, 4])], ids=["mixed", "equal"])
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.full((3,), SHORTEST_SHARED + 1)], ids=["mixed", "equal"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_shared_prefixes_give_what_copies_give(kind: str, lengths: Tensor) -> None:
     for attention in ("eager", "sdpa"):
@@ -82,12 +82,12 @@ def test_rows_may_leave_in_any_number() -> None:
 
 def test_gradients_reach_prefix_and_rows() -> None:
     backbone = Backbone(tiny_lm("mistral"))
-    question = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    question = torch.randn(2, SHORTEST_SHARED, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for way in (Prefix.share, Prefix.select):
         backbone.zero_grad()
         inputs = question.clone().requires_grad_()
-        prefix = way(Prefix.start(backbone, inputs, torch.tensor([3, 2]))[0], torch.tensor([0, 0, 0, 1]))
+        prefix = way(Prefix.start(backbone, inputs, torch.tensor([SHORTEST_SHARED, 2]))[0], torch.tensor([0, 0, 0, 1]))
         block = new_tokens(prefix, 3, 5).requires_grad_()
         prefix.append(block).sin().sum().backward()
         weights = [p.grad for p in backbone.base.get_decoder().layers.parameters() if p.grad is not None]
@@ -137,7 +137,7 @@ def test_completions_are_the_same() -> None:
     backbone = Backbone(tiny_lm("qwen2", dtype=torch.float32))
 
     def run() -> list[list[list[int]]]:
-        return complete(backbone, [[4, 5, 6], [7]], ["a", "b"], 5, PAD, EOS, max_tokens=8, temperature=1.0, seed=3)
+        return complete(backbone, [[4, 5, 6, 7] * 5, [7]], ["a", "b"], 5, PAD, EOS, max_tokens=8, temperature=1.0, seed=3)
 
     texts = run()
     assert texts == copying(run)
@@ -157,7 +157,7 @@ def test_a_row_costs_its_own_tokens_only() -> None:
         own = [tensor for layer in prefix.cache.layers for tensor in (layer.keys, layer.values)]
         shared = [*prefix.shared.keys, *prefix.shared.values]
         assert storage(own) == len(prefix) * 8 * per_token
-        assert storage(shared) == 3 * 5 * per_token
+        assert storage(shared) == 3 * SHORTEST_SHARED * per_token
 
 
 def storage(tensors: list[Tensor]) -> int:
@@ -170,6 +170,11 @@ def test_selecting_all_prefixes_copies_none_of_them() -> None:
     kept = prefix.select(torch.tensor([0, 2, 3, 5]))
     assert prefix.shared is not None and kept.shared is not None
     assert all(a is b for a, b in zip(prefix.shared.keys, kept.shared.keys, strict=True))
+
+
+def test_a_short_prefix_is_copied() -> None:
+    prefix = start(Backbone(tiny_lm()), torch.tensor([SHORTEST_SHARED - 1, 2])).share(torch.tensor([0, 0, 1]))
+    assert prefix.shared is None and len(prefix) == 3
 
 
 def test_an_attention_with_extras_gets_copies() -> None:

@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 
+#: shorter prefixes (in tokens) are copied: on a CPU that is as fast or faster, and costs little memory
+SHORTEST_SHARED = 16
+
 
 class PrefixLayer(DynamicLayer):
     """Keys and values [R, heads, P, head] of one layer; new ones are kept only while ``growing``."""
@@ -106,10 +109,11 @@ class Prefix:
     def share(self, owner: Tensor) -> Prefix:
         """A row for every trajectory, ``owner`` [R] naming the sequence it continues; rows of one sequence are consecutive.
 
-        The sequences' keys and values stay where they are; a row has only its own tokens' (where the model's attention
-        cannot read the two apart, every row has a copy).
+        The sequences' keys and values stay where they are; a row has only its own tokens' (every row has a copy where the
+        prefix is short, nothing would be shared, or the model's attention cannot read the two apart).
         """
-        if len(owner) <= len(self) or not self.backbone.shares_prefixes:
+        shareable = self.valid.shape[1] >= SHORTEST_SHARED and len(owner) > len(self) and self.backbone.shares_prefixes
+        if not shareable:
             return self.select(owner)
         layers = self.cache.layers
         shared = SharedPrefix.build([layer.keys for layer in layers], [layer.values for layer in layers], self.valid, owner)
