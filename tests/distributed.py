@@ -6,10 +6,13 @@ be importable (module level) and its arguments and results picklable.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,10 +50,22 @@ class ProcessGroup:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = [_answer(pipe, timeout) for pipe in self._pipes]
+        end = time.monotonic() + timeout
+        answers = [self._answer(rank, end - time.monotonic()) for rank in range(self.size)]
         if any(error for _, error in answers):
             self.close()  # collectives may be out of step
         return answers
+
+    def _answer(self, rank: int, timeout: float) -> tuple[Any, str | None]:
+        if not self._pipes[rank].poll(max(timeout, 0.1)):
+            os.kill(self._workers[rank].pid, signal.SIGUSR1)  # it writes where it stands to its stderr
+            time.sleep(0.5)
+            return None, "no answer in time"
+        try:
+            value, error = self._pipes[rank].recv()
+        except EOFError:
+            return None, "the process died"
+        return value, error
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -88,16 +103,6 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _answer(pipe: Connection, timeout: float) -> tuple[Any, str | None]:
-    if not pipe.poll(timeout):
-        return None, f"no answer in {timeout} s"
-    try:
-        value, error = pipe.recv()
-    except EOFError:
-        return None, "the process died"
-    return value, error
-
-
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     """A worker's life: join the group, then execute what comes."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -107,6 +112,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     from ladir.config import DeepSpeedSettings
     from training.runtime.distributed import start
 
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     world = start(DeepSpeedSettings(timeout_minutes=3))
     while True:

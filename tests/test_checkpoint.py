@@ -24,6 +24,8 @@ from training.runtime.engine import Engine
 from training.runtime.loop import train
 from training.runtime.run import open_run
 
+KINDS = ("ema", "exp_avg", "exp_avg_sq", "master")
+FILES = [(0, "buffer"), *((rank, kind) for rank in (0, 1) for kind in KINDS)]
 SETTINGS = toy_settings(checkpoint_every=2, micro_batch=2, ema=0.9, keep_checkpoints=2)
 
 
@@ -55,7 +57,9 @@ def test_the_last_n_are_kept_and_latest_names_the_newest(finished: Path) -> None
     assert [path.name for path in checkpoints(finished)] == ["step-00000006", "step-00000004"]
     assert (checkpoints(finished)[0].parent / "latest").read_text() == "step-00000006\n"
     assert sorted(path.name for path in checkpoints(finished)[0].iterdir()) == [
-        "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"
+        "manifest.json",
+        *(f"rank-0000{rank}-{kind}.safetensors" for rank, kind in FILES),
+        "state.json",
     ]  # fmt: skip
 
 
@@ -82,12 +86,12 @@ def flip_byte(path: Path) -> None:
 
 def damage(path: Path, how: str) -> None:
     if how == "flipped":
-        flip_byte(path / "rank-00001.safetensors")
+        flip_byte(path / "rank-00001-ema.safetensors")
     elif how == "truncated":
-        shard = path / "rank-00000.safetensors"
+        shard = path / "rank-00000-exp_avg.safetensors"
         shard.write_bytes(shard.read_bytes()[:-7])
     elif how == "missing":
-        (path / "rank-00001.safetensors").unlink()
+        (path / "rank-00001-ema.safetensors").unlink()
     elif how == "state":
         (path / "state.json").write_text("{}")
     else:
@@ -130,7 +134,7 @@ def expect_no_whole_checkpoint(world: World, folder: Path) -> str:
 def test_without_a_whole_checkpoint_nothing_is_trained_over_it(two_processes: ProcessGroup, copy: Path) -> None:
     (copy / "toy" / "outcome-ar.json").unlink()
     for path in checkpoints(copy):
-        flip_byte(path / "rank-00000.safetensors")
+        flip_byte(path / "rank-00000-exp_avg.safetensors")
     for message in two_processes.run(expect_no_whole_checkpoint, copy):
         assert "no checkpoint in" in message and "start over" in message
 
@@ -141,7 +145,7 @@ def full_disk_on_rank_one(world: World, folder: Path) -> str:
     def save_file(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
         calls.append(path)
         real(tensors, path, metadata)
-        if world.rank == 1 and len(calls) == 2:
+        if world.rank == 1 and len(calls) == len(KINDS) + 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     checkpoint.save_file = save_file  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Checkpoints: atomic, verified, readable by any number of ranks.
 
-``checkpoints/<phase>/step-00000123/`` holds one safetensors file per rank (its parts of master weights, moments and
-averages, by parameter), ``state.json`` (where the training stands) and ``manifest.json`` (sizes and hashes of all).
+``checkpoints/<phase>/step-00000123/`` holds a safetensors file per rank and kind (its parts of master weights, moments
+and averages, by parameter), ``state.json`` (where the training stands) and ``manifest.json`` (sizes and hashes of all).
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
 
 
 def _write_shard(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Write this rank's tensors; returns its manifest entry by file name (none where it has nothing of its own)."""
-    tensors, starts = engine.state()
-    if not tensors:
-        return {}
-    path = folder / f"rank-{engine.world.rank:05d}.safetensors"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=starts)
-    sync_file(path)
-    return {path.name: _entry(path)}
+    """Write this rank's tensors; returns their manifest entries by file name (none where it has nothing of its own)."""
+    entries = {}
+    for kind, tensors, places in engine.state():  # one kind at a time: on a GPU each is copied to the host
+        path = folder / f"rank-{engine.world.rank:05d}-{kind}.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=places)
+        sync_file(path)
+        entries[path.name] = _entry(path)
+    return entries
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -181,15 +181,18 @@ class Shards(StateReader):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files = [safe_open(file, framework="pt") for file in sorted(path.glob("rank-*.safetensors"))]
-        self._where: dict[str, list[tuple[Any, int]]] = {}
         self._sizes: dict[str, int] = {}
-        self._keys = [set(file.keys()) for file in self._files]
-        for file in self._files:
-            for name, place in (file.metadata() or {}).items():
-                if name != "format":
-                    start, self._sizes[name] = map(int, place.split("/"))
-                    self._where.setdefault(name, []).append((file, start))
+        self._parts: dict[str, list[tuple[Any, int]]] = {}
+        """By ``kind/parameter``: the files that hold a part of it, and which element that part starts with."""
+        self._buffers: Any = None
+        for name in sorted(path.glob("rank-*.safetensors")):
+            kind, file = name.stem.split("-")[2], safe_open(name, framework="pt")
+            if kind == "buffer":
+                self._buffers = file
+                continue
+            for parameter, place in (file.metadata() or {}).items():
+                start, self._sizes[parameter] = map(int, place.split("/"))
+                self._parts.setdefault(f"{kind}/{parameter}", []).append((file, start))
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise :class:`CheckpointError` unless these are the trained parameters, and their sizes, of the checkpoint."""
@@ -203,22 +206,18 @@ class Shards(StateReader):
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` from the parts that overlap ``[start, start + out.numel())``; raises CheckpointError on a gap."""
-        filled, end, key = 0, start + out.numel(), f"{kind}/{name}"
-        for file, first in self._where.get(name, []) if out.numel() else []:
-            try:
-                part = file.get_slice(key)
-            except SafetensorError as error:
-                raise CheckpointError(f"{self._path}: no {kind} of parameter {name}: {error}") from error
+        filled, end = 0, start + out.numel()
+        for file, first in self._parts.get(f"{kind}/{name}", []) if out.numel() else []:
+            part = file.get_slice(name)
             low, high = max(start, first), min(end, first + part.get_shape()[0])
             if low < high:
                 out[low - start : high - start].copy_(part[low - first : high - first])
                 filled += high - low
         if filled != out.numel():
-            raise CheckpointError(f"{self._path}: {filled} of {out.numel()} elements of {key} found: a rank's file is missing")
+            raise CheckpointError(f"{self._path}: {filled} of {out.numel()} elements of {kind} {name} found")
 
     def buffer(self, name: str) -> Tensor:
         """A persistent buffer of the model."""
-        for file, keys in zip(self._files, self._keys, strict=True):
-            if f"buffer/{name}" in keys:
-                return torch.as_tensor(file.get_tensor(f"buffer/{name}"))
-        raise CheckpointError(f"{self._path} is the checkpoint of another model: it has no buffer {name}")
+        if self._buffers is None or name not in self._buffers.keys():  # noqa: SIM118 (not a dict)
+            raise CheckpointError(f"{self._path} is the checkpoint of another model: it has no buffer {name}")
+        return torch.as_tensor(self._buffers.get_tensor(name))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings
@@ -25,6 +26,10 @@ FIRST_PORT, NUM_PORTS = 20000, 20000
 
 class LaunchError(RuntimeError):
     """The process was started in a way that leaves its rank unknown."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank died, or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,17 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+    def wait_at_most(self, minutes: float) -> None:
+        """From now on a collective that takes longer ends this process with an error (all process groups)."""
+        if self.size > 1:
+            for group in c10d._world.pg_map:
+                c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def start(settings: DeepSpeedSettings) -> World:

@@ -78,7 +78,7 @@ class Engine:
         if self.partitions.replicated and not self.world.is_main:
             return torch.zeros((), device=self.world.device)
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.partitions.gradients()]
-        return torch.stack(norms).square().sum()
+        return torch.stack(norms).square().sum().to(self.world.device)
 
     def step(self, lr: float) -> None:
         """Clip, step with learning rate ``lr``, forget the gradients, update the averaged weights."""
@@ -136,27 +136,22 @@ class Engine:
 
         return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters([parameter]))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What a checkpoint holds of this rank: tensors by ``kind/parameter``, and by parameter ``start/size`` of its part.
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
+        """What a checkpoint holds of this rank: kind, tensors by parameter, and by parameter ``start/size`` of its part.
 
-        Kinds are master, exp_avg, exp_avg_sq and ema.  Without ZeRO all ranks hold the same, so only rank 0 has any.
+        Kinds are master, exp_avg, exp_avg_sq, ema, and buffer (rank 0).  Without ZeRO all ranks hold the same, so only
+        rank 0 yields any.
         """
-        tensors: dict[str, Tensor] = {}
-        sizes = self.trainable_sizes()
-        starts: dict[str, str] = {}
-        if self.world.is_main:
-            tensors.update({f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model)})
         if self.partitions.replicated and not self.world.is_main:
-            return tensors, starts
-        kinds = self._kinds()
-        for fragment in self.partitions.fragments:
-            if fragment.numel == 0:
-                continue
-            starts[fragment.name] = f"{fragment.start}/{sizes[fragment.name]}"
-            for kind, values in kinds.items():
-                flat = values[fragment.master].detach().view(-1)
-                tensors[f"{kind}/{fragment.name}"] = flat[fragment.offset : fragment.offset + fragment.numel]
-        return tensors, starts
+            return
+        sizes = self.trainable_sizes()
+        parts = [fragment for fragment in self.partitions.fragments if fragment.numel]
+        places = {part.name: f"{part.start}/{sizes[part.name]}" for part in parts}
+        for kind, values in self._kinds().items():
+            flat = [value.detach().view(-1) for value in values]
+            yield kind, {part.name: flat[part.master][part.offset : part.offset + part.numel] for part in parts}, places
+        if self.world.is_main:
+            yield "buffer", dict(persistent_buffers(self.model)), {}
 
     @torch.no_grad()
     def load_state(self, shards: StateReader, steps: int) -> None:
@@ -214,10 +209,6 @@ class Engine:
         merged = [sum(values) % 2**64 for values in zip(*sums, strict=True)]
         return hashlib.sha256(str(merged).encode()).hexdigest()[:16]
 
-    def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
-        self._engine.destroy()
-
 
 class StateReader:
     """Interface of what :meth:`Engine.load_state` reads from (see :mod:`training.runtime.checkpoint`)."""
@@ -274,7 +265,7 @@ def _local_part(parameter: nn.Parameter, world: World) -> tuple[Tensor, int]:
 def _checksum(name: str, values: Tensor, start: int, chunk: int = 1 << 22) -> Tensor:
     """Two int64 sums (modulo 2^64) over the bits of ``values``, weighted by position: additive over partitions."""
     salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+    bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
     total = torch.zeros(2, dtype=torch.int64)
     for begin in range(0, bits.numel(), chunk):
         part = bits[begin : begin + chunk].to(torch.int64)

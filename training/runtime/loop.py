@@ -14,7 +14,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ladir.config import TrainSettings
 from training.runtime import checkpoint
+from training.runtime.distributed import RankLostError, is_lost_rank
 from training.runtime.engine import Engine
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Phase
@@ -36,7 +38,8 @@ def train(run: Run, phase: Phase) -> Outcome:
     """Train ``phase`` to its end, or to a stop signal, continuing from the newest whole checkpoint.
 
     When finished, the model lies in the run folder's ``models/<phase>``, and another call returns at once.  Raises
-    :class:`NonFiniteError`, :class:`~training.runtime.checkpoint.CheckpointError` and ValueError (settings).
+    :class:`NonFiniteError`, :class:`~training.runtime.checkpoint.CheckpointError`,
+    :class:`~training.runtime.distributed.RankLostError` and ValueError (settings).
     """
     done = run.outcome
     if done is not None:
@@ -44,18 +47,24 @@ def train(run: Run, phase: Phase) -> Outcome:
         return done
     trainer = Trainer(run, phase)
     trainer.resume()
-    settings, progress = run.settings, trainer.progress
+    with trainer.losing_ranks_explained():
+        return _loop(trainer, run.settings, phase.num_samples)
+
+
+def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcome:
+    """One turn is one optimizer step."""
+    progress = trainer.progress
     with trainer.telemetry(), trainer.windows() as windows:
         for window in windows:
             stop = trainer.agree(window)
-            if stop or progress.fraction(settings, phase.num_samples) >= 1:
+            if stop or progress.fraction(settings, num_samples) >= 1:
                 break
-            ahead = progress.after(settings.global_batch).fraction(settings, phase.num_samples)
+            ahead = progress.after(settings.global_batch).fraction(settings, num_samples)
             gradient_norm = trainer.accumulate(window)
             lr = learning_rate(settings, ahead)
             trainer.engine.step(lr)
             trainer.advance(lr, gradient_norm, ahead)
-        if progress.fraction(settings, phase.num_samples) < 1:
+        if progress.fraction(settings, num_samples) < 1:
             return trainer.interrupt()
         return trainer.finish()
 
@@ -77,6 +86,8 @@ class Trainer:
         self._saved_step = -1
         self._counts: dict[str, float] = {}
         self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
+        self._sample_ids: list[list[int]] = []
+        self._first = True
         self._unlogged: tuple[float, float] | None = None
         self._started = 0.0
 
@@ -104,10 +115,28 @@ class Trainer:
         return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro)
 
     @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """What happens inside is not training time."""
+    def losing_ranks_explained(self) -> Iterator[None]:
+        """Say at which step another rank was lost, and what to look at; afterwards ranks may take their time again."""
+        patience = self.run.config.deepspeed
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            raise RankLostError(
+                f"phase {self.run.phase}, rank {self.world.rank}, step {self.progress.step + 1}, samples {self._sample_ids}: "
+                f"another rank died or did not answer in time ({error}). Look for its own error above or in its log; if it "
+                "was only slow, raise deepspeed.step_timeout_minutes. The same command continues after the last checkpoint"
+            ) from error
+        self.world.wait_at_most(patience.timeout_minutes)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What happens inside is not training time, and ranks may wait long for one another."""
         start = time.perf_counter()
+        self.world.wait_at_most(self.run.config.deepspeed.timeout_minutes)
         yield
+        self.world.wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         self._started += time.perf_counter() - start
 
     def _seconds(self) -> float:
@@ -116,6 +145,7 @@ class Trainer:
 
     def agree(self, window: Window) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
+        self._sample_ids = [list(batch.sample_ids) for batch in window.batches]
         seconds = self._seconds() if self.world.is_main else 0.0
         counts = [window.count(term) for term in self.phase.weights]
         values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
@@ -155,8 +185,7 @@ class Trainer:
     def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
         """Find out together which rank's samples it was."""
         bad = [list(b.sample_ids) for b, loss in zip(window.batches, losses, strict=True) if not torch.isfinite(loss)]
-        everything = [list(batch.sample_ids) for batch in window.batches]
-        found = self.world.gather((bad, everything))
+        found = self.world.gather((bad, self._sample_ids))
         where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _) in enumerate(found) if ids]
         if not where:
             where = [f"gradient, from rank {rank}'s samples {ids}" for rank, (_, ids) in enumerate(found)]
@@ -168,6 +197,9 @@ class Trainer:
 
     def advance(self, lr: float, gradient_norm: float, ahead: float) -> None:
         """Count the step; log, validate and checkpoint where due."""
+        if self._first:
+            self._first = False
+            self.world.wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
         self._unlogged = (lr, gradient_norm)
@@ -206,7 +238,7 @@ class Trainer:
     def validate(self) -> None:
         """Validate now, off the clock."""
         most = self.settings.validation_batches * self.settings.global_batch
-        with self._clock_stopped():
+        with self._off_the_clock():
             values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step)
         if values:
             self._telemetry.record("validation", self.progress.step, values)
@@ -216,7 +248,7 @@ class Trainer:
         """Write a checkpoint of the present step, off the clock, unless there is one."""
         if self._saved_step == self.progress.step:
             return
-        with self._clock_stopped():
+        with self._off_the_clock():
             self.meters.collect(self.world)
             state = {**dataclasses.asdict(self.progress), "meters": self.meters.state()}
             checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
@@ -234,7 +266,8 @@ class Trainer:
         self._log(1.0)
         self.validate()
         self.save()
-        self._write_model()
+        with self._off_the_clock():
+            self._write_model()
         outcome = self._outcome("finished")
         self.run.finish(outcome)
         return outcome
