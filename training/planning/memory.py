@@ -170,10 +170,11 @@ def _stage3(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, ave
 
 
 def _persistent(weights: Sequence[Weight], zero: Zero) -> int:
-    """Elements of weights that stay gathered (with one rank and no offloading a gathered weight is the part itself)."""
+    """Elements of weights that stay gathered, with their padding (a single rank's part without offloading is the weight)."""
     if zero.world_size == 1 and not zero.offload_weights:
         return 0
-    return _numel(w for w in weights if w.numel <= zero.persistence_threshold)
+    small = [w.numel for w in weights if w.numel <= zero.persistence_threshold]
+    return sum(part(numel, zero.world_size) * zero.world_size for numel in small)
 
 
 def _offloaded(state: Holdings, zero: Zero) -> Holdings:

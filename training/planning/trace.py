@@ -23,11 +23,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 class LiveMemory(TorchDispatchMode):
     """Within, counts the bytes of storages that operators allocate and that are still alive, and their peak.
 
-    Storages that were there before (weights, batch: ``known``) do not count.  ``flops`` counts matrix products.
+    Only storages of the device type ``device`` count, and none that was there before (weights, batch: ``known``).
+    ``flops`` counts matrix products.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, device: str, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._device = device
         self.live = self.peak = 0
         self.flops = 0
         self._seen: Any = WeakIdKeyDictionary()
@@ -45,7 +47,7 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def _add(self, storage: Any) -> None:
-        if storage in self._seen:
+        if storage in self._seen or storage.device.type != self._device:
             return
         size = storage.nbytes()
         self._seen[storage] = size
@@ -110,7 +112,7 @@ def trace_training(model: nn.Module, batch: Any) -> Pass:
     That is what the engine does: it moves a gradient into its own buffers the moment autograd has it.
     """
     model.train()
-    memory = LiveMemory(_known(model, batch))
+    memory = LiveMemory(_device(model), _known(model, batch))
     with _gradients_given_up(model), memory, _fused(model, memory):
         outputs = model(batch)
         losses = [value for name, value in outputs.items() if not name.startswith("metric/")]
@@ -121,7 +123,7 @@ def trace_training(model: nn.Module, batch: Any) -> Pass:
 def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None) -> Pass:
     """``run()`` in evaluation mode without gradient; ``model`` holds the weights that do not count."""
     model.eval()
-    memory = LiveMemory(_known(model, batch))
+    memory = LiveMemory(_device(model), _known(model, batch))
     with torch.no_grad(), memory, _fused(model, memory):
         run()
     return Pass(memory.peak, memory.flops)
@@ -131,8 +133,11 @@ def _fused(model: nn.Module, memory: LiveMemory) -> AbstractContextManager[Any]:
     def add(flops: int) -> None:
         memory.flops += flops
 
-    on_meta = next(model.parameters()).is_meta
-    return fused_attention(add) if on_meta else nullcontext()
+    return fused_attention(add) if _device(model) == "meta" else nullcontext()
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def _known(model: nn.Module, batch: Any) -> Iterator[Tensor]:
