@@ -185,6 +185,24 @@ def test_recomputing_saves_what_the_plan_says() -> None:
     assert planned["none"] - planned["selective"] == pytest.approx(saved["none"] - saved["selective"], rel=0.2)
 
 
+@pytest.mark.parametrize("phase", ["vae", "denoiser"])
+def test_recomputing_no_every_or_every_second_layer_gives_the_same_gradients(phase: str) -> None:
+    config = tiny_config("trained")
+    batch = micro_batch(config, phase, LENGTHS, 2, VOCAB, "cpu")
+    found = {}
+    for checkpointing in ("none", "full", "selective"):
+        model = real_model(config, phase, checkpointing).train()
+        layers = [layer for name, layer in model.named_modules() if name.rpartition(".")[0].endswith(".layers")]
+        recomputed = [layer.gradient_checkpointing for layer in layers]
+        assert sum(recomputed) == {"none": 0, "full": len(layers), "selective": len(layers) // 2}[checkpointing]
+        torch.stack([value for name, value in model(batch).items() if not name.startswith("metric/")]).sum().backward()
+        found[checkpointing] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for gradients in found.values():
+        assert gradients.keys() == found["none"].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found["none"][name], rtol=1e-5, atol=1e-6)
+
+
 def test_flops_are_six_per_weight_and_token() -> None:
     """Where attention is short against the hidden size: 2 forward, 4 backward per weight of a matrix, and attention itself."""
     config = tiny_config(attention="sdpa")

@@ -121,7 +121,7 @@ def test_no_rank_holds_a_whole_lm(
         assert all(mine == math.ceil(numel / 2) for numel, mine in result["parts"])
         largest = max(numel for numel, _ in result["parts"])
         # What is held, a matrix or two while they are split, and the heads (drawn in fp32), which the engine splits later.
-        assert result["peak"] < total / 2 + 3 * largest + 4 * result["heads"] < 0.9 * total
+        assert result["peak"] < total / 2 + 3 * largest + 4 * result["heads"] < total
     first = results[0]
     assert first["names"][0] == first["names"][1]
     assert first["different"] == []
