@@ -142,6 +142,7 @@ def test_only_settings_that_change_a_phase_conflict() -> None:
     config = Config()
     before = {phase: relevant_settings(dataclasses.asdict(config), phase) for phase in ("vae", "denoiser", "ar")}
     config.telemetry.progress, config.vae.train.log_every, config.denoiser.train.micro_batch = "lines", 1, 1
+    config.backbone.activation_checkpointing = "full"
     config.sample.num_steps, config.deepspeed.config, config.run.name = 3, "other.json", "other"
     assert before == {phase: relevant_settings(dataclasses.asdict(config), phase) for phase in before}
     config.vae.train.lr, config.vae.latent_dim = 9.0, 7

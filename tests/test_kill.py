@@ -1,0 +1,122 @@
+"""SIGKILL at any moment, saves included, and a disk that fills up: the run resumes and ends with the same weights."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import ProcessGroup
+from tests.test_loop import assert_identical, run_with, toy_settings
+from tests.toy_phase import ToyPhase, toy_config
+from training.runtime import checkpoint
+from training.runtime.checkpoint import CheckpointError, steps_in
+from training.runtime.distributed import World, start
+from training.runtime.loop import train
+from training.runtime.run import open_run
+
+ROUNDS = 20
+SETTINGS = toy_settings(max_steps=100, checkpoint_every=1, keep_checkpoints=3, ema=0.9, log_every=10)
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def train_and_report(folder: Path, pipe: Connection) -> None:
+    """A process of its own: says when the first batch is made, and how the run ended."""
+    config, phase = toy_config(folder, **SETTINGS), ToyPhase()
+    world = start(config.deepspeed)
+    torch.set_num_threads(1)
+    told: list[int] = []
+
+    def tell(numbers: list[int]) -> None:
+        if not told:
+            told.extend(numbers)
+            pipe.send("training")
+
+    phase.before_collate = tell
+    with open_run(config, "ar", world) as run:
+        pipe.send(train(run, phase).status)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigkill_at_random_moments_loses_nothing(one_process: ProcessGroup, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    one_process.run(run_with, whole, 3, "float32", SETTINGS)
+    context = multiprocessing.get_context("forkserver")  # children start from a process that has imported everything
+    context.set_forkserver_preload(["tests.test_kill", "deepspeed"])
+    moments, steps = random.Random(0), [0]
+    for number in range(ROUNDS + 1):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=train_and_report, args=(killed, theirs))
+        process.start()
+        theirs.close()
+        assert ours.recv() == "training"
+        if number < ROUNDS:
+            time.sleep(moments.uniform(0.0, 0.4))
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            found = checkpoint.find(killed / "toy" / "checkpoints" / "ar", ALONE)
+            steps.append(int(found.name.removeprefix("step-")) if found else 0)
+        else:
+            assert ours.recv() == "finished"
+            process.join()
+    assert steps == sorted(steps) and 0 < steps[-1] < 100
+    assert_identical(killed, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 1 MiB; skips where this machine does not let us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def train_on_full_disk(world: World, folder: Path) -> str:
+    """Fill the disk while step 4 is collated; the checkpoint of that step then has no room."""
+    phase = ToyPhase()
+
+    def fill(numbers: list[int]) -> None:
+        if 24 in numbers:
+            with (folder / "ballast").open("wb") as file:
+                for size in (1 << 14, 1 << 10):
+                    try:
+                        while True:
+                            file.write(bytes(size))
+                            file.flush()
+                    except OSError:
+                        continue
+
+    phase.before_collate = fill
+    try:
+        with open_run(toy_config(folder, checkpoint_every=3, log_every=100), "ar", world) as run:
+            train(run, phase)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_really_full_disk(one_process: ProcessGroup, small_disk: Path, tmp_path: Path) -> None:
+    settings = toy_settings(checkpoint_every=3, log_every=100)
+    message = one_process.run(train_on_full_disk, small_disk)[0]
+    assert "could not be written" in message and "No space left" in message
+    checkpoints = steps_in(small_disk / "toy" / "checkpoints" / "ar")
+    assert [path.name for path in checkpoints] in (["step-00000003"], [])
+    (small_disk / "ballast").unlink()
+    time.sleep(0.1)
+    one_process.run(run_with, small_disk, 3, "float32", settings)
+    one_process.run(run_with, tmp_path / "whole", 3, "float32", settings)
+    assert_identical(small_disk, tmp_path / "whole")
