@@ -189,7 +189,7 @@ class Engine:
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         """AdamW's state of every master, created as AdamW itself would where no step has been made."""
-        keys = getattr(self.partitions, "keys", self.partitions.masters)
+        keys = self.partitions.keys
         for master in keys:
             state = self._optimizer.state[master]
             if not state:

@@ -32,6 +32,8 @@ class Partitions(Protocol):
     """The optimizer's state on this rank."""
 
     masters: list[Tensor]
+    keys: list[Tensor]
+    """What the optimizer knows each master by (the master itself, except for fp32 parameters without ZeRO)."""
     fragments: list[Fragment]
     replicated: bool
     """Every rank holds everything (no ZeRO), instead of a part each."""
@@ -66,6 +68,7 @@ class Stage3Partitions:
     def __init__(self, optimizer: Any, names: dict[int, str], rank: int) -> None:
         self._optimizer = optimizer
         self.masters: list[Tensor] = list(private(optimizer, "fp32_partitioned_groups_flat"))
+        self.keys = self.masters
         private(optimizer, "grad_partitions_flat_buffer")
         self.fragments = []
         for master, group in enumerate(private(optimizer, "fp16_groups")):
@@ -105,6 +108,7 @@ class Stage2Partitions:
     def __init__(self, optimizer: Any, names: dict[int, str]) -> None:
         self._optimizer = optimizer
         self.masters: list[Tensor] = list(private(optimizer, "single_partition_of_fp32_groups"))
+        self.keys = self.masters
         self.fragments = []
         for master, group in enumerate(private(optimizer, "bit16_groups")):
             for parameter in group:

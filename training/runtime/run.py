@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
 INTERRUPTED = "INTERRUPTED"
 
-IRRELEVANT = ("run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.",
-    "backbone.activation_checkpointing", "plan.", "data.test",
-              "data.validation", "data.on_bad_record")  # fmt: skip
+IRRELEVANT = (
+    "run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.", "data.test",
+    "data.validation", "data.on_bad_record", "backbone.activation_checkpointing",
+)  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
 from training.runtime.meters import LossSums, Meters
-from training.runtime.phase import Phase
+from training.runtime.phase import Phase, ValidationHook
 from training.runtime.sampler import MicroBatch
 from training.runtime.telemetry import Telemetry
 
@@ -55,7 +55,6 @@ def share(num_samples: int, micro: int, world: World) -> list[tuple[MicroBatch, 
 
 @torch.no_grad()
 def _phase_hook(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -> None:
-    hook = getattr(phase, "on_validate", None)
-    if hook is not None:
+    if isinstance(phase, ValidationHook):
         engine.model.eval()
-        hook(engine.model, telemetry, step)
+        phase.on_validate(engine.model, telemetry, step)
