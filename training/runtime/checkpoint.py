@@ -70,6 +70,8 @@ def _write_shard(folder: Path, engine: Engine) -> dict[str, Any]:
     """Write this rank's tensors; returns their manifest entries by file name (none where it has nothing of its own)."""
     entries = {}
     for kind, tensors, places in engine.state():  # one kind at a time: on a GPU each is copied to the host
+        if not tensors:  # safetensors writes a file it cannot read for no tensors and no metadata
+            continue
         path = folder / f"rank-{engine.world.rank:05d}-{kind}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=places)
         sync_file(path)
