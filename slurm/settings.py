@@ -15,7 +15,10 @@ from ladir.config_loader import ConfigError, load_config
 
 def phases(config: Config) -> list[str]:
     """The chain for ``config``: an entry point per line, with sbatch options and settings of its own."""
-    base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch else []
+    # backbone.scratch alone may only describe the LM for plan.py: a base is trained where the run's own is to be read.
+    own = Path(config.run.folder) / config.run.name / "models" / "base"
+    wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
+    base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch and wanted else []
     baseline = ["train_ar"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
     return [*base, "train_vae", "encode_latents", "train_denoiser", *baseline, "export", "evaluate"]
 
