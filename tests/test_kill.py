@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -46,31 +46,42 @@ def train_and_report(folder: Path, pipe: Connection) -> None:
         pipe.send(train(run, phase).status)
 
 
+def run_for(context: ForkServerContext, folder: Path, seconds: float | None) -> str:
+    """Continue the run in ``folder`` and kill it ``seconds`` after its first batch (None: never); how it ended."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=train_and_report, args=(folder, theirs))
+    process.start()
+    theirs.close()
+    ended = ours.recv()
+    if ended == "training":  # a run that the last kill found finished has no batch to make
+        if seconds is None:
+            ended = ours.recv()
+        else:
+            time.sleep(seconds)
+            process.kill()
+    process.join()
+    return "killed" if process.exitcode == -signal.SIGKILL else "finished" if ended == "training" else str(ended)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sigkill_at_random_moments_loses_nothing(one_process: ProcessGroup, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
     one_process.run(run_with, whole, 3, "float32", SETTINGS)
     context = multiprocessing.get_context("forkserver")  # children start from a process that has imported everything
     context.set_forkserver_preload(["tests.test_kill", "deepspeed"])
-    moments, steps = random.Random(0), [0]
-    for number in range(ROUNDS + 1):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=train_and_report, args=(killed, theirs))
-        process.start()
-        theirs.close()
-        assert ours.recv() == "training"
-        if number < ROUNDS:
-            time.sleep(moments.uniform(0.0, 0.4))
-            os.kill(process.pid or 0, signal.SIGKILL)
-            process.join()
-            found = checkpoint.find(killed / "toy" / "checkpoints" / "ar", ALONE)
-            steps.append(int(found.name.removeprefix("step-")) if found else 0)
-        else:
-            assert ours.recv() == "finished"
-            process.join()
-    assert steps == sorted(steps) and 0 < steps[-1] < 100
-    assert_identical(killed, whole)
+    moments, steps, kills, run = random.Random(0), [0], 0, tmp_path / "run-0"
+    while kills < ROUNDS:
+        if run_for(context, run, moments.uniform(0.0, 0.4)) == "finished":  # a fast machine: kill another run
+            assert_identical(run, whole)
+            run, steps = tmp_path / f"run-{kills}", [0]
+            continue
+        kills += 1
+        found = checkpoint.find(run / "toy" / "checkpoints" / "ar", ALONE)
+        steps.append(int(found.name.removeprefix("step-")) if found else 0)
+        assert steps == sorted(steps)
+    assert run_for(context, run, None) == "finished"
+    assert_identical(run, whole)
 
 
 @pytest.fixture
