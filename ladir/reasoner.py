@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, SampleSettings
 from ladir.data.batches import pad_left
+from ladir.data.prompts import bos_ids
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
@@ -144,7 +145,7 @@ class Reasoner:
 
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
-        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        bos = bos_ids(self.tokenizer)
         ids, lengths = pad_left([bos + encode_text(self.tokenizer, q) for q in questions], self.tokenizer.pad_token_id)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:

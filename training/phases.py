@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,16 +65,14 @@ class Samples:
 class TrainingPhase(Samples):
     """A model with its losses and samples; ``write(folder, state)`` stores the finished model."""
 
-    name: str = ""
-    model: nn.Module = field(default_factory=nn.Identity)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    validation: Samples | None = None
-    write: Callable[[Path, Iterator[tuple[str, Tensor]]], None] | None = None
+    name: str
+    model: nn.Module
+    weights: Mapping[str, float]
+    validation: Samples | None
+    write: Callable[[Path, Iterator[tuple[str, Tensor]]], None]
 
     def save(self, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         """Write the model whose full tensors ``state`` yields (rank 0)."""
-        if self.write is None:
-            raise ValueError(f"phase {self.name} has nothing to write its model with")
         self.write(folder, state)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ladir.models.attention import left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 
@@ -93,14 +94,9 @@ class Prefix:
     @classmethod
     def start(cls, backbone: Backbone, inputs: Tensor, lengths: Tensor) -> tuple[Prefix, Tensor]:
         """A prefix of causal input vectors [R, P, H] padded on the left to ``lengths`` [R]; and the last hidden states [R, H]."""
-        width = inputs.shape[1]
-        order = torch.arange(width, device=inputs.device)[None]
-        padding = (width - lengths)[:, None]
-        valid = order >= padding
-        visible = torch.ones(width, width, dtype=torch.bool, device=inputs.device).tril() & valid[:, None, :]
-        visible = visible | torch.eye(width, dtype=torch.bool, device=inputs.device)
+        valid, visible, positions = left_padded(lengths, inputs.shape[1])
         cache = PrefixCache()
-        hidden = backbone(inputs, visible, (order - padding).clamp_min(0), cache)
+        hidden = backbone(inputs, visible, positions, cache)
         return cls(backbone, cache, valid, lengths.clone()), hidden[:, -1]
 
     def __len__(self) -> int:

@@ -30,3 +30,17 @@ def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> 
 def causal(length: int, device: torch.device, past: int = 0) -> Tensor:
     """Boolean mask [1, length, past + length]: a token sees the past and the tokens up to itself."""
     return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None]
+
+
+def left_padded(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal sequences of ``lengths`` [N] padded on the left to ``width``.
+
+    Returns which tokens are real, bool [N, width]; who sees whom, bool [N, width, width], padding itself only; and the
+    positions, int64 [N, width], that start at the first real token.
+    """
+    order = torch.arange(width, device=lengths.device)[None]
+    padding = (width - lengths)[:, None]
+    valid = order >= padding
+    itself = torch.eye(width, dtype=torch.bool, device=lengths.device)
+    visible = causal(width, lengths.device) & valid[:, None, :] | itself
+    return valid, visible, (order - padding).clamp_min(0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ladir.config import VaeSettings
 from ladir.data.batches import VaeBatch, pad_left
-from ladir.models.attention import causal
+from ladir.models.attention import causal, left_padded
 from ladir.models.backbone import Backbone
 
 #: log-variance of a fresh encoder: a small posterior lets reconstruction start at once
@@ -94,17 +94,14 @@ class Vae(nn.Module):
         latents = self.settings.latents_per_block
         queries = self.queries(torch.arange(latents, device=ids.device)).expand(count, -1, -1)
         inputs = torch.cat([self.encoder.embed(ids), queries], dim=1)
-        padding = (width - lengths)[:, None]
-        order = torch.arange(width + latents, device=ids.device)[None]
-        visible = causal(width + latents, ids.device) & (order >= padding)[:, None, :]
-        visible = visible | torch.eye(width + latents, dtype=torch.bool, device=ids.device)
-        hidden = self.encoder(inputs, visible, (order - padding).clamp_min(0))[:, width:]
+        _, visible, positions = left_padded(lengths + latents, width + latents)
+        hidden = self.encoder(inputs, visible, positions)[:, width:]
         return self.to_mean(hidden).float(), self.to_logvar(hidden).float()
 
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
         """Summed losses: ``reconstruction`` over label tokens, ``kl`` over latents (each summed over d).
 
-        Metrics: share of sentences whose every token is right, mean posterior standard deviation, active dimensions.
+        Metrics: share of sentences whose every token is right, mean posterior standard deviation, spread of the means.
         """
         mean, logvar = self.encode(batch.encoder_ids, batch.lengths)
         sigma = (0.5 * logvar).exp()

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ladir.config import DeepSpeedSettings, TrainSettings
+from ladir.models.backbone import DTYPES
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
 from training.runtime.partitions import partitions_of
 from training.runtime.phase import Batch
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Engine:

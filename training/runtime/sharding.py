@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ladir.config import Config, TrainSettings
+from ladir.models.backbone import DTYPES
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
-from training.runtime.engine import DTYPES
 
 logger = logging.getLogger(__name__)
 
