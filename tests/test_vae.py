@@ -11,17 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ladir.config import BackboneSettings, LoraSettings, VaeSettings
+from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.data.batches import IGNORE, VaeBatch, VaeCollator, pad_left
+from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
 from ladir.models.backbone import Backbone
-from ladir.models.folders import load_vae, new_vae, save_lm, save_vae
-from ladir.models.store import ShardWriter, fingerprint, load_settings, own_state
+from ladir.models.folders import assemble_export, load_vae, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.store import ShardWriter, folder_fingerprint, load_settings, own_state
 from ladir.models.vae import Vae, encode_sentences
+from ladir.tokens import build_word_tokenizer
 from tests.tiny import (
     EOS,
     PAD,
@@ -30,6 +32,7 @@ from tests.tiny import (
     assert_same_gradients,
     gradients,
     randomise_adapters,
+    tiny_denoiser,
     tiny_lm,
     tiny_vae,
     tokens,
@@ -240,7 +243,7 @@ def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: st
     assert torch.equal(vae.thought_decoder.logits(z, ids), back.thought_decoder.logits(z, ids))
     assert (back.own_decoder is None) == (variant == "lora")
     assert isinstance(back.encoder.lm, PeftModel) == ("lora" in variant)
-    assert fingerprint(back) == fingerprint(load_vae(tmp_path / "vae", backbone, CPU))
+    assert_same_weights(back, load_vae(tmp_path / "vae", backbone, CPU))
     assert not back.training
     assert not list(tmp_path.glob("**/*.writing")) and not list(tmp_path.glob("**/*.bin"))
 
@@ -262,12 +265,53 @@ def test_a_saved_lora_vae_holds_no_copy_of_the_base(tmp_path: Path) -> None:
     assert not [name for name in names if "embed" in name or "layernorm" in name or "base_layer" in name]
 
 
-def test_fingerprints_tell_weights_apart() -> None:
-    vae, same, other = tiny_vae(), tiny_vae(), tiny_vae(seed=8)
-    assert fingerprint(vae) == fingerprint(same) != fingerprint(other)
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_fingerprints_of_folders_tell_weights_and_bases_apart(tmp_path: Path) -> None:
+    vae = tiny_vae(dtype=torch.float32)
+
+    def marked(name: str, base: str = "base") -> str:
+        save_vae(vae, tmp_path / name, base=base)
+        return folder_fingerprint(tmp_path / name)
+
+    first = marked("first")
+    assert marked("same") == first != marked("other base", base="another")
     with torch.no_grad():
-        same.to_mean.bias[0] += 1e-6
-    assert fingerprint(vae) != fingerprint(same)
+        vae.to_mean.bias[0] += 1e-6
+    assert marked("moved") != first
+
+
+def test_weights_that_would_be_unpickled_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(UnusableError, match="Weights must be safetensors"):
+        new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(base), "cpu")
+
+
+@pytest.mark.parametrize("shard_bytes", [3000, 2**30])
+def test_an_export_has_all_files_of_the_decoding_lm_or_is_refused(tmp_path: Path, shard_bytes: int) -> None:
+    """The base may have other weight files beside those that its index names, and may have lost one since."""
+    base = tmp_path / "base"
+    lm = tiny_lm(seed=7, dtype=torch.float32)
+    lm.save_pretrained(str(base), max_shard_size=shard_bytes)
+    files = sorted(path.name for path in base.glob("model*.safetensors*"))
+    (base / "consolidated.safetensors").write_bytes(b"")
+    vae = new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(str(base)), "cpu")
+    save_vae(vae, tmp_path / "vae", base=str(base))
+    save_denoiser(tiny_denoiser(tiny_lm(dtype=torch.float32)), tmp_path / "denoiser")
+    tokenizer, parts = build_word_tokenizer(["a"]), (tmp_path / "denoiser", tmp_path / "vae")
+    assemble_export(*parts, tokenizer, tmp_path / "export", SampleSettings())
+    assert sorted(path.name for path in (tmp_path / "export" / "vae").glob("*model*")) == files
+    (base / files[0]).unlink()
+    with pytest.raises(UnusableError, match=f"has no {files[0]}"):
+        assemble_export(*parts, tokenizer, tmp_path / "again", SampleSettings())
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_torn_or_foreign_folder_is_refused(tmp_path: Path) -> None:
@@ -291,7 +335,7 @@ def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     save_vae(vae, tmp_path / "vae", base=base)
     move(vae)
     save_vae(vae, tmp_path / "vae", base=base)
-    assert fingerprint(load_vae(tmp_path / "vae", settings(base), CPU)) == fingerprint(vae)
+    assert_same_weights(load_vae(tmp_path / "vae", settings(base), CPU), vae)
 
 
 @pytest.mark.parametrize("kind", SHAPES)

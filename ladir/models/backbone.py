@@ -153,7 +153,8 @@ class Backbone(nn.Module):
 def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> PreTrainedModel:
     """Load a causal LM from a local folder or the Hub, in the settings' dtype and attention.
 
-    Raises UnusableError when no name is set or it cannot be loaded.  A sliding window is not kept: blocks see their whole past.
+    Raises UnusableError when no name is set or it cannot be loaded.  Weights must be safetensors: others would be unpickled, and
+    could not be copied into an export.  A sliding window is not kept: blocks see their whole past.
     """
     name = name_or_path or settings.name_or_path
     if name is None:
@@ -163,11 +164,13 @@ def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | No
             name,
             dtype=DTYPES[settings.dtype],
             attn_implementation=choose_attention(settings.attention, device_type),
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise UnusableError(
             f"the LM {name!r} cannot be loaded: {error}; set backbone.name_or_path to a folder written by save_pretrained "
-            "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id"
+            "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id. Weights must be safetensors; "
+            "pytorch_model.bin is not read: load it with transformers, if you trust it, and save_pretrained converts it"
         ) from error
     window = getattr(lm.config.get_text_config(), "sliding_window", None)
     if window is not None and getattr(lm.config.get_text_config(), "use_sliding_window", True):

@@ -55,11 +55,6 @@ def to_velocity(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> T
     return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(_EDGE)
 
 
-def to_epsilon(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-    """The noise that a prediction at (z_t, t) implies."""
-    return z_t + (1 - t) * to_velocity(objective, prediction, z_t, t)
-
-
 def timestep_features(t: Tensor, size: int) -> Tensor:
     """Sinusoidal features [..., size] of t in [0, 1], frequencies 1 to 1000 radians, in fp32."""
     half = size // 2

@@ -20,8 +20,10 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
+from ladir.errors import UnusableError
 from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm, with_activation_checkpointing
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
@@ -216,9 +218,19 @@ def _export_thought_decoder(vae_folder: Path, export: Path) -> None:
 
 
 def _lm_files(folder: Path) -> Iterator[Path]:
-    """The files of a Hugging Face LM folder, without ours and without the tokenizer's."""
-    yield folder / "config.json"
-    yield from sorted(folder.glob("model*.safetensors*"))
+    """The files of a Hugging Face LM folder, without ours and the tokenizer's.  UnusableError where one is missing."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = ["config.json", SAFE_WEIGHTS_NAME]
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = ["config.json", index.name, *sorted(shards)]
+    for name in names:
+        if not (folder / name).is_file():
+            raise UnusableError(
+                f"{folder}, the LM that decodes thoughts, has no {name}: give back the folder that the VAE was trained on, with "
+                "weights as safetensors (save_pretrained writes them)"
+            )
+        yield folder / name
 
 
 def _update_settings(folder: Path, **changes: Any) -> None:
