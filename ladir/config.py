@@ -52,7 +52,11 @@ class BackboneSettings:
         "used by train_ar.py with ar.from_scratch=true",
     )
     tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
-    dtype: str = setting("bfloat16", "dtype of weights and activations", ("bfloat16", "float32"))
+    dtype: str = setting(
+        "auto",
+        "dtype of weights and activations; auto: bfloat16 where the device multiplies it in hardware, else float32",
+        ("auto", "bfloat16", "float32"),
+    )
     attention: str = setting("auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa"))
     activation_checkpointing: str = setting(
         "none",

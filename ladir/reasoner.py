@@ -16,7 +16,7 @@ from ladir.config import BackboneSettings, SampleSettings
 from ladir.data.batches import pad_left
 from ladir.data.prompts import bos_ids
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode
+from ladir.inference.decode import decode, decode_thoughts
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
@@ -65,7 +65,8 @@ class Reasoner:
     ) -> Reasoner:
         """Load an export folder.  Raises ValueError naming what is missing when it is none.
 
-        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in.
+        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in (float32
+        where the device only emulates bfloat16).
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         denoiser, thought_decoder, sample = load_export(folder, device, attention, dtype)
@@ -182,12 +183,7 @@ class Reasoner:
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> list[str]:
         """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
-        with self.thought_decoder.lm() as decoder:
-            inputs = self.thought_decoder.prefix(z)
-            lengths = torch.full((len(z),), z.shape[1], device=z.device)
-            prefix, hidden = Prefix.start(decoder, inputs, lengths)
-            ids = decode(prefix, hidden, self._eos, self.settings.max_thought_tokens)
-        return [decode_text(self.tokenizer, row) for row in ids]
+        return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
 
     def _trace_hook(
         self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook

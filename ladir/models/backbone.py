@@ -22,8 +22,19 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+#: what a CPU that multiplies bfloat16 says it can do (x86 and Arm); others emulate it, more than ten times slower than float32
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
 #: every n-th layer is recomputed, by ``backbone.activation_checkpointing``
 _RECOMPUTED_LAYERS = {"full": 1, "selective": 2}
+
+
+def choose_dtype(setting: str, device_type: str) -> str:
+    """``backbone.dtype``, with ``auto`` settled: bfloat16 where the device multiplies it in hardware, else float32."""
+    if setting != "auto":
+        return setting
+    able = device_type != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in _CPU_BFLOAT16)
+    return "bfloat16" if able else "float32"
 
 
 @contextmanager
@@ -162,7 +173,7 @@ def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | No
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=DTYPES[settings.dtype],
+            dtype=DTYPES[choose_dtype(settings.dtype, device_type)],
             attn_implementation=choose_attention(settings.attention, device_type),
             use_safetensors=True,
         )
@@ -190,7 +201,7 @@ def new_lm(settings: BackboneSettings, vocab_size: int, special_ids: dict[str, i
     lm = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=choose_attention(settings.attention, device_type)
     )
-    return lm.to(DTYPES[settings.dtype])
+    return lm.to(DTYPES[choose_dtype(settings.dtype, device_type)])
 
 
 def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | PeftModel:

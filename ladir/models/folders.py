@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
-from ladir.models.backbone import DTYPES, Backbone, build_backbone, load_lm, with_activation_checkpointing
+from ladir.models.backbone import Backbone, build_backbone, choose_dtype, load_lm, with_activation_checkpointing
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
     HEADS_FILE,
@@ -161,7 +161,7 @@ def load_export(
 ) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any]]:
     """Denoiser, thought decoder and default controls of an export folder."""
     load_settings(folder, "denoiser")  # names the folder where it is none, before any file is missed
-    settings = BackboneSettings(attention=attention, dtype=dtype or _saved_dtype(Path(folder)))
+    settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(Path(folder), device))
     denoiser, sample = load_denoiser(folder, settings, device)
     vae = Path(folder) / "vae"
     saved = load_settings(vae, "thought_decoder")
@@ -175,10 +175,10 @@ def load_export(
     return denoiser, ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype)), sample
 
 
-def _saved_dtype(folder: Path) -> str:
-    """The dtype of a folder's heads, as a setting's value."""
+def _dtype_here(folder: Path, device: torch.device) -> str:
+    """The dtype of a folder's heads, as a setting's value; float32 where ``device`` only emulates bfloat16."""
     dtype = load_file(folder / HEADS_FILE)["marks.weight"].dtype
-    return next(name for name, value in DTYPES.items() if value == dtype)
+    return choose_dtype("auto", device.type) if dtype == torch.bfloat16 else "float32"
 
 
 def assemble_export(

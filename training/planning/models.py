@@ -18,8 +18,7 @@ from ladir.data.encode import encode_records
 from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
 from ladir.models.ar import ArModel
-from ladir.models.attention import choose_attention
-from ladir.models.backbone import DTYPES, Backbone, with_activation_checkpointing, with_lora
+from ladir.models.backbone import DTYPES, Backbone, choose_dtype, with_activation_checkpointing, with_lora
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
@@ -120,24 +119,32 @@ def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
 
 
-def _backbone(config: Config, checkpointing: str, adapters: bool = True) -> Backbone:
+def _backbone(config: Config, checkpointing: str, device: torch.device, adapters: bool = True) -> Backbone:
     settings = config.backbone
-    attention = choose_attention(settings.attention, "cuda")
-    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[settings.dtype], attn_implementation=attention)
+    device_type = "cuda" if device == _META else device.type
+    dtype = choose_dtype(settings.dtype, device_type)
+    # SDPA stands for all fused kernels: their memory is SDPA's without the dense mask.
+    attention = "eager" if settings.attention == "eager" or (settings.attention == "auto" and device_type == "cpu") else "sdpa"
+    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation=attention)
     return with_activation_checkpointing(Backbone(with_lora(lm, settings.lora) if adapters else lm), checkpointing)
 
 
-def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
-    """The model that ``phase`` trains, without weights."""
-    with _META:
-        encoder = _backbone(config, checkpointing)
+def new_model(config: Config, phase: str, checkpointing: str, device: torch.device) -> nn.Module:
+    """The model that ``phase`` trains, on ``device``, with random weights (on the meta device without any)."""
+    with device:
+        encoder = _backbone(config, checkpointing, device)
         if phase == "vae":
             shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-            return Vae(encoder, None if shares else _backbone(config, checkpointing, adapters=False), config.vae)
+            return Vae(encoder, None if shares else _backbone(config, checkpointing, device, adapters=False), config.vae)
         if phase == "denoiser":
             d = config.vae.latent_dim
             return Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
         return ArModel(encoder)
+
+
+def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
+    """The model that ``phase`` trains, without weights."""
+    return new_model(config, phase, checkpointing, _META)
 
 
 def micro_batch(
@@ -147,14 +154,15 @@ def micro_batch(
     numbers = list(range(count))
     if phase == "vae":
         sentences = [[_ID] * lengths.block] * count
-        return VaeCollator(config.vae, vocab_size, 0, _ID, 0)(sentences, numbers, training=False).to(device)
+        return VaeCollator(config.vae, vocab_size, _ID, 0, config.vae.train.pack_tokens)(sentences, numbers, training=False).to(device)
     if phase == "denoiser":
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
         blocks = [[_ID] * lengths.block] * lengths.blocks
         record = LatentRecord([_ID] * lengths.question, blocks, [_ID] * lengths.answer, latents, latents)
         zeros = np.zeros(d, dtype=np.float32)
-        collator = DenoiserCollator(replace(config.denoiser, answer_every=1), zeros, zeros + 1, _ID, 0, max(count, 1))
+        every_step, pack = replace(config.denoiser, answer_every=1), config.denoiser.train.pack_tokens
+        collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
         return collator([record] * count, numbers).to(device)
     pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
-    return ArCollator(0)([pair] * count, numbers).to(device)
+    return ArCollator(config.ar.train.pack_tokens)([pair] * count, numbers).to(device)

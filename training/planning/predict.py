@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import nn
 
 from ladir.config import Config, TrainSettings
-from ladir.models.backbone import DTYPES
+from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, weights_of
 from training.planning.models import PHASES, DataSize, Lengths, data_size, lm_config, meta_model, micro_batch
@@ -77,7 +77,7 @@ class Planner:
     def __init__(self, config: Config, machine: Machine) -> None:
         self.config, self.machine = config, machine
         self.data: DataSize = data_size(config)
-        self.element_bytes = DTYPES[config.backbone.dtype].itemsize
+        self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int], nn.Module] = {}
         self._peaks: dict[tuple[str, str, int, int], int] = {}
@@ -194,9 +194,9 @@ class Planner:
         count = self.config.latents.batch_size + self.data.longest.blocks  # a record is not divided
         vocab = int(self.architecture.vocab_size)
         batch = micro_batch(self.config, "vae", self.data.longest, count, vocab)
-        traced = trace_inference(vae, lambda: vae.encode(batch.encoder_ids, batch.lengths), batch)
+        traced = trace_inference(vae, lambda: vae.encode(batch.encoder_ids, batch.encoder), batch)
         mean = micro_batch(self.config, "vae", self.data.mean, 1, vocab)
-        flops = trace_inference(vae, lambda: vae.encode(mean.encoder_ids, mean.lengths), mean).flops
+        flops = trace_inference(vae, lambda: vae.encode(mean.encoder_ids, mean.encoder), mean).flops
         numel = sum(p.numel() for name, p in vae.named_parameters() if not name.startswith("own_decoder."))
         sentences = self.data.samples * self.data.mean.blocks
         size = self.element_bytes * numel

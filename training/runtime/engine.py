@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ladir.config import DeepSpeedSettings, TrainSettings
-from ladir.models.backbone import DTYPES
+from ladir.models.backbone import DTYPES, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
 from training.runtime.partitions import partitions_of
@@ -29,16 +29,17 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, train: TrainSettings, dtype: str, deepspeed: DeepSpeedSettings, world: World) -> None:
-        """``dtype``: of weights and activations, ``bfloat16`` (with fp32 master weights) or ``float32``."""
+        """``dtype``: ``backbone.dtype``, of weights and activations; bfloat16 has fp32 master weights."""
         import deepspeed as ds
 
+        torch_dtype = DTYPES[choose_dtype(dtype, world.device.type)]
         self.world, self.train_settings = world, train
         for parameter in model.parameters():
             # DeepSpeed casts only to bf16, and nothing at all once a part of the model was sharded while loading.
             if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.to(DTYPES[dtype])
+                parameter.data = parameter.data.to(torch_dtype)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        config = complete_ds_config(read_ds_config(deepspeed.config), train, DTYPES[dtype], world.size)
+        config = complete_ds_config(read_ds_config(deepspeed.config), train, torch_dtype, world.size)
         self.stage = zero_stage(config)
         optimizer = _make_optimizer(model, train, config, world.device)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]

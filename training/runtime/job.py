@@ -12,6 +12,7 @@ from ladir.config import Config
 from ladir.config_loader import parse_args
 from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
+from ladir.models.backbone import choose_dtype
 from training.runtime.checkpoint import CheckpointError
 from training.runtime.distributed import LaunchError, RankLostError, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError
@@ -46,6 +47,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     disable_progress_bar()
     try:
         world = start(config.deepspeed)
+        config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
             yield run
     except USER_ERRORS as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ladir.config import Config, TrainSettings
-from ladir.models.backbone import DTYPES
+from ladir.models.backbone import DTYPES, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
 
@@ -30,7 +30,8 @@ def sharded_init(config: Config, train: TrainSettings, world: World) -> Iterator
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # transformers looks it up, through a weak reference, whenever it makes a model.
-    keep = HfDeepSpeedConfig(complete_ds_config(settings, train, DTYPES[config.backbone.dtype], world.size))
+    dtype = DTYPES[choose_dtype(config.backbone.dtype, world.device.type)]
+    keep = HfDeepSpeedConfig(complete_ds_config(settings, train, dtype, world.size))
     try:
         yield
     finally:
