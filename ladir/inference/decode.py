@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ladir.inference.cache import Prefix
+from ladir.models.vae import ThoughtDecoder
+from ladir.tokens import decode_text
 
 
 def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
@@ -41,3 +44,13 @@ def decode(
             prefix, rows, tokens = prefix.select(keep), rows[keep], tokens[keep]
         hidden = prefix.append(backbone.embed(tokens)[:, None])[:, 0]
     return texts
+
+
+@torch.no_grad()
+def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:
+    """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` long."""
+    with decoder.lm() as lm:
+        lengths = torch.full((len(z),), z.shape[1], device=z.device)
+        prefix, hidden = Prefix.start(lm, decoder.prefix(z), lengths)
+        ids = decode(prefix, hidden, int(tokenizer.eos_token_id), max_tokens)
+    return [decode_text(tokenizer, row) for row in ids]
