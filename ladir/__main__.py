@@ -1,4 +1,4 @@
-"""``python -m ladir "question" --model DIR``, ``python -m ladir inspect FILE``, ``python -m ladir countdown --out DIR``."""
+"""``python -m ladir "question" --model DIR``, and the commands inspect, countdown and report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def main(argv: Sequence[str]) -> int:
             from ladir.cli.inspect import run
         elif command == "countdown":
             from ladir.cli.countdown import run
+        elif command == "report":
+            from ladir.cli.report import run
         else:
             from ladir.cli.ask import run
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _EPILOG = """other commands:
   python -m ladir inspect FILE       blocks and token lengths of a data file, and what would be refused
   python -m ladir countdown --out D  write Countdown puzzles
+  python -m ladir report RUN...      one page about runs: curves, tables, thoughts forming
 each with its own --help"""
 
 

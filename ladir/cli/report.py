@@ -1,0 +1,93 @@
+"""python -m ladir report RUN...: one HTML page about runs, needing nothing beside itself, and its pictures as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ladir.errors import UnusableError
+from ladir.evaluation.results import QuestionResult
+from ladir.report.charts import chart_sections
+from ladir.report.figures import denoising_figure, png
+from ladir.report.page import TracedQuestion, page
+from ladir.report.runs import RunData, read_run
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write the page and its pictures."""
+    parser = argparse.ArgumentParser(prog="python -m ladir report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are compared")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (not set: report/ in the first run's folder)")
+    parser.add_argument(
+        "--questions", type=int, default=3, metavar="N", help="questions of each run shown step by step (3); 0: none"
+    )
+    parser.add_argument("--trajectories", type=int, default=3, metavar="N", help="trajectories of each of them (3)")
+    parser.add_argument("--device", help="where the models think: cpu, cuda, ...; not set: CUDA where there is one")
+    arguments = parser.parse_args(argv)
+    for name in ("questions", "trajectories"):
+        if getattr(arguments, name) < (name == "trajectories"):
+            raise ValueError(f"--{name} {getattr(arguments, name)}: too few")
+    runs = [read_run(folder) for folder in arguments.runs]
+    out = Path(arguments.out) if arguments.out else runs[0].path / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    sections = chart_sections(runs)
+    images = {picture.name: png(picture.figure) for section in sections for picture in section.pictures}
+    for name, data in images.items():
+        (out / f"{_file_name(name)}.png").write_bytes(data)
+    traced, notes = [], []
+    for data in runs:
+        found, note = _traced(data, arguments.questions, arguments.trajectories, arguments.device, out)
+        traced += found
+        notes += [note] if note else []
+    target = out / "report.html"
+    target.write_text(page(runs, sections, images, traced, " ".join(notes)), encoding="utf-8")
+    sys.stdout.write(f"{target}: {target.stat().st_size / 2**20:.1f} MiB, with {len(images)} pictures beside it as PNG\n")
+    return 0
+
+
+def _traced(run: RunData, count: int, trajectories: int, device: str | None, out: Path) -> tuple[list[TracedQuestion], str]:
+    """Questions of a run, answered anew by its exported model with all steps kept; or why there are none."""
+    if count == 0:
+        return [], ""
+    chosen = _chosen(run, count)
+    export = run.path / "export"
+    if not chosen or not export.is_dir():
+        lacking = "generations.jsonl: python training/evaluate.py" if export.is_dir() else "export/: python training/export.py"
+        return [], f"{run.name}: nothing to show without {lacking} --config {run.path / 'config.yaml'} makes it."
+    from transformers.utils.logging import disable_progress_bar
+
+    from ladir.reasoner import Reasoner
+    from ladir.report.traces import trace_questions
+
+    disable_progress_bar()
+    try:
+        reasoner = Reasoner.from_pretrained(export, device=device)
+    except UnusableError as error:
+        return [], f"{run.name}: its export cannot be read ({error})."
+    found = trace_questions(reasoner, [question.question for question in chosen], trajectories, run.seed)
+    entries = []
+    for number, (question, traces) in enumerate(zip(chosen, found, strict=True), start=1):
+        pictures = []
+        for place, block in enumerate(traces[0].blocks, start=1):
+            figure = denoising_figure(block.latents, block.texts, f"block {place}: {block.texts[-1]}")
+            pictures.append(png(figure))
+            (out / f"{_file_name(f'denoising-{run.name}-{number}-{place}')}.png").write_bytes(pictures[-1])
+        reference = getattr(question, "reference", "")
+        entries.append(TracedQuestion(run.name, question.question, reference, traces, question, pictures))
+    return entries, ""
+
+
+def _chosen(run: RunData, count: int) -> list[QuestionResult]:
+    """Questions that LaDiR was asked: one that it solves at once, then one that it does not, then in their order."""
+    questions = run.questions.get("ladir") or next((q for name, q in run.questions.items() if name.startswith("ladir")), [])
+    solved = next((question for question in questions if question.trajectories[0].correct), None)
+    missed = next((question for question in questions if not question.trajectories[0].correct), None)
+    first = [question for question in (solved, missed) if question is not None]
+    return [*first, *(question for question in questions if question not in first)][:count]
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)

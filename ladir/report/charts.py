@@ -1,0 +1,204 @@
+"""Which pictures a report shows, made of what the runs hold; a section without data says which command fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ladir.report.figures import Curve, line_figure
+from ladir.report.runs import Results, RunData
+
+#: methods that answer once, without sampling
+_SINGLE = ("greedy", "zero-noise")
+_SHOWN_PASSES = ("pass@1", "pass@10", "pass@100")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with the name of its file and what it shows, for those who cannot see it."""
+
+    name: str
+    figure: Figure
+    description: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; ``missing`` (text, command) stands where there is no picture."""
+
+    title: str
+    text: str
+    pictures: list[Picture] = field(default_factory=list)
+    missing: tuple[str, str] | None = None
+
+
+def chart_sections(runs: Sequence[RunData]) -> list[Section]:
+    """All sections with curves, in the order of the page."""
+    return [_pass_curves(runs), _trade_off(runs), _diversity(runs), _granularity(runs), _training(runs)]
+
+
+def _section(title: str, text: str, pictures: Iterator[Picture], missing: tuple[str, str]) -> Section:
+    found = list(pictures)
+    return Section(title, text, found, None if found else missing)
+
+
+def _evaluate(run: RunData, *settings: str) -> str:
+    return " ".join(["python training/evaluate.py --config", str(run.path / "config.yaml"), *settings])
+
+
+def _sweep(run: RunData, setting: str, values: Sequence[object]) -> str:
+    """Commands that evaluate with several values of a control and keep each table."""
+    results = run.path / "results.json"
+    short = setting.rsplit(".", 1)[-1]
+    return "\n".join(
+        f"{_evaluate(run, f'{setting}={value}')} && cp {results} {run.path / f'results-{short}-{value}.json'}" for value in values
+    )
+
+
+def _pass_curves(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        for run in runs:
+            curves = {}
+            for row in run.results[0].rows if run.results else []:
+                points = sorted((int(k), float(value)) for k, value in (row.get("pass_curve") or {}).items())
+                if points:
+                    curves[row["method"]] = ([k for k, _ in points], [value for _, value in points], None)
+            if curves:
+                figure = line_figure(f"{run.name}: solved", "samples per question (k)", "pass@k (%)", curves, "x", rates=True)
+                yield Picture(f"pass-at-k-{run.name}", figure, f"pass@k of {', '.join(curves)} in run {run.name}")
+
+    text = "Share of questions with a right answer among k samples: LaDiR beside the autoregressive (AR) baseline."
+    return _section("pass@k", text, pictures(), ("There are no results yet.", _evaluate(runs[0])))
+
+
+def _trade_off(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        for run in runs:
+            curves = _by_control([run], "num_steps", _SHOWN_PASSES[:2])
+            if curves:
+                figure = line_figure(
+                    f"{run.name}: accuracy by steps", "denoising steps per block", "solved (%)", curves, "x", True
+                )
+                yield Picture(f"accuracy-by-steps-{run.name}", figure, f"accuracy against denoising steps in run {run.name}")
+        found = _by_cost(runs)
+        if found:
+            figure = line_figure("accuracy by cost", "seconds per question, all samples", "pass@1 (%)", found, "x", True)
+            yield Picture("accuracy-by-seconds", figure, "pass@1 against seconds per question of every method")
+
+    text = "What more computation buys: more denoising steps, more seconds per question."
+    missing = ("Needs results with different numbers of steps.", _sweep(runs[0], "sample.num_steps", (2, 5, 10, 30)))
+    section = _section("Accuracy and compute", text, pictures(), missing)
+    several = any("steps" in picture.name for picture in section.pictures)
+    return section if several else Section(section.title, section.text, section.pictures, missing)
+
+
+def _by_control(runs: Sequence[RunData], control: str, figures: Sequence[str]) -> dict[str, Curve]:
+    """Curves "method figure" over the values of a control, where results with several values are there."""
+    points: dict[str, dict[float, tuple[float, float]]] = {}
+    for results in _all_results(runs):
+        value = results.sample.get(control)
+        for row in _ladir_rows(results) if value is not None else ():
+            for name in figures:
+                if row.get(name) is not None:
+                    errors = row.get("standard_errors") or {}
+                    label = f"{row['method']} {name.replace('_', ' ')}"
+                    points.setdefault(label, {})[float(value)] = (float(row[name]), float(errors.get(name) or 0.0))
+    return {label: _curve(found) for label, found in points.items() if len(found) > 1}
+
+
+def _curve(points: Mapping[float, tuple[float, float]]) -> Curve:
+    ordered = sorted(points.items())
+    return [x for x, _ in ordered], [y for _, (y, _) in ordered], [error for _, (_, error) in ordered]
+
+
+def _by_cost(runs: Sequence[RunData]) -> dict[str, Curve]:
+    """pass@1 over seconds per question: a curve for a method of a run (a point where it was evaluated once)."""
+    points: dict[str, dict[float, tuple[float, float]]] = {}
+    for results in _all_results(runs):
+        for row in results.rows:
+            if row.get("seconds_per_question") and row.get("pass@1") is not None:
+                label = row["method"] if len(runs) == 1 else f"{results.run}: {row['method']}"
+                error = (row.get("standard_errors") or {}).get("pass@1") or 0.0
+                points.setdefault(label, {})[float(row["seconds_per_question"])] = (float(row["pass@1"]), float(error))
+    return {label: _curve(found) for label, found in points.items()}
+
+
+def _diversity(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        for control, name in (("diversity_scale", "diversity guidance"), ("guidance_scale", "classifier-free guidance")):
+            for run in runs:
+                counts = _by_control([run], control, ("distinct_correct",))
+                rates = _by_control([run], control, _SHOWN_PASSES)
+                if counts:
+                    title = f"{run.name}: distinct right answers"
+                    yield Picture(f"distinct-by-{control}-{run.name}", line_figure(title, name, "per question", counts), title)
+                if rates:
+                    figure = line_figure(f"{run.name}: solved", name, "solved (%)", rates, rates=True)
+                    yield Picture(f"solved-by-{control}-{run.name}", figure, f"pass@k against {name} in run {run.name}")
+
+    text = "Diversity guidance pushes the trajectories of one question apart: more distinct solutions, perhaps fewer right ones."
+    missing = ("Needs results with different guidance.", _sweep(runs[0], "sample.diversity_scale", (0.0, 0.3, 0.8)))
+    return _section("Diversity and guidance", text, pictures(), missing)
+
+
+def _granularity(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        points: dict[str, dict[float, tuple[float, float]]] = {}
+        for run in runs:
+            per_block = run.sentences_per_block
+            for row in _ladir_rows(run.results[0]) if run.results and per_block is not None else ():
+                for name in _SHOWN_PASSES:
+                    if row.get(name) is not None and row["method"] == "ladir":
+                        error = (row.get("standard_errors") or {}).get(name) or 0.0
+                        points.setdefault(name, {})[float(per_block or 0)] = (float(row[name]), float(error))
+        curves = {name: _curve(found) for name, found in points.items() if len(found) > 1}
+        if curves:
+            x = "sentences per block (0: the whole chain)"
+            figure = line_figure("block granularity", x, "solved (%)", curves, rates=True)
+            yield Picture("block-granularity", figure, "pass@k against sentences per block")
+
+    text = "One sentence, several, or the whole chain as one block of thought tokens."
+    other = runs[0].path.with_name(f"{runs[0].name}-whole-chain")
+    command = (
+        f"# train a second run with data.sentences_per_block=0 run.name={other.name}, evaluate it, then\n"
+        f"python -m ladir report {runs[0].path} {other}"
+    )
+    missing = ("Needs runs that differ in data.sentences_per_block.", command)
+    return _section("Block granularity", text, pictures(), missing)
+
+
+def _training(runs: Sequence[RunData]) -> Section:
+    panels: tuple[tuple[Callable[[RunData], Any], str, str, bool], ...] = (
+        (lambda run: run.losses, "losses", "y", False),
+        (lambda run: run.rates, "accuracies", "", True),
+    )
+
+    def pictures() -> Iterator[Picture]:
+        for run in runs:
+            for phase in dict.fromkeys([*run.losses, *run.rates]):
+                for curves_of, what, logarithmic, rates in panels:
+                    curves = {label: (xs, ys, None) for label, (xs, ys) in curves_of(run).get(phase, {}).items()}
+                    if curves:
+                        positive = all(y > 0 for _, ys, _ in curves.values() for y in ys)
+                        title, y = f"{run.name}, {phase}: {what}", "percent" if rates else "loss per label"
+                        figure = line_figure(title, "optimizer step", y, curves, logarithmic if positive else "", rates)
+                        yield Picture(f"training-{run.name}-{phase}-{what}", figure, f"{what} of phase {phase} of run {run.name}")
+
+    config = runs[0].path / "config.yaml"
+    missing = ("Nothing has been trained yet.", f"deepspeed training/train_vae.py --config {config}")
+    text = "Losses of each phase, and on held-out samples (dashed, hollow). Everything else is in TensorBoard."
+    return _section("Training", text, pictures(), missing)
+
+
+def _all_results(runs: Sequence[RunData]) -> Iterator[Results]:
+    for run in runs:
+        yield from run.results
+
+
+def _ladir_rows(results: Results) -> list[dict[str, Any]]:
+    """Rows whose trajectories are sampled latents."""
+    rows = [row for row in results.rows if row["method"].startswith("ladir")]
+    return [row for row in rows if not row["method"].endswith(("majority", *_SINGLE))]

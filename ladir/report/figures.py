@@ -1,0 +1,137 @@
+"""The pictures of a report and of TensorBoard.  Small ones, so that they stay readable on a narrow screen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ladir.report.text import one_line
+
+#: one curve: x and y, and the standard errors of y where they are known
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float] | None]
+
+_SIZE = (4.8, 3.5)  # inches
+_DPI = 200
+_STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "font.size": 9.5,
+    "grid.alpha": 0.25,
+    "legend.fontsize": "small",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in somebody's text is no formula
+}
+#: told apart by people who see colours differently, too (Okabe and Ito)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31")
+_MARKERS = "osD^vPX*"
+_FEW = 12  # a curve of fewer points shows them
+_TICKS = 6  # values of an axis that are all named
+_DECADE = 12  # an axis that spans less names its minor ticks, too
+_LABEL_CHARACTERS = 32
+#: ends the label of a metric that was measured on held-out samples
+_HELD_OUT = " (validation)"
+
+
+@contextmanager
+def _axes(title: str, x: str, y: str) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context({**_STYLE, "axes.prop_cycle": mpl.cycler(color=_COLOURS)}):
+        figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(one_line(title, 60))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        yield figure, axes
+
+
+def line_figure(title: str, x: str, y: str, curves: Mapping[str, Curve], logarithmic: str = "", rates: bool = False) -> Figure:
+    """Curves by label; "NAME (validation)" is drawn as NAME is, dashed and hollow.
+
+    ``logarithmic``: "x", "y", "xy" or ""; ``rates``: y lies between 0 and 1 and is shown in percent.
+    """
+    scale = 100.0 if rates else 1.0
+    with _axes(title, x, y) as (figure, axes):
+        names = list(dict.fromkeys(label.removesuffix(_HELD_OUT) for label in curves))
+        for label, (xs, ys, errors) in curves.items():
+            style = _style(names.index(label.removesuffix(_HELD_OUT)), label, len(xs))
+            spread = [scale * error for error in errors] if errors else None
+            axes.errorbar(xs, [scale * value for value in ys], yerr=spread, capsize=2, linewidth=1.4, markersize=4.5, **style)
+        if "x" in logarithmic:
+            _logarithmic(axes, "x", sorted({x for xs, _, _ in curves.values() for x in xs}))
+        if "y" in logarithmic:
+            _logarithmic(axes, "y", [])
+        if rates:
+            axes.set_ylim(0, 103)
+        if curves:
+            axes.legend(loc="best", ncols=2 if len(names) > 5 else 1)
+    return figure
+
+
+def _style(number: int, label: str, points: int) -> dict[str, Any]:
+    """Colour, marker and line of the curve ``number``."""
+    held_out = label.endswith(_HELD_OUT)
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)] if held_out or points < _FEW else None,
+        "markerfacecolor": "white" if held_out else None,
+        "linestyle": "--" if held_out else "-",
+        "label": None if held_out else one_line(label, _LABEL_CHARACTERS),
+    }
+
+
+def _logarithmic(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers, at the ``values`` themselves where these are few."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if 0 < len(values) <= _TICKS:
+        axis.set_ticks(values)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(plain)
+    low, high = axis.get_view_interval()
+    few = high / max(low, 1e-300) < _DECADE and not values
+    axis.set_minor_formatter(plain if few else NullFormatter())
+
+
+def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str) -> Figure:
+    """A block forming: one row per step, its estimate of the clean latents as colours [steps, elements], its text beside it."""
+    steps = len(latents)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(_SIZE[0] * 1.15, 0.75 + 0.24 * steps), dpi=_DPI, layout="constrained")
+        axes = figure.subplots()
+        finite = latents[np.isfinite(latents)]
+        limit = max(2.0, float(np.percentile(np.abs(finite), 99))) if finite.size else 2.0
+        axes.imshow(latents, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set_title(one_line(title, 90), loc="left")
+        axes.set_xlabel("element of the block's latents")
+        axes.set_ylabel("step")
+        axes.set_yticks(range(steps), [str(number) for number in range(1, steps + 1)])
+        beside = axes.twinx()
+        beside.set_ylim(axes.get_ylim())
+        beside.set_yticks(range(steps), [one_line(text, _LABEL_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
+        beside.tick_params(length=0)
+        beside.spines.right.set_visible(False)
+    return figure
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as uint8 [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()

@@ -1,0 +1,117 @@
+"""What a report reads of a run folder: its settings, curves, results and generations, each where it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ladir.evaluation.plots import read_curves
+from ladir.evaluation.results import QuestionResult, read_questions, read_results
+
+#: training phases in their order, and what of theirs is drawn
+PHASES = ("base", "vae", "denoiser", "rollout", "ar")
+LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "token", "stop")
+RATES = ("exact", "token_accuracy", "answer_accuracy", "stop_accuracy")
+
+#: steps and values of one metric, by phase and name
+Curves = dict[str, dict[str, tuple[list[float], list[float]]]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One ``results*.json`` of a run; ``sample``: the controls it was made with."""
+
+    run: str
+    file: str
+    content: Mapping[str, Any]
+    sample: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One per method."""
+        return list(self.content["rows"])
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as far as it has come."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    losses: Curves
+    rates: Curves
+    results: list[Results]
+    questions: dict[str, list[QuestionResult]]
+
+    @property
+    def sentences_per_block(self) -> int | None:
+        """``data.sentences_per_block``; 0: the whole chain is one block."""
+        value = self.config.get("data", {}).get("sentences_per_block")
+        return None if value is None else int(value)
+
+    @property
+    def seed(self) -> int:
+        """``run.seed``."""
+        return int(self.config.get("run", {}).get("seed", 0))
+
+
+def read_run(folder: str | Path) -> RunData:
+    """A run folder.  Raises FileNotFoundError where there is none, ValueError naming a file that is not what it should be."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run folder")
+    known = ("config.yaml", "metrics.jsonl", "results.json")
+    if not any((path / name).is_file() for name in known):
+        raise FileNotFoundError(f"{path}: no run folder: it has none of {', '.join(known)}")
+    config = _settings(path / "config.yaml")
+    name, metrics, generations = path.resolve().name, path / "metrics.jsonl", path / "generations.jsonl"
+    return RunData(
+        name=name,
+        path=path,
+        config=config,
+        environment=_json(path / "environment.json"),
+        losses=read_curves(metrics, dict.fromkeys(PHASES, LOSSES)) if metrics.is_file() else {},
+        rates=read_curves(metrics, dict.fromkeys(PHASES, RATES)) if metrics.is_file() else {},
+        results=[
+            _results(name, file, config) for file in sorted(path.glob("results*.json"), key=lambda f: (len(f.name), f.name))
+        ],
+        questions=_questions(generations) if generations.is_file() else {},
+    )
+
+
+def _results(run: str, file: Path, config: Mapping[str, Any]) -> Results:
+    content = read_results(file)
+    return Results(run, file.name, content, content.get("sample") or config.get("sample", {}))
+
+
+def _settings(file: Path) -> Mapping[str, Any]:
+    """``config.yaml`` as it is, of whatever version: nothing is started with it."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _questions(file: Path) -> dict[str, list[QuestionResult]]:
+    try:
+        return read_questions(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not what training/evaluate.py writes ({error}); run it again") from error

@@ -1,0 +1,86 @@
+"""Blocks forming out of noise: latents and texts at every denoising step of a few questions' trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import SampleSettings
+from ladir.inference.decode import decode_thoughts
+from ladir.models.denoiser import Denoiser
+from ladir.models.vae import ThoughtDecoder
+from ladir.reasoner import Reasoner, Trajectory
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """One block: ``latents`` [steps, elements], each step's estimate of the clean latents, standardised; ``texts`` of each."""
+
+    latents: np.ndarray
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class TrajectoryTrace:
+    """One line of thought; ``stopped``: it ended by itself, not at the limit on blocks."""
+
+    blocks: list[BlockTrace]
+    answer: str
+    stopped: bool
+
+    @property
+    def thoughts(self) -> list[str]:
+        """Text per finished block."""
+        return [block.texts[-1] for block in self.blocks]
+
+
+class LatentRecorder(Reasoner):
+    """A reasoner that keeps latents instead of decoding them: in place of a text stands the number under which they are kept.
+
+    So every rank can think while one alone holds the decoder, and all texts are decoded in one batch.
+    """
+
+    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> None:
+        super().__init__(denoiser, ThoughtDecoder(denoiser.backbone, denoiser.latent_in), tokenizer, settings)  # not asked
+        self._kept: list[Tensor] = []
+
+    def decode_latents(self, z: Tensor) -> list[str]:
+        """Numbers of the blocks ``z`` [K, L, d]."""
+        first = len(self._kept)
+        self._kept.extend(z.float().cpu())
+        return [str(first + i) for i in range(len(z))]
+
+    def record(self, questions: Sequence[str], num_trajectories: int, seed: int) -> list[list[Trajectory]]:
+        """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable."""
+        return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
+
+    def read(self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder) -> list[list[TrajectoryTrace]]:
+        """What :meth:`record` kept, decoded by ``decoder``."""
+        z = torch.stack(self._kept)
+        texts = decode_thoughts(
+            decoder, self.tokenizer, z.to(decoder.from_latent.weight.device), self.settings.max_thought_tokens
+        )
+        flat = ((z - self.denoiser.latent_mean.cpu()) / self.denoiser.latent_std.cpu()).flatten(1).numpy()
+
+        def block(numbers: Sequence[str]) -> BlockTrace:
+            places = [int(number) for number in numbers]
+            return BlockTrace(flat[places], [texts[place] for place in places])
+
+        return [[TrajectoryTrace([block(b) for b in t.trace], t.answer, t.stopped) for t in one] for one in recorded]
+
+
+def _keep_all(trajectory: int, block: int, step: int, text: str) -> None:
+    """Nothing is shown while steps are made; that they are asked for is what makes the reasoner decode them."""
+
+
+def trace_questions(
+    reasoner: Reasoner, questions: Sequence[str], num_trajectories: int, seed: int
+) -> list[list[TrajectoryTrace]]:
+    """Trajectories of each question; those of an evaluation with the same seed and controls."""
+    recorder = LatentRecorder(reasoner.denoiser, reasoner.tokenizer, reasoner.settings)
+    return recorder.read(recorder.record(questions, num_trajectories, seed), reasoner.thought_decoder)

@@ -1,0 +1,202 @@
+"""The report: what it draws of a run and what it says is missing, hostile texts, and the page in a real browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ladir.__main__ import main
+from ladir.evaluation.metrics import summarise
+from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
+from ladir.report.charts import chart_sections
+from ladir.report.figures import denoising_figure, pixels, png
+from ladir.report.page import page
+from ladir.report.runs import read_run
+from ladir.report.text import escaped, one_line
+from ladir.report.traces import trace_questions
+from tests.browser import Browser, browser
+from tests.test_reasoner import QUESTIONS, tiny_reasoner
+
+HOSTILE = [
+    '</td></table><script>document.title = "owned"; fetch("http://127.0.0.1:9/x")</script>',
+    '"><img src="http://127.0.0.1:9/y.png" onerror="console.error(1)">',
+    "</style></title><!-- &lt; $\\frac{1}{0$ \x00\x1b[31m \u202egnp.exe \ud800",
+    "word " * 60,
+    "x" * 400,
+]
+
+
+def questions() -> list[QuestionResult]:
+    """One per question of the tiny reasoner, with hostile answers and thoughts."""
+    return [
+        QuestionResult(question, tuple(Trajectory(text, i == 0, text, (text,)) for i, text in enumerate(HOSTILE)))
+        for question in QUESTIONS
+    ]
+
+
+def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
+    """A run that has everything, with hostile texts wherever a text can come from outside."""
+    folder.mkdir(parents=True)
+    config = {"run": {"name": folder.name, "seed": 3}, "data": {"sentences_per_block": 1, **data}, "sample": {"num_steps": 10}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps({"commit": "0123456789abcdef", "device": HOSTILE[0]}))
+    rows = [
+        {"phase": phase, "kind": kind, "step": step, "loss": 3.0 / step, "flow": 2.0 / step, "stop_accuracy": 1 - 0.5 / step}
+        for phase in ("vae", "ar")
+        for kind, steps in (("train", range(1, 30)), ("validation", [15, 29]))
+        for step in steps
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(folder / "generations.jsonl", {"ladir": sanitised(questions())})
+    for steps in (10, 2, 5):
+        summary = summarise(questions(), ks=(1, 2))
+        methods = [MethodResult(name, summary, 0.01 * steps, 60.0) for name in ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])]
+        file = folder / ("results.json" if steps == 10 else f"results-{steps}.json")
+        write_results(file, methods, task=HOSTILE[0], num_questions=3, num_trajectories=5, seed=3)
+        sample = {"num_steps": steps, "diversity_scale": steps / 10, "guidance_scale": 1.0}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "sample": sample}))
+    if export:
+        tiny_reasoner().save_pretrained(folder / "export")
+    return folder
+
+
+def sanitised(results: list[QuestionResult]) -> list[QuestionResult]:
+    """Without the lone surrogate, which no file in UTF-8 can hold."""
+
+    def clean(trajectory: Trajectory) -> Trajectory:
+        return replace(trajectory, answer=trajectory.answer.replace("\ud800", ""), thoughts=("t",), canonical="c")
+
+    return [replace(result, trajectories=tuple(map(clean, result.trajectories))) for result in results]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about two runs, of which the second has a granularity of its own and no export."""
+    folder = tmp_path_factory.mktemp("report")
+    first = make_run(folder / "one")
+    second = make_run(folder / "two <b>", export=False, sentences_per_block=0)
+    assert main(["report", str(first), str(second), "--out", str(folder / "out"), "--trajectories", "2", "--device", "cpu"]) == 0
+    return folder / "out" / "report.html"
+
+
+def test_every_section_has_its_picture_as_png_too(report: Path) -> None:
+    text, files = report.read_text(encoding="utf-8"), {path.name for path in report.parent.glob("*.png")}
+    expected = ["pass-at-k-one", "accuracy-by-steps-one", "accuracy-by-seconds", "distinct-by-diversity_scale-one"]
+    expected += ["solved-by-diversity_scale-one", "block-granularity", "training-one-vae-losses", "denoising-one-1-1"]
+    assert {f"{name}.png" for name in expected} <= files
+    assert "solved-by-guidance_scale-one.png" not in files  # one value is no curve
+    assert all((report.parent / name).read_bytes().startswith(b"\x89PNG") for name in files)
+    assert text.count("<img ") == text.count('src="data:image/png;base64,') == len(files)
+    assert "trajectory 2:" in text and "trajectory 3:" not in text
+    assert "nothing to show without export/: python training/export.py" in text
+    assert not re.search(r'(?:src|href)="(?!data:)', text) and "url(" not in text and "@import" not in text
+
+
+def test_hostile_text_stays_text(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "<script" not in text and "onerror=&quot;" in text and '<img src="http' not in text
+    assert not set(text) & {"\x00", "\x1b", "\u202e"}
+    assert "default-src &#x27;none&#x27;" in text
+
+
+def test_the_page_opens_in_a_browser_wide_and_narrow(report: Path, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as tab:
+        for width in (1280, 400):
+            tab.open(report, width)
+            assert_readable(tab, width)
+        tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert_readable(tab, 400)
+        tab.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 10_000
+        assert tab.evaluate("document.title").startswith("LaDiR: one, two <b>")
+        assert tab.errors == []
+
+
+def assert_readable(tab: Browser, width: int) -> None:
+    """No scrolling sideways, all pictures there and not shrunk to nothing, text of a readable size."""
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = tab.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
+    assert sizes and all(natural > 100 and shown >= min(300, width - 50) for natural, shown in sizes if shown)
+    assert sum(shown > 0 for _, shown in sizes) >= 10
+    assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 14
+    texts = "[...document.querySelectorAll('p, li, h1, h2, h3, summary, pre')]"
+    assert tab.evaluate(f"Math.max(...{texts}.map(text => text.scrollWidth - text.clientWidth))") <= 1
+
+
+def test_a_run_that_has_just_begun_says_what_fills_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {name: young}\n")
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report" / "report.html").read_text()
+    assert str(folder / "report" / "report.html") in capsys.readouterr().out
+    for command in ("training/evaluate.py", "sample.num_steps=30", "sample.diversity_scale=0.8", "sentences_per_block=0",
+                    "training/train_vae.py", "training/export.py"):  # fmt: skip
+        assert command in text, command
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("results.json", "{", "results.json: not a results.json"),
+        ("config.yaml", "a: [", "config.yaml: not YAML"),
+        ("environment.json", "{", "environment.json: not JSON"),
+        ("generations.jsonl", '{"method": "ladir"}\n', "generations.jsonl: not what"),
+    ],
+)
+def test_broken_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str, message: str
+) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / file).write_text(content)
+    assert main(["report", str(tmp_path), "--questions", "0"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 1 and main(["report", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "no such run folder" in errors and "it has none of config.yaml" in errors
+    assert main(["report", str(tmp_path), "--trajectories", "0"]) == 1
+
+
+def test_traces_are_the_trajectories_of_the_same_seed() -> None:
+    reasoner = tiny_reasoner()
+    traced = trace_questions(reasoner, QUESTIONS, 2, seed=5)
+    expected = reasoner.generate(QUESTIONS, num_trajectories=2, seed=5, on_step=lambda *step: None)
+    mean, std = reasoner.denoiser.latent_mean, reasoner.denoiser.latent_std
+    for ours, theirs in zip(itertools.chain(*traced), itertools.chain(*expected), strict=True):
+        assert (ours.thoughts, ours.answer, ours.stopped) == (theirs.thoughts, theirs.answer, theirs.stopped)
+        assert [block.texts for block in ours.blocks] == theirs.trace
+        for block, latents in zip(ours.blocks, theirs.latents, strict=True):
+            assert block.latents.shape == (reasoner.settings.num_steps, latents.numel())
+            np.testing.assert_allclose(block.latents[-1], ((latents - mean) / std).flatten(), atol=1e-5)
+
+
+def test_pictures_of_anything_can_be_drawn() -> None:
+    for latents in (np.zeros((1, 1)), np.full((3, 2), np.nan), np.random.default_rng(0).standard_normal((30, 2048))):
+        figure = denoising_figure(latents, (HOSTILE * 6)[: len(latents)], HOSTILE[2])
+        assert pixels(figure).shape[2] == 3 and png(figure).startswith(b"\x89PNG")
+
+
+def test_text_is_shortened_to_a_printable_line() -> None:
+    assert one_line("a\n\n  b\tc ", 20) == "a ⏎ b c"
+    assert one_line("x" * 50, 10) == "x" * 9 + "…"
+    assert one_line("\x00\u202e\ud800", 10) == "\N{REPLACEMENT CHARACTER}" * 3
+    assert escaped("<a href='\u00a0'>&\"") == "&lt;a href=&#x27; &#x27;&gt;&amp;&quot;"
+
+
+def test_the_page_is_one_text_without_runs_it_was_not_given(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / "alone", export=False))]
+    sections = chart_sections(runs)
+    images = {picture.name: b"" for section in sections for picture in section.pictures}
+    assert page(runs, sections, images, [], "").startswith("<!doctype html>")
