@@ -66,11 +66,12 @@ def test_the_last_n_are_kept_and_latest_names_the_newest(finished: Path) -> None
 def test_other_numbers_of_ranks_and_stages_continue(
     two_processes: ProcessGroup, one_process: ProcessGroup, finished: Path, tmp_path: Path
 ) -> None:
-    """Two ranks of ZeRO-3 continue as one rank of any stage, and that one as two ranks again."""
+    """Two ranks of ZeRO-3 continue as one rank of any stage, and that one as two ranks again; a line says so."""
     for stage in (3, 2, 0):
         folder = Path(shutil.copytree(finished, tmp_path / f"stage-{stage}"))
         unfinish(folder)
-        one_process.run(run_with, folder, stage, "float32", SETTINGS)
+        (said,) = one_process.run(run_listening, folder, stage, logging.INFO)
+        assert len(said) == 1 and "written by 2 ranks: its state is redistributed to 1, no conversion is needed" in said[0]
         assert_close(folder, finished, 2e-5)
         shutil.rmtree(checkpoints(folder)[0])
         (folder / "toy" / "outcome-ar.json").unlink()
@@ -98,13 +99,13 @@ def damage(path: Path, how: str) -> None:
         (path / "manifest.json").write_text('{"rank')
 
 
-def run_listening(world: World, folder: Path) -> list[str]:
-    """Train to the end; returns the warnings of the checkpoint code."""
+def run_listening(world: World, folder: Path, stage: int = 3, level: int = logging.WARNING) -> list[str]:
+    """Train to the end; returns what the checkpoint code logged, from ``level`` on."""
     heard: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     checkpoint.logger.addHandler(handler)
-    run_with(world, folder, 3, "float32", SETTINGS)
+    run_with(world, folder, stage, "float32", SETTINGS)
     checkpoint.logger.removeHandler(handler)
     return heard
 

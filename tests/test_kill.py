@@ -7,10 +7,11 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from training.runtime import checkpoint
 from training.runtime.checkpoint import CheckpointError, steps_in
 from training.runtime.distributed import World, start
 from training.runtime.loop import train
-from training.runtime.run import open_run
+from training.runtime.run import RunConflict, open_run
 
 ROUNDS = 20
 SETTINGS = toy_settings(max_steps=100, checkpoint_every=1, keep_checkpoints=3, ema=0.9, log_every=10)
@@ -118,6 +119,56 @@ def train_on_full_disk(world: World, folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Iterator[Callable[[bool], None]]:
+    """Makes the folder of checkpoints read-only, even for root, and writable again; skips where mounting is not permitted."""
+    folder = str(tmp_path / "run" / "toy" / "checkpoints" / "ar")
+
+    def seal(closed: bool) -> None:
+        commands = [["--bind", folder, folder], ["-o", "remount,bind,ro", folder]] if closed else []
+        for arguments in commands:
+            subprocess.run(["mount", *arguments], check=True, capture_output=True)
+        if not closed:
+            subprocess.run(["umount", folder], check=False, capture_output=True)
+
+    Path(folder).mkdir(parents=True)
+    try:
+        seal(True)
+    except subprocess.CalledProcessError:
+        pytest.skip("mounting is not permitted here")
+    seal(False)
+    yield seal
+    seal(False)
+
+
+def test_a_folder_that_becomes_unwritable(one_process: ProcessGroup, sealed: Callable[[bool], None], tmp_path: Path) -> None:
+    settings = toy_settings(checkpoint_every=3)
+    one_process.run(run_with, tmp_path / "run", 3, "float32", settings, 24)  # stops in step 4 or before
+    before = [path.name for path in steps_in(tmp_path / "run" / "toy" / "checkpoints" / "ar")]
+    sealed(True)
+    message = one_process.run(expect_unwritable, tmp_path / "run", settings)[0]
+    assert "could not be written" in message and "Read-only" in message and "permissions" in message
+    sealed(False)
+    assert [path.name for path in steps_in(tmp_path / "run" / "toy" / "checkpoints" / "ar")] == before != []
+    one_process.run(run_with, tmp_path / "run", 3, "float32", settings)
+    one_process.run(run_with, tmp_path / "whole", 3, "float32", settings)
+    assert_identical(tmp_path / "run", tmp_path / "whole")
+
+
+def expect_unwritable(world: World, folder: Path, settings: dict[str, Any]) -> str:
+    try:
+        run_with(world, folder, 3, "float32", settings)
+    except (CheckpointError, RunConflict) as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_on_all_ranks(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for message in two_processes.run(expect_unwritable, tmp_path / "file", {}):
+        assert "cannot be written" in message and "choose another run.folder" in message
 
 
 def test_a_really_full_disk(one_process: ProcessGroup, small_disk: Path, tmp_path: Path) -> None:

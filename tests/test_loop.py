@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ladir.config import Config
 from tests.distributed import ProcessGroup
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime.distributed import RankLostError, World
 from training.runtime.loop import NonFiniteError, train
-from training.runtime.run import Outcome, RunConflict, open_run
+from training.runtime.run import Outcome, Run, RunConflict, open_run
 
 HIDDEN = ("phase", "kind", "tokens_per_second", "data_wait", "memory_gib", "seconds")
 
@@ -156,6 +157,94 @@ def test_a_nan_in_a_batch_stops_the_run_before_it_does_harm(group: str, request:
     assert_identical(tmp_path, clean)
 
 
+def raise_at(world: World, folder: Path, number: int) -> list[str]:
+    """What a traceback says behind an error that rises while the sample of that number is collated."""
+    phase = ToyPhase()
+
+    def fail(numbers: list[int]) -> None:
+        if number in numbers:
+            raise OSError("no such disk")
+
+    phase.before_collate = fail
+    try:
+        with open_run(toy_config(folder), "ar", world) as run:
+            train(run, phase)
+    except OSError as error:
+        return list(error.__notes__)
+    return []
+
+
+def test_any_error_tells_samples_phase_rank_and_step(one_process: ProcessGroup, tmp_path: Path) -> None:
+    samples, place = one_process.run(raise_at, tmp_path, 17)[0]
+    assert samples == f"This happened while samples {ToyPhaseOrder().ids([16, 17, 18, 19])} were made into a batch."
+    assert re.fullmatch(r"This happened in phase ar, rank 0, step 2 \(gradients computed\), samples \[.*\]\.", place)
+
+
+def test_a_signal_before_the_first_step_needs_no_checkpoint(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    """What step 0 would save follows from the seed; at 8B it would take a preemption's whole grace time."""
+    for outcome in two_processes.run(run_toy, tmp_path / "stopped", 3, "float32", 4):
+        assert (outcome.status, outcome.steps) == ("interrupted", 0)
+    assert not (tmp_path / "stopped" / "toy" / "checkpoints").exists()
+    two_processes.run(run_toy, tmp_path / "stopped")
+    two_processes.run(run_toy, tmp_path / "whole")
+    assert_identical(tmp_path / "stopped", tmp_path / "whole")
+
+
+def stop_while_the_model_is_written(world: World, folder: Path) -> tuple[Outcome, Outcome]:
+    """A run that ends between its last checkpoint and its model, continued; and one that is not disturbed."""
+    phase, write = ToyPhase(), ToyPhase.save
+
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    ToyPhase.save = fail  # type: ignore[method-assign, assignment]
+    try:
+        with open_run(toy_config(folder / "stopped", log_every=4), "ar", world) as run:
+            train(run, phase)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        ToyPhase.save = write  # type: ignore[method-assign]
+    return run_toy(world, folder / "stopped", log_every=4), run_toy(world, folder / "whole", log_every=4)
+
+
+def test_a_run_stopped_while_its_model_is_written_logs_nothing_twice(one_process: ProcessGroup, tmp_path: Path) -> None:
+    stopped, whole = one_process.run(stop_while_the_model_is_written, tmp_path)[0]
+    assert_identical(tmp_path / "stopped", tmp_path / "whole")
+    assert stopped.metrics == whole.metrics and stopped.metrics.keys() >= {"loss", "validation/loss"}
+
+
+def patience_at_the_end(world: World, folder: Path) -> list[Any]:
+    """Longest waits in force, in order, and when the model was written and the outcome recorded."""
+    events: list[Any] = []
+    wait, finish, phase = World.wait_at_most, Run.finish, ToyPhase()
+    config = toy_config(folder)
+
+    def write(target: Path, state: Any) -> None:
+        ToyPhase.save(phase, target, state)
+        events.append("written")
+
+    def record(run: Run, outcome: Outcome) -> None:
+        events.append("recorded")
+        finish(run, outcome)
+
+    World.wait_at_most = lambda self, minutes: events.append(minutes)  # type: ignore[method-assign]
+    Run.finish, phase.save = record, write  # type: ignore[method-assign]
+    try:
+        with open_run(config, "ar", world) as run:
+            train(run, phase)
+    finally:
+        World.wait_at_most, Run.finish = wait, finish  # type: ignore[method-assign]
+    return events
+
+
+def test_the_others_wait_long_while_rank_0_brings_the_model_to_disk(one_process: ProcessGroup, tmp_path: Path) -> None:
+    events = one_process.run(patience_at_the_end, tmp_path)[0]
+    start = events.index("written")
+    assert events[start - 1 : start + 2] == [Config().deepspeed.timeout_minutes, "written", "recorded"]
+    assert Config().deepspeed.step_timeout_minutes in events[:start]
+
+
 class ToyPhaseOrder:
     """Which samples stand at given numbers of a toy run."""
 
@@ -225,5 +314,6 @@ def test_a_rank_that_hangs_or_dies_ends_the_others(two_processes: ProcessGroup, 
     (message, _), (_, other) = two_processes.outcomes(hang_on_rank_one, tmp_path, die)
     two_processes.close()
     # Step 3 is collated while step 2 runs, so a death may already be noticed there.
-    assert re.search(r"rank 0, step [23], samples", message) and "step_timeout_minutes" in message
+    assert re.search(r"rank 0, step [23] \(.*\), samples \[\[", message) and "step_timeout_minutes" in message
+    assert re.search(r"Now rank 1 does not answer, last seen in step [12] \(.*\), samples \[\[\d+, ", message)
     assert not die or (other is not None and "died" in other)

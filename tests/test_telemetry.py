@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,6 +16,7 @@ import torch
 
 from ladir.config import Config
 from tests.toy_phase import toy_config
+from training.runtime import job as job_module
 from training.runtime.distributed import LaunchError, World, complete_environment
 from training.runtime.meters import Meters
 from training.runtime.preemption import StopRequest
@@ -63,6 +65,13 @@ def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
     assert tensorboard_steps(run.folder.tensorboard("ar"), "train/loss") == [1, 2, 3, 4]
 
 
+def test_a_last_line_that_lacks_only_its_end_is_kept(run: Run) -> None:
+    run.folder.metrics.write_text('{"phase": "ar", "kind": "train", "step": 1, "loss": 1}')
+    with Telemetry(run, 1) as telemetry:
+        telemetry.record("train", 2, {"loss": 0.5})
+    assert steps(run.folder.metrics) == [1, 2]
+
+
 def test_values_that_are_not_numbers_stay_valid_json(run: Run) -> None:
     with Telemetry(run, 0) as telemetry:
         telemetry.record("train", 1, {"loss": math.nan, "norm": math.inf, "lr": 0.5})
@@ -104,12 +113,16 @@ def test_meters_average_over_labels_and_survive_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_only_set_a_flag_and_are_given_back(number: signal.Signals) -> None:
+def test_signals_only_set_a_flag_and_are_given_back(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is logged by the handler itself, which may interrupt the logging of something else."""
     before = signal.getsignal(number)
-    with StopRequest("USR1") as stop:
+    with caplog.at_level(logging.INFO), StopRequest("USR1") as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.requested
+        assert stop.requested and caplog.messages == []
+        stop.announce()
+        stop.announce()
+        assert caplog.messages == [f"{number.name} received: stopping after this step"]
     assert signal.getsignal(number) == before
     with pytest.raises(ValueError, match="stop_signal=USR9"):
         StopRequest("USR9")
@@ -131,6 +144,29 @@ def test_srun_tasks_are_ranks_and_a_batch_step_is_one_process() -> None:
     batch = {"SLURM_JOB_ID": "123", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
     complete_environment(batch)
     assert batch["WORLD_SIZE"] == "1"
+
+
+def test_a_process_that_sees_its_own_gpu_only_uses_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --gpus-per-task=1: local rank 3 has one GPU, number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    address = {"MASTER_ADDR": "node7", "MASTER_PORT": "1"}
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", **address}
+    complete_environment(environment)
+    assert (environment["RANK"], environment["LOCAL_RANK"]) == ("3", "0")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_a_job_without_error_takes_leave_of_the_others(fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Leaving takes all ranks; after an error on one of them the others are somewhere else."""
+    left: list[bool] = []
+    monkeypatch.setattr(job_module, "parse_args", lambda argv, description: (toy_config(tmp_path), None))
+    monkeypatch.setattr(job_module, "start", lambda settings: ALONE)
+    monkeypatch.setattr(job_module, "stop", lambda: left.append(True))
+    with contextlib.suppress(RuntimeError), job_module.job([], "", lambda config: "ar"):
+        if fails:
+            raise RuntimeError
+    assert left == ([] if fails else [True])
 
 
 def test_half_an_environment_is_refused() -> None:

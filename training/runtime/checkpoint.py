@@ -163,7 +163,11 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
             "put back the model it started from, or start a new run (run.name=...)"
         )
     if engine.world.is_main and state["ranks"] != engine.world.size:
-        logger.info("%s was written by %d ranks: its state is redistributed", path, state["ranks"])
+        # What DeepSpeed needs its "universal" format and a conversion for: our files name the parts of every parameter.
+        logger.info(
+            "%s was written by %d ranks: its state is redistributed to %d, no conversion is needed",
+            path, state["ranks"], engine.world.size,
+        )  # fmt: skip
     error = ""
     try:
         shards = Shards(path)
@@ -187,8 +191,9 @@ class Shards(StateReader):
         self._parts: dict[str, list[tuple[Any, int]]] = {}
         """By ``kind/parameter``: the files that hold a part of it, and which element that part starts with."""
         self._buffers: Any = None
-        for name in sorted(path.glob("rank-*.safetensors")):
-            kind, file = name.stem.split("-")[2], safe_open(name, framework="pt")
+        # The manifest's, because a folder's listing may be out of date on a network file system.
+        for name in sorted(json.loads((path / MANIFEST).read_text(encoding="utf-8")).keys() - {STATE}):
+            kind, file = Path(name).stem.split("-")[2], safe_open(path / name, framework="pt")
             if kind == "buffer":
                 self._buffers = file
                 continue

@@ -139,15 +139,15 @@ def complete_environment(environment: Any) -> None:
             f"RANK is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: "
             "start with torchrun, deepspeed or srun, or unset RANK to run as one process"
         )
+    if torch.cuda.is_available():  # where a process sees only its own GPU (--gpus-per-task=1), that one is number 0
+        environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def _from_slurm(environment: Any) -> None:
     """One process per srun task.  A batch step has no SLURM_STEP_ID, so plain python there stays one process."""
     size = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
-    local_rank = int(environment["SLURM_LOCALID"])
-    if torch.cuda.is_available():  # with --gpus-per-task=1 every task sees its own GPU as number 0
-        local_rank %= torch.cuda.device_count()
-    environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)})
+    environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(size)})
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     if size == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(_free_port()))

@@ -46,6 +46,7 @@ class Engine:
         self.partitions = partitions_of(self._engine, self._names, world.rank)
         self._optimizer: torch.optim.Optimizer = optimizer
         self.steps = 0
+        self._frozen: str | None = None
         self.ema: list[Tensor] | None = None
         if train.ema > 0:
             self.ema = [master.detach().clone() for master in self.partitions.masters]
@@ -200,7 +201,12 @@ class Engine:
         return [self._optimizer.state[master] for master in keys]
 
     def frozen_fingerprint(self) -> str:
-        """Hash of the parameters that are not trained: equal weights give equal values on any number of ranks."""
+        """Hash of the parameters that are not trained: equal weights give equal values on any number of ranks (collective)."""
+        if self._frozen is None:  # once: it takes most of a minute where 8B weights lie in host memory
+            self._frozen = self._hash_frozen()
+        return self._frozen
+
+    def _hash_frozen(self) -> str:
         total = torch.zeros(2, dtype=torch.int64)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

@@ -41,7 +41,8 @@ USER_ERRORS = (
 def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str]) -> Iterator[Run]:
     """``with job(argv, __doc__, lambda config: "vae") as run:`` - the opened run of this process' job.
 
-    Exits with status 2 and one message for errors that are the user's to mend; others go through.
+    Exits with status 2 and one message for errors that are the user's to mend; others go through.  After an error the
+    process just ends: leaving in good order takes all ranks, and the others may be waiting for this one elsewhere.
     """
     config, _ = parse_args(argv, description)
     disable_progress_bar()
@@ -53,5 +54,4 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     except USER_ERRORS as error:
         logger.error("%s", error)
         raise SystemExit(2) from error
-    finally:
-        stop()
+    stop()

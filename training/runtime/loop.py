@@ -18,6 +18,7 @@ from ladir.config import TrainSettings
 from training.runtime import checkpoint
 from training.runtime.distributed import RankLostError, is_lost_rank
 from training.runtime.engine import Engine
+from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Phase
 from training.runtime.run import Outcome, Run
@@ -47,7 +48,7 @@ def train(run: Run, phase: Phase) -> Outcome:
         return done
     trainer = Trainer(run, phase)
     trainer.resume()
-    with trainer.losing_ranks_explained():
+    with trainer.errors_explained():
         return _loop(trainer, run.settings, phase.num_samples)
 
 
@@ -83,11 +84,12 @@ class Trainer:
         self.meters = Meters(phase.weights)
         self.metrics: dict[str, float] = {}
         self._checkpoints = run.folder.checkpoints(run.phase)
-        self._saved_step = -1
+        self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
         self._counts: dict[str, float] = {}
         self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
         self._sample_ids: list[list[int]] = []
         self._first = True
+        self._heartbeat = Heartbeat(run.world, run.phase)
         self._unlogged: tuple[float, float] | None = None
         self._started = 0.0
 
@@ -99,7 +101,8 @@ class Trainer:
             self.progress.step, self.progress.samples = state["step"], state["samples"]
             self.progress.seconds = state["seconds"]
             self.meters.load(state["meters"])
-            self._saved_step = self.progress.step
+            self.metrics.update(state["metrics"])
+            self._saved_step, self._validated_step = self.progress.step, state["validated"]
             logger.info("phase %s continues after step %d (%s)", self.run.phase, self.progress.step, path)
 
     @contextmanager
@@ -115,28 +118,38 @@ class Trainer:
         return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro)
 
     @contextmanager
-    def losing_ranks_explained(self) -> Iterator[None]:
-        """Say at which step another rank was lost, and what to look at; afterwards ranks may take their time again."""
-        patience = self.run.config.deepspeed
+    def errors_explained(self) -> Iterator[None]:
+        """Say where an error struck and which rank was lost, where it was one; afterwards ranks may take their time again."""
+        if self.world.device.type == "cuda":
+            self._heartbeat.watch()
         try:
             yield
-        except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            raise RankLostError(
-                f"phase {self.run.phase}, rank {self.world.rank}, step {self.progress.step + 1}, samples {self._sample_ids}: "
-                f"another rank died or did not answer in time ({error}). Look for its own error above or in its log; if it "
-                "was only slow, raise deepspeed.step_timeout_minutes. The same command continues after the last checkpoint"
-            ) from error
-        self.world.wait_at_most(patience.timeout_minutes)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_lost_rank(error):
+                raise RankLostError(
+                    f"{self._heartbeat.where()}: another rank died or did not answer in time ({error}). "
+                    f"{self._heartbeat.advice()}"
+                ) from error
+            error.add_note(f"This happened in {self._heartbeat.where()}.")
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(f"Lower {self.run.phase}'s micro_batch (results do not change), or see ds_configs/README.md.")
+            raise
+        finally:
+            self._heartbeat.end()
+        self.world.wait_at_most(self.run.config.deepspeed.timeout_minutes)
+
+    def _wait_at_most(self, minutes: float) -> None:
+        """From now on ranks wait this long for one another."""
+        self.world.wait_at_most(minutes)
+        self._heartbeat.expect_within(minutes)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
         """What happens inside is not training time, and ranks may wait long for one another."""
         start = time.perf_counter()
-        self.world.wait_at_most(self.run.config.deepspeed.timeout_minutes)
+        self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
         yield
-        self.world.wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
+        self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         self._started += time.perf_counter() - start
 
     def _seconds(self) -> float:
@@ -146,6 +159,8 @@ class Trainer:
     def agree(self, window: Window) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
         self._sample_ids = [list(batch.sample_ids) for batch in window.batches]
+        self._heartbeat.beat(self.progress.step + 1, SAMPLES_READ, self._sample_ids)
+        self.run.stop.announce()
         seconds = self._seconds() if self.world.is_main else 0.0
         counts = [window.count(term) for term in self.phase.weights]
         values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
@@ -176,6 +191,7 @@ class Trainer:
             sums.add(outputs)
             self.meters.add_metrics(outputs)
         square = self.engine.gradient_square().double().reshape(1)
+        self._heartbeat.beat(self.progress.step + 1, GRADIENTS_COMPUTED, self._sample_ids)
         *values, square_sum = self.world.sum(torch.cat([sums.stacked(), square])).tolist()
         if not all(map(math.isfinite, (*values, square_sum))):
             self._report_non_finite(window, losses)
@@ -199,7 +215,7 @@ class Trainer:
         """Count the step; log, validate and checkpoint where due."""
         if self._first:
             self._first = False
-            self.world.wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
+            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
         self._unlogged = (lr, gradient_norm)
@@ -240,6 +256,7 @@ class Trainer:
         most = self.settings.validation_batches * self.settings.global_batch
         with self._off_the_clock():
             values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step)
+        self._validated_step = self.progress.step
         if values:
             self._telemetry.record("validation", self.progress.step, values)
             self.metrics.update({f"validation/{name}": value for name, value in values.items()})
@@ -250,7 +267,12 @@ class Trainer:
             return
         with self._off_the_clock():
             self.meters.collect(self.world)
-            state = {**dataclasses.asdict(self.progress), "meters": self.meters.state()}
+            state = {
+                **dataclasses.asdict(self.progress),
+                "meters": self.meters.state(),
+                "metrics": self.metrics,
+                "validated": self._validated_step,
+            }
             checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
         self._saved_step = self.progress.step
 
@@ -264,12 +286,13 @@ class Trainer:
     def finish(self) -> Outcome:
         """At the end: log, validate, checkpoint, write the model, record the outcome."""
         self._log(1.0)
-        self.validate()
+        if self._validated_step != self.progress.step:  # else it was done before a restart
+            self.validate()
         self.save()
-        with self._off_the_clock():
-            self._write_model()
         outcome = self._outcome("finished")
-        self.run.finish(outcome)
+        with self._off_the_clock():  # the others wait while rank 0 brings the last files to disk
+            self._write_model()
+            self.run.finish(outcome)
         return outcome
 
     def _write_model(self) -> None:

@@ -24,6 +24,7 @@ class StopRequest:
         except KeyError:
             raise ValueError(f"deepspeed.stop_signal={stop_signal}: no such signal; use USR1 or USR2") from None
         self.requested = False
+        self._received: signal.Signals | None = None
         self._signals = {chosen, signal.SIGTERM}
         self._previous: dict[signal.Signals, Any] = {}
         self._blocked: set[int] = set()
@@ -40,5 +41,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        logger.info("%s received: stopping after this step", signal.Signals(number).name)
+        # Nothing is written here: the signal may have come in the middle of writing to the same stream.
+        self.requested, self._received = True, signal.Signals(number)
+
+    def announce(self) -> None:
+        """Log, once, which signal has come; to be called where the flag is looked at."""
+        if self._received is not None:
+            logger.info("%s received: stopping after this step", self._received.name)
+            self._received = None

@@ -168,6 +168,7 @@ class Run:
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, answered alike on all of them (collective)."""
+        self.stop.announce()
         return bool(self.world.sum(torch.tensor([float(self.stop.requested)])).item() > 0)
 
     def finish(self, outcome: Outcome) -> None:

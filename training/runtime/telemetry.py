@@ -107,10 +107,10 @@ def withdraw(metrics: Path, phase: str, after: int) -> None:
     """Remove a phase's records of steps later than ``after``, which will be made again, and a torn last line."""
     if not metrics.is_file():
         return
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _stays(line, phase, after)]
-    if len(kept) < len(lines):
-        write_text(metrics, "".join(kept))
+    before = metrics.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in before.splitlines() if _stays(line, phase, after))
+    if kept != before:
+        write_text(metrics, kept)
 
 
 def _stays(line: str, phase: str, after: int) -> bool:

@@ -61,4 +61,11 @@ class Windows:
 
     def _collate(self, consumed: int) -> tuple[list[Batch], list[int]]:
         parts = self._order.window(consumed, self._world.rank, self._world.size, self._micro)
-        return [self._source.collate(indices, numbers) for indices, numbers in parts], [part[1][0] for part in parts]
+        return [self._micro_batch(*part) for part in parts], [part[1][0] for part in parts]
+
+    def _micro_batch(self, indices: list[int], numbers: list[int]) -> Batch:
+        try:
+            return self._source.collate(indices, numbers)
+        except Exception as error:
+            error.add_note(f"This happened while samples {indices} were made into a batch.")
+            raise
