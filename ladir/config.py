@@ -57,11 +57,19 @@ class BackboneSettings:
         "dtype of weights and activations; auto: bfloat16 where the device multiplies it in hardware, else float32",
         ("auto", "bfloat16", "float32"),
     )
-    attention: str = setting("auto", "attention kernel; auto: eager on a CPU, sdpa on CUDA", ("auto", "eager", "sdpa"))
+    attention: str = setting(
+        "auto",
+        "attention kernel: eager and sdpa take a dense mask; flex (CUDA) costs what is visible; flash (CUDA): flex, and "
+        "flash-attn for plain text and cached prefixes; auto: eager on a CPU, else the first of flash, flex, sdpa that can run",
+        ("auto", "eager", "sdpa", "flex", "flash"),
+    )
     activation_checkpointing: str = setting(
         "none",
         "activations recomputed in the backward pass instead of stored: of no layer, of every layer, of every second layer",
         ("none", "full", "selective"),
+    )
+    compile: bool = setting(
+        False, "compile the LM's layers for training (torch.compile, some minutes at the start); with ZeRO stage 0 or 2 only"
     )
     lora: LoraSettings = section(LoraSettings, "low-rank adapters (PEFT)")
 
@@ -96,6 +104,9 @@ class TrainSettings:
     max_seconds: float | None = setting(None, "stop after this many seconds of training (start-up not counted)")
     global_batch: int = setting(128, "samples in one optimizer step, over all ranks and micro batches")
     micro_batch: int = setting(8, "most samples in one forward pass of one rank; accumulation follows from it")
+    pack_tokens: int = setting(
+        0, "samples of a micro batch are laid end to end in rows of about this many tokens; 0: a row for every sample"
+    )
     lr: float = setting(1e-5, "peak learning rate")
     min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak")
     schedule: str = setting(
@@ -132,6 +143,7 @@ class VaeSettings:
 @dataclass
 class LatentSettings:
     batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
+    pack_tokens: int = setting(0, "sentences are laid end to end in rows of about this many tokens; 0: a row for every sentence")
     records_per_part: int = setting(1024, "records a rank encodes between two looks at the stop signal; finished parts are kept")
 
 

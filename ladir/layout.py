@@ -1,21 +1,24 @@
 """The block layout: which token stands where in one training pass, and what it may see.
 
 Clean stream:  ``question [<BOT> z*L <EOT>]*B <SOA> answer``; noisy stream: ``[<BOT> z~*L]`` for every block and draw, at the
-same positions as the clean block.  Everything attention needs is three integers per token:
+same positions as the clean block.  Everything attention needs is a few integers per token:
 
 * ``position`` - rotary position; for clean tokens also their order in the clean stream,
 * ``limit``    - a clean token is visible when its position is below the viewer's limit,
-* ``copy``     - which noisy copy a token belongs to (``CLEAN`` and ``PAD`` are negative); a copy sees itself.
+* ``copy``     - which noisy copy a token belongs to (``CLEAN`` and ``PAD`` are negative); a copy sees itself,
+* ``document`` - which sample a token belongs to, where several lie in one row: nothing is seen across samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CLEAN = -1
@@ -42,15 +45,36 @@ class Source(IntEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """Attention structure of a batch; every field is an int64 tensor [N, T] (N sequences, T tokens)."""
+    """Attention structure of a batch; fields are int64 tensors [N, T] (N rows of T tokens).
+
+    ``document`` None: a row is one sample.  ``boundaries``, only where every document is ordinary causal text: int32 [D + 1],
+    where documents (and stretches of padding) begin among the N * T tokens, and the end; ``longest`` of them, in tokens.
+    """
 
     position: Tensor
     limit: Tensor
     copy: Tensor
+    document: Tensor | None = None
+    boundaries: Tensor | None = None
+    longest: int = 0
+    key: bytes = b""
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout on another device."""
-        return Layout(self.position.to(device), self.limit.to(device), self.copy.to(device))
+        """The same layout on another device; it keeps the :meth:`digest` it had on the CPU."""
+        names = ("position", "limit", "copy", "document", "boundaries")
+        moved = {name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
+        leaves = self.position.device.type == "cpu" and torch.device(device).type == "cuda"
+        return replace(self, **moved, key=self.digest() if leaves else self.key)
+
+    def digest(self) -> bytes:
+        """What tells layouts apart by their content."""
+        if self.key:
+            return self.key
+        fields = [tensor for tensor in (self.position, self.limit, self.copy, self.document) if tensor is not None]
+        content = hashlib.blake2b(repr([tuple(tensor.shape) for tensor in fields]).encode(), digest_size=16)
+        for tensor in fields:
+            content.update(tensor.contiguous().cpu().numpy())
+        return content.digest()
 
     def visible(self) -> Tensor:
         """Boolean mask [N, T, T]: ``visible[n, i, j]`` says that token i attends to token j.
@@ -61,7 +85,20 @@ class Layout:
         earlier = self.position[:, None, :] < self.limit[:, :, None]
         same_copy = (self.copy[:, :, None] == self.copy[:, None, :]) & (self.copy >= 0)[:, :, None]
         itself = torch.eye(self.copy.shape[1], dtype=torch.bool, device=self.copy.device)
-        return (clean_key & earlier) | same_copy | itself
+        seen = (clean_key & earlier) | same_copy
+        if self.document is not None:
+            seen &= self.document[:, :, None] == self.document[:, None, :]
+        return seen | itself
+
+    def padded_to(self, width: int) -> Layout:
+        """The same rows with padding behind them, ``width`` tokens each."""
+        more = (0, width - self.position.shape[1])
+        return Layout(
+            position=F.pad(self.position, more),
+            limit=F.pad(self.limit, more),
+            copy=F.pad(self.copy, more, value=PAD),
+            document=None if self.document is None else F.pad(self.document, more, value=-1),
+        )
 
 
 @dataclass(frozen=True)

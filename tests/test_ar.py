@@ -8,15 +8,17 @@ import torch
 from ladir.data.batches import ArCollator
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
-from tests.tiny import PAD, SHAPES, assert_same_gradients, gradients, tiny_lm
+from tests.tiny import SHAPES, assert_same_gradients, gradients, tiny_lm
 
 PAIRS = [([5, 6, 7], [8, 9, 1]), ([10], [11, 12, 13, 14, 1]), ([15, 16], [1])]
 
 
+@pytest.mark.parametrize("pack_tokens", [0, 8])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_loss_and_gradients_are_transformers(kind: str) -> None:
+def test_loss_and_gradients_are_transformers(kind: str, pack_tokens: int) -> None:
     model = ArModel(Backbone(tiny_lm(kind)))
-    batch = ArCollator(PAD)(PAIRS, [0, 1, 2])
+    batch = ArCollator(pack_tokens)(PAIRS, [0, 1, 2])
+    assert len(batch.rows.index) == (2 if pack_tokens else 3)
     result = model(batch)
     result["text"].backward()
     ours = gradients(model)

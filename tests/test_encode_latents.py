@@ -30,7 +30,7 @@ class Encoder:
         self.run, self.stop_in = run, stop_in
         self.sentences = 0
 
-    def __call__(self, vae: object, sentences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, vae: object, sentences: Sequence[Sequence[int]], pack_tokens: int) -> tuple[Tensor, Tensor]:
         self.stop_in -= 1
         self.run.stop.requested |= self.stop_in == 0
         self.sentences += len(sentences)

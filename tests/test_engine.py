@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ladir.config import DeepSpeedSettings, TrainSettings
+from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
 from tests.distributed import ProcessGroup
 from tests.toy_phase import ToyModel, ToyPhase
 from training.runtime.distributed import World
-from training.runtime.ds_config import DeepSpeedConfigError, read_ds_config
+from training.runtime.ds_config import DeepSpeedConfigError, check_compile, read_ds_config
 from training.runtime.engine import Engine
 
 STAGES = [0, 2, 3]
@@ -182,3 +182,13 @@ def test_a_ds_config_that_sets_what_we_decide_is_refused(tmp_path: Path) -> None
         read_ds_config(str(file))
     with pytest.raises(DeepSpeedConfigError, match=r"zero3\.json"):
         read_ds_config("nowhere.json")
+
+
+def test_compiled_layers_are_refused_under_zero_3_only() -> None:
+    for stage in STAGES:
+        settings = DeepSpeedSettings(config=f"ds_configs/zero{stage}.json")
+        check_compile(BackboneSettings(), settings)
+        if stage < 3:
+            check_compile(BackboneSettings(compile=True), settings)
+    with pytest.raises(DeepSpeedConfigError, match=r"backbone\.compile=true .* zero3\.json.*take .*zero2\.json"):
+        check_compile(BackboneSettings(compile=True), DeepSpeedSettings())

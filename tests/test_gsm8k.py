@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ladir.config import Config, DenoiserSettings, VaeSettings
 from ladir.config_loader import load_config
-from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
+from ladir.data.batches import ArCollator, DenoiserCollator, TensorBatch, VaeCollator
 from ladir.data.encode import EncodedRecord, encode_records
 from ladir.data.latents import LatentRecord, LatentStore
 from ladir.data.prompts import chain_pairs, parse_completion
 from ladir.data.records import RecordSet, read_records
+from ladir.layout import Layout
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
@@ -122,8 +126,8 @@ def test_chains_read_back_as_they_were_written(record_set: RecordSet, tokenizer:
 def vae_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Vae, VaeCollator]:
     settings = VaeSettings(latent_dim=8, latents_per_block=2)
     encoder, decoder = (Backbone(tiny_lm("qwen2", vocab=len(tokenizer), dtype=torch.float32)) for _ in range(2))
-    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-    return Vae(encoder, decoder, settings), VaeCollator(settings, len(tokenizer), pad, eos, seed=0)
+    eos = int(tokenizer.eos_token_id)
+    return Vae(encoder, decoder, settings), VaeCollator(settings, len(tokenizer), eos, seed=0)
 
 
 def test_every_block_reaches_a_vae_batch(encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,9 +137,33 @@ def test_every_block_reaches_a_vae_batch(encoded: list[EncodedRecord], tokenizer
     for start in range(0, len(blocks), 512):
         rows = blocks[start : start + 512]
         batch = collate(rows, list(range(start, start + len(rows))))
-        assert batch.decoder_ids.shape[0] == len(rows) and int(batch.lengths.sum()) == sum(map(len, rows))
+        assert len(batch.decoder.index) == len(rows) and len(batch.decoder_ids) == sum(map(len, rows))
         labels += int((batch.labels != -100).sum())
     assert labels == sum(len(block) + 1 for block in blocks)
+
+
+def real_share(batches: Sequence[TensorBatch], layouts: Callable[[Any], Sequence[Layout]]) -> float:
+    """Real tokens among all that run through a model."""
+    return sum(batch.num_tokens for batch in batches) / sum(x.copy.numel() for batch in batches for x in layouts(batch))
+
+
+def test_packed_batches_are_nearly_all_real_tokens(
+    encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> None:
+    """The micro batches of configs/gsm8k.yaml, as they would be and in rows of 1,024 tokens."""
+    sample, budget = encoded[::10], 1024
+    blocks = [block for item in sample for block in item.blocks]
+    latents = [torch.zeros(len(item.blocks), config.vae.latents_per_block, 1) for item in sample]
+    records = [LatentRecord(item.question, item.blocks, item.answer, z, z) for item, z in zip(sample, latents, strict=True)]
+    denoising = DenoiserCollator(config.denoiser, np.zeros(1), np.ones(1), eos_id=1, seed=0, samples_per_step=64, prefix=(2,))
+    _, encoding = vae_of(tokenizer)
+    for pack_tokens, enough in ((0, False), (budget, True)):
+        denoiser, vae = (replace(collate, pack_tokens=pack_tokens) for collate in (denoising, encoding))
+        made = [denoiser(records[i : i + 8], list(range(8))) for i in range(0, len(records), 8)]
+        assert (real_share(made, lambda batch: [batch.layout]) > 0.95) == enough
+        assert not enough or max(batch.layout.copy.shape[1] for batch in made) <= budget
+        sentences = [vae(blocks[i : i + 32], list(range(32))) for i in range(0, len(blocks), 32)]
+        assert (real_share(sentences, lambda batch: [batch.encoder.layout, batch.decoder.layout]) > 0.95) == enough
 
 
 def step(model: nn.Module, loss: torch.Tensor) -> None:
@@ -158,7 +186,7 @@ def test_one_training_step_of_every_model(
     vae, collate = vae_of(tokenizer)
     losses = vae(collate(blocks, list(range(len(blocks)))))
     step(vae, losses["reconstruction"] / len(blocks) + 1e-5 * losses["kl"])
-    store = latent_store(tmp_path, vae, sample, int(tokenizer.pad_token_id))
+    store = latent_store(tmp_path, vae, sample)
     settings = DenoiserSettings(draws=2, timestep_features=8)
     backbone = Backbone(tiny_lm("qwen2", vocab=len(tokenizer), dtype=torch.float32))
     denoiser = Denoiser(backbone, settings, 2, store.mean, store.std)
@@ -174,15 +202,15 @@ def test_one_training_step_of_every_model(
     step(denoiser, sum((terms[name] / batch.counts[name] for name in ("flow", "answer", "stop")), torch.tensor(0.0)))
     ar = ArModel(Backbone(tiny_lm("qwen2", vocab=len(tokenizer), dtype=torch.float32)))
     pairs = chain_pairs(tokenizer, [item.record for item in sample], "####")
-    ar_batch = ArCollator(int(tokenizer.pad_token_id))(pairs, list(range(12)))
+    ar_batch = ArCollator()(pairs, list(range(12)))
     step(ar, ar(ar_batch)["text"] / ar_batch.counts["text"])
 
 
-def latent_store(folder: Path, vae: Vae, sample: list[EncodedRecord], pad: int) -> LatentStore:
+def latent_store(folder: Path, vae: Vae, sample: list[EncodedRecord]) -> LatentStore:
     """The sample's latents as the encoding phase stores them."""
     rows = []
     for index, item in enumerate(sample):
-        mu, logvar = (value.numpy() for value in encode_sentences(vae, item.blocks, pad))
+        mu, logvar = (value.numpy() for value in encode_sentences(vae, item.blocks))
         ids = {"question": item.question, "blocks": item.blocks, "answer": item.answer}
         rows.append({"index": index, **ids, "mu": mu, "logvar": logvar})
     return LatentStore.write(folder / "latents", rows, "test", 8, 2)

@@ -27,8 +27,7 @@ from ladir.models.folders import assemble_export, load_export, new_vae, save_den
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
-from tests.reference import clean_group, noisy_group, plain_forward, question_groups
-from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, tiny_denoiser, tiny_lm, tiny_vae
+from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTIONS = ["a b c", "d", "e f g h i"]
@@ -100,7 +99,7 @@ def plain_block(
     paths: list[list[Tensor]] = [[] for _ in rows]
     for step in range(s.num_steps):
         t, t_next = 1 - step / s.num_steps, 1 - (step + 1) / s.num_steps
-        force = diversity_force(torch.stack(zs), torch.zeros(len(zs), dtype=torch.int64))
+        force = diversity_force(torch.stack(zs), [len(zs)])
         for i, row in enumerate(rows):
             velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
             if s.guidance_scale != 1.0:
@@ -350,7 +349,7 @@ def plain_thought(decoder: ThoughtDecoder, z: Tensor, limit: int) -> list[int]:
     """Greedy text of one block's latents [L, d], the whole sequence each time."""
     ids: list[int] = []
     while len(ids) < limit:
-        token = int(decoder.logits(z[None], torch.tensor([ids], dtype=torch.int64))[0, -1].argmax())
+        token = int(teacher_forced(decoder, z[None], [ids])[-1].argmax())
         if token == EOS:
             break
         ids.append(token)

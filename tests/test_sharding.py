@@ -17,7 +17,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.folders import new_vae
 from ladir.models.store import own_state
 from tests.distributed import ProcessGroup
-from tests.tiny import EOS, PAD, tiny_lm
+from tests.tiny import EOS, tiny_lm
 from training.planning.trace import LiveMemory
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
@@ -85,7 +85,7 @@ def sharded_and_whole(world: World, folder: str, variant: str, what: str, dtype:
 
 def losses(engine: Engine, whole: nn.Module, config: Config, world: World) -> list[tuple[float, float]]:
     """Reconstruction loss of the sharded and of the whole model; the sharded one is stepped in between."""
-    batch = VaeCollator(config.vae, VOCAB, PAD, EOS, 0)([[3, 4, 5], [6, 7]], [0, 1])
+    batch = VaeCollator(config.vae, VOCAB, EOS, 0)([[3, 4, 5], [6, 7]], [0, 1])
     found = []
     for _ in range(2):
         outputs = engine.forward(batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
-from ladir.data.batches import IGNORE, VaeBatch, VaeCollator, pad_left
+from ladir.data.batches import VaeBatch, VaeCollator, flat_ids
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
@@ -26,12 +26,12 @@ from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import build_word_tokenizer
 from tests.tiny import (
     EOS,
-    PAD,
     SHAPES,
     VOCAB,
     assert_same_gradients,
     gradients,
     randomise_adapters,
+    teacher_forced,
     tiny_denoiser,
     tiny_lm,
     tiny_vae,
@@ -48,7 +48,7 @@ def sentences(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def collate(vae: Vae, rows: list[list[int]], training: bool = True, first: int = 0) -> VaeBatch:
-    collator = VaeCollator(vae.settings, VOCAB, PAD, EOS, seed=3)
+    collator = VaeCollator(vae.settings, VOCAB, EOS, seed=3)
     return collator(rows, list(range(first, first + len(rows))), training)
 
 
@@ -64,12 +64,11 @@ def losses(vae: Vae, batch: VaeBatch, beta: float = 0.1) -> Tensor:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_sentence_is_encoded_the_same_in_any_company(kind: str, lora: LoraSettings | None) -> None:
     vae, rows = tiny_vae(kind, lora=lora), sentences(5)
-    mean, logvar = encode_sentences(vae, rows, PAD)
+    mean, logvar = encode_sentences(vae, rows)
     for i, row in enumerate(rows):
-        alone_mean, alone_logvar = encode_sentences(vae, [row], PAD)
+        alone_mean, alone_logvar = encode_sentences(vae, [row])
         assert torch.allclose(mean[i], alone_mean[0], atol=1e-6)
         assert torch.allclose(logvar[i], alone_logvar[0], atol=1e-6)
-    assert torch.equal(mean, encode_sentences(vae, rows, EOS)[0])  # what the padding holds does not matter
     assert not torch.allclose(mean[0], mean[1], atol=1e-2)
 
 
@@ -77,7 +76,7 @@ def test_the_encoder_is_the_lm_over_sentence_and_queries() -> None:
     vae, row = tiny_vae(), sentences(1)[0]
     inputs = torch.cat([vae.encoder.embed(torch.tensor(row)), vae.queries.weight])[None]
     hidden = vae.encoder.base.get_decoder()(inputs_embeds=inputs).last_hidden_state[:, -2:]
-    mean, logvar = encode_sentences(vae, [row], PAD)
+    mean, logvar = encode_sentences(vae, [row])
     assert torch.allclose(mean, vae.to_mean(hidden).float(), atol=1e-6)
     assert torch.allclose(logvar, vae.to_logvar(hidden).float(), atol=1e-6)
 
@@ -96,24 +95,24 @@ def test_training_losses_do_not_depend_on_padding(kind: str) -> None:
 def test_counts_are_the_labels_and_validation_is_without_noise() -> None:
     vae, rows = tiny_vae(latent_noise=2.0, token_substitution=0.9), sentences(6)
     batch = collate(vae, rows)
-    assert batch.counts == {"reconstruction": int((batch.labels != IGNORE).sum()), "kl": 6 * 2}
+    assert batch.counts == {"reconstruction": len(batch.labels), "kl": 6 * 2}
     assert batch.extra_noise.std() > 1.5 and batch.posterior_noise.std() > 0.8
-    assert not torch.equal(batch.encoder_ids, pad_left(rows, PAD)[0])
-    assert torch.equal(batch.labels[batch.labels != IGNORE], torch.tensor([t for row in rows for t in [*row, EOS]]))
+    assert not torch.equal(batch.encoder_ids, flat_ids(rows))
+    assert batch.labels.tolist() == [token for row in rows for token in [*row, EOS]]
     quiet = collate(vae, rows, training=False)
-    assert torch.equal(quiet.encoder_ids, pad_left(rows, PAD)[0])
+    assert torch.equal(quiet.encoder_ids, flat_ids(rows))
     assert float(quiet.extra_noise.abs().sum() + quiet.posterior_noise.abs().sum()) == 0.0
 
 
 def test_substitution_has_its_rate_and_noise_its_size() -> None:
     settings = VaeSettings(latent_dim=4, latents_per_block=2, latent_noise=3.0, token_substitution=0.3)
     rows = [[VOCAB + 5] * 50] * 200  # an id that substitution never draws
-    batch = VaeCollator(settings, VOCAB, PAD, EOS, seed=0)(rows, list(range(200)))
+    batch = VaeCollator(settings, VOCAB, EOS, seed=0)(rows, list(range(200)))
     assert float((batch.encoder_ids != VOCAB + 5).float().mean()) == pytest.approx(0.3, abs=0.015)
     assert batch.encoder_ids[batch.encoder_ids != VOCAB + 5].unique().tolist() == list(range(VOCAB))
     assert float(batch.extra_noise.std()) == pytest.approx(3.0, rel=0.06)
     assert float(batch.posterior_noise.std()) == pytest.approx(1.0, rel=0.06)
-    again = VaeCollator(settings, VOCAB, PAD, EOS, seed=0)(rows[:1], [7])
+    again = VaeCollator(settings, VOCAB, EOS, seed=0)(rows[:1], [7])
     assert torch.equal(again.encoder_ids[0], batch.encoder_ids[7]) and torch.equal(again.extra_noise[0], batch.extra_noise[7])
 
 
@@ -128,7 +127,7 @@ def test_greedy_decoding_is_the_teacher_forced_argmax(kind: str, lora: LoraSetti
         texts = decode(prefix, hidden, EOS, max_tokens=9)
     assert len(set(map(tuple, texts))) > 1
     for i, text in enumerate(texts):
-        forced = vae.thought_decoder.logits(z[i : i + 1], torch.tensor([text], dtype=torch.int64))[0].argmax(-1).tolist()
+        forced = teacher_forced(vae.thought_decoder, z[i : i + 1], [text]).argmax(-1).tolist()
         assert forced[: len(text)] == text
         assert len(text) == 9 or forced[len(text)] == EOS
 
@@ -139,7 +138,7 @@ def test_greedy_decoding_is_the_teacher_forced_argmax(kind: str, lora: LoraSetti
 def test_the_kl_term_is_torchs() -> None:
     vae = tiny_vae()
     batch = collate(vae, sentences(5))
-    mean, logvar = vae.encode(batch.encoder_ids, batch.lengths)
+    mean, logvar = vae.encode(batch.encoder_ids, batch.encoder)
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
     assert float(vae(batch)["kl"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -149,7 +148,7 @@ def test_reconstruction_is_the_decoders_cross_entropy_given_z() -> None:
     vae = tiny_vae(latent_noise=0.5, token_substitution=0.0)
     row = sentences(1)[0]
     batch = collate(vae, [row])
-    mean, logvar = vae.encode(batch.encoder_ids, batch.lengths)
+    mean, logvar = vae.encode(batch.encoder_ids, batch.encoder)
     z = mean + (0.5 * logvar).exp() * batch.posterior_noise + batch.extra_noise
     lm = vae.thought_decoder.backbone.base
     inputs = torch.cat([vae.from_latent(z.double())[0], lm.get_input_embeddings()(torch.tensor(row))])[None]
@@ -175,13 +174,14 @@ def test_a_trained_decoder_gets_its_gradient() -> None:
 @torch.no_grad()
 def test_the_lora_decoder_is_the_base_lm_whatever_the_adapters_hold() -> None:
     vae, base = tiny_vae(lora=LORA), tiny_lm(seed=7)
-    z, ids = torch.randn(3, 2, 3), torch.tensor(sentences(1)[0]).expand(3, -1)
+    z, row = torch.randn(3, 2, 3), sentences(1)[0]
+    ids = torch.tensor(row).expand(3, -1)
     plain = base(inputs_embeds=torch.cat([vae.from_latent(z.double()), base.get_input_embeddings()(ids)], 1)).logits[:, 1:]
-    before, mean = vae.thought_decoder.logits(z, ids), encode_sentences(vae, sentences(2), PAD)[0]
+    before, mean = teacher_forced(vae.thought_decoder, z, [row] * 3), encode_sentences(vae, sentences(2))[0]
     randomise_adapters(vae, seed=99)
-    assert torch.allclose(before, plain, atol=1e-6)
-    assert torch.equal(vae.thought_decoder.logits(z, ids), before)
-    assert not torch.allclose(encode_sentences(vae, sentences(2), PAD)[0], mean, atol=1e-3)
+    assert torch.allclose(before, plain.flatten(0, 1), atol=1e-6)
+    assert torch.equal(teacher_forced(vae.thought_decoder, z, [row] * 3), before)
+    assert not torch.allclose(encode_sentences(vae, sentences(2))[0], mean, atol=1e-3)
 
 
 def test_with_lora_only_adapters_and_heads_are_trained() -> None:
@@ -237,10 +237,10 @@ def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: st
     save_vae(vae.eval(), tmp_path / "vae", base=backbone.name_or_path)
     back = load_vae(tmp_path / "vae", settings(base_folder(tmp_path / "base", kind)), CPU)
     rows, z = sentences(4), torch.randn(2, 2, 3)
-    ids = torch.tensor([rows[0], rows[0]])
-    assert torch.equal(encode_sentences(vae, rows, PAD)[0], encode_sentences(back, rows, PAD)[0])
-    assert torch.equal(encode_sentences(vae, rows, PAD)[1], encode_sentences(back, rows, PAD)[1])
-    assert torch.equal(vae.thought_decoder.logits(z, ids), back.thought_decoder.logits(z, ids))
+    twice = [rows[0], rows[0]]
+    assert torch.equal(encode_sentences(vae, rows)[0], encode_sentences(back, rows)[0])
+    assert torch.equal(encode_sentences(vae, rows)[1], encode_sentences(back, rows)[1])
+    assert torch.equal(teacher_forced(vae.thought_decoder, z, twice), teacher_forced(back.thought_decoder, z, twice))
     assert (back.own_decoder is None) == (variant == "lora")
     assert isinstance(back.encoder.lm, PeftModel) == ("lora" in variant)
     assert_same_weights(back, load_vae(tmp_path / "vae", backbone, CPU))

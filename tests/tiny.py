@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ladir.config import DenoiserSettings, LoraSettings, VaeSettings
-from ladir.data.batches import DenoiserCollator
+from ladir.data.batches import DenoiserCollator, flat_ids
 from ladir.data.latents import LatentRecord
+from ladir.data.packing import decoder_rows
 from ladir.models.backbone import Backbone, with_lora
 from ladir.models.denoiser import Denoiser
-from ladir.models.vae import Vae
+from ladir.models.vae import ThoughtDecoder, Vae
 
 VOCAB = 29
 EOS = 1
@@ -136,6 +138,12 @@ def collator(
     settings = replace(denoiser.settings, **changes)
     mean, std = denoiser.latent_mean.numpy(), denoiser.latent_std.numpy()
     return DenoiserCollator(settings, mean, std, EOS, seed, samples_per_step, prefix)
+
+
+def teacher_forced(decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [n + N, V] for ``sentences`` of n tokens and the <eos> behind each, given latents ``z`` [N, L, d]."""
+    rows = decoder_rows([len(sentence) for sentence in sentences], z.shape[1], budget=0)
+    return decoder.logits(z, flat_ids(sentences), rows)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

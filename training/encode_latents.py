@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ladir.config import LatentSettings
 from ladir.data.encode import EncodedRecord
 from ladir.data.latents import LatentStore
 from ladir.models.folders import load_vae
@@ -46,7 +47,7 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
         return True
     records = read_encoded(run.config, path, tokenizer)
     parts = _parts(run, target, mark, path)
-    if not _encode_parts(run, vae, records, parts, mark, int(tokenizer.pad_token_id)):
+    if not _encode_parts(run, vae, records, parts, mark):
         return False
     run.world.barrier()
     if run.world.is_main:
@@ -64,7 +65,7 @@ def _parts(run: Run, target: Path, mark: str, path: str) -> Path:
     return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
 
 
-def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, mark: str, pad_id: int) -> bool:
+def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, mark: str) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
     if run.world.is_main:
         for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
@@ -78,7 +79,7 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
         mine = range(first + run.world.rank, min(first + width, len(records)), run.world.size)
         part = folder / f"{first:09d}-{run.world.rank:05d}"
         if mine and not part.is_dir():
-            rows = _rows(vae, records, mine, latents.batch_size, pad_id)
+            rows = _rows(vae, records, mine, latents)
             LatentStore.write(part, rows, mark, settings.latent_dim, settings.latents_per_block)
     return True
 
@@ -91,21 +92,19 @@ def _is_current(folder: Path, mark: str) -> bool:
         return False
 
 
-def _rows(
-    vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], batch_size: int, pad_id: int
-) -> Iterator[dict[str, Any]]:
+def _rows(vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
     """Rows of the latent store, in order; records are gathered until a batch of sentences is full."""
     pending: list[int] = []
     for place, index in enumerate(mine):
         pending.append(index)
         sentences = sum(len(records[i].blocks) for i in pending)
-        if sentences >= batch_size or place + 1 == len(mine):
-            yield from _encode(vae, records, pending, pad_id)
+        if sentences >= settings.batch_size or place + 1 == len(mine):
+            yield from _encode(vae, records, pending, settings.pack_tokens)
             pending = []
 
 
-def _encode(vae: Vae, records: Sequence[EncodedRecord], indices: Sequence[int], pad_id: int) -> Iterator[dict[str, Any]]:
-    mean, logvar = encode_sentences(vae, [block for i in indices for block in records[i].blocks], pad_id)
+def _encode(vae: Vae, records: Sequence[EncodedRecord], indices: Sequence[int], pack_tokens: int) -> Iterator[dict[str, Any]]:
+    mean, logvar = encode_sentences(vae, [block for i in indices for block in records[i].blocks], pack_tokens)
     mean, logvar = mean.cpu(), logvar.cpu()
     start = 0
     for i in indices:

@@ -93,7 +93,13 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     if config.data.sentences:
         sentences += encode_texts(tokenizer, read_sentences(config.data.sentences))
     held_out = [block for record in read_encoded(config, config.data.validation, tokenizer) for block in record.blocks]
-    collator = VaeCollator(config.vae, model.encoder.vocab_size, *_special_ids(tokenizer), seed=derive(config.run.seed, "vae"))
+    collator = VaeCollator(
+        config.vae,
+        model.encoder.vocab_size,
+        int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, "vae"),
+        pack_tokens=config.vae.train.pack_tokens,
+    )
     return TrainingPhase(
         items=sentences,
         collator=collator,
@@ -147,8 +153,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
     tokenizer = load_tokenizer(config.backbone)
     if config.ar.from_scratch:
-        pad, eos = _special_ids(tokenizer)
-        ids = {"pad_token_id": pad, "eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id}
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
         backbone = Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type))
     else:
         with sharded_init(config, config.ar.train, world):
@@ -156,7 +161,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
     held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
     prefix = config.data.answer_prefixes[0]
-    collator = ArCollator(int(tokenizer.pad_token_id))
+    collator = ArCollator(config.ar.train.pack_tokens)
     return TrainingPhase(
         items=chain_pairs(tokenizer, records, prefix) + _copies(config, tokenizer, records),
         collator=collator,
@@ -181,7 +186,3 @@ def _write_lm(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
     save_lm(backbone, folder, ((name.removeprefix("backbone."), tensor) for name, tensor in state))
     tokenizer.save_pretrained(str(folder))
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    return int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)

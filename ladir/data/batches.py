@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ladir.config import DenoiserSettings, VaeSettings
+from ladir.data.packing import Places, Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.data.randomness import generator
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 
@@ -37,7 +38,7 @@ class TensorBatch:
     def to(self: BatchT, device: torch.device | str) -> BatchT:
         """The batch with every tensor on ``device``."""
         moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Layout)
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Layout | Rows)
         }
         return replace(self, **moved)
 
@@ -62,33 +63,39 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 @dataclass
 class VaeBatch(TensorBatch):
-    """Sentences for the VAE: encoder ids [N, S] (left-padded, substituted), decoder ids [N, S] (right-padded), labels
-    [N, S + 1], lengths [N], and the two noises [N, L, d] (posterior: unit; extra: already scaled by k)."""
+    """N sentences of n tokens in all, as the encoder reads them (``encoder_ids`` [n], substituted) and as the decoder does
+    (``decoder_ids`` [n]); ``labels`` [n + N] with the sentence each belongs to, ``owner`` [n + N]; and the two noises [N, L, d]
+    (posterior: unit; extra: already scaled by k)."""
 
     encoder_ids: Tensor
-    lengths: Tensor
+    encoder: Rows
     decoder_ids: Tensor
+    decoder: Rows
     labels: Tensor
+    owner: Tensor
     posterior_noise: Tensor
     extra_noise: Tensor
 
 
 @dataclass(frozen=True)
 class VaeCollator:
-    """Token-id lists of sentences to a :class:`VaeBatch`; ``training`` False leaves out noise and substitution."""
+    """Token-id lists of sentences to a :class:`VaeBatch`; ``training`` False leaves out noise and substitution.
+
+    ``pack_tokens``: see :func:`ladir.data.packing.place`.
+    """
 
     settings: VaeSettings
     vocab_size: int
-    pad_id: int
     eos_id: int
     seed: int
+    pack_tokens: int = 0
 
     def __call__(self, sentences: Sequence[Sequence[int]], numbers: Sequence[int], training: bool = True) -> VaeBatch:
         s = self.settings
         shape = (s.latents_per_block, s.latent_dim)
         posterior = np.zeros((len(sentences), *shape), dtype=np.float32)
         extra = np.zeros_like(posterior)
-        encoder_rows: list[Sequence[int]] = list(sentences)
+        read: list[Sequence[int]] = list(sentences)
         if training:
             for i, number in enumerate(numbers):
                 rng = generator(self.seed, number)
@@ -96,21 +103,21 @@ class VaeCollator:
                 if s.latent_noise:
                     extra[i] = s.latent_noise * rng.standard_normal(shape, dtype=np.float32)
                 if s.token_substitution:
-                    encoder_rows[i] = self._substitute(np.asarray(sentences[i]), rng)
-        encoder_ids, lengths = pad_left(encoder_rows, self.pad_id)
-        labels = pad_right([[*row, self.eos_id] for row in sentences], IGNORE)
-        tokens = int(lengths.sum())
+                    read[i] = self._substitute(np.asarray(sentences[i]), rng)
+        lengths = [len(row) for row in sentences]
         return VaeBatch(
             counts={
-                "reconstruction": float(tokens + len(sentences)),
+                "reconstruction": float(sum(lengths) + len(sentences)),
                 "kl": float(len(sentences) * s.latents_per_block),
             },
-            num_tokens=2 * (tokens + len(sentences) * s.latents_per_block),
+            num_tokens=2 * (sum(lengths) + len(sentences) * s.latents_per_block),
             sample_ids=list(numbers),
-            encoder_ids=encoder_ids,
-            lengths=lengths,
-            decoder_ids=pad_right(sentences, self.pad_id),
-            labels=labels,
+            encoder_ids=flat_ids(read),
+            encoder=encoder_rows(lengths, s.latents_per_block, self.pack_tokens),
+            decoder_ids=flat_ids(sentences),
+            decoder=decoder_rows(lengths, s.latents_per_block, self.pack_tokens),
+            labels=flat_ids([[*row, self.eos_id] for row in sentences]),
+            owner=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths) + 1),
             posterior_noise=torch.from_numpy(posterior),
             extra_noise=torch.from_numpy(extra),
         )
@@ -123,11 +130,10 @@ class VaeCollator:
 
 @dataclass
 class ArBatch(TensorBatch):
-    """Token ids [N, T] (right-padded); ``labels`` [n] are the tokens that follow those at ``label_at`` [n], indices into the
-    N*T flattened tokens."""
+    """Token ids [n] of all texts; ``labels`` are the tokens that follow those at ``rows.at``."""
 
     ids: Tensor
-    label_at: Tensor
+    rows: Rows
     labels: Tensor
 
 
@@ -135,22 +141,22 @@ class ArBatch(TensorBatch):
 class ArCollator:
     """(prompt ids, completion ids) pairs to an :class:`ArBatch`; only the completion is labelled."""
 
-    pad_id: int
+    pack_tokens: int = 0
 
     def __call__(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], numbers: Sequence[int], training: bool = True
     ) -> ArBatch:
-        rows = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
-        ids = pad_right(rows, self.pad_id)
-        ends = [i * ids.shape[1] + len(row) for i, row in enumerate(rows)]
-        label_at = [range(end - len(completion), end) for end, (_, completion) in zip(ends, pairs, strict=True)]
+        texts = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
+        completions = [completion for _, completion in pairs]
+        labelled = [len(completion) for completion in completions]
+        lengths = [len(text) for text in texts]
         return ArBatch(
-            counts={"text": float(sum(len(completion) for _, completion in pairs))},
-            num_tokens=sum(map(len, rows)),
+            counts={"text": float(sum(labelled))},
+            num_tokens=sum(lengths),
             sample_ids=list(numbers),
-            ids=ids,
-            label_at=_flat(label_at),
-            labels=_flat([completion for _, completion in pairs]),
+            ids=flat_ids(texts),
+            rows=text_rows(lengths, labelled, self.pack_tokens),
+            labels=flat_ids(completions),
         )
 
 
@@ -191,6 +197,7 @@ class DenoiserCollator:
     ``mean`` and ``std`` [d] standardise the latents.  ``samples_per_step`` (the global batch) tells the step a sample belongs
     to, for ``answer_every``.  ``prefix`` are ids put before every question (the tokenizer's <bos>, where it has one).
     """
+    ``pack_tokens``: see :func:`ladir.data.packing.place`.
 
     settings: DenoiserSettings
     mean: np.ndarray
@@ -200,6 +207,7 @@ class DenoiserCollator:
     samples_per_step: int
     prefix: tuple[int, ...] = ()
 
+    pack_tokens: int = 0
     def __call__(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True) -> DenoiserBatch:
         step = numbers[0] // self.samples_per_step
         with_answer = not training or step % self.settings.answer_every == 0
@@ -211,7 +219,7 @@ class DenoiserCollator:
         ]
         noises = [self._noise(r, n, training) for r, n in zip(records, numbers, strict=True)]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
-        batch = _assemble(templates, texts, noises)
+        batch = _assemble(templates, texts, noises, self.pack_tokens)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
@@ -225,8 +233,8 @@ class DenoiserCollator:
             },
             num_tokens=sum(map(len, templates)),
             sample_ids=list(numbers),
-            answer_labels=_flat(answers),
-            stop_labels=_flat(stops),
+            answer_labels=flat_ids(answers),
+            stop_labels=flat_ids(stops),
             block_tokens=self._block_tokens(records),
             **batch,
         )
@@ -263,34 +271,37 @@ class DenoiserCollator:
         return pad_right(rows, IGNORE)
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
+def flat_ids(rows: Sequence[Sequence[int]]) -> Tensor:
+    """All integers of ``rows``, row after row."""
     return torch.tensor([value for row in rows for value in row], dtype=torch.int64)
 
 
-def _assemble(templates: Sequence[Template], texts: Sequence[Sequence[int]], noises: Sequence[_Noise]) -> dict[str, Any]:
-    """Stack the records' layouts into one padded batch and point every token at its input vector."""
-    width = max(map(len, templates))
-    shape = (len(templates), width)
-    position, limit = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    copy = np.full(shape, PAD, np.int64)
-    table_index = np.zeros(shape, np.int64)
+def _assemble(
+    templates: Sequence[Template], texts: Sequence[Sequence[int]], noises: Sequence[_Noise], pack_tokens: int
+) -> dict[str, Any]:
+    """Lay the records' layouts in padded rows and point every token at its input vector."""
+    places = place([len(layout) for layout in templates], pack_tokens)
+    size = places.rows * places.width
+    position, limit, table_index = np.zeros((3, size), np.int64)
+    copy = np.full(size, PAD, np.int64)
     first = _first_rows(texts, noises)
-    for i, layout in enumerate(templates):
-        size = len(layout)
-        position[i, :size] = layout.position
-        limit[i, :size] = layout.limit
-        copy[i, :size] = layout.copy
-        table_index[i, :size] = first[i][layout.source] + layout.index
-        if noises[i].hidden_question:
-            table_index[i, : layout.question_length] = first[i][Source.MARK] + Mark.NULL
+    for layout, start, rows, noise in zip(templates, places.first.tolist(), first, noises, strict=True):
+        tokens = slice(start, start + len(layout))
+        position[tokens] = layout.position
+        limit[tokens] = layout.limit
+        copy[tokens] = layout.copy
+        table_index[tokens] = rows[layout.source] + layout.index
+        if noise.hidden_question:
+            table_index[start : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
+    position, limit, copy, table_index = (a.reshape(places.rows, places.width) for a in (position, limit, copy, table_index))
     return {
-        "layout": Layout(*map(torch.from_numpy, (position, limit, copy))),
+        "layout": Layout(*map(torch.from_numpy, (position, limit, copy)), document=places.documents()),
         "table_index": torch.from_numpy(table_index),
-        "text_ids": _flat(texts),
+        "text_ids": flat_ids(texts),
         "z0": torch.from_numpy(np.concatenate([noise.z0 for noise in noises])).float(),
         "eps": torch.from_numpy(np.concatenate([noise.eps for noise in noises])),
         "t": torch.from_numpy(np.concatenate([noise.t for noise in noises])).float(),
-        **{f"{key}_at": _places(templates, width, pick) for key, pick in _PLACES.items()},
+        **{f"{key}_at": _at(templates, places, pick) for key, pick in _PLACES.items()},
     }
 
 
@@ -311,6 +322,6 @@ def _first_rows(texts: Sequence[Sequence[int]], noises: Sequence[_Noise]) -> np.
     return np.stack([text[:-1], marks, start + clean[:-1], start + clean[-1] + noisy[:-1]], axis=1)
 
 
-def _places(templates: Sequence[Template], width: int, pick: Callable[[Template], np.ndarray]) -> Tensor:
+def _at(templates: Sequence[Template], places: Places, pick: Callable[[Template], np.ndarray]) -> Tensor:
     """Flattened token indices of what ``pick`` names in every record."""
-    return torch.from_numpy(np.concatenate([i * width + pick(layout) for i, layout in enumerate(templates)]))
+    return torch.from_numpy(np.concatenate([first + pick(layout) for first, layout in zip(places.first, templates, strict=True)]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ladir.models.attention import left_padded
+from ladir.models.attention import WholePrefix, left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 
@@ -73,8 +73,9 @@ class PrefixCache(Cache):
 class Prefix:
     """R sequences of equal padded length behind which tokens are generated.
 
-    ``cache`` holds the rows' own tokens, P each; ``valid`` bool [R, P] marks the real ones (questions are padded on the left);
-    ``next_position`` int64 [R]; ``shared`` is what the rows read together, in front of their own tokens.
+    ``cache`` holds the rows' own tokens, P each; ``valid`` bool [R, P] marks the real ones (questions are padded on the left),
+    ``padded`` says whether there are others; ``next_position`` int64 [R]; ``shared`` is what the rows read together, in front of
+    their own tokens.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Prefix:
         cache: PrefixCache,
         valid: Tensor,
         next_position: Tensor,
+        padded: bool,
         shared: SharedPrefix | None = None,
     ) -> None:
         self.backbone = backbone
         self.cache = cache
         self.valid = valid
         self.next_position = next_position
+        self.padded = padded
         self.shared = shared
 
     @classmethod
@@ -97,7 +100,7 @@ class Prefix:
         valid, visible, positions = left_padded(lengths, inputs.shape[1])
         cache = PrefixCache()
         hidden = backbone(inputs, visible, positions, cache)
-        return cls(backbone, cache, valid, lengths.clone()), hidden[:, -1]
+        return cls(backbone, cache, valid, lengths.clone(), padded=not bool(valid.all())), hidden[:, -1]
 
     def __len__(self) -> int:
         return len(self.valid)
@@ -114,19 +117,20 @@ class Prefix:
         layers = self.cache.layers
         shared = SharedPrefix.build([layer.keys for layer in layers], [layer.values for layer in layers], self.valid, owner)
         own = PrefixCache([PrefixLayer() for _ in layers])
-        return Prefix(self.backbone, own, self.valid.new_ones(len(owner), 0), self.next_position[owner], shared)
+        return Prefix(self.backbone, own, self.valid.new_ones(len(owner), 0), self.next_position[owner], False, shared)
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefix of ``rows`` (indices, repeats allowed), copied but for what is shared."""
         shared = self.shared.select(rows) if self.shared is not None else None
-        return Prefix(self.backbone, self.cache.select(rows), self.valid[rows], self.next_position[rows], shared)
+        valid, next_position = self.valid[rows], self.next_position[rows]
+        return Prefix(self.backbone, self.cache.select(rows), valid, next_position, self.padded, shared)
 
-    def visible(self, length: int) -> Tensor | SharedPrefix:
-        """What ``length`` new tokens see: the prefix and each other, as a mask [R, length, P + length] or a shared prefix."""
+    def visible(self, length: int) -> WholePrefix | SharedPrefix:
+        """What ``length`` new tokens see: the prefix and each other."""
         if self.shared is not None:
             return self.shared
-        prefix = self.valid[:, None, :].expand(-1, length, -1)
-        return torch.cat([prefix, prefix.new_ones(len(self), length, length)], dim=-1)
+        valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
+        return WholePrefix(valid, length, self.padded)
 
     def positions(self, length: int) -> Tensor:
         """Rotary positions [R, length] of the next tokens."""

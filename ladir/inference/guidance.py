@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,27 +13,22 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
-def diversity_force(z: Tensor, owner: Tensor) -> Tensor:
+def diversity_force(z: Tensor, groups: Sequence[int]) -> Tensor:
     """Repulsion F [R, L, d] between trajectories of the same question (never across questions).
 
     ``F_i = sum_j 2 (1 - d_ij^2 / s^2) exp(-d_ij^2 / s^2) (z_i - z_j)`` with s the median distance between the trajectories of
-    the question.  ``owner`` [R] says which question a row belongs to; rows of one question are consecutive.
+    the question.  ``groups``: trajectories of each question, which are consecutive rows; they add up to R.
     """
-    force = torch.zeros_like(z)
-    _, counts = torch.unique_consecutive(owner, return_counts=True)
-    start = 0
-    for count in counts.tolist():
-        if count > 1:
-            group = slice(start, start + count)
-            force[group] = _repulsion(z[group].flatten(1)).view_as(z[group])
-        start += count
-    return force
+    return torch.cat([_repulsion(group.flatten(1)).view_as(group) for group in z.split(list(groups))])
 
 
 def _repulsion(z: Tensor) -> Tensor:
     """The force [n, D] among n points [n, D]."""
+    if len(z) == 1:
+        return torch.zeros_like(z)
     squared = torch.cdist(z, z).square()
-    off_diagonal = squared[~torch.eye(len(z), dtype=torch.bool, device=z.device)]
+    # n * n numbers without the first are n - 1 rows of n + 1, each of which ends on the diagonal.
+    off_diagonal = squared.flatten()[1:].view(len(z) - 1, len(z) + 1)[:, :-1]
     s2 = off_diagonal.sqrt().median().square().clamp_min(torch.finfo(z.dtype).tiny)
     ratio = squared / s2
     weight = 2 * (1 - ratio) * torch.exp(-ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ from ladir.inference.cache import Prefix
 from ladir.inference.guidance import classifier_free, diversity_force
 from ladir.layout import Mark
 from ladir.models import flow
+from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
-from ladir.models.prefix_attention import SharedPrefix
 
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
 StepHook = Callable[[list[int], int, int, Tensor], None]
@@ -110,18 +110,19 @@ class BlockSampler:
         z = s.initial_noise * self.noise.normal(rows, shape).to(device)
         times = torch.linspace(1.0, 0.0, s.num_steps + 1).tolist()
         visible, positions = prefix.visible(shape[0] + 1), prefix.positions(shape[0] + 1)
+        groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
+        fresh = self._fresh_noise(rows, shape, device)
+        # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
         with prefix.cache.read_only():
             for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-                velocity = self._velocity(prefix, z, t, visible, positions, owner)
+                velocity = self._velocity(prefix, z, t, visible, positions, groups)
                 x0 = z - t * velocity
-                z = self._advance(z, velocity, t, t_next, rows)
+                z = self._advance(z, velocity, t, t_next, fresh[step])
                 if on_step is not None:
                     on_step(rows, block, step, x0)
         return z
 
-    def _velocity(
-        self, prefix: Prefix, z: Tensor, t: float, visible: Tensor | SharedPrefix, positions: Tensor, owner: Tensor
-    ) -> Tensor:
+    def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Visibility, positions: Tensor, groups: list[int]) -> Tensor:
         """Guided velocity [R, L, d] at time t."""
         d, s = self.denoiser, self.settings
         branches = len(prefix) // len(z)
@@ -133,11 +134,18 @@ class BlockSampler:
             conditional, unconditional = velocity.chunk(2)
             velocity = classifier_free(conditional, unconditional, s.guidance_scale)
         if s.diversity_scale:
-            velocity = velocity - s.diversity_scale * t * diversity_force(z, owner)
+            velocity = velocity - s.diversity_scale * t * diversity_force(z, groups)
         return velocity
 
-    def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, rows: list[int]) -> Tensor:
-        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals.
+    def _fresh_noise(self, rows: list[int], shape: tuple[int, ...], device: torch.device) -> Sequence[Tensor | None]:
+        """What every step of an SDE adds but the last, [R, L, d] each; an ODE adds nothing."""
+        steps = self.settings.num_steps
+        if self.settings.sampler == "ode":
+            return [None] * steps
+        return [*self.noise.normal(rows, (steps - 1, *shape)).to(device).unbind(1), None]
+
+    def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
+        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds noise ``fresh`` [R, L, d].
 
         SDE: z_s | z_t, x0 is Gaussian with variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's posterior, Ho et al.
         2020, eq. 7, on the straight path).
@@ -145,9 +153,8 @@ class BlockSampler:
         if self.settings.sampler == "ode":
             return z + (t_next - t) * velocity
         x0, eps = z - t * velocity, z + (1 - t) * velocity
-        variance = (t_next / t) ** 2 * (t**2 - ((1 - t) / (1 - t_next)) ** 2 * t_next**2) if t_next > 0 else 0.0
+        if fresh is None:  # the last step, to x0
+            return (1 - t_next) * x0 + t_next * eps
+        variance = (t_next / t) ** 2 * (t**2 - ((1 - t) / (1 - t_next)) ** 2 * t_next**2)
         kept = max(t_next**2 - variance, 0.0) ** 0.5
-        z = (1 - t_next) * x0 + kept * eps
-        if variance > 0:
-            z = z + variance**0.5 * self.noise.normal(rows, tuple(z.shape[1:])).to(z.device)
-        return z
+        return (1 - t_next) * x0 + kept * eps + variance**0.5 * fresh

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladir.data.batches import ArBatch
-from ladir.models.attention import causal
 from ladir.models.backbone import Backbone
 
 
 class ArModel(nn.Module):
     """``forward`` gives the summed cross-entropy of the labelled tokens, which alone go through the LM head."""
+
+    layers_run_once = True
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -20,11 +21,8 @@ class ArModel(nn.Module):
 
     def forward(self, batch: ArBatch) -> dict[str, Tensor]:
         """``text``: loss summed over labels; metric: share of labelled tokens that greedy decoding gets right."""
-        length = batch.ids.shape[1]
-        positions = torch.arange(length, device=batch.ids.device)[None]
-        hidden = self.backbone(self.backbone.embed(batch.ids), causal(length, batch.ids.device), positions)
+        logits = self.backbone.logits(self.backbone.read(self.backbone.embed(batch.ids), batch.rows)).float()
         labels = batch.labels
-        logits = self.backbone.logits(hidden.flatten(0, 1)[batch.label_at]).float()
         right = (logits.detach().argmax(-1) == labels).float().sum()
         return {
             "text": F.cross_entropy(logits, labels, reduction="sum"),

@@ -1,19 +1,113 @@
-"""Attention backends: how a boolean visibility mask reaches transformers' attention."""
+"""Attention backends: which kernel serves a pass, and how what tokens see reaches it.
+
+Four kernels give the same numbers.  Eager and SDPA take a dense mask and serve every pass.  FlexAttention takes a block-sparse
+mask made from a :class:`~ladir.layout.Layout`, so that its cost grows with what is visible.  flash-attn knows two passes only:
+causal documents laid end to end, and new tokens that see their whole prefix and each other.  Where the chosen kernel cannot
+serve a pass, the next one of flash, flex, SDPA does.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from ladir.errors import UnusableError
+from ladir.layout import CLEAN, Layout
+from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, has_plain_attention
+
+logger = logging.getLogger(__name__)
+
+#: names under which transformers knows our two kernels (it takes any with "flash" in it for its own)
+FLEX, FLASH = "ladir_flex", "ladir_fa"
+_NAMES = {"flex": FLEX, "flash": FLASH}
+
+#: side of the squares of a BlockMask; rows are padded to multiples of it, so that few shapes are compiled
+BLOCK = 128
+#: narrower rows go through SDPA: padding them to a multiple of BLOCK would cost more than their dense mask
+NARROWEST_FLEX = 2 * BLOCK
+#: the compiled kernels multiply tiles of this many rows and columns at least
+SMALLEST_HEAD = 16
+_CACHED_MASKS = 16
 
 
-def choose_attention(setting: str, device_type: str) -> str:
-    """The transformers attention implementation for ``backbone.attention``.
+@dataclass(frozen=True)
+class WholePrefix:
+    """``length`` new tokens per row that see each other and everything cached of their row.
 
-    ``auto`` takes eager on a CPU, where SDPA's bf16 backward is half of a short step, and SDPA on CUDA.
+    ``valid`` bool [R, P + length] marks the real tokens; ``padded`` says whether there are others.
     """
-    if setting == "auto":
-        return "eager" if device_type == "cpu" else "sdpa"
-    return setting
+
+    valid: Tensor
+    length: int
+    padded: bool
+
+    def dense(self) -> Tensor:
+        """The mask [R, length, P + length]."""
+        return self.valid[:, None, :].expand(-1, self.length, -1)
+
+
+Visibility = Tensor | Layout | WholePrefix | SharedPrefix
+
+
+@dataclass(frozen=True)
+class Attend:
+    """How one pass calls transformers: the implementation's name, its 4D mask, and what else it takes.
+
+    ``width``: the tokens that rows must be padded to; 0 where any number will do.
+    """
+
+    implementation: str
+    mask: Tensor | BlockMask | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    width: int = 0
+
+
+class BlockMasks:
+    """The newest BlockMasks by their layout's content."""
+
+    def __init__(self) -> None:
+        self._masks: OrderedDict[tuple[bytes, torch.device], BlockMask] = OrderedDict()
+
+    def __call__(self, layout: Layout, width: int) -> BlockMask:
+        """The mask of a layout with its rows padded to ``width`` tokens, made once."""
+        key = (layout.digest(), layout.position.device)
+        if key not in self._masks:
+            self._masks[key] = block_mask(layout.padded_to(width))
+            while len(self._masks) > _CACHED_MASKS:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end(key)
+        return self._masks[key]
+
+
+def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: BlockMasks) -> Attend:
+    """How a pass with ``visible`` runs in a model that was set to ``implementation``."""
+    if isinstance(visible, SharedPrefix):
+        return Attend(PREFIX_ATTENTION, None, {"shared_prefix": visible})
+    if isinstance(visible, Layout):
+        if implementation == FLASH and visible.boundaries is not None:
+            return Attend(FLASH, None, {"documents": visible})
+        if implementation in (FLEX, FLASH) and visible.position.shape[1] >= NARROWEST_FLEX:
+            width = -(-visible.position.shape[1] // BLOCK) * BLOCK
+            return Attend(FLEX, masks(visible, width), width=width)
+        dense = visible.visible()
+    elif isinstance(visible, WholePrefix):
+        if implementation == FLASH and not visible.padded:
+            return Attend(FLASH)
+        dense = visible.dense()
+    else:
+        dense = visible
+    name = "eager" if implementation == "eager" else "sdpa"
+    return Attend(name, attention_mask(dense, name, dtype))
 
 
 def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -27,9 +121,125 @@ def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> 
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, blocked)[:, None]
 
 
-def causal(length: int, device: torch.device, past: int = 0) -> Tensor:
-    """Boolean mask [1, length, past + length]: a token sees the past and the tokens up to itself."""
-    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None]
+def block_mask(layout: Layout) -> BlockMask:
+    """The rule of :meth:`Layout.visible` as a BlockMask: squares that nobody sees are skipped by the kernel."""
+    fields = (layout.position, layout.limit, layout.copy)
+    position, limit, copy = (tensor.to(torch.int32) for tensor in fields)
+    document = torch.zeros_like(copy) if layout.document is None else layout.document.to(torch.int32)
+
+    def visible(row: Tensor, _head: Tensor, viewer: Tensor, other: Tensor) -> Tensor:
+        clean = (copy[row, other] == CLEAN) & (position[row, other] < limit[row, viewer])
+        own = (copy[row, other] == copy[row, viewer]) & (copy[row, viewer] >= 0)
+        return (document[row, other] == document[row, viewer]) & (clean | own) | (viewer == other)
+
+    rows, width = copy.shape
+    return create_block_mask(visible, rows, None, width, width, device=copy.device, BLOCK_SIZE=BLOCK)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """FlexAttention of ``query`` [N, heads, T, head] over ``key`` and ``value`` [N, kv heads, T, head]; [N, T, heads, head].
+
+    Compiled on CUDA; elsewhere the operator's own plain arithmetic runs, forward only (PyTorch has no backward of it there).
+    """
+    run = _compiled_flex() if query.is_cuda else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    output = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    documents: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """flash-attn over causal ``documents`` laid end to end; without them every query sees every key.  Shapes as there."""
+    kernels = importlib.import_module("flash_attn")
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    common = {"dropout_p": dropout, "softmax_scale": scaling}
+    if documents is None:
+        return kernels.flash_attn_func(query, key, value, causal=False, **common), None
+    output = kernels.flash_attn_varlen_func(
+        *(tensor.flatten(0, 1) for tensor in (query, key, value)),
+        cu_seqlens_q=documents.boundaries,
+        cu_seqlens_k=documents.boundaries,
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        causal=True,
+        **common,
+    )
+    return output.unflatten(0, query.shape[:2]), None
+
+
+AttentionInterface.register(FLEX, flex)
+AttentionInterface.register(FLASH, flash)
+
+
+def set_attention(lm: PreTrainedModel, setting: str, device_type: str) -> None:
+    """Give ``lm`` the attention that ``backbone.attention`` asks for on a device; ``auto`` says what it took.
+
+    On a CPU auto is eager, where SDPA's bf16 backward is half of a short step; on CUDA the first of flash, flex and SDPA that
+    this machine and model can run.  Raises UnusableError where a kernel is asked for that they cannot.
+    """
+    if setting == "auto":
+        usable = [name for name in ("flash", "flex") if not _lacks(name, lm, device_type)]
+        setting = "eager" if device_type == "cpu" else (*usable, "sdpa")[0]
+        logger.info("backbone.attention=auto: %s", setting)
+    elif lacks := _lacks(setting, lm, device_type):
+        raise UnusableError(f"backbone.attention={setting} cannot be used: {lacks}; auto takes the fastest that can")
+    lm.set_attn_implementation(_NAMES.get(setting, setting))
+
+
+def _lacks(setting: str, lm: PreTrainedModel, device_type: str) -> str:
+    """Why a kernel cannot train this model here; empty where it can."""
+    if setting not in _NAMES:
+        return ""
+    config = lm.config.get_text_config()
+    if device_type != "cuda":
+        return f"it trains on CUDA only, and this process runs on {device_type}"
+    if lm.dtype != torch.bfloat16:
+        return "it is for backbone.dtype=bfloat16"
+    if not has_plain_attention(lm.config):
+        return f"{config.model_type} models compute attention in a way of their own"
+    if (head := getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) < SMALLEST_HEAD:
+        return f"it is for heads of at least {SMALLEST_HEAD}, the model's are of {head}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"the model was made with attention_dropout={config.attention_dropout}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which comes with PyTorch for CUDA, is not installed"
+    return _flash_lacks() if setting == "flash" else ""
+
+
+def _flash_lacks() -> str:
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        return f"flash-attn cannot be imported ({error}): pip install -r requirements-cuda.txt --no-build-isolation"
+    return ""
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """Boolean mask [1, length, length]: a token sees the tokens up to itself."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
 
 
 def left_padded(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,15 +8,17 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ladir.config import BackboneSettings, LoraSettings
+from ladir.data.packing import Rows
 from ladir.errors import UnusableError
-from ladir.models.attention import attention_mask, choose_attention
-from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, can_share_prefixes
+from ladir.models.attention import BlockMasks, Visibility, attend, set_attention
+from ladir.models.prefix_attention import has_plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.lm = lm
         self._adapter_is_off = False
+        self._block_masks = BlockMasks()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -87,33 +90,37 @@ class Backbone(nn.Module):
         """Vocabulary logits [..., V] of hidden states [..., H]."""
         return self.base.get_output_embeddings()(hidden)
 
-    def forward(self, inputs: Tensor, visible: Tensor | SharedPrefix, positions: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, visible: Visibility, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Last hidden states [N, T, H].
 
-        ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length, or a prefix that
-        all see beside everything in the cache; ``positions`` int64 [N or 1, T].
+        ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length, or what says
+        the same: a layout, a whole prefix, a shared prefix; ``positions`` int64 [N or 1, T].
         """
-        if isinstance(visible, SharedPrefix):
-            with self._attention(PREFIX_ATTENTION):
-                return self._decode(inputs, None, positions, cache, shared_prefix=visible)
-        mask = attention_mask(visible, self.base.config._attn_implementation, inputs.dtype)
-        return self._decode(inputs, mask, positions, cache)
+        how = attend(visible, self.base.config._attn_implementation, inputs.dtype, self._block_masks)
+        length = inputs.shape[1]
+        if how.width > length:
+            inputs = F.pad(inputs, (0, 0, 0, how.width - length))
+            positions = F.pad(positions, (0, how.width - length))
+        with self._attention(how.implementation):
+            output = self.base.get_decoder()(
+                inputs_embeds=inputs,
+                attention_mask=how.mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **how.arguments,
+            )
+        return output.last_hidden_state[:, :length]
 
-    def _decode(self, inputs: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, **kwargs: Any) -> Tensor:
-        output = self.base.get_decoder()(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **kwargs,
-        )
-        return output.last_hidden_state
+    def read(self, table: Tensor, rows: Rows) -> Tensor:
+        """Last hidden states [n, H] at ``rows.at``; input vectors are taken from ``table`` [m, H]."""
+        hidden = self(F.embedding(rows.index, table), rows.layout, rows.layout.position)
+        return hidden.flatten(0, 1).index_select(0, rows.at)
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether a :class:`SharedPrefix` may be passed to :meth:`forward`."""
-        return can_share_prefixes(self.base.config)
+        return has_plain_attention(self.base.config)
 
     @contextmanager
     def _attention(self, implementation: str) -> Iterator[None]:
@@ -151,14 +158,25 @@ class Backbone(nn.Module):
             return float(weight.float().std())
 
     def enable_activation_checkpointing(self, every_n_layers: int = 1) -> None:
-        """Recompute every n-th layer's activations in the backward pass, with the adapters in the state they had before."""
+        """Recompute every n-th layer's activations in the backward pass, with adapters and attention as they were before."""
         self.base.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._recompute_contexts},
             every_n_layers=every_n_layers,
         )
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile every decoder layer on its own when it first runs; layers of one shape share what was compiled."""
+        for layer in self.base.get_decoder().layers:
+            layer.compile(backend=backend)
+
     def _recompute_contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), self.adapter_off() if self._adapter_is_off else nullcontext()
+        """Contexts of the forward pass and of its repetition: the latter comes when ours are closed."""
+        return nullcontext(), self._again(self._adapter_is_off, self.base.config._attn_implementation)
+
+    @contextmanager
+    def _again(self, adapter_is_off: bool, implementation: str) -> Iterator[None]:
+        with self._attention(implementation), self.adapter_off() if adapter_is_off else nullcontext():
+            yield
 
 
 def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> PreTrainedModel:
@@ -174,7 +192,7 @@ def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | No
         lm = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[choose_dtype(settings.dtype, device_type)],
-            attn_implementation=choose_attention(settings.attention, device_type),
+            attn_implementation="eager",
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
@@ -183,6 +201,7 @@ def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | No
             "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id. Weights must be safetensors; "
             "pytorch_model.bin is not read: load it with transformers, if you trust it, and save_pretrained converts it"
         ) from error
+    set_attention(lm, settings.attention, device_type)
     window = getattr(lm.config.get_text_config(), "sliding_window", None)
     if window is not None and getattr(lm.config.get_text_config(), "use_sliding_window", True):
         logger.warning("%s was trained with a sliding window of %d tokens; here every token sees its whole past", name, window)
@@ -198,10 +217,10 @@ def new_lm(settings: BackboneSettings, vocab_size: int, special_ids: dict[str, i
         raise ValueError("backbone.scratch needs model_type (llama, qwen3, mistral, ...) and the sizes of a new LM")
     arguments = {**settings.scratch, "vocab_size": vocab_size, **special_ids}
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    lm = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=choose_attention(settings.attention, device_type)
-    )
-    return lm.to(DTYPES[choose_dtype(settings.dtype, device_type)])
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    lm = lm.to(DTYPES[choose_dtype(settings.dtype, device_type)])
+    set_attention(lm, settings.attention, device_type)
+    return lm
 
 
 def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | PeftModel:
@@ -219,8 +238,14 @@ def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | 
 
 
 def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> Backbone:
-    """Load the LM, add adapters and activation checkpointing as set."""
-    backbone = Backbone(with_lora(load_lm(settings, device_type, name_or_path), settings.lora))
+    """Load the LM, add adapters, activation checkpointing and compilation as set."""
+    return for_training(Backbone(with_lora(load_lm(settings, device_type, name_or_path), settings.lora)), settings)
+
+
+def for_training(backbone: Backbone, settings: BackboneSettings) -> Backbone:
+    """The same backbone, its layers set to recompute their activations and to be compiled as ``settings`` say."""
+    if settings.compile:
+        backbone.compile_layers()
     return with_activation_checkpointing(backbone, settings.activation_checkpointing)
 
 

@@ -14,6 +14,7 @@ from ladir.config import DenoiserSettings
 from ladir.data.batches import IGNORE, DenoiserBatch
 from ladir.layout import Mark
 from ladir.models import flow
+from ladir.models.attention import Visibility
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 from ladir.models.vae import LatentMaps, Vae
@@ -106,7 +107,8 @@ class Denoiser(nn.Module):
 
     def mark(self, mark: Mark) -> Tensor:
         """The input vector [H] of a mark."""
-        return self.marks(torch.tensor(int(mark), device=self.marks.weight.device))
+        # full, not tensor: nothing is copied from the host, so that a denoising step does not wait for the device
+        return self.marks(torch.full((), int(mark), device=self.marks.weight.device))
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """Vectors [..., H] added to a noisy block's latents at t [...]."""
@@ -129,7 +131,7 @@ class Denoiser(nn.Module):
         """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""
         return self.stop_head(hidden)[..., 0].float()
 
-    def denoise_step(self, z: Tensor, t: Tensor, visible: Tensor | SharedPrefix, positions: Tensor, cache: Cache) -> Tensor:
+    def denoise_step(self, z: Tensor, t: Tensor, visible: Visibility, positions: Tensor, cache: Cache) -> Tensor:
         """Prediction [R, L, d] for noisy latents ``z`` [R, L, d] at ``t`` [R] behind a cached prefix."""
         bot = self.mark(Mark.BOT).expand(len(z), 1, -1)
         inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=1)
@@ -162,7 +164,7 @@ class Denoiser(nn.Module):
             ]
         )
         inputs = table[batch.table_index]
-        return self.backbone(inputs, batch.layout.visible(), batch.layout.position).flatten(0, 1)
+        return self.backbone(inputs, batch.layout, batch.layout.position).flatten(0, 1)
 
     def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
         """Cross-entropy summed over the answer's labels; only labelled positions go through the LM head."""

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
-from ladir.models.backbone import Backbone, build_backbone, choose_dtype, load_lm, with_activation_checkpointing
+from ladir.models.backbone import Backbone, build_backbone, choose_dtype, for_training, load_lm, with_activation_checkpointing
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
     HEADS_FILE,
@@ -137,7 +137,7 @@ def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str)
     if isinstance(encoder.lm, PeftModel) and settings.decoder == "frozen":
         return Vae(encoder, None, settings)
     # A frozen decoder stores activations as well: the gradient passes through it on its way to the latents.
-    decoder = with_activation_checkpointing(Backbone(load_lm(backbone, device_type)), backbone.activation_checkpointing)
+    decoder = for_training(Backbone(load_lm(backbone, device_type)), backbone)
     return Vae(encoder, decoder, settings)
 
 

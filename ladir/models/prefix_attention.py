@@ -14,12 +14,12 @@ from transformers import AttentionInterface, PretrainedConfig
 #: the name under which transformers knows this attention
 PREFIX_ATTENTION = "ladir_prefix"
 
-#: architectures whose attention is softmax(q k) v and nothing else; others (soft caps, sinks) copy the prefix
+#: architectures whose attention is softmax(q k) v and nothing else, without soft caps or sinks
 _PLAIN_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
-def can_share_prefixes(config: PretrainedConfig) -> bool:
-    """Whether a model of this configuration may run with :func:`prefix_attention`."""
+def has_plain_attention(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration may run with an attention that is none of transformers' own."""
     return config.get_text_config().model_type in _PLAIN_ATTENTION
 
 

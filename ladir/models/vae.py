@@ -6,7 +6,7 @@ decoder reads ``[W z, sentence]``, teacher-forced.  With LoRA the frozen decoder
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladir.config import VaeSettings
-from ladir.data.batches import VaeBatch, pad_left
-from ladir.models.attention import causal, left_padded
+from ladir.data.batches import VaeBatch, flat_ids
+from ladir.data.packing import Rows, encoder_rows
 from ladir.models.backbone import Backbone
 
 #: log-variance of a fresh encoder: a small posterior lets reconstruction start at once
@@ -48,13 +48,14 @@ class ThoughtDecoder:
         """Input vectors [N, L, H] of latents ``z`` [N, L, d] (not standardised)."""
         return self.from_latent(z.to(self.from_latent.weight.dtype))
 
-    def logits(self, z: Tensor, ids: Tensor) -> Tensor:
-        """Logits [N, S + 1, V] for the sentence ``ids`` [N, S] and the <eos> behind it, teacher-forced from ``z``."""
+    def logits(self, z: Tensor, ids: Tensor, rows: Rows) -> Tensor:
+        """Logits [n + N, V] for N sentences' tokens ``ids`` [n] and the <eos> behind each, teacher-forced from ``z`` [N, L, d].
+
+        ``rows``: of :func:`ladir.data.packing.decoder_rows`.
+        """
         with self.lm() as lm:
-            inputs = torch.cat([self.prefix(z), lm.embed(ids)], dim=1)
-            order = torch.arange(inputs.shape[1], device=ids.device)[None]
-            hidden = lm(inputs, causal(inputs.shape[1], ids.device), order)
-            return lm.logits(hidden[:, z.shape[1] - 1 :])
+            table = torch.cat([lm.embed(ids), self.prefix(z).flatten(0, 1)])
+            return lm.logits(lm.read(table, rows))
 
 
 class Vae(nn.Module):
@@ -88,14 +89,14 @@ class Vae(nn.Module):
         """The decoding half; with LoRA it is the encoder's own LM, adapters off."""
         return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent)
 
-    def encode(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each fp32 [N, L, d], of sentences ``ids`` [N, S] padded on the left to ``lengths`` [N]."""
-        count, width = ids.shape
+    def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each fp32 [N, L, d], of N sentences' tokens ``ids`` [n].
+
+        ``rows``: of :func:`ladir.data.packing.encoder_rows`.
+        """
         latents = self.settings.latents_per_block
-        queries = self.queries(torch.arange(latents, device=ids.device)).expand(count, -1, -1)
-        inputs = torch.cat([self.encoder.embed(ids), queries], dim=1)
-        _, visible, positions = left_padded(lengths + latents, width + latents)
-        hidden = self.encoder(inputs, visible, positions)[:, width:]
+        queries = self.queries(torch.arange(latents, device=ids.device))
+        hidden = self.encoder.read(torch.cat([self.encoder.embed(ids), queries]), rows).unflatten(0, (-1, latents))
         return self.to_mean(hidden).float(), self.to_logvar(hidden).float()
 
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
@@ -103,27 +104,27 @@ class Vae(nn.Module):
 
         Metrics: share of sentences whose every token is right, mean posterior standard deviation, spread of the means.
         """
-        mean, logvar = self.encode(batch.encoder_ids, batch.lengths)
+        mean, logvar = self.encode(batch.encoder_ids, batch.encoder)
         sigma = (0.5 * logvar).exp()
         z = mean + sigma * batch.posterior_noise + batch.extra_noise
-        logits = self.thought_decoder.logits(z, batch.decoder_ids)
-        labels = batch.labels
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        logits = self.thought_decoder.logits(z, batch.decoder_ids, batch.decoder)
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum()
         with torch.no_grad():
-            right = (logits.argmax(-1) == labels) | (labels == -100)
-            counted = torch.tensor(float(len(labels)), device=labels.device)
+            wrong = (logits.argmax(-1) != batch.labels).float()
+            mistakes = wrong.new_zeros(len(mean)).index_add_(0, batch.owner, wrong)
+            counted = torch.tensor(float(len(mean)), device=wrong.device)
             metrics = {
-                "metric/exact": torch.stack([right.all(-1).float().sum(), counted]),
+                "metric/exact": torch.stack([(mistakes == 0).float().sum(), counted]),
                 "metric/posterior_std": torch.stack([sigma.mean() * counted, counted]),
                 "metric/latent_std": torch.stack([mean.std() * counted, counted]),
             }
         return {"reconstruction": loss, "kl": kl, **metrics}
 
 
-def encode_sentences(vae: Vae, sentences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def encode_sentences(vae: Vae, sentences: Sequence[Sequence[int]], pack_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and log-variance [N, L, d] (fp32, on the model's device) of token-id lists."""
-    ids, lengths = pad_left(sentences, pad_id)
+    rows = encoder_rows([len(sentence) for sentence in sentences], vae.settings.latents_per_block, pack_tokens)
     device = vae.from_latent.weight.device
-    with torch.no_grad():
-        return vae.encode(ids.to(device), lengths.to(device))
+    return vae.encode(flat_ids(sentences).to(device), rows.to(device))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ladir.config import TrainSettings
+from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -72,6 +72,15 @@ def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torc
     if zero_stage(config):  # without ZeRO DeepSpeed accumulates in the model's dtype only
         completed.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return completed
+
+
+def check_compile(backbone: BackboneSettings, deepspeed: DeepSpeedSettings) -> None:
+    """Raise :class:`DeepSpeedConfigError` where layers are to be compiled under ZeRO-3."""
+    if backbone.compile and zero_stage(read_ds_config(deepspeed.config)) == 3:
+        raise DeepSpeedConfigError(
+            f"backbone.compile=true does not go with ZeRO stage 3 ({deepspeed.config}), which gathers weights by hooks inside "
+            "the layers: take deepspeed.config=ds_configs/zero2.json or ds_configs/zero0.json, or backbone.compile=false"
+        )
 
 
 def zero_stage(config: dict[str, Any]) -> int:

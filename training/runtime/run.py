@@ -34,10 +34,12 @@ INTERRUPTED = "INTERRUPTED"
 
 IRRELEVANT = (
     "run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.", "data.test",
-    "data.validation", "data.on_bad_record", "backbone.activation_checkpointing",
+    "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention", "backbone.compile",
+    "latents.pack_tokens",
+    "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
-    "micro_batch", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
+    "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
 )  # fmt: skip
 SECTIONS = {"vae": ("vae",), "latents": ("vae", "latents"), "denoiser": ("vae", "latents", "denoiser")}
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
