@@ -221,6 +221,11 @@ class DeepSpeedSettings:
     sharded_loading: bool = setting(
         True, "ZeRO-3 on several processes: pretrained weights are split while they are read, so that none holds a whole LM"
     )
+    leaf_layers: bool = setting(
+        False,
+        "ZeRO-3 gathers and reduces each LM layer as one unit where a pass runs it once: a quarter of the hooks, which cost a "
+        "small model as much time as its arithmetic; more is gathered at a time",
+    )
     stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
 
 

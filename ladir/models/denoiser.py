@@ -40,6 +40,7 @@ class Denoiser(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
+    layers_run_once = True
 
     def __init__(
         self,

@@ -76,6 +76,11 @@ class Vae(nn.Module):
         if decoder is not None and settings.decoder == "frozen":
             decoder.requires_grad_(False)
 
+    @property
+    def layers_run_once(self) -> bool:
+        """Whether a forward pass runs every LM layer once: not where encoder and decoder share them."""
+        return self.own_decoder is not None
+
     @torch.no_grad()
     def _initialise(self) -> None:
         nn.init.normal_(self.queries.weight, std=self.encoder.embedding_std())

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ladir.config import DeepSpeedSettings, TrainSettings
 from ladir.models.backbone import DTYPES, choose_dtype
@@ -41,6 +42,8 @@ class Engine:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         config = complete_ds_config(read_ds_config(deepspeed.config), train, torch_dtype, world.size)
         self.stage = zero_stage(config)
+        if deepspeed.leaf_layers and self.stage == 3 and getattr(model, "layers_run_once", False):
+            config["zero_optimization"]["leaf_module"] = {"classes": _layer_classes(model)}
         optimizer = _make_optimizer(model, train, config, world.device)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.partitions = partitions_of(self._engine, self._names, world.rank)
@@ -55,6 +58,16 @@ class Engine:
     def model(self) -> nn.Module:
         """The wrapped model; its submodules may be called directly (by all ranks alike)."""
         return cast(nn.Module, self._engine.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that DeepSpeed left out since the start because of an overflow."""
+        return int(self._engine.skipped_steps)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """``model(batch)`` in training mode."""
@@ -256,6 +269,12 @@ def _make_optimizer(
 
         return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments))
     return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def _layer_classes(model: nn.Module) -> list[str]:
+    """Class names of the layers of the LMs in ``model``."""
+    lms = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return sorted({name for lm in lms for name in lm._no_split_modules or ()})
 
 
 def _local_part(parameter: nn.Parameter, world: World) -> tuple[Tensor, int]:
