@@ -2,7 +2,7 @@
 # What the batch scripts of this folder share; they source it, and users read docs/slurm.md.
 set -euo pipefail
 
-readonly FIRST_PORT=20000 NUM_PORTS=20000
+readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to outgoing connections
 
 fail() {
     echo "error: $*" >&2

@@ -170,6 +170,21 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before_whole(
     assert_identical(tmp_path, finished)
 
 
+def save_after_a_damaged_one(world: World, folder: Path) -> Path | None:
+    """Steps 5 and 6 are saved, 6 is damaged, 5 is saved again, as by a run that has gone back to 4 and is stopped there."""
+    engine = Engine(ToyModel(), TrainSettings(), "float32", DeepSpeedSettings(), world)
+    for step in (5, 6):
+        checkpoint.save(folder, engine, {"step": step}, keep=1)
+    flip_byte(folder / "step-00000006" / "rank-00000-master.safetensors")
+    checkpoint.save(folder, engine, {"step": 5}, keep=1)
+    return checkpoint.find(folder, world)
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(one_process: ProcessGroup, tmp_path: Path) -> None:
+    assert one_process.run(save_after_a_damaged_one, tmp_path) == [tmp_path / "step-00000005"]
+    assert [path.name for path in steps_in(tmp_path)] == ["step-00000005"]
+
+
 def load_into_others(world: World, path: Path) -> list[str]:
     """Errors for models with other frozen weights, with one more output and without a head."""
     frozen_changed, widened, headless = ToyModel(), ToyModel(), ToyModel()

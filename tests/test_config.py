@@ -145,6 +145,8 @@ def test_all_errors_are_reported_at_once_with_place_and_closest_name(tmp_path: P
         ("run.name=a/b", "run.folder"),
         ("run.name=", "run.name"),
         ("deepspeed.stop_signal=KILL", "USR2"),
+        ("deepspeed.step_timeout_minutes=0", "above 0"),
+        ("plan.samples=0", "at least 1"),
         ("data.answer_prefixes=['']", "empty prefix"),
         ("evaluate.methods=[ar,ar]", "twice"),
     ],
@@ -224,10 +226,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(f"{name}=" in text for name in setting_names())
 
 
-def test_every_range_belongs_to_some_number() -> None:
+def test_every_number_has_a_range_and_every_range_a_number() -> None:
     numbers = [name for name, field, _ in fields(Config()) if field.type.startswith(("int", "float"))]
-    first = {next((pattern for pattern, _ in RANGES if fnmatchcase(name, pattern)), None) for name in numbers}
-    assert {pattern for pattern, _ in RANGES} <= first
+    first = {name: next((pattern for pattern, _ in RANGES if fnmatchcase(name, pattern)), None) for name in numbers}
+    assert {pattern for pattern, _ in RANGES} <= set(first.values())
+    assert [name for name, pattern in first.items() if pattern is None] == ["denoiser.timestep_mean"]
 
 
 def test_ranges_know_their_ends() -> None:

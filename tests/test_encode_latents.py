@@ -76,6 +76,17 @@ def test_a_stopped_encoding_continues_after_its_last_part(
     assert [path.name for path in store.parent.iterdir()] == ["train"]
 
 
+def test_damaged_latents_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+    _, _, store = encode(tmp_path, monkeypatch)
+    arrow = store / "latents.arrow"
+    whole = arrow.read_bytes()
+    assert encode(tmp_path, monkeypatch)[1].sentences == 0
+    arrow.write_bytes(whole[:-9])
+    finished, vae, _ = encode(tmp_path, monkeypatch)
+    assert finished and vae.sentences > 0
+    assert arrow.read_bytes() == whole
+
+
 def test_an_encoding_under_way_starts_over_when_the_vae_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from training.runtime.distributed import FIRST_PORT, NUM_PORTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +37,13 @@ def test_a_held_signal_is_obeyed_as_soon_as_the_process_can_and_does_not_kill_it
     output, _ = process.communicate("go\n")
     assert output.split() == ["True", "saved"]
     assert process.returncode == 0
+
+
+def test_scripts_and_programs_choose_the_same_port_and_none_that_may_be_taken() -> None:
+    found = re.search(r"FIRST_PORT=(\d+) NUM_PORTS=(\d+)", (ROOT / "slurm" / "common.sh").read_text())
+    assert found is not None
+    assert tuple(map(int, found.groups())) == (FIRST_PORT, NUM_PORTS)
+    assert FIRST_PORT + NUM_PORTS <= 32768  # where Linux's ip_local_port_range starts
 
 
 def settings(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,11 @@ import torch
 from ladir.config import Config
 from tests.toy_phase import toy_config
 from training.runtime import job as job_module
+from training.runtime import run as run_module
 from training.runtime.distributed import LaunchError, World, complete_environment
 from training.runtime.meters import Meters
 from training.runtime.preemption import StopRequest
-from training.runtime.run import Run, RunFolder, relevant_settings
+from training.runtime.run import Run, RunConflict, RunFolder, open_run, relevant_settings
 from training.runtime.telemetry import Telemetry, withdraw
 from training.runtime.validation import share
 
@@ -199,6 +200,16 @@ def test_folders_appear_whole_or_not_at_all(run: Run) -> None:
             (folder / "weights").write_text(content)
         assert (target / "weights").read_text() == content
     assert [path.name for path in target.parent.iterdir()] == ["ar"]
+
+
+def test_two_jobs_never_work_in_one_run_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
+    with pytest.raises(RunConflict, match=rf"is in use by phase ar, process {os.getpid()} on \S+: wait for it or end it"):
+        Run(run.config, "vae", ALONE).prepare()
+    run.release()
+    with open_run(run.config, "vae", ALONE):
+        pass
+    run.prepare()
 
 
 def test_the_run_folder_records_where_it_comes_from(run: Run) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import LatentSettings
 from ladir.data.encode import EncodedRecord
 from ladir.data.latents import LatentStore
+from ladir.errors import UnusableError
 from ladir.models.folders import load_vae
 from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
@@ -88,7 +89,7 @@ def _is_current(folder: Path, mark: str) -> bool:
     """Whether the folder already holds the latents of this VAE."""
     try:
         return LatentStore.open(folder).fingerprint == mark
-    except FileNotFoundError:
+    except (FileNotFoundError, UnusableError):  # there is none, or a damaged one
         return False
 
 

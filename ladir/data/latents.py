@@ -23,6 +23,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ladir.errors import UnusableError
+
 _ARROW = "latents.arrow"
 _STATS = "stats.json"
 _ROWS_PER_BATCH = 1000
@@ -162,7 +164,7 @@ class LatentStore:
 
     @staticmethod
     def open(folder: str | os.PathLike[str]) -> LatentStore:
-        """Open a store.  Raises FileNotFoundError where there is none, ValueError where it is torn."""
+        """Open a store.  Raises FileNotFoundError where there is none, UnusableError where it is torn."""
         path = Path(folder)
         remedy = "run training/encode_latents.py (again) to make it"
         if not (path / _STATS).is_file() or not (path / _ARROW).is_file():
@@ -170,22 +172,22 @@ class LatentStore:
         try:
             stats = _Stats(**json.loads((path / _STATS).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path / _STATS}: damaged ({error}); {remedy}") from error
+            raise UnusableError(f"{path / _STATS}: damaged ({error}); {remedy}") from error
         size = (path / _ARROW).stat().st_size
         if size != stats.arrow_bytes:
-            raise ValueError(f"{path / _ARROW}: damaged: {size} bytes instead of {stats.arrow_bytes}; {remedy}")
+            raise UnusableError(f"{path / _ARROW}: damaged: {size} bytes instead of {stats.arrow_bytes}; {remedy}")
         try:
             table = datasets.Dataset.from_file(str(path / _ARROW)).data.table
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path / _ARROW}: damaged ({error}); {remedy}") from error
+            raise UnusableError(f"{path / _ARROW}: damaged ({error}); {remedy}") from error
         if table.num_rows != stats.num_records:
-            raise ValueError(f"{path}: {table.num_rows} records instead of {stats.num_records}; {remedy}")
+            raise UnusableError(f"{path}: {table.num_rows} records instead of {stats.num_records}; {remedy}")
         return LatentStore(path, stats, table)
 
     def check_fingerprint(self, expected: str) -> None:
-        """Raise ValueError unless the latents were made by the VAE with this fingerprint."""
+        """Raise UnusableError unless the latents were made by the VAE with this fingerprint."""
         if self.fingerprint != expected:
-            raise ValueError(
+            raise UnusableError(
                 f"{self.folder}: these latents were made by the VAE {self.fingerprint}, not by {expected}; run "
                 "training/encode_latents.py again with the VAE in use, or point to the VAE that made them"
             )

@@ -57,7 +57,7 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
             write_json(aside / MANIFEST, entries)
             publish_folder(aside, target)
             write_text(folder / LATEST, target.name + "\n")
-            _prune(folder, keep)
+            _prune(folder, target, keep)
 
     _together(world, target, prepare)
     frozen = engine.frozen_fingerprint()
@@ -100,8 +100,11 @@ def _together(world: World, target: Path, action: Callable[[], T]) -> list[T]:
     return [result for result, _ in answers]
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in steps_in(folder)[max(keep, 1) :]:
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Keep ``newest``, just written, and those before it; later ones were damaged, else the run would have continued there."""
+    there = steps_in(folder)
+    later = [path for path in there if path.name > newest.name]
+    for path in [*later, *there[len(later) + max(keep, 1) :]]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from ladir.config import DeepSpeedSettings
 
 logger = logging.getLogger(__name__)
 
-FIRST_PORT, NUM_PORTS = 20000, 20000
+FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outgoing connections
 
 
 class LaunchError(RuntimeError):

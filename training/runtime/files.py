@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def sync_file(path: Path) -> None:
@@ -37,6 +38,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` atomically by indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def try_lock(path: Path, owner: str) -> TextIO | None:
+    """An open file that keeps other processes out until it is closed or this process ends, however; None where another has it.
+
+    ``owner`` is written into it for people to read.  Where the file system knows no locks everybody gets one.
+    """
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(owner)
+    file.flush()
+    return file
 
 
 def publish_folder(aside: Path, folder: Path) -> None:

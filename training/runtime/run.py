@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import platform
 import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -24,13 +26,15 @@ import yaml
 
 from ladir.config import Config, TrainSettings
 from training.runtime.distributed import World
-from training.runtime.files import publish_folder, write_json, write_text
+from training.runtime.files import publish_folder, try_lock, write_json, write_text
 from training.runtime.preemption import StopRequest
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
 INTERRUPTED = "INTERRUPTED"
+LOCK_SECONDS = 120.0
+"""How long a job that has died may still hold the run folder (a network file system notices late)."""
 
 IRRELEVANT = (
     "run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.", "data.test",
@@ -77,6 +81,7 @@ class RunFolder:
         self.latents = self.path / "latents"
         self.export = self.path / "export"
         self.interrupted = self.path / INTERRUPTED
+        self.lock = self.path / ".lock"
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -111,6 +116,7 @@ class Run:
         self.config, self.phase, self.world = config, phase, world
         self.folder = RunFolder(config)
         self.stop = StopRequest(config.deepspeed.stop_signal)
+        self._lock: TextIO | None = None
 
     @property
     def settings(self) -> TrainSettings:
@@ -134,7 +140,7 @@ class Run:
     def _prepare(self) -> str | None:
         try:
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            problem = self._conflict()
+            problem = self._occupied() or self._conflict()
             if problem is None:
                 settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
                 write_text(self.folder.config(self.phase), settings)
@@ -144,6 +150,26 @@ class Run:
             return problem
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
+
+    def _occupied(self) -> str | None:
+        """Keep other jobs out, which would write the same files; or who keeps us out for longer than a job takes to die."""
+        owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
+        if job := os.environ.get("SLURM_JOB_ID"):
+            owner = f"{owner}, job {job}"
+        end = time.monotonic() + LOCK_SECONDS
+        while (lock := try_lock(self.folder.lock, owner)) is None:
+            if time.monotonic() > end:
+                other = self.folder.lock.read_text(encoding="utf-8")
+                return f"{self.folder.path} is in use by {other}: wait for it or end it, then start the same command again"
+            time.sleep(0.5)
+        self._lock = lock
+        return None
+
+    def release(self) -> None:
+        """Let other jobs into the run folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _conflict(self) -> str | None:
         """What differs from the settings this phase was started with, where it left work behind."""
@@ -197,10 +223,13 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     Raises :class:`RunConflict` when the folder cannot be used.
     """
     run = Run(config, phase, world)
-    run.prepare()
-    seed_everything(config.run.seed, phase)
-    with run.stop:
-        yield run
+    try:
+        run.prepare()
+        seed_everything(config.run.seed, phase)
+        with run.stop:
+            yield run
+    finally:
+        run.release()
 
 
 def seed_everything(seed: int, phase: str) -> None:
