@@ -211,6 +211,10 @@ class TelemetrySettings:
     tensorboard: bool = setting(True, "write TensorBoard event files")
     progress: str = setting("auto", "auto: a bar on a terminal, lines in a log", ("auto", "bar", "lines"))
     line_every_seconds: float = setting(10.0, "least seconds between two progress lines in a log")
+    samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
+    peak_tflops: float | None = setting(
+        None, "peak TFLOP/s of one device, for the MFU; not set: that of a large matrix product, measured at the start"
+    )
 
 
 @dataclass

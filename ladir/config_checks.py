@@ -95,6 +95,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),
     ("telemetry.line_every_seconds", _NOT_NEGATIVE),
+    ("telemetry.samples", _NOT_NEGATIVE),
+    ("telemetry.peak_tflops", _POSITIVE),
     ("deepspeed.*timeout_minutes", _POSITIVE),
     ("plan.*", _COUNT),
     ("countdown.numbers", Range(at_least=2)),

@@ -63,7 +63,7 @@ def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
         telemetry.histogram("latents", torch.randn(8), 4)
     assert steps(run.folder.metrics) == [1, 2, 3, 4]
     assert steps(run.folder.metrics, "vae") == [9]
-    assert tensorboard_steps(run.folder.tensorboard("ar"), "train/loss") == [1, 2, 3, 4]
+    assert tensorboard_steps(run.folder.tensorboard("ar"), "losses/loss") == [1, 2, 3, 4]
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(run: Run) -> None:

@@ -31,6 +31,8 @@ from ladir.tokens import encode_texts, load_tokenizer
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
+from training.runtime.telemetry import Telemetry
+from training.samples import Show, ar_samples, denoiser_samples, vae_samples
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,12 @@ class TrainingPhase(Samples):
     weights: Mapping[str, float]
     validation: Samples | None
     write: Callable[[Path, Iterator[tuple[str, Tensor]]], None]
+    show: Show | None = None
+
+    def on_validate(self, model: nn.Module, telemetry: Telemetry, step: int) -> None:
+        """Show samples, where any are wanted."""
+        if self.show is not None:
+            self.show(model, telemetry, step)
 
     def save(self, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         """Write the model whose full tensors ``state`` yields (rank 0)."""
@@ -108,6 +116,7 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
         weights={"reconstruction": 1.0, "kl": config.vae.beta},
         validation=Samples(held_out, collator) if held_out else None,
         write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
+        show=vae_samples(config, tokenizer, held_out),
     )
 
 
@@ -146,6 +155,7 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
         weights=weights,
         validation=Samples(validation, collator) if validation is not None else None,
         write=lambda target, state: save_denoiser(model, target, state),
+        show=denoiser_samples(config, tokenizer, validation, vae) if validation is not None else None,
     )
 
 
@@ -170,6 +180,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         weights={"text": 1.0},
         validation=Samples(chain_pairs(tokenizer, held_out, prefix), collator) if held_out else None,
         write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state),
+        show=ar_samples(config, tokenizer, held_out),
     )
 
 

@@ -38,8 +38,8 @@ def run(argv: Sequence[str]) -> int:
     for name, data in images.items():
         (out / f"{_file_name(name)}.png").write_bytes(data)
     traced, notes = [], []
-    for data in runs:
-        found, note = _traced(data, arguments.questions, arguments.trajectories, arguments.device, out)
+    for run_data in runs:
+        found, note = _traced(run_data, arguments.questions, arguments.trajectories, arguments.device, out)
         traced += found
         notes += [note] if note else []
     target = out / "report.html"

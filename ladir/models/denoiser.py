@@ -16,6 +16,7 @@ from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.backbone import Backbone
+from ladir.models.metrics import accuracy, flow_by_time
 from ladir.models.prefix_attention import SharedPrefix
 from ladir.models.vae import LatentMaps, Vae
 
@@ -145,14 +146,15 @@ class Denoiser(nn.Module):
         hidden = self._hidden(batch, z_t)
         noisy = hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
         wanted = flow.target(self.settings.objective, batch.z0[:, None], batch.eps, t)
+        flow_loss = (self.predict(noisy) - wanted).square().sum((-2, -1))
         losses = {
-            "flow": (self.predict(noisy) - wanted).square().sum(),
-            "answer": self._answer_loss(hidden, batch),
+            "flow": flow_loss.sum(),
+            **self._answer_loss(hidden, batch),
             "stop": self._stop_loss(hidden, batch),
         }
         if self.token_head is not None:
             losses["token"] = self._token_loss(noisy, batch.block_tokens)
-        return {**losses, **self._metrics(hidden, batch)}
+        return {**losses, **self._metrics(hidden, batch), **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
 
     def _hidden(self, batch: DenoiserBatch, z_t: Tensor) -> Tensor:
         """Hidden states [N * T, H] of the whole layout."""
@@ -167,10 +169,11 @@ class Denoiser(nn.Module):
         inputs = table[batch.table_index]
         return self.backbone(inputs, batch.layout, batch.layout.position).flatten(0, 1)
 
-    def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
-        """Cross-entropy summed over the answer's labels; only labelled positions go through the LM head."""
+    def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
+        """Cross-entropy summed over the answer's labels, and its metric; only labelled positions go through the LM head."""
         logits = self.backbone.logits(hidden[batch.answer_at]).float()
-        return F.cross_entropy(logits, batch.answer_labels, reduction="sum")
+        loss = F.cross_entropy(logits, batch.answer_labels, reduction="sum")
+        return {"answer": loss, **accuracy("answer", logits.argmax(-1), batch.answer_labels)}
 
     def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
         logits = self.stop_logit(hidden[batch.end_at])
@@ -184,6 +187,4 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _metrics(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
-        stop_right = ((self.stop_logit(hidden[batch.end_at]) > 0) == batch.stop_labels.bool()).float()
-        count = torch.tensor(float(len(stop_right)), device=hidden.device)
-        return {"metric/stop_accuracy": torch.stack([stop_right.sum(), count])}
+        return accuracy("stop", self.stop_logit(hidden[batch.end_at]) > 0, batch.stop_labels.bool())

@@ -123,6 +123,15 @@ def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.devic
     return vae.to(device).eval()
 
 
+def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> ThoughtDecoder:
+    """The decoding half of a trained VAE on ``device``, without its encoder.  ValueError when the folder is not whole."""
+    saved = load_settings(folder, "vae")
+    trained = saved["settings"]["decoder"] == "trained"
+    lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"]))
+    from_latent = load_latent_maps(folder).from_latent
+    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype))
+
+
 def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.device) -> Backbone:
     """An LM folder, or the base LM that an adapter folder names with the adapters on it."""
     if not (Path(folder) / _ADAPTER_FILE).is_file():

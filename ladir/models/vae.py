@@ -18,6 +18,7 @@ from ladir.config import VaeSettings
 from ladir.data.batches import VaeBatch, flat_ids
 from ladir.data.packing import Rows, encoder_rows
 from ladir.models.backbone import Backbone
+from ladir.models.metrics import vae_metrics
 
 #: log-variance of a fresh encoder: a small posterior lets reconstruction start at once
 _INITIAL_LOGVAR = -4.0
@@ -107,7 +108,7 @@ class Vae(nn.Module):
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
         """Summed losses: ``reconstruction`` over label tokens, ``kl`` over latents (each summed over d).
 
-        Metrics: share of sentences whose every token is right, mean posterior standard deviation, spread of the means.
+        Metrics: see :func:`ladir.models.metrics.vae_metrics`.
         """
         mean, logvar = self.encode(batch.encoder_ids, batch.encoder)
         sigma = (0.5 * logvar).exp()
@@ -118,13 +119,7 @@ class Vae(nn.Module):
         with torch.no_grad():
             wrong = (logits.argmax(-1) != batch.labels).float()
             mistakes = wrong.new_zeros(len(mean)).index_add_(0, batch.owner, wrong)
-            counted = torch.tensor(float(len(mean)), device=wrong.device)
-            metrics = {
-                "metric/exact": torch.stack([(mistakes == 0).float().sum(), counted]),
-                "metric/posterior_std": torch.stack([sigma.mean() * counted, counted]),
-                "metric/latent_std": torch.stack([mean.std() * counted, counted]),
-            }
-        return {"reconstruction": loss, "kl": kl, **metrics}
+        return {"reconstruction": loss, "kl": kl, **vae_metrics(mistakes, len(batch.labels), mean, logvar)}
 
 
 @torch.no_grad()

@@ -100,7 +100,9 @@ def _by_control(runs: Sequence[RunData], control: str, figures: Sequence[str]) -
     points: dict[str, dict[float, tuple[float, float]]] = {}
     for results in _all_results(runs):
         value = results.sample.get(control)
-        for row in _ladir_rows(results) if value is not None else ():
+        if value is None:
+            continue
+        for row in _ladir_rows(results):
             for name in figures:
                 if row.get(name) is not None:
                     errors = row.get("standard_errors") or {}

@@ -45,7 +45,7 @@ _HELD_OUT = " (validation)"
 
 @contextmanager
 def _axes(title: str, x: str, y: str) -> Iterator[tuple[Figure, Axes]]:
-    with mpl.rc_context({**_STYLE, "axes.prop_cycle": mpl.cycler(color=_COLOURS)}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
         axes = figure.subplots()
         axes.set_title(one_line(title, 60))

@@ -20,11 +20,12 @@ from training.runtime.distributed import RankLostError, is_lost_rank
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
-from training.runtime.phase import Phase
+from training.runtime.phase import Batch, Phase
 from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
 from training.runtime.telemetry import Telemetry
+from training.runtime.utilisation import counted_flops, measured_peak
 from training.runtime.validation import validate
 from training.runtime.windows import Window, Windows
 
@@ -90,6 +91,8 @@ class Trainer:
         self._sample_ids: list[list[int]] = []
         self._first = True
         self._heartbeat = Heartbeat(run.world, run.phase)
+        self._flops_per_token: float | None = None
+        self._peak = 0.0
         self._unlogged: tuple[float, float] | None = None
         self._started = 0.0
 
@@ -108,6 +111,8 @@ class Trainer:
     @contextmanager
     def telemetry(self) -> Iterator[None]:
         """Open the records and start the clock."""
+        given = self.run.config.telemetry.peak_tflops
+        self._peak = given * 1e12 if given else measured_peak(self.world.device, self.engine.dtype)
         with Telemetry(self.run, self.progress.step) as self._telemetry:
             self._started = time.perf_counter() - self.progress.seconds
             self._interval["seconds"] = self.progress.seconds
@@ -179,7 +184,7 @@ class Trainer:
         sums, losses = LossSums(self.phase.weights, self.world.device), []
         for number, batch in enumerate(window.batches):
             torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
-            outputs = self.engine.forward(batch)
+            outputs = self._forward(batch)
             terms = [
                 outputs[term] * (weight / max(self._counts[term], 1.0))
                 for term, weight in self.phase.weights.items()
@@ -197,6 +202,15 @@ class Trainer:
             self._report_non_finite(window, losses)
         self.meters.add_losses(dict(zip(self.phase.weights, values, strict=True)), self._counts)
         return math.sqrt(square_sum)
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The engine's forward pass; the first one's FLOPs per token stand for all (MFU)."""
+        if self._flops_per_token is not None:
+            return self.engine.forward(batch)
+        with counted_flops(self.engine.model) as count:
+            outputs = self.engine.forward(batch)
+        self._flops_per_token = count.flops / max(batch.num_tokens, 1)
+        return outputs
 
     def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
         """Find out together which rank's samples it was."""
@@ -236,10 +250,14 @@ class Trainer:
         self.meters.clear()
         now = self._seconds()
         seconds = max(now - self._interval["seconds"], 1e-9)
+        per_device = self._interval["tokens"] / seconds / self.world.size
         speed = {
             "lr": lr,
             "grad_norm": gradient_norm,
+            "skipped_steps": float(self.engine.skipped_steps),
             "tokens_per_second": self._interval["tokens"] / seconds,
+            "tokens_per_second_per_device": per_device,
+            "mfu": per_device * (self._flops_per_token or 0.0) / self._peak,
             "data_wait": self._interval["wait"] / seconds,
             "memory_gib": self._telemetry.memory_gib(),
             "epoch": self.progress.samples / self.phase.num_samples,

@@ -5,6 +5,7 @@ Rank 0 writes; on the other ranks every method does nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -15,13 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
+from training.runtime import dashboard
 from training.runtime.files import write_text
-from training.runtime.run import Run
+from training.runtime.run import Run, relevant_settings
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,16 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
+            self._describe(run)
         bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=1.0, desc=run.phase, bar_format=layout, file=sys.stderr, leave=True)
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether texts, histograms and pictures go anywhere: to TensorBoard, from rank 0."""
+        return self._writer is not None
 
     def __enter__(self) -> Telemetry:
         return self
@@ -57,9 +66,21 @@ class Telemetry:
         if self._active:
             self._file.close()
         if self._writer is not None:
+            self._writer.file_writer.add_summary(self._ended)
             self._writer.close()
         if self._bar is not None:
             self._bar.close()
+
+    def _describe(self, run: Run) -> None:
+        """The charts' layout, and the settings for TensorBoard's HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = dashboard.hyperparameters(relevant_settings(dataclasses.asdict(run.config), run.phase))
+        # Not the writer's add_hparams, which makes a folder, and thus a run of its own, at every start.
+        columns, started, self._ended = hparams(settings, dict.fromkeys(dashboard.RESULT_METRICS))
+        for summary in (columns, started):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.add_custom_scalars(dashboard.layout())
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write scalars: ``kind`` is ``train`` or ``validation``; non-finite values are written as null."""
@@ -70,7 +91,7 @@ class Telemetry:
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+                self._writer.add_scalar(dashboard.tag(kind, name), value, step)
 
     def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
         """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
@@ -93,8 +114,17 @@ class Telemetry:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """The distribution of ``values`` for TensorBoard."""
+        if self._writer is None:
+            return
+        values = values.detach().float().cpu()
+        values = values[values.isfinite()]
+        if len(values):
+            self._writer.add_histogram(name, values, step)
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """A picture for TensorBoard: uint8 [height, width, channels]."""
         if self._writer is not None:
-            self._writer.add_histogram(name, values.detach().float().cpu(), step)
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def memory_gib(self) -> float:
         """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""

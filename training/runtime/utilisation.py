@@ -34,12 +34,14 @@ class FlopCount:
 def counted_flops(model: nn.Module) -> Iterator[FlopCount]:
     """Counts the linear layers of the forward passes inside, with their gradients; nothing that is recomputed later.
 
-    Attention's own products are left out, whatever kernel does them, so that the MFU is a little too low.
+    Attention's own products are left out, whatever kernel does them, so that the MFU is a little too low.  Compiled layers
+    run as they were written here: what is compiled must not contain the counting.
     """
     count = FlopCount()
     hooks = [layer.register_forward_hook(count.add) for layer in model.modules() if isinstance(layer, nn.Linear)]
     try:
-        yield count
+        with torch.compiler.set_stance("force_eager"):
+            yield count
     finally:
         for hook in hooks:
             hook.remove()

@@ -58,3 +58,4 @@ def _phase_hook(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -
     if isinstance(phase, ValidationHook):
         engine.model.eval()
         phase.on_validate(engine.model, telemetry, step)
+        engine.world.barrier()  # rank 0 alone writes, which may take longer than a step's ranks wait for one another

@@ -1,0 +1,178 @@
+"""What TensorBoard shows of a training: samples under ZeRO-3 on two processes, utilisation, metrics, charts."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from ladir.data.randomness import derive
+from ladir.models.folders import load_vae
+from ladir.models.metrics import flow_by_time, vae_metrics
+from ladir.tasks import countdown
+from ladir.tokens import load_tokenizer
+from tests.distributed import ProcessGroup
+from tests.test_phases import BUILDERS, configure, make_base
+from training.encode_latents import encode_split
+from training.runtime import dashboard
+from training.runtime.distributed import World
+from training.runtime.loop import train
+from training.runtime.run import RunFolder, open_run
+from training.runtime.utilisation import counted_flops, measured_peak
+from training.samples import markdown_table
+
+SHOWN = 2
+
+
+def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
+    """VAE, latents, denoiser and AR baseline under ZeRO-3, with samples in TensorBoard."""
+    settings = ["telemetry.tensorboard=true", f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
+    config = configure(folder, "shown", 3, 4, [*settings, "evaluate.ar_max_tokens=6", "sample.max_answer_tokens=4", *variant])
+    for phase in ("vae", "latents", "denoiser", "ar"):
+        with open_run(config, phase, world) as run:
+            if phase == "latents":
+                vae = load_vae(run.folder.model("vae"), config.backbone, world.device, encoder_only=True)
+                for split in ("train", "validation"):
+                    encode_split(run, vae, load_tokenizer(config.backbone), split, str(getattr(config.data, split)))
+            else:
+                assert train(run, BUILDERS[phase](config, world)).finished
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("variant", [[], ["backbone.lora.rank=4"]], ids=["full", "lora"])
+def test_every_phase_shows_its_samples_on_two_ranks(
+    two_processes: ProcessGroup, one_process: ProcessGroup, tmp_path: Path, variant: list[str]
+) -> None:
+    write_puzzles(tmp_path)
+    one_process.run(make_base, tmp_path)
+    two_processes.run(train_and_show, tmp_path, variant)
+    folder = RunFolder(configure(tmp_path, "shown", 3, 4, []))
+    events = {phase: read_events(folder.tensorboard(phase)) for phase in ("vae", "denoiser", "ar")}
+    for phase, titles in (("vae", "sentence"), ("denoiser", "thoughts and answer"), ("ar", "completion")):
+        (sample,) = events[phase].Tensors("samples/text_summary")
+        text = sample.tensor_proto.string_val[0].decode()
+        assert titles in text and text.count("\n") == SHOWN + 1
+    assert {"latents/mean", "latents/posterior_standard_deviation"} <= set(events["vae"].Tags()["histograms"])
+    assert {"latents/meant", "latents/generated"} <= set(events["denoiser"].Tags()["histograms"])
+    (picture,) = events["denoiser"].Images("denoising/block_1")
+    assert picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 500
+    for phase, names in (
+        ("vae", {"losses/reconstruction", "losses/kl", "quality/exact", "quality/token_accuracy", "latents/active_units"}),
+        (
+            "denoiser",
+            {"losses/flow", "losses/flow_t0.00-0.25", "losses/answer", "quality/stop_accuracy", "quality/answer_accuracy"},
+        ),
+        ("ar", {"losses/text", "quality/token_accuracy"}),
+    ):
+        tags = set(events[phase].Tags()["scalars"])
+        general = {"optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps", "speed/mfu", "speed/data_wait"}
+        assert names | general | {"speed/tokens_per_second_per_device", "speed/memory_gib", "validation/loss"} <= tags
+        assert all(0 < event.value < 2 for event in events[phase].Scalars("speed/mfu"))
+        assert_charts_find(tags)
+
+
+def write_puzzles(folder: Path) -> None:
+    sizes = ["countdown.train=24", "countdown.validation=6", "countdown.test=4", "countdown.solutions_per_puzzle=1"]
+    config = configure(folder, "puzzles", 3, 4, sizes)
+    countdown.write(config.countdown, 0, folder / "data")
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def assert_charts_find(tags: set[str]) -> None:
+    """Every scalar but the plain counters has a chart."""
+    patterns = [pattern for charts in dashboard.layout().values() for _, (pattern,) in charts.values()]
+    uncharted = {tag for tag in tags if not any(re.search(pattern, tag) for pattern in patterns)}
+    assert uncharted <= {"optimizer/epoch", "speed/seconds", "speed/tokens_per_second"}
+
+
+def test_hyperparameters_are_what_tensorboard_takes() -> None:
+    given = {"a": 1, "b": 0.5, "c": "x", "d": None, "e": [1, 2], "f": True}
+    assert dashboard.hyperparameters(given) == {"a": 1, "b": 0.5, "c": "x", "d": "None", "e": "[1, 2]", "f": True}
+
+
+def test_cells_hold_any_text() -> None:
+    lines = markdown_table(("a", "b"), [("x | y\n`z`", "<b>*1* _2_</b>"), ("", "|")]).splitlines()
+    assert lines[:2] == ["| a | b |", "| --- | --- |"]
+    assert lines[2] == "| `x ¦ y`<br>`'z'` | `<b>*1* _2_</b>` |"
+    assert all(line.count("|") == 3 for line in lines)
+
+
+class Layers(nn.Module):
+    """Two layers of which the first may be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3, bias=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(inputs).tanh())
+
+
+@pytest.mark.parametrize("frozen", [(), ("first",), ("second",), ("first", "second")])
+def test_flops_are_those_of_the_products_that_run(frozen: tuple[str, ...]) -> None:
+    """Against the products counted one by one: forward, then a gradient for each weight and each input that needs one."""
+    model, inputs = Layers(), torch.randn(4, 6, 5)
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    with counted_flops(model) as count:
+        model(inputs)
+    first, second = 2 * 24 * 5 * 7, 2 * 24 * 7 * 3
+    through = "first" not in frozen  # the second layer's input needs a gradient
+    expected = first * (1 + through) + second * (1 + through + ("second" not in frozen))
+    assert count.flops == expected
+    with torch.no_grad(), counted_flops(model) as count:
+        model(inputs)
+    assert count.flops == first + second
+    model(inputs)
+    assert count.flops == first + second  # nothing is counted outside
+
+
+def test_compiled_layers_are_counted_and_stay_as_they_were() -> None:
+    model = Layers()
+    expected = model(inputs := torch.randn(4, 5))
+    model.compile(backend="eager")
+    with counted_flops(model) as count:
+        model(inputs)
+    counted = count.flops
+    assert counted > 0
+    torch.testing.assert_close(model(inputs), expected)
+    assert count.flops == counted
+
+
+def test_a_peak_is_measured() -> None:
+    assert math.isfinite(peak := measured_peak(torch.device("cpu"), torch.float32)) and peak > 1e6
+
+
+def test_vae_metrics_equal_their_definitions() -> None:
+    generator = torch.Generator().manual_seed(derive(0, "metrics") % 2**31)
+    mean, logvar = torch.randn(6, 2, 3, generator=generator), torch.randn(6, 2, 3, generator=generator)
+    mean[:, 0, 1] = 0.5  # an element that says nothing
+    found = vae_metrics(torch.tensor([0.0, 2, 0, 1, 0, 0]), 20, mean, logvar)
+    rate = {name.removeprefix("metric/"): float(total / count) for name, (total, count) in found.items()}
+    assert rate["exact"] == pytest.approx(4 / 6) and rate["token_accuracy"] == pytest.approx(17 / 20)
+    assert rate["active_units"] == 5
+    assert rate["posterior_std"] == pytest.approx(float((0.5 * logvar).exp().mean()))
+    alone = vae_metrics(torch.zeros(1), 3, mean[:1], logvar[:1])
+    assert alone["metric/active_units"].tolist() == [0, 0]  # one sentence has no variance
+
+
+def test_the_flow_loss_by_time_adds_up() -> None:
+    losses, t = torch.rand(50, 3), torch.rand(50, 3)
+    t[0] = torch.tensor([0.0, 0.25, 1.0])
+    found: dict[str, Any] = flow_by_time(losses, t, elements=6)
+    assert [name.removeprefix("metric/flow_t") for name in found] == ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
+    for number, (total, count) in enumerate(found.values()):
+        inside = (t >= number / 4) & ((t < (number + 1) / 4) | ((number == 3) & (t == 1)))
+        assert float(total) == pytest.approx(float(losses[inside].sum()), rel=1e-5)
+        assert float(count) == 6 * int(inside.sum())

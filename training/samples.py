@@ -1,0 +1,122 @@
+"""What a phase shows when it is validated: samples as text, distributions of latents, a block forming out of noise.
+
+All ranks run the models, on the same samples, since sharded weights need every rank; rank 0 alone decodes latents and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.latents import LatentStore
+from ladir.data.prompts import prompt_ids
+from ladir.data.records import Record
+from ladir.inference.ar import complete
+from ladir.inference.decode import decode_thoughts
+from ladir.models.ar import ArModel
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_thought_decoder
+from ladir.models.vae import Vae, encode_sentences
+from ladir.report.figures import denoising_figure, pixels
+from ladir.report.traces import LatentRecorder
+from ladir.tokens import decode_text
+from training.runtime.telemetry import Telemetry
+
+#: shows samples of a model under training: (model, telemetry, step)
+Show = Callable[[object, Telemetry, int], None]
+
+#: held-out sentences whose latents are drawn as histograms
+_HISTOGRAM_SENTENCES = 256
+
+
+def vae_samples(config: Config, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[list[int]]) -> Show | None:
+    """Held-out sentences beside what comes back of them; distributions of the posterior."""
+    shown = sentences[:_HISTOGRAM_SENTENCES]
+    count = _wanted(config, len(shown))
+    if not count:
+        return None
+
+    def show(model: object, telemetry: Telemetry, step: int) -> None:
+        assert isinstance(model, Vae)
+        mean, logvar = encode_sentences(model, shown)
+        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], config.data.max_block_tokens + 1)
+        telemetry.histogram("latents/mean", mean, step)
+        telemetry.histogram("latents/posterior_standard_deviation", (0.5 * logvar).exp(), step)
+        if len(mean) > 1:
+            telemetry.histogram("latents/variance_of_means_by_element", mean.var(0), step)
+        pairs = [(decode_text(tokenizer, ids), text) for ids, text in zip(shown, texts, strict=False)]
+        telemetry.text("samples", markdown_table(("sentence", "reconstructed"), pairs), step)
+
+    return show
+
+
+def ar_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> Show | None:
+    """Held-out questions with the AR model's greedy completions."""
+    shown = records[: _wanted(config, len(records))]
+    if not shown:
+        return None
+
+    def show(model: object, telemetry: Telemetry, step: int) -> None:
+        assert isinstance(model, ArModel)
+        prompts = [prompt_ids(tokenizer, record.question) for record in shown]
+        pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
+        completions = complete(model.backbone, prompts, questions, 1, pad, eos, limit, 0.0, config.run.seed)
+        rows = [
+            (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
+            for record, ids in zip(shown, completions, strict=True)
+        ]
+        telemetry.text("samples", markdown_table(("question", "reference", "completion"), rows), step)
+
+    return show
+
+
+def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records: LatentStore, vae: Path) -> Show | None:
+    """Held-out questions with thoughts and answers; latents made and meant; the first question's blocks step by step."""
+    shown = [records[i] for i in range(_wanted(config, len(records)))]
+    if not shown:
+        return None
+    questions = [decode_text(tokenizer, record.question) for record in shown]
+    references = ["\n".join(decode_text(tokenizer, ids) for ids in (*record.blocks, record.answer)) for record in shown]
+
+    def show(model: object, telemetry: Telemetry, step: int) -> None:
+        assert isinstance(model, Denoiser)
+        recorder = LatentRecorder(model, tokenizer, config.sample)
+        recorded = recorder.record(questions, 1, config.run.seed)
+        if not telemetry.shows_samples:
+            return
+        mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
+        telemetry.histogram("latents/meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
+        latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
+        telemetry.histogram("latents/generated", (latents - mean) / std, step)
+        traces = [only for (only,) in recorder.read(recorded, load_thought_decoder(vae, config.backbone, torch.device("cpu")))]
+        rows = [
+            (question, reference, "\n".join([*trace.thoughts, trace.answer]))
+            for question, reference, trace in zip(questions, references, traces, strict=True)
+        ]
+        telemetry.text("samples", markdown_table(("question", "reference", "thoughts and answer"), rows), step)
+        for number, block in enumerate(traces[0].blocks, start=1):
+            figure = denoising_figure(block.latents, block.texts, f"{questions[0]}, block {number}")
+            telemetry.image(f"denoising/block_{number}", pixels(figure), step)
+
+    return show
+
+
+def _wanted(config: Config, available: int) -> int:
+    return min(config.telemetry.samples, available) if config.telemetry.tensorboard else 0
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose cells show their text as it is, whatever it holds."""
+    lines = [titles, ["---"] * len(titles), *([_cell(text) for text in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Lines as code, for which Markdown has no other meaning; its own two signs are replaced by their likes."""
+    plain = text.replace("`", "'").replace("|", "¦")
+    return "<br>".join(f"`{line}`" for line in plain.splitlines() if line.strip()) or " "
