@@ -142,6 +142,10 @@ def test_every_block_reaches_a_vae_batch(encoded: list[EncodedRecord], tokenizer
     assert labels == sum(len(block) + 1 for block in blocks)
 
 
+def in_parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    return [items[start : start + count] for start in range(0, len(items), count)]
+
+
 def real_share(batches: Sequence[TensorBatch], layouts: Callable[[Any], Sequence[Layout]]) -> float:
     """Real tokens among all that run through a model."""
     return sum(batch.num_tokens for batch in batches) / sum(x.copy.numel() for batch in batches for x in layouts(batch))
@@ -159,10 +163,10 @@ def test_packed_batches_are_nearly_all_real_tokens(
     _, encoding = vae_of(tokenizer)
     for pack_tokens, enough in ((0, False), (budget, True)):
         denoiser, vae = (replace(collate, pack_tokens=pack_tokens) for collate in (denoising, encoding))
-        made = [denoiser(records[i : i + 8], list(range(8))) for i in range(0, len(records), 8)]
+        made = [denoiser(part, list(range(len(part)))) for part in in_parts(records, 8)]
         assert (real_share(made, lambda batch: [batch.layout]) > 0.95) == enough
         assert not enough or max(batch.layout.copy.shape[1] for batch in made) <= budget
-        sentences = [vae(blocks[i : i + 32], list(range(32))) for i in range(0, len(blocks), 32)]
+        sentences = [vae(part, list(range(len(part)))) for part in in_parts(blocks, 32)]
         assert (real_share(sentences, lambda batch: [batch.encoder.layout, batch.decoder.layout]) > 0.95) == enough
 
 

@@ -152,9 +152,10 @@ def flex(
 ) -> tuple[Tensor, None]:
     """FlexAttention of ``query`` [N, heads, T, head] over ``key`` and ``value`` [N, kv heads, T, head]; [N, T, heads, head].
 
-    Compiled on CUDA; elsewhere the operator's own plain arithmetic runs, forward only (PyTorch has no backward of it there).
+    Compiled on CUDA (with what is around it, where that is compiled); elsewhere the operator's own plain arithmetic runs,
+    forward only (PyTorch has no backward of it there).
     """
-    run = _compiled_flex() if query.is_cuda else flex_attention
+    run = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
     grouped = query.shape[1] != key.shape[1]
     output = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return output.transpose(1, 2).contiguous(), None

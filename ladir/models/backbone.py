@@ -165,9 +165,13 @@ class Backbone(nn.Module):
         )
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile every decoder layer on its own when it first runs; layers of one shape share what was compiled."""
+        """Compile every decoder layer's parts (attention, MLP, norms) when they first run; all layers share what was compiled.
+
+        Not a layer as a whole: recomputing its activations is a part of it that cannot be compiled.
+        """
         for layer in self.base.get_decoder().layers:
-            layer.compile(backend=backend)
+            for part in layer.children():
+                part.compile(backend=backend)
 
     def _recompute_contexts(self) -> tuple[Any, Any]:
         """Contexts of the forward pass and of its repetition: the latter comes when ours are closed."""
