@@ -191,7 +191,17 @@ class SampleSettings:
 
 @dataclass
 class EvaluateSettings:
-    task: str = setting("countdown", "which checker judges the answers", ("countdown", "maths"))
+    task: str = setting("countdown", "which checker judges the answers", ("countdown", "maths", "code"))
+    check_seconds: float = setting(
+        5.0, "processor time that judging one answer (a program, a formula) may take; beyond it, it is wrong"
+    )
+    check_memory_mb: int = setting(1024, "memory that judging one answer may take, in MiB")
+    isolation: str = setting(
+        "namespaces",
+        "how programs are shut in (task=code); namespaces: no network, no files, no other processes; limits: only limits and an "
+        "empty folder, for a container without namespaces that can be thrown away",
+        ("namespaces", "limits"),
+    )
     split: str = setting("test", "which records are asked", ("validation", "test"))
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")
@@ -247,6 +257,8 @@ class CountdownSettings:
     numbers: int = setting(3, "numbers per puzzle")
     max_number: int = setting(20, "largest given number (smallest is 1)")
     max_value: int = setting(100, "largest target and intermediate result (smallest is 1)")
+    min_target: int = setting(1, "smallest target")
+    max_target: int | None = setting(None, "largest target; not set: countdown.max_value")
     train: int = setting(14000, "training puzzles")
     validation: int = setting(300, "validation puzzles")
     test: int = setting(500, "test puzzles")

@@ -91,6 +91,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("sample.*", _NOT_NEGATIVE),
     ("evaluate.num_*", _COUNT),
     ("evaluate.questions_per_batch", _COUNT),
+    ("evaluate.check_seconds", _COUNT),
+    ("evaluate.check_memory_mb", Range(at_least=256)),
     ("evaluate.ar_temperature", _POSITIVE),
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),

@@ -115,7 +115,7 @@ def training_seconds(folder: RunFolder, method: str) -> float:
 
 def evaluate(run: Run) -> None:
     """Fill the table: every method on every question; rank 0 writes and shows the results."""
-    config, task = run.config, get_task(run.config.evaluate.task)
+    config, task = run.config, get_task(run.config.evaluate.task, run.config.evaluate)
     path = config.data.test if config.evaluate.split == "test" else config.data.validation
     if path is None:
         raise FileNotFoundError(f"data.{config.evaluate.split} is not set: name the records to evaluate on")

@@ -33,6 +33,9 @@ _INLINE_MATH = re.compile(r"(?<![\\$])\$(?![\s$])(?:\\.|[^$\n\\])*(?<![\s\\])\$(
 _INLINE_CODE = re.compile(r"`[^`\n]+`")
 _PAIRS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 
+_BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s?\{| \S{1,40})")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
 # Anchored at the start of a run and possessive, so that a long run of marks is read once.
 _BOUNDARY = re.compile(
     r"\n|(?<![.!?\u2026])[.!?\u2026]++[\"'\u201d\u2019)\]}*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u300d\u300f]*"
@@ -52,6 +55,22 @@ def split_answer(text: str, prefixes: Sequence[str]) -> tuple[str, str | None]:
     if start < 0:
         return text.strip(), None
     return text[:start].strip(), text[start + len(prefix) :].strip().removeprefix(":").strip()
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{...}`` (or ``\\fbox``, or ``\\boxed x``) of a text holds; None without a complete one."""
+    found = list(_BOXED.finditer(text))
+    if not found:
+        return None
+    start = found[-1]
+    if not start[0].endswith("{"):
+        return start[0].split()[-1].rstrip("$.")
+    depth = 1
+    for brace in _BRACE.finditer(text, start.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start.end() : brace.start()].strip()
+    return None
 
 
 def split_sentences(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ladir.config import DataSettings
 from ladir.data.blocks import group_sentences, split_answer, split_sentences, strip_calculator
+from ladir.data.formats import Published, read_published
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,9 @@ _Row = tuple[str, Callable[[], Any]]
 def read_records(path: str, settings: DataSettings) -> RecordSet:
     """All records of a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``) or a Hub data set (``name[:config][:split]``).
 
-    Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for a missing file, ValueError
-    for one that cannot be read as a whole (unknown extension, damaged compression, no records).
+    A row without ``data.input_field`` is read by its own field names where it is one of a known public set
+    (:mod:`ladir.data.formats`).  Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for
+    a missing file, ValueError for one that cannot be read as a whole (unknown extension, damaged compression, no records).
     """
     result = RecordSet([], [], 0)
     for source, load in _rows(path):
@@ -120,6 +122,27 @@ def read_sentences(path: str) -> list[str]:
 
 def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
     row = _mapping(loaded)
+    published = _published(row) if settings.input_field not in row else None
+    question, reasoning, answer = _own_texts(row, settings) if published is None else _published_texts(published)
+    if not answer:
+        raise _Refused("its final answer is empty", "write the answer after the prefix")
+    if settings.strip_calculator:
+        reasoning = strip_calculator(reasoning)
+    sentences = split_sentences(reasoning)
+    if not sentences:
+        raise _Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
+    read = (settings.input_field, settings.output_field) if published is None else ()
+    return Record(
+        question=question,
+        blocks=tuple(group_sentences(sentences, settings.sentences_per_block)),
+        answer=answer,
+        source=source,
+        reference={k: v for k, v in row.items() if k not in read} | ({} if published is None else published.extra),
+    )
+
+
+def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str, str]:
+    """Question, reasoning and answer by the names in the settings."""
     question = _text(row, settings.input_field, "the question (data.input_field)")
     output = _text(row, settings.output_field, "the reasoning (data.output_field)")
     reasoning, answer = split_answer(output, settings.answer_prefixes)
@@ -133,20 +156,24 @@ def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
             "no final answer in it",
             f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes",
         )
-    if not answer:
-        raise _Refused("its final answer is empty", "write the answer after the prefix")
-    if settings.strip_calculator:
-        reasoning = strip_calculator(reasoning)
-    sentences = split_sentences(reasoning)
-    if not sentences:
-        raise _Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
-    return Record(
-        question=question,
-        blocks=tuple(group_sentences(sentences, settings.sentences_per_block)),
-        answer=answer,
-        source=source,
-        reference={k: v for k, v in row.items() if k not in (settings.input_field, settings.output_field)},
-    )
+    return question, reasoning, answer
+
+
+def _published(row: Mapping[str, Any]) -> Published | None:
+    try:
+        return read_published(row)
+    except ValueError as error:
+        raise _Refused(str(error), "write it as the published set does") from error
+
+
+def _published_texts(row: Published) -> tuple[str, str, str]:
+    """The same of a public set's row; its whole reasoning is kept, whatever ``data.answer_prefixes`` says."""
+    texts = {"question": row.question, "reasoning": row.reasoning, "answer": row.answer}
+    question = _text(texts, "question", "the question")
+    reasoning = _text(texts, "reasoning", "the reasoning")
+    if row.answer is None:
+        raise _Refused("no final answer in it", "end its text with '#### ANSWER' (GSM8K) or put it into \\boxed{} (MATH)")
+    return question, reasoning, _text(texts, "answer", "the answer").strip()
 
 
 def _mapping(loaded: Any) -> Mapping[str, Any]:

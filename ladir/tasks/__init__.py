@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ladir.config import EvaluateSettings
 from ladir.data.records import Record
 
 
@@ -14,7 +15,7 @@ class Task(Protocol):
     name: str
 
     def correct(self, answer: str, record: Record) -> bool:
-        """Whether the answer text is right for the record.  Never raises on any answer text."""
+        """Whether the answer text is right for the record.  Never raises on any answer text, and ends on any."""
         ...
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
@@ -26,12 +27,21 @@ class Task(Protocol):
         ...
 
 
-def get_task(name: str) -> Task:
-    """The task of that name.  Raises ValueError naming the valid ones."""
+def get_task(name: str, settings: EvaluateSettings | None = None) -> Task:
+    """The task of that name, within the limits of ``settings`` (not given: the defaults).  Raises ValueError naming the
+    valid ones."""
+    from ladir.tasks.code import CodeTask
     from ladir.tasks.countdown import CountdownTask
     from ladir.tasks.maths import MathsTask
+    from ladir.tasks.sandbox import Limits
 
-    tasks: dict[str, type[Task]] = {"countdown": CountdownTask, "maths": MathsTask}
+    settings = settings or EvaluateSettings()
+    seconds, memory = settings.check_seconds, settings.check_memory_mb << 20
+    tasks: dict[str, Callable[[], Task]] = {
+        "countdown": CountdownTask,
+        "maths": lambda: MathsTask(seconds, memory),
+        "code": lambda: CodeTask(Limits(seconds=seconds, memory=memory), settings.isolation),
+    }
     if name not in tasks:
         raise ValueError(f"no task {name!r}; valid: {', '.join(tasks)} (evaluate.task)")
     return tasks[name]()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,12 @@ from ladir.tasks.arithmetic import (
 )
 from ladir.tokens import build_word_tokenizer
 
-logger = logging.getLogger(__name__)
-
 # Puzzles are drawn from a pool this many times larger than asked for (or all there are), so that large ranges, which
 # cannot be enumerated, still give a varied sample.
 _POOL_FACTOR = 4
+_TRIES = 100  # drawn multisets per wanted puzzle before giving up
+_ENUMERABLE = 1_000_000  # multisets that are all looked at where drawing them found too few puzzles
+_KEPT = 1 << 17  # results of sub-multisets that a solver remembers
 
 
 class Solution(NamedTuple):
@@ -71,51 +72,80 @@ class Splits:
 
 
 class Solver:
-    """All solutions of all targets for a multiset of numbers, each once up to commutativity and associativity."""
+    """Values and solutions of multisets of numbers, each solution once up to commutativity and associativity.
+
+    A solution is searched from the target down: one operand and the target leave at most six values for the other one,
+    and the values of small multisets, which recur, are kept.  Without a target's solutions being picked out of all
+    solutions of all targets, five numbers cost milliseconds.
+    """
 
     def __init__(self, max_value: int) -> None:
         self.max_value = max_value
-        # Sub-multisets recur in many puzzles: solving each once is what makes the enumeration cheap.
-        self._solve = cache(self._solve_uncached)
+        self._values = lru_cache(maxsize=_KEPT)(self._values_uncached)
+        self._solve = lru_cache(maxsize=_KEPT)(self._solve_uncached)
 
-    def solve(self, numbers: Sequence[int]) -> dict[int, list[Solution]]:
-        """Target -> its distinct solutions, for every target in 1..max_value that ``numbers`` reach."""
-        targets: dict[int, list[Solution]] = {}
-        for solution in self._solve(tuple(sorted(numbers))):
-            if solution.value <= self.max_value:
-                targets.setdefault(solution.value, []).append(solution)
-        return targets
+    def targets(self, numbers: Sequence[int]) -> list[int]:
+        """Every value in 1..max_value that ``numbers`` reach, ascending."""
+        return sorted(value for value in self._values(tuple(sorted(numbers))) if value <= self.max_value)
 
-    def _solve_uncached(self, numbers: tuple[int, ...]) -> tuple[Solution, ...]:
+    def solutions(self, numbers: Sequence[int], target: int) -> list[Solution]:
+        """Every distinct solution; none where ``target`` is out of reach or not in 1..max_value."""
+        return list(self._solve(tuple(sorted(numbers)), target)) if 1 <= target <= self.max_value else []
+
+    def _values_uncached(self, numbers: tuple[int, ...]) -> frozenset[int]:
         if len(numbers) == 1:
-            return (Solution(numbers[0], number_form(numbers[0])),)
+            return frozenset(numbers)
+        found: set[int] = set()
+        for first, second in _partitions(numbers):
+            for one, other in itertools.product(self._values(first), self._values(second)):
+                larger, smaller = (one, other) if one >= other else (other, one)
+                found.update(value for _, value in _results(larger, smaller, self.max_value))
+        return frozenset(found)
+
+    def _solve_uncached(self, numbers: tuple[int, ...], target: int) -> tuple[Solution, ...]:
+        if len(numbers) == 1:
+            return (Solution(target, number_form(target)),) if numbers[0] == target else ()
         found: dict[Form, Solution] = {}
         for first, second in _partitions(numbers):
-            for one, other in itertools.product(self._solve(first), self._solve(second)):
-                # Of equal operands either may be divided by the other; otherwise the larger one comes first.
-                for larger, smaller in ((one, other), (other, one)):
-                    if larger.value >= smaller.value:
-                        self._combine(larger, smaller, found)
+            for value in sorted(self._values(first)):
+                for operator, other, swapped in _other_operands(value, target):
+                    if self._may_reach(second, other):
+                        for pair in itertools.product(self._solve(first, value), self._solve(second, other)):
+                            larger, smaller = reversed(pair) if swapped else pair
+                            form = combine_forms(operator, larger.form, smaller.form)
+                            found.setdefault(form, Solution(target, form, operator, larger, smaller))
         return tuple(found.values())
 
-    def _combine(self, larger: Solution, smaller: Solution, found: dict[Form, Solution]) -> None:
-        for operator, value in _results(larger.value, smaller.value, self.max_value):
-            form = combine_forms(operator, larger.form, smaller.form)
-            if form not in found:
-                found[form] = Solution(value, form, operator, larger, smaller)
+    def _may_reach(self, numbers: tuple[int, ...], value: int) -> bool:
+        """False only where ``numbers`` do not make ``value``; more than three are not enumerated to tell."""
+        return value in self._values(numbers) if len(numbers) <= 3 else value <= self.max_value
 
 
-def _partitions(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ways to part a sorted multiset in two non-empty ones, each once whatever the order."""
-    seen = set()
+def _other_operands(value: int, target: int) -> Iterator[tuple[str, int, bool]]:
+    """(operator, other operand, whether that comes first) of the operations that make ``target`` from ``value`` and another
+    positive integer; the larger operand comes first."""
+    if target > value:
+        yield "+", target - value, target > 2 * value
+    if target < value:
+        yield "-", value - target, False
+    yield "-", value + target, True
+    if target % value == 0:
+        yield "*", target // value, target > value * value
+    if value % target == 0:
+        yield "/", value // target, False
+    yield "/", value * target, True
+
+
+@lru_cache(maxsize=1 << 16)
+def _partitions(numbers: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Ways to part a sorted multiset in two non-empty ones, the first not the longer, each once whatever the order."""
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
     for size in range(1, len(numbers) // 2 + 1):
         for chosen in itertools.combinations(range(len(numbers)), size):
             first = tuple(numbers[i] for i in chosen)
             second = tuple(numbers[i] for i in range(len(numbers)) if i not in chosen)
-            key = (first, second) if size * 2 < len(numbers) else (min(first, second), max(first, second))
-            if key not in seen:
-                seen.add(key)
-                yield key
+            found[(first, second) if size * 2 < len(numbers) else (min(first, second), max(first, second))] = None
+    return tuple(found)
 
 
 def _results(larger: int, smaller: int, max_value: int) -> Iterator[tuple[str, int]]:
@@ -137,8 +167,9 @@ def generate(settings: CountdownSettings, seed: int) -> Splits:
     not hold as many puzzles as asked for.
     """
     rng = random.Random(seed)
+    solver = Solver(settings.max_value)
     wanted = settings.train + settings.validation + settings.test
-    pool = _draw_pool(settings, wanted, rng)
+    pool = _draw_pool(settings, solver, wanted, rng)
     if len(pool) < wanted:
         raise ValueError(
             f"countdown: {wanted} puzzles are asked for (train + validation + test) but numbers={settings.numbers}, "
@@ -148,48 +179,60 @@ def generate(settings: CountdownSettings, seed: int) -> Splits:
     puzzles = rng.sample(pool, wanted)
     held_out = settings.validation + settings.test
     return Splits(
-        train=list(_records(puzzles[held_out:], settings.solutions_per_puzzle, rng)),
-        validation=list(_records(puzzles[: settings.validation], 1, rng)),
-        test=list(_records(puzzles[settings.validation : held_out], 1, rng)),
+        train=list(_records(puzzles[held_out:], solver, settings.solutions_per_puzzle, rng)),
+        validation=list(_records(puzzles[: settings.validation], solver, 1, rng)),
+        test=list(_records(puzzles[settings.validation : held_out], solver, 1, rng)),
     )
 
 
-_Puzzle = tuple[tuple[int, ...], int, list[Solution]]
+_Puzzle = tuple[tuple[int, ...], int]
 
 
-def _draw_pool(settings: CountdownSettings, wanted: int, rng: random.Random) -> list[_Puzzle]:
-    """Puzzles of randomly drawn multisets, about ``_POOL_FACTOR * wanted`` of them or all there are."""
-    solver = Solver(settings.max_value)
-    pool: list[_Puzzle] = []
-    for numbers in _draw_multisets(settings, rng):
-        pool += [(numbers, target, solutions) for target, solutions in sorted(solver.solve(numbers).items())]
-        if len(pool) >= _POOL_FACTOR * wanted:
-            break
-    return pool
+def _draw_pool(settings: CountdownSettings, solver: Solver, wanted: int, rng: random.Random) -> list[_Puzzle]:
+    """Different solvable puzzles to draw from.
 
-
-def _draw_multisets(settings: CountdownSettings, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Sorted multisets of numbers without repetition, in random order."""
+    Where there are many more multisets than wanted puzzles, each gets one target, drawn first and uniformly (as Gandhi et
+    al. 2024 do): then no two splits share their numbers.  Else they are all puzzles of randomly drawn multisets, about
+    ``_POOL_FACTOR * wanted`` of them or all there are.
+    """
     if settings.numbers < 2 or settings.max_number < 1 or settings.max_value < 1:
         raise ValueError(
             f"countdown: numbers={settings.numbers}, max_number={settings.max_number}, max_value={settings.max_value} "
             "make no puzzle; numbers must be at least 2, the others at least 1"
         )
-    everything = itertools.combinations_with_replacement(range(1, settings.max_number + 1), settings.numbers)
-    enumerable = list(itertools.islice(everything, 200_001))
-    if len(enumerable) <= 200_000:
-        yield from rng.sample(enumerable, len(enumerable))
-        return
+    targets = range(settings.min_target, (settings.max_target or settings.max_value) + 1)
+    multisets = math.comb(settings.max_number + settings.numbers - 1, settings.numbers)
+    if multisets >= _POOL_FACTOR * wanted:
+        most = min(multisets // 2, _TRIES * wanted)
+        drawn = list(itertools.islice(_draw_puzzles(settings, solver, targets, most, rng), wanted))
+        if len(drawn) == wanted or multisets > _ENUMERABLE:
+            return drawn
+    everything = list(itertools.combinations_with_replacement(range(1, settings.max_number + 1), settings.numbers))
+    pool: list[_Puzzle] = []
+    for numbers in rng.sample(everything, len(everything)):
+        pool += [(numbers, target) for target in solver.targets(numbers) if target in targets]
+        if len(pool) >= _POOL_FACTOR * wanted:
+            break
+    return pool
+
+
+def _draw_puzzles(
+    settings: CountdownSettings, solver: Solver, targets: range, most: int, rng: random.Random
+) -> Iterator[_Puzzle]:
+    """Solvable puzzles from up to ``most`` different multisets of independent numbers, one of each."""
     seen: set[tuple[int, ...]] = set()
-    while len(seen) < 200_000:
+    while len(seen) < most:
         numbers = tuple(sorted(rng.choices(range(1, settings.max_number + 1), k=settings.numbers)))
+        target = rng.choice(targets)
         if numbers not in seen:
             seen.add(numbers)
-            yield numbers
+            if solver.solutions(numbers, target):
+                yield numbers, target
 
 
-def _records(puzzles: Iterable[_Puzzle], most: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    for numbers, target, solutions in puzzles:
+def _records(puzzles: Iterable[_Puzzle], solver: Solver, most: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    for numbers, target in puzzles:
+        solutions = solver.solutions(numbers, target)
         for solution in rng.sample(solutions, min(most, len(solutions))):
             yield {
                 "input": f"{' '.join(map(str, numbers))} -> {target}",

@@ -1,57 +1,130 @@
-"""Maths word problems (GSM8K and the like): an answer is right if its final number equals the gold one exactly."""
+"""Maths problems (GSM8K, MATH and the like): an answer is right if it equals the gold one as mathematics.
+
+Plain numbers are compared exactly, here.  Everything else (LaTeX, ``\\boxed``, fractions, sets, intervals, matrices,
+equations) is compared by math-verify in a process of its own, which is killed where a text makes it compute or allocate
+without end: such an answer is wrong.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+from ladir.data.blocks import last_boxed
 from ladir.data.records import Record
+from ladir.tasks.worker import Worker
 
-_MAX_LENGTH = 10_000  # characters of an answer that are looked at, from its end
+_SCRIPT = Path(__file__).with_name("isolated") / "maths_worker.py"
+_MAX_LENGTH = 2_000  # characters of an answer that are looked at, from its end
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,100})\}\{([^{}]{1,100})\}")
 _NUMBER = re.compile(
-    r"(?<![0-9.])(-\s?)?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})(?:\.[0-9]{1,100})?|\.[0-9]{1,100})(?![0-9])"
-    r"(?:\s?/\s?([0-9]{1,100})(?![0-9.]))?",
+    r"(?<![0-9.])(-\s{0,3})?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})(?:\.[0-9]{1,100})?|\.[0-9]{1,100})(?![0-9])"
+    r"(?:\s?/\s?([0-9]{1,100})(?![0-9]|\.[0-9]))?",
     re.ASCII,
 )
+# What makes a text more than a number with words around it; so does a letter that touches a digit ("3x").
+_MATHS = re.compile(
+    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
+    r"negative|over|divided|half|third|thirds|dozen|hundred|thousand|million|billion|log|sin|cos|tan|factorial|choose|mod|percent)\b",
+    re.IGNORECASE,
+)
+_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\s?\{([^{}]{0,200})\}|\\(?:left|right|[,;!])|\$|\\[()\[\]]")
+_SPACE = re.compile(r"(?<!\w) | (?!\w)")  # between two words or numbers it counts
+_CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 
 
-def final_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; thousands separators, ``$``, ``%``, ``a/b`` and ``\\frac`` are understood."""
+def plain_number(text: str) -> Fraction | None:
+    """The number of a text that holds just one, maybe with a currency, unit or words, or behind the last ``=``, exactly;
+    else None.  Thousands separators, ``$``, ``%``, ``a/b`` and ``\\frac`` are understood."""
     text = text[-_MAX_LENGTH:].replace("\\$", "$").replace("\\%", "%").replace("\N{MINUS SIGN}", "-")
-    text = _FRACTION.sub(lambda match: f"{match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-")
+    text = _FRACTION.sub(lambda match: f" {match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-").rpartition("=")[2]
     found = list(_NUMBER.finditer(text))
-    if not found:
+    if len(found) != 1:
         return None
-    last = found[-1]
-    value = Fraction(last[2].replace(",", ""))
-    # A minus after a digit or letter is a subtraction or a hyphen, not a sign.
-    if last[1] and not text[: last.start()].rstrip()[-1:].isalnum():
-        value = -value
-    if last[3]:
-        if int(last[3]) == 0:
-            return None
-        value /= int(last[3])
-    return value
+    before, number, after = text[: found[0].start()], found[0], text[found[0].end() :]
+    rest = f"{before}{number[1] or ''}0{after}"
+    if re.search(r"[1-9]", rest) or _MATHS.search(rest) or int(number[3] or 1) == 0:
+        return None
+    value = Fraction(number[2].replace(",", "")) / int(number[3] or 1)
+    return -value if _is_sign(number[1], before) else value
+
+
+def _is_sign(minus: str | None, before: str) -> bool:
+    """Whether a minus before a number is its sign, not a hyphen ("top-7") nor a subtraction ("all - 7")."""
+    if not minus or before[-1:].isalnum():
+        return False
+    return minus == "-" or not before.rstrip()[-1:].isalnum()
+
+
+def plain_text(text: str) -> str:
+    """The text without case, white space, a final full stop, and what only changes its looks in LaTeX."""
+    text = _STYLE.sub(lambda match: match[1] or "", text)
+    text = _SPACE.sub("", " ".join(text.casefold().split())).rstrip(".")
+    choice = _CHOICE.fullmatch(text)
+    return choice[1] if choice else text
+
+
+def answer_of(text: str) -> str:
+    """The answer in a text: what its last ``\\boxed`` holds, or all of it; its end, where it is very long."""
+    text = text[-_MAX_LENGTH:].strip()
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed
 
 
 class MathsTask:
-    """Compares final numbers; answers without a number are compared as text."""
+    """Judges by :mod:`math_verify`; obvious cases are decided without it."""
 
     name = "maths"
 
+    def __init__(self, seconds: float = 5.0, memory: int = 1 << 30) -> None:
+        """``seconds`` of processor time and ``memory`` (bytes) that judging one answer may take."""
+        # The process ends itself at its own limit; a wall time above it is for one that waits for other work.
+        worker = Worker(_SCRIPT, [str(seconds), str(memory)], seconds=10 * seconds)
+        deadly: set[str] = set()  # answers that had to be killed: each costs its time once
+
+        def ask(request: dict[str, str], answer: str) -> dict[str, Any]:
+            reply = None if answer in deadly else worker.ask(request)
+            if reply is None:
+                deadly.add(answer)
+            return reply or {}
+
+        # Trajectories of one question often agree: each pair of texts is compared once.
+        @lru_cache(maxsize=8192)
+        def equal(gold: str, answer: str) -> bool:
+            return ask({"gold": gold, "answer": answer}, answer).get("equal") is True
+
+        @lru_cache(maxsize=8192)
+        def form(text: str) -> str | None:
+            return ask({"text": text}, text).get("form")
+
+        self._equal, self._form = equal, form
+
     def correct(self, answer: str, record: Record) -> bool:
-        """Whether the answer's final number equals that of the record's answer."""
-        return self.canonical(answer) == self.canonical(record.answer)
+        """Whether the answer equals the record's; one that takes too long to judge is wrong."""
+        gold, given = answer_of(record.answer), answer_of(answer)
+        if not plain_text(given):
+            return False
+        if plain_text(gold) == plain_text(given):
+            return True
+        numbers = plain_number(gold), plain_number(given)
+        if None not in numbers and "%" not in gold + given:
+            return numbers[0] == numbers[1]
+        return numbers[0] == numbers[1] is not None or self._equal(gold, given)
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """None: free-form steps are not judged."""
         return None
 
     def canonical(self, answer: str) -> str:
-        """The final number as a reduced fraction, else the text in lower case with its white space normalised."""
-        number = final_number(answer)
+        """A number as a reduced fraction, a formula in the computer algebra's spelling, else :func:`plain_text`."""
+        given = answer_of(answer)
+        number = plain_number(given)
         if number is not None:
             return str(number)
-        return " ".join(answer[-_MAX_LENGTH:].lower().rstrip(". \n").split())
+        if not re.search(r"[0-9\\^_=]", given):
+            return plain_text(given)
+        return self._form(given) or plain_text(given)

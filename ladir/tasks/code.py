@@ -1,0 +1,99 @@
+"""Programs (HumanEval, MBPP and the like): an answer is right if the record's tests run through after it.
+
+A record needs a field ``tests``, a program text that raises where the answer is wrong.  It may have ``setup``, put
+before the answer, and ``entry_point``, the function asked for.  :mod:`ladir.data.formats` makes such records of the
+public sets.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Sequence
+from functools import lru_cache
+
+from ladir.data.records import Record
+from ladir.tasks.sandbox import Limits, Outcome, run_program
+
+_MAX_LENGTH = 50_000  # characters of an answer that are looked at
+_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_LAYOUT = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER})
+
+
+def program_of(answer: str) -> str:
+    """The program in an answer: its first fenced block, or all of it."""
+    answer = answer[:_MAX_LENGTH]
+    fenced = _FENCE.search(answer)
+    return fenced[1] if fenced else answer
+
+
+def assembled(answer: str, record: Record) -> str:
+    """Set-up, answer and tests as one program.
+
+    An answer that does not define ``entry_point`` is taken for the body of the function that the set-up begins
+    (HumanEval's completions); the reader may have stripped its first line's indentation.  Raises ValueError on a record
+    without tests.
+    """
+    tests, setup, entry_point = (record.reference.get(name) for name in ("tests", "setup", "entry_point"))
+    if not isinstance(tests, str) or not tests.strip():
+        raise ValueError(
+            f'{record.source}: not a record of the task code: it needs "tests" (a program text that raises where the '
+            "answer is wrong); HumanEval's and MBPP's files have them, for others choose evaluate.task=maths"
+        )
+    program = program_of(answer)
+    before = setup if isinstance(setup, str) else ""
+    if isinstance(entry_point, str) and not _defines(program, entry_point):
+        indented = program if program[:1] in (" ", "\t") else f"    {program}"
+        return f"{before.rstrip()}\n{indented}\n\n{tests}\n"
+    return f"{before}\n{program}\n\n{tests}\n"
+
+
+def _defines(program: str, name: str) -> bool:
+    return (
+        re.search(rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", program, re.MULTILINE) is not None
+    )
+
+
+class CodeTask:
+    """Runs the record's tests on the answer, isolated and limited (:mod:`ladir.tasks.sandbox`)."""
+
+    name = "code"
+
+    def __init__(self, limits: Limits | None = None, isolation: str = "namespaces") -> None:
+        limits = limits or Limits()
+
+        # Trajectories of one question often agree: each program runs once.
+        @lru_cache(maxsize=4096)
+        def run(program: str) -> Outcome:
+            return run_program(program, limits, isolation)
+
+        self._run = run
+
+    def correct(self, answer: str, record: Record) -> bool:
+        """Whether the tests run through.  Raises ValueError on a record without tests, UnusableError (one, too) where
+        programs cannot be isolated here."""
+        return self.outcome(answer, record).passed
+
+    def outcome(self, answer: str, record: Record) -> Outcome:
+        """How the answer with the record's tests ended."""
+        return self._run(assembled(answer, record))
+
+    def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        """None: free-form steps are not judged."""
+        return None
+
+    def canonical(self, answer: str) -> str:
+        """The program's tokens without comments and blank lines, else its text with white space normalised."""
+        program = program_of(answer)
+        try:
+            tokens = list(tokenize.generate_tokens(io.StringIO(program).readline))
+        except (tokenize.TokenError, SyntaxError, ValueError, RecursionError):
+            return " ".join(program.split())
+        words = [_word(token) for token in tokens if token.type not in _LAYOUT]
+        return " ".join(words)
+
+
+def _word(token: tokenize.TokenInfo) -> str:
+    names = {tokenize.NEWLINE: "<newline>", tokenize.INDENT: "<indent>", tokenize.DEDENT: "<dedent>"}
+    return names.get(token.type, token.string)

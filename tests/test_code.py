@@ -1,0 +1,344 @@
+"""Programs as answers: right ones pass, and nothing that a program does gets out of its sandbox."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ladir.config import EvaluateSettings
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.tasks import get_task, sandbox
+from ladir.tasks.code import CodeTask, assembled, program_of
+from ladir.tasks.sandbox import Limits, Outcome, run_program
+
+PATIENT = Limits(seconds=30.0)  # for programs that end by themselves, on a busy machine, too
+QUICK = Limits(seconds=1.0)
+
+
+def why_not_isolated() -> str:
+    """Why programs cannot be isolated on this machine; empty where they can."""
+    try:
+        run_program("", PATIENT)
+    except UnusableError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def isolation() -> None:
+    if reason := why_not_isolated():
+        pytest.skip(f"NOT TESTED: {reason}")
+
+
+@pytest.fixture
+def treasure(tmp_path: Path) -> Iterator[Path]:
+    """A folder that everybody may write to: only the sandbox protects it."""
+    folder = tmp_path / "treasure"
+    folder.mkdir()
+    folder.chmod(0o777)
+    for parent in folder.parents:
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o555)
+    (folder / "gold.txt").write_text("gold")
+    (folder / "gold.txt").chmod(0o666)
+    yield folder
+    assert [path.name for path in folder.iterdir()] == ["gold.txt"]
+    assert (folder / "gold.txt").read_text() == "gold"
+
+
+def run(program: str, limits: Limits = PATIENT, **names: object) -> Outcome:
+    """The program with ``@name`` replaced."""
+    program = textwrap.dedent(program)
+    for name, value in names.items():
+        program = program.replace(f"@{name}", repr(str(value)))
+    return run_program(program, limits)
+
+
+def test_a_program_that_runs_to_its_end_passes() -> None:
+    assert run("import math, json, collections\nassert math.gcd(6, 4) == 2\nprint('fine')") == Outcome(True, "passed")
+
+
+def test_a_program_starts_with_nothing() -> None:
+    outcome = run(
+        """
+        import os, sys
+        assert set(os.environ) <= {"LC_CTYPE"}, os.environ  # Python's own
+        assert os.getuid() and os.geteuid() and os.getgid()
+        assert os.listdir() == [] and sys.argv == ["-c"] + sys.argv[1:]
+        assert sys.stdin.read() == "" and os.read(0, 10) == b""
+        open("file.txt", "w").write("a program may have files")
+        assert open("file.txt").read()
+        """
+    )
+    assert outcome.passed, outcome
+
+
+ENDS = {
+    "exit": ("raise SystemExit(0)", "SystemExit"),
+    "hard exit": ("import os; os._exit(0)", "ended before its tests did"),
+    "kill": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended before its tests did"),
+    "crash": ("import ctypes; ctypes.string_at(0)", "ended before its tests did"),
+    "stop": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "timeout"),
+    "wrong": ("assert 1 == 2", "AssertionError"),
+    "syntax": ("def f(:", "SyntaxError"),
+    "nul": ("x = 1\0", "ValueError|SyntaxError"),
+    "surrogate": ("x = '\ud800'", "UnicodeEncodeError"),
+    "deep": ("x = " + "(" * 5000 + ")" * 5000, "SyntaxError|MemoryError|RecursionError"),
+    "recursion": ("def f(): return f()\nf()", "RecursionError"),
+    "long": ("#" * 300_000, "too long"),
+    "interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "input": ("input()", "EOFError"),
+    "verdict": (
+        "import os\nfor fd in range(3, 64):\n try: os.write(fd, b'ready\\npassed')\n except OSError: pass",
+        "ended before.*",
+    ),
+    "guess": ("import sys\nprint(sys.argv)\nraise Exception", "Exception"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_other_ends_do_not_pass(name: str) -> None:
+    program, reason = ENDS[name]
+    outcome = run_program(program, QUICK if name == "stop" else PATIENT)
+    assert not outcome.passed and re.fullmatch(reason, outcome.reason), outcome
+
+
+HOSTILE = {
+    "endless loop": "while True: pass",
+    "endless loop that catches all": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "big integer": "9 ** 9 ** 9 ** 9",
+    "10 GB": "x = bytearray(10 << 30)",
+    "10 GB in parts": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "10 GB of disk": "for i in range(10_000): open(str(i), 'wb').write(bytes(1 << 20))",
+    "many files": "for i in range(100_000): open(str(i), 'w')",
+    "large file": "f = open('x', 'wb')\nfor i in range(100): f.write(bytes(1 << 20))",
+    "megabytes of output": "for i in range(10_000): print('x' * 1_000)",
+    "megabytes of errors": "import sys\nfor i in range(10_000): sys.stderr.write('x' * 1_000)",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "fork bomb that catches all": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "threads": "import threading, time\nfor i in range(1000): threading.Thread(target=time.sleep, args=(9,)).start()",
+    "write": "open(@treasure + '/new.txt', 'w')",
+    "overwrite": "open(@treasure + '/gold.txt', 'w')",
+    "delete": "import os; os.remove(@treasure + '/gold.txt')",
+    "delete a folder": "import shutil; shutil.rmtree(@treasure)",
+    "delete everything": "import shutil; shutil.rmtree('/')",
+    "write to the project": "open(@project + '/new.txt', 'w')",
+    "write to the interpreter": "import os; open(os.path.dirname(os.__file__) + '/os.py', 'a')",
+    "delete the interpreter": "import os, shutil; shutil.rmtree(os.path.dirname(os.__file__))",
+    "home": "import os; open(os.path.join(@home, 'new.txt'), 'w')",
+    "list the home": "import os, sys\nassert [n for n in os.listdir(@home) if not sys.prefix.startswith(os.path.join(@home, n))]",
+    "read a file": "open(@treasure + '/gold.txt')",
+    "read passwords": "open('/etc/passwd')",
+    "read the environment": "import os; os.environ['LADIR_SECRET']",
+    "read another's environment": "open(f'/proc/{@pid}/environ')",
+    "read its parent's environment": "import os; open(f'/proc/{os.getppid()}/environ')",
+    "kill another": "import os, signal; os.kill(int(@pid), signal.SIGTERM)",
+    "network": "import socket; socket.create_connection(('127.0.0.1', int(@port)), timeout=1)",
+    "name": "import socket; socket.getaddrinfo('example.org', 80)",
+    "become root": "import os; os.setuid(0)",
+    "mount": "import ctypes, os\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
+    "debug another": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, int(@pid), 0, 0) == 0",
+    "shell": "import subprocess; subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_fail_and_harm_nothing(name: str, treasure: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADIR_SECRET", "secret")
+    project = Path(__file__).parents[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {
+            "treasure": treasure,
+            "project": project,
+            "home": Path.home(),
+            "pid": os.getpid(),
+            "port": server.getsockname()[1],
+        }
+        outcome = run(HOSTILE[name], QUICK, **names)
+    assert not outcome.passed, outcome
+    assert not (project / "new.txt").exists() and not (Path.home() / "new.txt").exists()
+
+
+def test_what_a_program_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    before = processes()
+    program = """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                while True: time.sleep(1)
+            os._exit(0)
+        """
+    assert run(program).passed
+    assert not run(f"{textwrap.dedent(program)}\nwhile True: pass", QUICK).passed
+    assert not {pid for pid in processes() - before if b"-I\0-S\0" in command(pid)}
+
+
+def processes() -> set[int]:
+    return {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_no_folder_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run("open('a', 'w').write('b')")
+    run("while True: pass", QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_namespaces_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import json, os, sys\nos.write(json.loads(sys.argv[1])['verdict'], b'unavailable unshare: Operation not permitted')"
+    )
+    monkeypatch.setattr(sandbox, "_LAUNCHER", launcher)
+    with pytest.raises(UnusableError, match=r"unshare: Operation not permitted; .*evaluate.isolation=limits"):
+        run_program("", PATIENT)
+    launcher.write_text("raise ValueError('torn')")
+    with pytest.raises(RuntimeError, match=r"launcher failed: (.|\n)*torn"):
+        run_program("", PATIENT)
+
+
+@pytest.fixture
+def common_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that every user may run: without namespaces root's programs run as another user, who cannot enter /root."""
+    candidates = [Path(os.path.realpath(path)) for path in (sandbox.interpreter(), "/usr/bin/python3", "/usr/local/bin/python3")]
+    usable = [path for path in candidates if path.is_file() and all(parent.stat().st_mode & 0o1 for parent in path.parents)]
+    if os.geteuid() == 0 and not usable:
+        pytest.skip("no interpreter here that an unprivileged user may run")
+    monkeypatch.setattr(sandbox, "interpreter", lambda: str(usable[0]) if usable else sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("fine", True), *((name, False) for name in ("endless loop", "10 GB", "fork bomb", "large file"))]
+)
+def test_limits_alone_hold_too(name: str, passes: bool, common_interpreter: None) -> None:
+    program = HOSTILE.get(name, "import os; assert os.listdir() == [] and os.getuid(); open('x', 'w').write('y')")
+    outcome = run_program(program, PATIENT if passes else QUICK, isolation="limits")
+    assert outcome.passed is passes, outcome
+
+
+def test_programs_are_never_run_as_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("not root")
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    (hidden / "python").symlink_to(sys.executable)
+    start = sandbox._start
+
+    def launched_by_root(*arguments: object) -> object:
+        monkeypatch.setattr(sandbox, "interpreter", lambda: str(hidden / "python"))
+        return start(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sandbox, "_start", launched_by_root)
+    with pytest.raises(UnusableError, match="never run as root"):
+        run_program("", PATIENT, isolation="limits")
+
+
+RECORD = Record(
+    question='def add(a, b):\n    """ Sum. """\n',
+    blocks=("return a + b",),
+    answer="",
+    source="x.jsonl:3",
+    reference={
+        "setup": 'from typing import List\n\n\ndef add(a, b):\n    """ Sum. """\n',
+        "tests": "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)",
+        "entry_point": "add",
+    },
+)
+
+ANSWERS = {
+    "    return a + b": True,
+    "return a + b": True,
+    "c = a\n    c += b\n    return c": True,
+    "def add(a, b):\n    return a + b": True,
+    "def add(a: List, b):\n    return a + b": True,
+    "add = lambda a, b: a + b": True,
+    "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nIt adds.": True,
+    "```\n    return a + b\n```": True,
+    "def plus(a, b):\n    return a + b\n\ndef add(a, b):\n    return plus(a, b)": True,
+    "def add(a, b):\n    return a - b": False,
+    "def other(a, b):\n    return a + b": False,
+    "    pass": False,
+    "": False,
+    "def add(a, b):\n    return a + b\n\nimport os\nos._exit(0)": False,
+    "def check(candidate): pass\n\ndef add(a, b): return 0": False,
+    "It is impossible.": False,
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_completions_and_whole_programs_are_judged(answer: str) -> None:
+    task = CodeTask(PATIENT)
+    assert task.correct(answer, RECORD) is ANSWERS[answer]
+    assert task.chain_correct(["b"], RECORD) is None
+
+
+def test_agreeing_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("ladir.tasks.code.run_program", lambda program, *_: ran.append(program) or Outcome(True, "passed"))
+    task = CodeTask(PATIENT)
+    assert all(task.correct("return a + b", RECORD) for _ in range(3)) and len(ran) == 1
+    assert task.correct("return b + a", RECORD) and len(ran) == 2
+
+
+def test_a_record_without_tests_is_named() -> None:
+    with pytest.raises(ValueError, match=r'y:1: not a record of the task code: it needs "tests"'):
+        CodeTask().correct("x", Record("q", ("b",), "a", "y:1"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("def f(x):\n    return x+1  # more", "def f(x):\n\n  return x + 1", True),
+        ("```python\nx = 1\n```", "x=1", True),
+        ("if a:\n    b\nc", "if a:\n    b\n    c", False),
+        ("x = 1", "x = 2", False),
+        ("x = (", "x =  (", True),
+    ],
+)
+def test_canonical_distinguishes_programs_not_layouts(one: str, other: str, same: bool) -> None:
+    task = CodeTask()
+    assert (task.canonical(one) == task.canonical(other)) is same
+
+
+@settings(max_examples=200)
+@given(st.one_of(st.text(), st.text(alphabet="def f(x):\n\t `'\"#\\=+1", max_size=80)))
+def test_any_text_is_a_program_of_some_form(text: str) -> None:
+    task = CodeTask()
+    assert isinstance(task.canonical(text), str)
+    assert program_of(text) in text
+    assert RECORD.reference["tests"] in assembled(text, RECORD)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
+def test_any_text_is_judged(text: str) -> None:
+    assert CodeTask(PATIENT).correct(text, RECORD) is False
+
+
+def test_settings_reach_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Limits, str]] = []
+    monkeypatch.setattr(
+        "ladir.tasks.code.run_program",
+        lambda _, limits, isolation: seen.append((limits, isolation)) or Outcome(False, "no"),
+    )
+    task = get_task("code", EvaluateSettings(check_seconds=7.0, check_memory_mb=300, isolation="limits"))
+    assert not task.correct("x", RECORD)
+    assert seen == [(Limits(seconds=7.0, memory=300 << 20), "limits")]

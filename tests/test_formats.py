@@ -1,0 +1,284 @@
+"""Public data sets in their own formats: recognised, read without loss, and their gold answers pass their own checkers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladir.config import DataSettings, EvaluateSettings
+from ladir.data.blocks import last_boxed, strip_calculator
+from ladir.data.records import Record, RecordSet, read_records
+from ladir.tasks import get_task
+from ladir.tasks.code import CodeTask
+from ladir.tasks.maths import MathsTask
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+GSM8K = Path(os.environ.get("LADIR_GSM8K", DATA / "gsm8k_train.jsonl"))
+HUMAN_EVAL = Path(os.environ.get("LADIR_HUMANEVAL", DATA / "HumanEval.jsonl.gz"))
+needs_gsm8k = pytest.mark.skipif(
+    not GSM8K.is_file(), reason=f"NOT TESTED on real data: {GSM8K} is not there; name GSM8K's train file in LADIR_GSM8K"
+)
+needs_human_eval = pytest.mark.skipif(
+    not HUMAN_EVAL.is_file(), reason=f"NOT TESTED on real data: {HUMAN_EVAL} is not there; name the file in LADIR_HUMANEVAL"
+)
+PATIENT = EvaluateSettings(check_seconds=60.0)
+
+MATH = {
+    "problem": "What is $\\frac{1}{2} + \\frac{1}{6}$?",
+    "level": "Level 2",
+    "solution": "We write $\\frac{3}{6} + \\frac{1}{6}$. The answer is simple: it is $\\boxed{\\frac{2}{3}}$.",
+}
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to find the shared elements of two lists.",
+    "code": "import re\r\ndef shared(a, b):\r\n  found = set(a) & set(b)\r\n  return tuple(found)",
+    "test_setup_code": "import math",
+    "test_list": ["assert set(shared((3, 4), (4, 5))) == {4}", "assert math.floor(1.5) == 1"],
+    "challenge_test_list": [],
+}
+SANITIZED = {
+    **{name: MBPP[name] for name in ("task_id", "code", "test_list")},
+    "prompt": MBPP["text"],
+    "test_imports": ["import math"],
+}
+COMPLETION = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ Sum. #### The answer is no mark here. """\n',
+    "entry_point": "add",
+    "canonical_solution": "    c = a  # see 1.5\n    c += b\n    return c\n",
+    "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
+}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def read(path: Path, *rows: dict[str, Any], **settings: Any) -> RecordSet:
+    return read_records(write(path, *rows), DataSettings(**settings))
+
+
+def test_math_takes_the_boxed_answer_and_keeps_the_whole_solution(tmp_path: Path) -> None:
+    given_answer = {**MATH, "answer": "2/3"}
+    boxed, explicit = read(tmp_path / "math.jsonl", MATH, given_answer).records
+    assert (boxed.question, boxed.answer, explicit.answer) == (MATH["problem"], "\\frac{2}{3}", "2/3")
+    assert boxed.blocks == explicit.blocks and " ".join(boxed.blocks) == MATH["solution"]
+    assert boxed.reference["level"] == "Level 2"
+    assert get_task("maths", PATIENT).correct(explicit.answer, boxed)
+
+
+@pytest.mark.parametrize("row", [MBPP, SANITIZED])
+def test_mbpp_shows_its_tests_and_is_judged_by_them(tmp_path: Path, row: dict[str, Any]) -> None:
+    (record,) = read(tmp_path / "mbpp.jsonl", row).records
+    assert record.question.startswith(row.get("text", row.get("prompt")))
+    assert all(test in record.question for test in row["test_list"])
+    assert record.answer == row["code"] and record.blocks[1] == "def shared(a, b):" and len(record.blocks) == 4
+    task = get_task("code", PATIENT)
+    assert task.correct(record.answer, record)
+    assert not task.correct(record.answer.replace("&", "|"), record)
+
+
+@pytest.mark.parametrize("name", ["HumanEval.jsonl", "HumanEval.jsonl.gz"])
+def test_human_eval_is_judged_by_its_check_function(tmp_path: Path, name: str) -> None:
+    (record,) = read(tmp_path / name, COMPLETION).records
+    assert record.question == COMPLETION["prompt"]
+    assert record.blocks == ("c = a  # see 1.5", "c += b", "return c")
+    task = get_task("code", PATIENT)
+    for answer in (record.answer, COMPLETION["canonical_solution"], COMPLETION["canonical_solution"].strip()):
+        assert task.correct(answer, record)
+    assert not task.correct("    return a - b", record)
+
+
+def test_gsm8k_needs_no_settings_and_its_own_names_come_first(tmp_path: Path) -> None:
+    row = {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6. Then 7.\n#### 7"}
+    (record,) = read(tmp_path / "a.jsonl", row).records
+    assert (record.blocks, record.answer) == (("He has 2 * 3 = 6.", "Then 7."), "7")
+    fields = {
+        "input_field": "query",
+        "output_field": "answer",
+        "answer_field": "final_answer",
+        "answer_prefixes": ["The answer is"],
+    }
+    assert read(tmp_path / "a.jsonl", row, **fields).records == [record]  # a test set beside other training data
+    (named,) = read(tmp_path / "a.jsonl", {**row, "input": "Q", "output": "One. #### 1", "answer": "2"}).records
+    assert (named.question, named.answer) == ("Q", "2")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**MATH, "solution": "It is two thirds."}, "no final answer in it; .*boxed"),
+        ({**MATH, "solution": "It is $\\boxed{\\frac{2}{3}$."}, "no final answer in it"),
+        ({**MATH, "solution": None}, "'reasoning' is of type null"),
+        ({**MATH, "solution": ["x"], "answer": "1"}, "'reasoning' is of type array"),
+        ({**MATH, "problem": 3}, "'question' is of type number"),
+        ({**MATH, "solution": "$\\boxed{1}$", "answer": " "}, "'answer' is empty"),
+        ({"question": "q", "answer": "It is 7."}, "no final answer in it; .*####"),
+        ({"question": "q", "answer": "#### 7"}, "'reasoning' is empty"),
+        ({"question": "q", "answer": 7}, "'reasoning' is of type number"),
+        ({**MBPP, "text": None}, "'question' is of type null"),
+        ({**MBPP, "test_list": 1}, "'test_list' is neither a program text"),
+        ({**MBPP, "test_list": [None]}, "'test_list' is neither a program text"),
+        ({**COMPLETION, "test": 3}, "'test' is neither a program text"),
+        ({**MBPP, "code": 1}, "'reasoning' is of type number"),
+        ({**COMPLETION, "canonical_solution": ""}, "'reasoning' is empty"),
+        ({**COMPLETION, "prompt": None}, "'question' is of type null"),
+        ({"prompt": "p", "code": "c"}, "no field 'input'"),
+    ],
+)
+def test_rows_that_lack_something_are_refused(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    (bad,) = read(tmp_path / "a.jsonl", row).bad
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(str(bad))
+
+
+VALUES: st.SearchStrategy[Any] = st.one_of(
+    st.none(), st.text(max_size=20), st.integers(), st.lists(st.one_of(st.none(), st.text(max_size=9)), max_size=3)
+)
+FIELDS = [
+    "problem",
+    "solution",
+    "answer",
+    "question",
+    "prompt",
+    "text",
+    "code",
+    "test_list",
+    "test",
+    "entry_point",
+    "canonical_solution",
+]
+
+
+@given(row=st.dictionaries(st.sampled_from(FIELDS), VALUES))
+def test_no_row_raises_or_is_lost(tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any]) -> None:
+    result = read(tmp_path_factory.getbasetemp() / "any.jsonl", row)
+    assert len(result.records) + len(result.bad) == result.total == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        ("\\boxed{1}", "1"),
+        ("\\boxed{1} or \\boxed{ \\frac{1}{2} }", "\\frac{1}{2}"),
+        ("\\fbox{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("$\\boxed 5$.", "5"),
+        ("\\boxed{1", None),
+        ("boxed{1}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text: str, boxed: str | None) -> None:
+    assert last_boxed(text) == boxed
+
+
+@given(st.text(alphabet="\\boxedf{} $1", max_size=60))
+def test_last_boxed_of_any_text_is_part_of_it(text: str) -> None:
+    found = last_boxed(text)
+    assert found is None or found in text
+
+
+def test_hub_sets_are_read_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([MBPP])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (record,) = read_records("google-research-datasets/mbpp:full:test", DataSettings()).records
+    assert asked == [("google-research-datasets/mbpp", "full", "test")]
+    assert record.answer == MBPP["code"] and record.source.endswith(":row 1")
+
+
+@pytest.fixture(scope="module")
+def human_eval() -> list[Record]:
+    result = read_records(str(HUMAN_EVAL), DataSettings())
+    assert result.bad == [] and result.total == 164
+    return result.records
+
+
+@needs_human_eval
+def test_human_eval_loses_nothing(human_eval: list[Record]) -> None:
+    with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    for record, row in zip(human_eval, rows, strict=True):
+        assert record.question == row["prompt"] and record.answer == (row["prompt"] + row["canonical_solution"]).strip()
+        assert without_space("".join(record.blocks)) == without_space(row["canonical_solution"])
+
+
+def gold_programs_pass(records: list[Record], change: Callable[[Record], str]) -> None:
+    task = CodeTask()
+    failed = {record.reference["task_id"]: task.outcome(change(record), record) for record in records}
+    assert {name: outcome for name, outcome in failed.items() if not outcome.passed} == {}
+
+
+@needs_human_eval
+def test_human_eval_sample_of_gold_programs_pass(human_eval: list[Record]) -> None:
+    gold_programs_pass(human_eval[::12], lambda record: record.answer)
+
+
+@needs_human_eval
+@pytest.mark.exhaustive
+def test_human_eval_every_gold_program_passes_and_an_empty_one_does_not(human_eval: list[Record]) -> None:
+    gold_programs_pass(human_eval, lambda record: record.answer)
+    gold_programs_pass(human_eval, lambda record: record.reference["canonical_solution"].strip())
+    task = CodeTask()
+    assert not any(task.correct("    pass", record) for record in human_eval)
+
+
+@pytest.fixture(scope="module")
+def gsm8k() -> list[Record]:
+    result = read_records(str(GSM8K), DataSettings())
+    assert result.bad == [] and result.total == 7473
+    return result.records
+
+
+@needs_gsm8k
+def test_gsm8k_without_settings_loses_nothing(gsm8k: list[Record]) -> None:
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    for record, row in zip(gsm8k, rows, strict=True):
+        reasoning, _, answer = row["answer"].rpartition("####")
+        assert (record.question, record.answer) == (row["question"], answer.strip())
+        assert without_space("".join(record.blocks)) == without_space(strip_calculator(reasoning))
+
+
+@needs_gsm8k
+def test_gsm8k_gold_answers_are_right_in_every_spelling(gsm8k: list[Record]) -> None:
+    task = MathsTask()
+    for record in gsm8k:
+        gold = record.answer
+        for spelling in (
+            gold,
+            f"The answer is {gold}.",
+            f"${gold}",
+            f"so it is \\boxed{{{gold}}}",
+            f"{float(gold.replace(',', ''))}",
+        ):
+            assert task.correct(spelling, record), (spelling, record.source)
+        assert not task.correct(f"{gold}1", record)
+
+
+@needs_gsm8k
+@pytest.mark.exhaustive
+def test_gsm8k_math_verify_agrees_about_whole_solutions(gsm8k: list[Record]) -> None:
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    task = MathsTask()
+    wrong = [record.source for record, row in zip(gsm8k, rows, strict=True) if not task.correct(row["answer"], record)]
+    assert wrong == []
+
+
+def without_space(text: str) -> str:
+    return "".join(text.split())

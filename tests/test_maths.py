@@ -1,0 +1,215 @@
+"""Maths answers: exact numbers, formulas by math-verify, and texts that would compute without end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ladir.data.records import Record
+from ladir.tasks.maths import MathsTask, plain_number, plain_text
+from ladir.tasks.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def task() -> MathsTask:
+    """One for the module: starting math-verify takes a second or more."""
+    return MathsTask(seconds=2.0)
+
+
+def record(gold: str) -> Record:
+    return Record("q", ("b",), gold, "x:1")
+
+
+NUMBERS = [
+    ("72", "72", True),
+    ("The answer is 72.", "72", True),
+    ("72 clips", "72", True),
+    ("$1,234.50", "1234.5", True),
+    ("-$5", "-5", True),
+    ("50%", "50", True),
+    ("1/2", "0.5", True),
+    ("\\frac{1}{2}", "1/2", True),
+    ("\\boxed{\\dfrac{ 3 }{4}}", ".75", True),
+    ("12 - 5 = 7", "7", True),
+    ("x = 5", "5", True),
+    ("−3", "-3", True),
+    ("It is -3 degrees", "-3", True),
+    ("- \\frac{1}{2}", "-0.5", True),
+    ("the top-3", "3", True),
+    ("72.0001", "72", False),
+    ("721", "72", False),
+    ("1.0", "1", True),
+    ("", "72", False),
+    (".", "72", False),
+    ("Paris.", "paris", True),
+    ("(B)", "B", True),
+    ("B", "\\text{(B)}", True),
+    ("Evelyn", "\\text{Evelyn}", True),
+    ("$\\frac{\\pi}{2}$", "\\frac{\\pi}{2}", True),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), NUMBERS)
+def test_numbers_and_equal_texts_are_judged_exactly_and_at_once(
+    answer: str, gold: str, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "ask", lambda *_: pytest.fail("asked math-verify"))
+    assert MathsTask().correct(answer, record(gold)) is right
+
+
+FORMULAS = [
+    ("12 - 5", "7", True),
+    ("12 - 5", "5", False),
+    ("12 -5", "-5", False),
+    ("50\\%", "0.5", True),
+    ("3/0", "3", False),
+    ("1 2", "12", False),
+    ("sqrt 2", "2", False),
+    ("$\\sqrt{3}/2$", "\\frac{\\sqrt{3}}{2}", True),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{\\sqrt{3}}{2}", False),
+    ("1+x^2", "x^2+1", True),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("(x+1)^2", "x^2+1", False),
+    ("(1,3)", "(1,2)", False),
+    ("(1,2)", "[1,2)", False),
+    ("\\left[ 1, 2 \\right)", "[1,2)", True),
+    ("\\{2,1\\}", "\\{1,2\\}", True),
+    ("2, 1", "1, 2", True),
+    ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", False),
+    ("90", "90^\\circ", True),
+    ("3.5", "3\\frac{1}{2}", True),
+    ("10cm", "10", True),
+    ("3 + 2x = y", "y=2x+3", True),
+    ("so $x = \\boxed{\\frac{4}{6}}$.", "\\frac23", True),
+    ("0.333", "\\frac13", False),
+    ("2^{10}", "1024", True),
+    ("5!", "120", True),
+    ("She has 3 boxes, so 36 eggs", "36", True),
+    ("She has 36 boxes, so 3 eggs", "36", False),
+    ("C", "B", False),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), FORMULAS)
+def test_formulas_are_compared_as_mathematics(task: MathsTask, answer: str, gold: str, right: bool) -> None:
+    assert task.correct(answer, record(gold)) is right
+
+
+def test_chains_are_not_judged(task: MathsTask) -> None:
+    assert task.chain_correct(["b"], record("1")) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("The answer is $1,200", "1200.0", True),
+        ("x^2 + 1", "1+x^2", True),
+        ("\\frac12", "0.5", True),
+        ("x^2 + 1", "x^3 + 1", False),
+        ("No  solution.", "no solution", True),
+        ("She has 3 boxes, so 36 eggs", "She has 3 boxes, so 37 eggs", False),
+    ],
+)
+def test_canonical_distinguishes_answers_not_spellings(task: MathsTask, one: str, other: str, same: bool) -> None:
+    assert (task.canonical(one) == task.canonical(other)) is same
+
+
+HARMLESS = [
+    "9**9**9**9",
+    "9" * 1_000_000,
+    "x" * 1_000_000,
+    "\\frac{" + " " * 20_000,
+    "\\frac{" * 500,
+    "\\boxed{" * 5_000,
+    "(" * 2_000,
+    "$" * 2_000,
+    "^" * 2_000,
+    "\ud800",
+    "1\x002",
+    "__import__('os').system('exit 3')",
+    "$\\int_0^1 \\sin(x^2) dx$",
+]
+
+
+@pytest.mark.parametrize("text", HARMLESS, ids=lambda text: repr(text[:24]))
+def test_hostile_answers_are_wrong(task: MathsTask, text: str) -> None:
+    assert not task.correct(text, record("8"))
+    assert isinstance(task.canonical(text), str)
+
+
+def test_an_answer_that_computes_without_end_is_wrong_and_the_next_one_is_judged(task: MathsTask) -> None:
+    endless = "$9^{9^{9^{9}}}$"
+    assert not task.correct(endless, record("9"))
+    assert isinstance(task.canonical(endless), str)
+    assert task.correct("x + 1", record("1 + x"))
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "worker.py"
+    file.write_text(
+        "import sys, json, time, os\n"
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    what = json.loads(line)['do']\n"
+        "    if what == 'sleep': time.sleep(1000)\n"
+        "    if what == 'die': os._exit(3)\n"
+        "    if what == 'flood': sys.stdout.write('x' * 3_000_000)\n"
+        "    print(json.dumps({'pid': os.getpid()}), flush=True)\n"
+    )
+    return file
+
+
+def test_a_worker_is_kept_and_replaced_when_it_was_killed(script: Path) -> None:
+    worker = Worker(script, [], seconds=0.5)
+    patient = Worker(script, [], seconds=60)
+    first = patient.ask({"do": "answer"})
+    assert first is not None and patient.ask({"do": "answer"}) == first
+    for what in ("die", "flood"):
+        assert patient.ask({"do": what}) is None
+        second = patient.ask({"do": "answer"})
+        assert second is not None and second != first
+    assert worker.ask({"do": "sleep"}) is None
+    worker.close()
+    patient.close()
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import nonsense")
+    with pytest.raises(RuntimeError, match=r"did not start: (.|\n)*nonsense"):
+        Worker(tmp_path / "bad.py", [], seconds=1).ask({})
+
+
+@given(st.text())
+def test_any_text_has_a_plain_form(text: str) -> None:
+    plain_text(text)
+    plain_number(text)
+
+
+@settings(max_examples=300)
+@given(st.fractions(), st.sampled_from(["{}", "${}", "The answer is {}.", "x = {}", "{} apples"]))
+def test_a_number_is_read_exactly_in_every_setting(value: Fraction, setting: str) -> None:
+    number = str(abs(value)) if setting.startswith("$") else str(value)
+    expected = abs(value) if setting.startswith("$") else value
+    assert plain_number(setting.format(number)) == expected
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_random_polynomials_equal_their_rearrangements_only(task: MathsTask, data: st.DataObject) -> None:
+    coefficients = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
+    terms = [f"{c}x^{{{power}}}" for power, c in enumerate(coefficients, start=1)]
+    shuffled = data.draw(st.permutations(terms))
+    assert task.correct(" + ".join(shuffled), record(" + ".join(terms)))
+    assert not task.correct(" + ".join([*shuffled, "1"]), record(" + ".join(terms)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text(alphabet="0123456789x+-*/^()[]{}\\$,.=% fracsqtboed", max_size=40))
+def test_any_formula_like_text_is_judged(task: MathsTask, text: str) -> None:
+    assert task.correct(text, record("\\frac{987654321}{123456}")) is False
