@@ -113,6 +113,15 @@ def test_interrupted_runs_joined_equal_an_undisturbed_one(
     assert_identical(parts, whole)
 
 
+@pytest.mark.parametrize("stage", ["3_offload_optimizer", "3_offload"])
+def test_offloaded_states_train_and_continue_the_same(two_processes: ProcessGroup, tmp_path: Path, stage: Any) -> None:
+    settings = toy_settings(micro_batch=2, ema=0.9)
+    two_processes.run(run_with, tmp_path / "reference", 3, "float32", settings)
+    assert {o.status for o in two_processes.run(run_with, tmp_path / "parts", stage, "float32", settings, 23)} == {"interrupted"}
+    two_processes.run(run_with, tmp_path / "parts", stage, "float32", settings)
+    assert_close(tmp_path / "parts", tmp_path / "reference", 2e-5)
+
+
 def finish_twice(world: World, folder: Path) -> tuple[Outcome, Outcome, str]:
     first = run_toy(world, folder)
     second = run_toy(world, folder)

@@ -156,11 +156,14 @@ class Run:
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
             owner = f"{owner}, job {job}"
-        end = time.monotonic() + LOCK_SECONDS
+        end, waiting = time.monotonic() + LOCK_SECONDS, False
         while (lock := try_lock(self.folder.lock, owner)) is None:
+            other = self.folder.lock.read_text(encoding="utf-8")
             if time.monotonic() > end:
-                other = self.folder.lock.read_text(encoding="utf-8")
                 return f"{self.folder.path} is in use by {other}: wait for it or end it, then start the same command again"
+            if not waiting:
+                logger.info("%s is in use by %s: waiting at most %.0f seconds", self.folder.path, other, LOCK_SECONDS)
+            waiting = True
             time.sleep(0.5)
         self._lock = lock
         return None

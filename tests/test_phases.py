@@ -1,0 +1,215 @@
+"""The real phases on two processes under ZeRO-3 against one process without ZeRO; encoding stopped on one rank."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ladir.config import Config
+from ladir.config_loader import load_config
+from ladir.data.latents import LatentStore
+from ladir.errors import UnusableError
+from ladir.models.backbone import new_lm
+from ladir.models.folders import load_vae
+from ladir.tasks import countdown
+from ladir.tokens import load_tokenizer
+from tests.distributed import ProcessGroup
+from training import encode_latents
+from training.phases import TrainingPhase, ar_phase, denoiser_phase, vae_phase
+from training.runtime.distributed import World
+from training.runtime.loop import train
+from training.runtime.run import Run, RunFolder, open_run
+
+BUILDERS = {"vae": vae_phase, "denoiser": denoiser_phase, "ar": ar_phase}
+SCRATCH = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 128}"  # fmt: skip # noqa: E501
+STEPS = 3
+# A large epsilon keeps AdamW from dividing gradients that are rounding errors by others of their kind.
+TRAIN = {"max_epochs": "null", "max_steps": STEPS, "global_batch": 8, "lr": "1e-2", "eps": "1e-3", "ema": 0.5, "log_every": 1}
+VARIANTS = {
+    "frozen": [],
+    "trained": ["vae.decoder=trained"],
+    "lora": ["backbone.lora.rank=4"],
+    "trained-lora": ["backbone.lora.rank=4", "vae.decoder=trained"],
+    "full": ["denoiser.token_weight=0.5", "denoiser.answer_every=2"],
+}
+
+
+def configure(folder: Path, name: str, stage: int, micro: int, overrides: list[str]) -> Config:
+    """Settings of run ``name`` on the puzzles and the base LM of ``folder``."""
+    settings = [f"{phase}.train.{key}={value}" for phase in BUILDERS for key, value in {**TRAIN, "micro_batch": micro}.items()]
+    data = [f"data.{split}={folder}/data/{split}.jsonl" for split in ("train", "validation")]
+    sizes = ["vae.latent_dim=8", "vae.latents_per_block=2", "denoiser.draws=2", "denoiser.timestep_features=8"]
+    return load_config(
+        None,
+        [
+            f"run.folder={folder}",
+            f"run.name={name}",
+            f"backbone.name_or_path={folder}/base",
+            "backbone.dtype=float32",
+            f"backbone.scratch={SCRATCH}",
+            'data.answer_prefixes=["####"]',
+            f"deepspeed.config=ds_configs/zero{stage}.json",
+            "telemetry.tensorboard=false",
+            *settings,
+            *data,
+            *sizes,
+            *overrides,
+        ],
+    )
+
+
+def split_parameters(model: nn.Module, world: World) -> dict[str, tuple[int, int]]:
+    """(elements held here, elements that are this rank's share) of every parameter of an LM that has not its share alone."""
+    wrong = {}
+    for name, parameter in model.named_parameters():
+        if ".lm." in name and "lora_" not in name:
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            mine = parameter.data.numel() + (parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0)
+            if mine != math.ceil(numel / world.size):
+                wrong[name] = (mine, math.ceil(numel / world.size))
+    return wrong
+
+
+def run_phase(world: World, folder: Path, name: str, phase: str, stage: int, micro: int, overrides: list[str]) -> dict[str, Any]:
+    """Train a phase; returns what was not split when it had been built."""
+    config = configure(folder, name, stage, micro, overrides)
+    with open_run(config, phase, world) as run:
+        built: TrainingPhase = BUILDERS[phase](config, world)
+        whole = split_parameters(built.model, world)
+        assert train(run, built).steps == STEPS
+    return whole
+
+
+def make_base(world: World, folder: Path) -> None:
+    config = configure(folder, "base", 0, 8, [f"backbone.tokenizer={folder}/data/tokenizer"])
+    tokenizer = load_tokenizer(config.backbone)
+    torch.manual_seed(0)
+    new_lm(config.backbone, len(tokenizer), {"eos_token_id": tokenizer.eos_token_id}, "cpu").save_pretrained(str(folder / "base"))
+    tokenizer.save_pretrained(str(folder / "base"))
+
+
+def encode(world: World, folder: Path, name: str, overrides: list[str], stop_at: int | None = None) -> bool:
+    """Encode the training puzzles; the last rank is signalled before its batch number ``stop_at``."""
+    config = configure(folder, name, 0, 8, ["latents.records_per_part=4", "latents.batch_size=4", *overrides])
+    real, calls = encode_latents.encode_sentences, []
+
+    def signalled(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if stop_at == len(calls) and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return real(*arguments)
+
+    encode_latents.encode_sentences = signalled
+    try:
+        with open_run(config, "latents", world) as run:
+            return encode_train(run)
+    finally:
+        encode_latents.encode_sentences = real
+
+
+def encode_train(run: Run) -> bool:
+    config = run.config
+    vae = load_vae(run.folder.model("vae"), config.backbone, run.world.device, encoder_only=True)
+    return encode_latents.encode_split(run, vae, load_tokenizer(config.backbone), "train", str(config.data.train))
+
+
+@pytest.fixture(scope="module")
+def folder(one_process: ProcessGroup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Puzzles, a base LM, and the run ``encoded`` with a VAE and its latents."""
+    folder = tmp_path_factory.mktemp("phases")
+    sizes = ["countdown.train=30", "countdown.validation=6", "countdown.test=4", "countdown.max_number=9"]
+    settings = load_config(None, [*sizes, "countdown.max_value=40", "countdown.solutions_per_puzzle=1"])
+    countdown.write(settings.countdown, 0, folder / "data")
+    one_process.run(make_base, folder)
+    one_process.run(run_phase, folder, "encoded", "vae", 0, 8, [])
+    assert one_process.run(encode, folder, "encoded", []) == [True]
+    return folder
+
+
+def losses(folder: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    speeds = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds")
+    hidden = ("kind", "phase", *speeds, "latent_std")  # the last is a spread within a micro batch, and those have other sizes
+    return [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+
+
+def weights(folder: Path, name: str, phase: str) -> dict[str, Tensor]:
+    """Everything a finished phase has written, by file and name."""
+    root = folder / name / "models" / phase
+    files = sorted(root.rglob("*.safetensors"))
+    return {f"{file.relative_to(root)}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("phase", "variant"),
+    [
+        ("vae", "frozen"),
+        ("vae", "trained"),
+        ("vae", "lora"),
+        ("vae", "trained-lora"),
+        ("denoiser", "full"),
+        ("denoiser", "lora"),
+        ("ar", "frozen"),
+    ],
+)
+def test_two_ranks_of_zero3_train_what_one_process_trains(
+    one_process: ProcessGroup, two_processes: ProcessGroup, folder: Path, phase: str, variant: str
+) -> None:
+    """Losses, metrics, gradient norms and weights; and no rank holds more than its share of any LM, frozen ones included."""
+    names = [f"{phase}-{variant}-{ranks}" for ranks in (1, 2)]
+    for name in names:
+        if phase == "denoiser":
+            for part in ("models/vae", "latents"):
+                shutil.copytree(folder / "encoded" / part, folder / name / part)
+    one_process.run(run_phase, folder, names[0], phase, 0, 8, VARIANTS[variant])
+    assert two_processes.run(run_phase, folder, names[1], phase, 3, 2, VARIANTS[variant]) == [{}, {}]
+    expected, actual = losses(folder, names[0]), losses(folder, names[1])
+    assert len(expected) == STEPS + (phase != "denoiser")  # the last is the validation
+    for row, other in zip(expected, actual, strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+    assert expected[0]["loss"] != expected[1]["loss"]
+    one, two = weights(folder, names[0], phase), weights(folder, names[1], phase)
+    assert one.keys() == two.keys() and one
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def build_denoiser(world: World, folder: Path, name: str) -> str:
+    try:
+        with open_run(configure(folder, name, 0, 8, []), "denoiser", world) as run:
+            denoiser_phase(run.config, world)
+    except UnusableError as error:
+        return str(error)
+    return ""
+
+
+def test_latents_of_another_vae_are_refused(one_process: ProcessGroup, folder: Path) -> None:
+    shutil.copytree(folder / "encoded", folder / "changed")
+    heads = folder / "changed" / "models" / "vae" / "heads.safetensors"
+    save_file({name: value + 1 for name, value in load_file(heads).items()}, heads)
+    (message,) = one_process.run(build_denoiser, folder, "changed")
+    assert "these latents were made by the VAE" in message and "encode_latents.py again" in message
+
+
+@pytest.mark.distributed
+def test_an_encoding_stopped_on_one_rank_continues_on_both(two_processes: ProcessGroup, folder: Path) -> None:
+    shutil.copytree(folder / "encoded" / "models", folder / "stopped" / "models")
+    assert two_processes.run(encode, folder, "stopped", [], 3) == [False, False]
+    assert two_processes.run(encode, folder, "stopped", []) == [True, True]
+    paths = [RunFolder(configure(folder, name, 0, 8, [])).latents / "train" for name in ("encoded", "stopped")]
+    one, two = (LatentStore.open(path) for path in paths)
+    assert len(one) == len(two) and one.fingerprint == two.fingerprint
+    for index in range(len(one)):
+        assert one[index].question == two[index].question and one[index].blocks == two[index].blocks
+        torch.testing.assert_close(one[index].mu, two[index].mu, rtol=1e-4, atol=1e-5)
