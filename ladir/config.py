@@ -180,9 +180,20 @@ class ArSettings:
 class SampleSettings:
     num_steps: int = setting(10, "Euler steps per block")
     sampler: str = setting("ode", "ode: deterministic; sde: fresh noise at every step", ("ode", "sde"))
+    spacing: str = setting(
+        "uniform",
+        "times of the steps, u being the share of them done; uniform: 1 - u; cosine: cos(pi u / 2), shorter steps near noise; "
+        "power: (1 - u) ** spacing_power",
+        ("uniform", "cosine", "power"),
+    )
+    spacing_power: float = setting(
+        2.0, "exponent (spacing=power); above 1: shorter steps near the finished block, below 1: near noise"
+    )
     initial_noise: float = setting(1.0, "scale of the noise a block starts from (acts as a temperature)")
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off")
-    diversity_scale: float = setting(0.0, "gamma_max of the diversity guidance; 0: off")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off, 0: as if there were no question")
+    diversity_scale: float = setting(
+        0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"
+    )
     max_blocks: int = setting(16, "blocks after which the answer is forced")
     max_answer_tokens: int = setting(64, "longest answer, in tokens")
     max_thought_tokens: int = setting(64, "longest text of a decoded block, in tokens")
@@ -209,9 +220,24 @@ class EvaluateSettings:
     ar_temperature: float = setting(1.0, "temperature of the AR baseline's samples")
     ar_max_tokens: int = setting(256, "longest AR answer (reasoning included), in tokens")
     methods: list[str] = setting(
-        ["ar-greedy", "ar", "ladir", "ladir-zero-noise", "ladir-sde"],
-        "rows of the table",
-        ("ar", "ar-greedy", "ladir", "ladir-zero-noise", "ladir-sde"),
+        ["ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout"],
+        "rows of the table; -majority: the most frequent answer among the samples of ar or ladir; -consistent: the most frequent "
+        "one among those whose reasoning agrees with their answer; ladir-rollout: left out where that stage was not trained",
+        (
+            "ar",
+            "ar-greedy",
+            "ar-majority",
+            "ar-consistent",
+            "ladir",
+            "ladir-zero-noise",
+            "ladir-sde",
+            "ladir-majority",
+            "ladir-consistent",
+            "ladir-rollout",
+        ),
+    )
+    voters: int | None = setting(
+        None, "samples that vote on one answer; fewer than num_trajectories: the mean over separate votes; not set: all of them"
     )
     examples: int = setting(3, "questions printed with their thoughts")
 

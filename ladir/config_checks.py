@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -88,11 +89,13 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
-    ("sample.*", _NOT_NEGATIVE),
+    ("sample.spacing_power", Range(at_least=0.1, at_most=10)),
+    ("sample.*", Range(at_least=0, at_most=100)),
     ("evaluate.num_*", _COUNT),
     ("evaluate.questions_per_batch", _COUNT),
     ("evaluate.check_seconds", _COUNT),
     ("evaluate.check_memory_mb", Range(at_least=256)),
+    ("evaluate.voters", _COUNT),
     ("evaluate.ar_temperature", _POSITIVE),
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),
@@ -122,8 +125,25 @@ def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _range_errors(config: Config) -> Iterator[str]:
-    for name, value in values(config):
+_NUMBERS = {int: (int, "a whole number"), float: ((int, float), "a number")}
+
+
+def section_errors(name: str, section: Any) -> list[str]:
+    """All errors in the values of one group of settings (``"sample"``) that Python code gave, each named without the group."""
+    errors = [error.removeprefix(f"{name}.") for error in _range_errors(section, f"{name}.")]
+    types = typing.get_type_hints(type(section))
+    for entry in dataclasses.fields(section):
+        choices, value = entry.metadata["choices"], getattr(section, entry.name)
+        if choices and value not in choices:
+            errors.append(f"{entry.name}={value}: must be one of {', '.join(choices)}")
+        wanted, meaning = _NUMBERS.get(types[entry.name], (object, ""))
+        if not isinstance(value, wanted):
+            errors.append(f"{entry.name}={value!r}: must be {meaning}")
+    return errors
+
+
+def _range_errors(config: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in values(config, prefix):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if not math.isfinite(value):
@@ -165,6 +185,11 @@ def _combination_errors(config: Config) -> Iterator[str]:
         yield (
             f"sample.guidance_scale={config.sample.guidance_scale:g}: guidance needs a denoiser that has seen hidden "
             "questions; set denoiser.condition_dropout above 0 and retrain, or sample.guidance_scale=1"
+        )
+    if config.evaluate.voters is not None and config.evaluate.voters > config.evaluate.num_trajectories:
+        yield (
+            f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="
+            f"{config.evaluate.num_trajectories} samples to vote; lower the one or raise the other"
         )
     if config.ar.copy_fraction > 0 and config.data.train is None and config.data.sentences is None:
         yield "ar.copy_fraction: there are no sentences to copy; set data.train or data.sentences"

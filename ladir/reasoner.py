@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, SampleSettings
+from ladir.config_checks import section_errors
 from ladir.data.batches import pad_left
 from ladir.data.prompts import bos_ids
+from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts
+from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
@@ -61,17 +63,23 @@ class Reasoner:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None, attention: str = "auto", dtype: str | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        attention: str = "auto",
+        dtype: str | None = None,
+        denoiser: str | Path | None = None,
     ) -> Reasoner:
         """Load an export folder.  Raises ValueError naming what is missing when it is none.
 
-        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in (float32
-        where the device only emulates bfloat16).
+        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in (float32 where the device only
+        emulates bfloat16).  ``denoiser``: the model folder of another denoiser, trained on the same latents, that takes the
+        export's place.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        denoiser, thought_decoder, sample = load_export(folder, device, attention, dtype)
+        model, thought_decoder, sample = load_export(folder, device, attention, dtype, denoiser)
         tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
-        return cls(denoiser, thought_decoder, tokenizer, SampleSettings(**sample))
+        return cls(model, thought_decoder, tokenizer, SampleSettings(**sample))
 
     @property
     def device(self) -> torch.device:
@@ -92,11 +100,24 @@ class Reasoner:
         seed: int = 0,
         on_step: TraceHook | None = None,
         thoughts: bool = True,
+        spacing: str | None = None,
+        spacing_power: float | None = None,
+        max_answer_tokens: int | None = None,
+        reward_fn: RewardFn | None = None,
+        reward_scale: float = 1.0,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories; all in one batch.
 
-        Controls not given come from the export's settings.  The same seed gives a trajectory the same random numbers whatever
-        it is batched with.  ``thoughts`` False leaves the blocks undecoded.  Raises ValueError for an empty question.
+        Controls not given come from the export's settings (:class:`~ladir.config.SampleSettings` says what they mean).  The same
+        seed gives a trajectory the same random numbers whatever it is batched with.  ``thoughts`` False leaves the blocks
+        undecoded (:meth:`read_thoughts` decodes them later).
+
+        ``reward_fn(latents, t)`` gives a scalar per trajectory [R] for the estimate of a block's clean latents [R, L, d] (as
+        :attr:`Trajectory.latents`); every step moves along its gradient, weighted by ``reward_scale * t`` as the diversity
+        guidance is.  A row is a trajectory of any question: the function must treat them one by one.
+
+        Raises ValueError for an empty question and for controls that make no sense, all of them at once; UnusableError where the
+        latents did not stay finite.
         """
         settings = self._settings(
             num_steps=num_steps,
@@ -106,6 +127,9 @@ class Reasoner:
             max_blocks=max_blocks,
             sampler=sampler,
             answer_temperature=answer_temperature,
+            spacing=spacing,
+            spacing_power=spacing_power,
+            max_answer_tokens=max_answer_tokens,
         )
         if num_trajectories < 1:
             raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
@@ -119,7 +143,8 @@ class Reasoner:
         prefix = self._question_prefix(questions, owner, settings.guidance_scale != 1.0)
         traces: dict[tuple[int, int], list[str]] = {}
         hook = self._trace_hook(traces, on_step) if on_step is not None else None
-        sampled = BlockSampler(self.denoiser, settings, noise).think(prefix, owner, hook)
+        reward = Reward(reward_fn, reward_scale) if reward_fn is not None else None
+        sampled = BlockSampler(self.denoiser, settings, noise, reward).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
             flat.update(self._finish(group, settings, noise, thoughts))
@@ -131,15 +156,12 @@ class Reasoner:
     def _settings(self, **given: Any) -> SampleSettings:
         """The export's settings with what the caller gave; ValueError names a control that makes no sense."""
         settings = replace(self.settings, **{name: value for name, value in given.items() if value is not None})
-        problems = [f"{name} must be at least 1" for name in ("num_steps", "max_blocks") if getattr(settings, name) < 1]
-        if settings.sampler not in ("ode", "sde"):
-            problems.append(f"sampler must be ode or sde, not {settings.sampler!r}")
-        for name in ("initial_noise", "answer_temperature", "diversity_scale", "guidance_scale"):
-            value = getattr(settings, name)
-            if not math.isfinite(value):
-                problems.append(f"{name} must be a finite number, not {value}")
-            elif value < 0 and name != "guidance_scale":
-                problems.append(f"{name} must not be negative")
+        problems = section_errors("sample", settings)
+        if settings.guidance_scale != 1 and self.denoiser.settings.condition_dropout == 0:
+            problems.append(
+                f"guidance_scale={settings.guidance_scale}: this model never saw a hidden question (it was trained with "
+                "denoiser.condition_dropout=0), so that nothing can be guided; use 1"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return settings
@@ -163,12 +185,18 @@ class Reasoner:
         hidden = group.prefix.append(soa)[:, 0]
         answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
         latents = group.latents * self.denoiser.latent_std + self.denoiser.latent_mean
-        count, blocks = latents.shape[:2]
-        texts = self.decode_latents(latents.flatten(0, 1)) if thoughts else [""] * (count * blocks)
+        if not latents.isfinite().all():
+            raise UnusableError(
+                "the thoughts did not stay finite under these controls; lower initial_noise, guidance_scale, diversity_scale or "
+                "the reward (or the model's own weights are not finite)"
+            )
+        blocks = latents.shape[1]
+        # Block by block: no more rows at once than there are trajectories.
+        texts = [self.decode_latents(latents[:, b]) if thoughts else [""] * len(latents) for b in range(blocks)]
         return {
             row: Trajectory(
                 answer=decode_text(self.tokenizer, answers[i]),
-                thoughts=texts[i * blocks : (i + 1) * blocks],
+                thoughts=[text[i] for text in texts],
                 latents=latents[i].cpu(),
                 num_steps=settings.num_steps * blocks,
                 stopped=group.stopped,
@@ -184,6 +212,14 @@ class Reasoner:
     def decode_latents(self, z: Tensor) -> list[str]:
         """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
         return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
+
+    def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
+        """Fill in the ``thoughts`` of trajectories that were generated without."""
+        for block in range(max((len(entry.latents) for entry in trajectories), default=0)):
+            having = [entry for entry in trajectories if len(entry.latents) > block]
+            texts = self.decode_latents(torch.stack([entry.latents[block] for entry in having]).to(self.device))
+            for entry, text in zip(having, texts, strict=True):
+                entry.thoughts[block] = text
 
     def _trace_hook(
         self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,10 @@ import torch
 from ladir.config import Config
 from ladir.config_loader import load_config
 from ladir.data.records import Record
-from ladir.evaluation.results import QuestionResult, Trajectory
+from ladir.evaluation.results import QuestionResult
+from ladir.inference.cost import Cost
+from ladir.tasks import Task
+from training.answerers import Answers, Sampled
 from training.answers import AnswerLog
 from training.evaluate import ask
 from training.runtime.distributed import World
@@ -36,58 +38,91 @@ class Model:
         self.run, self.stop_in = run, stop_in
         self.asked: list[str] = []
 
-    def __call__(self, records: Sequence[Record]) -> list[QuestionResult]:
+    def __call__(self, records: Sequence[Record]) -> Answers:
         self.stop_in -= 1
         if self.stop_in == 0:
             self.run.stop.requested = True
         self.asked += [record.question for record in records]
-        return [QuestionResult(r.question, (Trajectory(f"é {r.question}", False, "c", ("a", "b"), None, True),)) for r in records]
+        return Answers([[Sampled(f"é {record.question}", ("a", "b"))] for record in records], Cost(2.0, 4, 6))
 
 
-def results(answered: dict[int, Any] | None) -> dict[int, QuestionResult]:
-    assert answered is not None
-    return {i: answer.result for i, answer in sorted(answered.items())}
+class Judge:
+    """A task without opinions."""
+
+    name = "none"
+
+    def correct(self, answer: str, record: Record) -> bool:
+        return False
+
+    def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        return None
+
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        return None
+
+    def canonical(self, answer: str) -> str:
+        return answer
+
+
+TASK: Task = Judge()
+
+
+def results(log: AnswerLog) -> dict[int, QuestionResult]:
+    return {i: answer.result for i, answer in log.read("ladir").items()}
 
 
 def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
     whole = open_run(configure(tmp_path / "whole"))
-    expected = results(ask(whole, AnswerLog(whole), "ladir", RECORDS, Model(whole)))
+    log = AnswerLog(whole)
+    assert ask(whole, log, TASK, "ladir", RECORDS, Model(whole))
+    expected = results(log)
     assert list(expected) == list(range(7))
+    assert expected[3] == QuestionResult("question 3", expected[3].trajectories, "answer")
+    assert log.read("ladir")[6].cost == Cost(1.0, 2, 3)  # half of its batch's
 
     config = configure(tmp_path / "stopped")
     first = open_run(config)
-    assert ask(first, AnswerLog(first), "ladir", RECORDS, Model(first, stop_in=2)) is None
+    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     second = open_run(config)
     model = Model(second)
     log = AnswerLog(second)
-    assert results(ask(second, log, "ladir", RECORDS, model)) == expected
-    assert model.asked == [f"question {i}" for i in range(4, 7)]
+    assert log.done("ladir") == {0, 1, 2}
+    assert ask(second, log, TASK, "ladir", RECORDS, model)
+    assert results(log) == expected
+    assert model.asked == [f"question {i}" for i in range(3, 7)]
     log.remove()
     assert not (second.folder.path / "evaluation").exists()
 
 
-def test_a_line_torn_by_a_kill_costs_only_its_question(tmp_path: Path) -> None:
+def test_a_line_torn_by_a_kill_costs_only_its_batch(tmp_path: Path) -> None:
     config = configure(tmp_path)
     first = open_run(config)
-    assert ask(first, AnswerLog(first), "ladir", RECORDS, Model(first, stop_in=1)) is None
+    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     file = next((first.folder.path / "evaluation").rglob("*.jsonl"))
     file.write_bytes(file.read_bytes()[:-20])
     second = open_run(config)
     model = Model(second)
-    assert list(results(ask(second, AnswerLog(second), "ladir", RECORDS, model))) == list(range(7))
-    assert model.asked[0] == "question 1"
+    assert ask(second, AnswerLog(second), TASK, "ladir", RECORDS, model)
+    assert model.asked[:2] == ["question 1", "question 2"]  # in the company they had
     assert list(AnswerLog(second).read("ladir")) == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("change", ["method", "settings", "model"])
 def test_answers_of_other_settings_models_and_methods_are_not_used(change: str, tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert ask(first, AnswerLog(first), "ladir", RECORDS, Model(first, stop_in=2)) is None
+    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     overrides = ["sample.num_steps=3"] if change == "settings" else []
     second = open_run(configure(tmp_path, *overrides))
     if change == "model":
         second.folder.export.mkdir()
         (second.folder.export / "model.safetensors").write_text("new")
     model = Model(second)
-    ask(second, AnswerLog(second), "ar" if change == "method" else "ladir", RECORDS, model)
+    ask(second, AnswerLog(second), TASK, "ar" if change == "method" else "ladir", RECORDS, model)
     assert len(model.asked) == 7
+
+
+def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:
+    first = open_run(configure(tmp_path))
+    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    second = open_run(configure(tmp_path, "evaluate.methods=[ladir,ladir-majority]", "evaluate.voters=10", "evaluate.examples=0"))
+    assert AnswerLog(second).done("ladir") == {0, 1, 2}

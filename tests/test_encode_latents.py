@@ -16,7 +16,7 @@ from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
 from training import encode_latents
 from training.runtime.distributed import World
-from training.runtime.run import Run
+from training.runtime.run import Run, RunFolder
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
 
@@ -28,12 +28,13 @@ class Encoder:
 
     def __init__(self, run: Run, stop_in: int = 0) -> None:
         self.run, self.stop_in = run, stop_in
-        self.sentences = 0
+        self.sentences = self.batches = 0
 
     def __call__(self, vae: object, sentences: Sequence[Sequence[int]], pack_tokens: int) -> tuple[Tensor, Tensor]:
         self.stop_in -= 1
         self.run.stop.requested |= self.stop_in == 0
         self.sentences += len(sentences)
+        self.batches += 1
         mean = torch.tensor([[[float(sum(sentence)), float(len(sentence))]] for sentence in sentences])
         return mean, -mean
 
@@ -44,16 +45,25 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
     monkeypatch.setattr(encode_latents, "read_encoded", lambda config, path, tokenizer: made)
     monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "vae")
+    monkeypatch.setattr(encode_latents, "load_tokenizer", lambda backbone: TOKENIZER)
     return made
 
 
 def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> tuple[bool, Encoder, Path]:
-    config = load_config(None, [f"run.folder={folder}", "latents.records_per_part=3", "latents.batch_size=2"])
-    run = Run(config, "latents", World(0, 1, 0, torch.device("cpu")))
+    """Encode in a process that just started; every batch takes a second."""
+    settings = ["data.train=train.jsonl", "latents.records_per_part=3", "latents.batch_size=2"]
+    run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", World(0, 1, 0, torch.device("cpu")))
     vae: Any = Encoder(run, stop_in)
     monkeypatch.setattr(encode_latents, "encode_sentences", vae)
-    finished = encode_latents.encode_split(run, vae, TOKENIZER, "train", "train.jsonl")
-    return finished, vae, run.folder.latents / "train"
+    monkeypatch.setattr(encode_latents, "load_vae", lambda *arguments, **options: vae)
+    monkeypatch.setattr(encode_latents, "time", SimpleNamespace(perf_counter=lambda: float(vae.batches)))
+    return encode_latents.encode(run), vae, run.folder.latents / "train"
+
+
+def seconds(folder: Path) -> float | None:
+    """What a finished encoding says it took."""
+    outcome = RunFolder(load_config(None, [f"run.folder={folder}"])).outcome("latents")
+    return outcome.seconds if outcome is not None else None
 
 
 def test_a_stopped_encoding_continues_after_its_last_part(
@@ -66,17 +76,33 @@ def test_a_stopped_encoding_continues_after_its_last_part(
     finished, first, store = encode(tmp_path / "stopped", monkeypatch, stop_in=4)
     assert not finished
     assert not store.exists()
-    (next(store.parent.iterdir()) / ".000000003-00000.torn").mkdir()  # left by a process that was killed
+    assert seconds(tmp_path / "stopped") is None
+    (next(store.parent.glob("train.parts-*")) / ".000000003-00000.torn").mkdir()  # left by a process that was killed
     finished, second, store = encode(tmp_path / "stopped", monkeypatch)
     assert finished
     assert 0 < first.sentences < whole.sentences
     assert first.sentences + second.sentences == whole.sentences
     assert (store / "latents.arrow").read_bytes() == (expected / "latents.arrow").read_bytes()
     assert json.loads((store / "stats.json").read_text()) == json.loads((expected / "stats.json").read_text())
-    assert [path.name for path in store.parent.iterdir()] == ["train"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "train"]
 
 
-def test_damaged_latents_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+def test_the_seconds_of_a_stopped_encoding_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+    whole = encode(tmp_path / "whole", monkeypatch)[1].batches
+    assert seconds(tmp_path / "whole") == whole
+    spent = [encode(tmp_path / "stopped", monkeypatch, stop_in=stop_in)[1].batches for stop_in in (1, 2, 0)]
+    assert min(spent) > 0 and sum(spent) == whole
+    assert seconds(tmp_path / "stopped") == whole
+    assert encode(tmp_path / "stopped", monkeypatch)[1].batches == 0
+    assert seconds(tmp_path / "stopped") == whole
+    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "another")
+    encode(tmp_path / "stopped", monkeypatch)
+    assert seconds(tmp_path / "stopped") == whole  # of the latents that are there now
+
+
+def test_damaged_latents_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     _, _, store = encode(tmp_path, monkeypatch)
     arrow = store / "latents.arrow"
     whole = arrow.read_bytes()
@@ -85,6 +111,7 @@ def test_damaged_latents_are_made_again(tmp_path: Path, monkeypatch: pytest.Monk
     finished, vae, _ = encode(tmp_path, monkeypatch)
     assert finished and vae.sentences > 0
     assert arrow.read_bytes() == whole
+    assert "damaged" in caplog.text and "encoding it anew" in caplog.text
 
 
 def test_an_encoding_under_way_starts_over_when_the_vae_changes(
@@ -96,4 +123,4 @@ def test_an_encoding_under_way_starts_over_when_the_vae_changes(
     assert finished
     assert vae.sentences == sum(len(record.blocks) for record in records)
     assert LatentStore.open(store).fingerprint == "another"
-    assert [path.name for path in store.parent.iterdir()] == ["train"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "train"]

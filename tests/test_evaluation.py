@@ -6,13 +6,14 @@ import io
 import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
 
 from ladir.data.records import Record
-from ladir.evaluation.metrics import distinct_correct, majority_correct, pass_at_k, standard_error, summarise
+from ladir.evaluation.metrics import confidence_interval, distinct_correct, pass_at_k, standard_error, summarise
 from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, markdown_table, results_table
 from ladir.evaluation.results import (
@@ -53,13 +54,6 @@ def test_distinct_correct_counts_normal_forms_of_right_answers_only() -> None:
     assert distinct_correct(question(("c", False), ("d", False))) == 0
 
 
-def test_majority_takes_the_most_frequent_answer_and_the_first_of_a_tie() -> None:
-    assert majority_correct(question(("a", False), ("b", True), ("b", True))) == 1
-    assert majority_correct(question(("b", True), ("a", False), ("a", False))) == 0
-    assert majority_correct(question(("a", False), ("b", True))) == 0
-    assert majority_correct(question(("b", True), ("a", False))) == 1
-
-
 def test_summary_means_and_standard_errors_are_by_question() -> None:
     questions = [
         question(("a", True), ("b", False), chain=True),
@@ -93,6 +87,48 @@ def test_standard_error_matches_the_spread_of_repeated_means() -> None:
     assert standard_error(values) == pytest.approx(math.sqrt(variance_of_mean))
 
 
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The two rates at which k of n would lie 1.96 standard errors off, by bisection."""
+
+    def distance(rate: float) -> float:
+        return abs(k / n - rate) - 1.959964 * math.sqrt(rate * (1 - rate) / n)
+
+    ends = []
+    for inside, outside in ((k / n, -1e-12), (k / n, 1 + 1e-12)):
+        for _ in range(100):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if 0 <= middle <= 1 and distance(middle) <= 0 else (inside, middle)
+        ends.append(inside)
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 10), (0, 10), (10, 10), (213, 300), (1, 2)])
+def test_intervals_of_rights_and_wrongs_are_wilsons(k: int, n: int) -> None:
+    assert confidence_interval([1.0] * k + [0.0] * (n - k)) == pytest.approx(wilson(k, n), abs=1e-6)
+
+
+def test_intervals_of_shares_are_narrower_than_of_single_answers_and_counts_are_symmetric() -> None:
+    low, high = confidence_interval([0.4, 0.5, 0.6, 0.5]) or [0, 0]
+    assert 0.4 < low < 0.5 < high < 0.6
+    assert confidence_interval([0.3] * 10) == confidence_interval([0.3] * 10)
+    low, high = confidence_interval([0.3] * 10) or [0, 0]
+    assert low < 0.3 < high  # equal shares are no certainty
+    counts = [0.0, 1.0, 3.0, 2.0]
+    error = standard_error(counts) or 0
+    assert confidence_interval(counts) == pytest.approx([1.5 - 1.959964 * error, 1.5 + 1.959964 * error])
+    assert confidence_interval([1.0]) is None
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(400):
+        values = [sum(rng.random() < rate for _ in range(5)) / 5 for rate in (rng.betavariate(2, 1) for _ in range(60))]
+        low, high = confidence_interval(values) or [0, 0]
+        hits += low <= 2 / 3 <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
 def test_judge_asks_the_task() -> None:
     record = Record("3 7 12 -> 22", ("12 + 7 = 19",), "12 + 7 + 3", "f:1", {"numbers": [3, 7, 12], "target": 22})
     task = get_task("countdown")
@@ -116,7 +152,15 @@ def results(folder: Path) -> Path:
     many = [question(*[("a", i % 2 == 0) for i in range(20)], chain=True) for _ in range(3)]
     one = [question(("a", True))] * 3
     methods = [
-        MethodResult("ladir", summarise(many), seconds_per_question=0.25, training_seconds=480.0),
+        MethodResult(
+            "ladir",
+            summarise(many),
+            seconds_per_question=0.25,
+            training_seconds=480.0,
+            wall_seconds=12.5,
+            forward_passes_per_question=1234.4,
+            flops_per_question=1e12,
+        ),
         MethodResult("ar-greedy", summarise(one), seconds_per_question=0.01, training_seconds=480.5),
     ]
     write_results(folder / "results.json", methods, task="countdown", num_questions=3, num_trajectories=20, seed=1, split="test")
@@ -129,6 +173,8 @@ def test_results_file_holds_what_readers_expect(tmp_path: Path) -> None:
     expected = {"method", "pass@1", "pass@10", "pass@100", "chain", "distinct_correct"}
     for row in content["rows"]:
         assert expected | {"seconds_per_question", "training_seconds"} <= row.keys()
+        assert {"wall_seconds", "forward_passes_per_question", "flops_per_question"} <= row.keys()
+        assert row["standard_errors"].keys() == row["confidence_intervals"].keys()
     assert content["rows"][0]["pass@1"] == 0.5
     assert content["rows"][1]["pass@10"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]  # nothing left aside
@@ -144,7 +190,7 @@ def test_reading_something_else_as_results_says_so(tmp_path: Path) -> None:
 
 def test_questions_round_trip(tmp_path: Path) -> None:
     written = {
-        "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False),))],
+        "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False, True),), "gold")],
         "ar": [question(("x", False), ("y", True))],
     }
     write_questions(tmp_path / "questions.jsonl", written)
@@ -156,6 +202,7 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     text = rendered(results_table(content))
     assert "ladir" in text
     assert "50.0 ± 0.0" in text
+    assert "1234" in text
     assert "…" not in text  # fits a narrow terminal
     rows = markdown_table(content).splitlines()
     assert len({row.count("|") for row in rows}) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
+from ladir.errors import UnusableError
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
-from ladir.inference.guidance import diversity_force
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.inference.guidance import diversity_force, reward_gradient
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise, step_times
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone, build_backbone
@@ -90,6 +92,16 @@ def plain_step(
     return mean + variance**0.5 * noise.normal([row], tuple(z.shape))[0]
 
 
+def plain_time(settings: SampleSettings, step: int) -> float:
+    """The time after ``step`` steps; the last one is exactly 0."""
+    done = step / settings.num_steps
+    if step == settings.num_steps:
+        return 0.0
+    return {"uniform": 1 - done, "cosine": math.cos(math.pi * done / 2), "power": (1 - done) ** settings.spacing_power}[
+        settings.spacing
+    ]
+
+
 def plain_block(
     reasoner: Reasoner, ids: list[int], before: list[list[Tensor]], noise: TrajectoryNoise, rows: list[int]
 ) -> list[list[Tensor]]:
@@ -98,7 +110,7 @@ def plain_block(
     zs = [s.initial_noise * noise.normal([row], (d.latents_per_block, d.latent_dim))[0] for row in rows]
     paths: list[list[Tensor]] = [[] for _ in rows]
     for step in range(s.num_steps):
-        t, t_next = 1 - step / s.num_steps, 1 - (step + 1) / s.num_steps
+        t, t_next = plain_time(s, step), plain_time(s, step + 1)
         force = diversity_force(torch.stack(zs), [len(zs)])
         for i, row in enumerate(rows):
             velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
@@ -107,7 +119,7 @@ def plain_block(
                 velocity = free + s.guidance_scale * (velocity - free)
             velocity = velocity - s.diversity_scale * t * force[i]
             paths[i].append(zs[i] - t * velocity)
-            zs[i] = plain_step(s, zs[i], velocity, t, max(t_next, 0.0), noise, row)
+            zs[i] = plain_step(s, zs[i], velocity, t, t_next, noise, row)
     return [[*path, z] for path, z in zip(paths, zs, strict=True)]
 
 
@@ -201,6 +213,8 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"answer_temperature": 0.0},
         {"num_steps": 1, "max_blocks": 1},
         {"initial_noise": 0.0},
+        {"spacing": "cosine"},
+        {"spacing": "power", "spacing_power": 0.5, "sampler": "sde"},
     ],
     ids=lambda controls: "-".join(controls),
 )
@@ -249,7 +263,9 @@ def assert_same(ours: Trajectory, theirs: Trajectory, atol: float = 1e-5) -> Non
     assert torch.allclose(ours.latents, theirs.latents, atol=atol)
 
 
-@pytest.mark.parametrize("controls", [{}, {"guidance_scale": 2.0, "sampler": "sde"}], ids=["plain", "guided-sde"])
+@pytest.mark.parametrize(
+    "controls", [{}, {"guidance_scale": 2.0, "sampler": "sde", "spacing": "cosine"}], ids=["plain", "guided-sde"]
+)
 def test_a_trajectory_is_the_same_in_any_batch(controls: dict[str, Any]) -> None:
     reasoner = tiny_reasoner(**controls)
     together = reasoner.generate(QUESTIONS, 4, seed=6)
@@ -295,6 +311,78 @@ def test_diversity_needs_company_and_stays_within_a_question() -> None:
     assert not torch.allclose(spread[0].latents[0], together[0][0].latents[0], atol=1e-3)
 
 
+def attraction(target: Tensor) -> Any:
+    """A reward for latents near ``target``; its gradient is twice the way there."""
+    return lambda latents, t: -(latents - target).square().sum((1, 2))
+
+
+def test_a_reward_draws_every_trajectory_to_what_it_wants() -> None:
+    reasoner = tiny_reasoner(num_steps=12)
+    target = torch.tensor([1.0, -2.0, 3.0])
+
+    def distance(scale: float) -> Tensor:
+        groups = reasoner.generate(QUESTIONS, 2, seed=3, reward_fn=attraction(target), reward_scale=scale)
+        return torch.stack([(t.latents[0] - target).square().sum() for group in groups for t in group])
+
+    free = torch.stack([(t.latents[0] - target).square().sum() for g in reasoner.generate(QUESTIONS, 2, seed=3) for t in g])
+    assert torch.equal(distance(0.0), free)
+    assert (distance(1.0) < free).all() and (distance(5.0) < distance(1.0)).all() and (distance(-0.1) > free).all()
+
+
+def test_a_rewards_step_equals_its_formula_and_sees_the_clean_estimate_and_the_time() -> None:
+    reasoner = tiny_reasoner(num_steps=1, max_blocks=1)
+    d, seen = reasoner.denoiser, []
+
+    def reward(latents: Tensor, t: float) -> Tensor:
+        seen.append((latents.detach().clone(), t))
+        return (latents**3).sum((1, 2))
+
+    free = torch.stack([t.latents[0] for g in reasoner.generate(QUESTIONS, 2) for t in g])
+    drawn = torch.stack([t.latents[0] for g in reasoner.generate(QUESTIONS, 2, reward_fn=reward, reward_scale=0.01) for t in g])
+    [(latents, t)] = seen
+    assert t == 1.0 and torch.allclose(latents, free, atol=1e-5)  # one step ends at the estimate
+    assert torch.allclose(drawn, free + 0.01 * d.latent_std**2 * 3 * free**2, atol=1e-4)
+
+
+def test_a_rewarded_trajectory_is_the_same_in_any_batch() -> None:
+    reasoner, reward = tiny_reasoner(sampler="sde"), attraction(torch.zeros(3))
+    together = reasoner.generate(QUESTIONS, 3, seed=6, reward_fn=reward)
+    for question, group in zip(QUESTIONS, together, strict=True):
+        [[alone]] = reasoner.generate([question], 1, seed=6, reward_fn=reward)
+        assert_same(alone, group[0])
+
+
+def test_rewards_that_cannot_guide_are_refused() -> None:
+    latents = torch.ones(3, 2, 4)
+    for function, message in (
+        (lambda z, t: z.sum(), "one number per trajectory"),
+        (lambda z, t: 1.0, "not float"),
+        (lambda z, t: torch.zeros(len(z)), "does not depend on the latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reward_gradient(function, latents, 0.5)
+    with torch.inference_mode():
+        gradient = reward_gradient(lambda z, t: t * z.square().sum((1, 2)), torch.ones(3, 2, 4), 0.5)
+    assert torch.equal(gradient, torch.ones(3, 2, 4))
+    with pytest.raises(UnusableError, match="did not stay finite"):
+        tiny_reasoner().generate(QUESTIONS, reward_fn=lambda z, t: (z * float("nan")).sum((1, 2)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_step_times_fall_from_one_to_zero(steps: int) -> None:
+    for spacing, power in (("uniform", 1.0), ("cosine", 1.0), ("power", 0.1), ("power", 3.0), ("power", 10.0)):
+        times = step_times(SampleSettings(num_steps=steps, spacing=spacing, spacing_power=power))
+        assert len(times) == steps + 1 and times[0] == 1.0 and times[-1] == 0.0
+        assert all(later < earlier for earlier, later in itertools.pairwise(times))
+    first_step = {
+        spacing: 1 - step_times(SampleSettings(num_steps=10, spacing=spacing))[1] for spacing in ("uniform", "cosine", "power")
+    }
+    assert first_step["cosine"] < first_step["uniform"] < first_step["power"]
+    assert step_times(SampleSettings(num_steps=steps, spacing="power", spacing_power=1.0)) == step_times(
+        SampleSettings(num_steps=steps)
+    )
+
+
 def test_zero_noise_and_temperature_leave_nothing_to_chance() -> None:
     reasoner = tiny_reasoner()
     [group] = reasoner.generate(QUESTIONS[:1], 3, initial_noise=0.0, answer_temperature=0.0)
@@ -305,9 +393,20 @@ def test_zero_noise_and_temperature_leave_nothing_to_chance() -> None:
 def test_extreme_controls_work() -> None:
     reasoner = tiny_reasoner()
     extreme = {"num_steps": 1, "initial_noise": 0.0, "answer_temperature": 0.0, "max_blocks": 1, "guidance_scale": 0.0}
-    for controls in ({"num_steps": 40}, extreme, *({name: value} for name, value in extreme.items())):
-        for group in reasoner.generate(QUESTIONS, 2, **controls):  # type: ignore[arg-type]
+    largest = {
+        "initial_noise": 100.0,
+        "answer_temperature": 100.0,
+        "guidance_scale": 100.0,
+        "diversity_scale": 100.0,
+        "max_blocks": 20,
+        "max_answer_tokens": 1,
+        "num_steps": 60,
+    }
+    spacings = [{"spacing": "power", "spacing_power": power, "sampler": "sde", "num_steps": 10} for power in (0.1, 10.0)]
+    for controls in (extreme, *({name: value} for name, value in (*extreme.items(), *largest.items())), *spacings):
+        for group in reasoner.generate(QUESTIONS[:2], 3, **controls):  # type: ignore[arg-type]
             assert all(t.latents.isfinite().all() and len(t.thoughts) == len(t.latents) for t in group)
+            assert all(len(t.answer.split()) <= 1 for t in group) or "max_answer_tokens" not in controls
     assert reasoner.generate([]) == []
     one_letter = reasoner.generate(["a"], thoughts=False)[0][0]
     assert one_letter.thoughts == [""] * len(one_letter.latents)
@@ -316,15 +415,21 @@ def test_extreme_controls_work() -> None:
 @pytest.mark.parametrize(
     ("controls", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"max_blocks": 0}, "max_blocks must be at least 1"),
+        ({"num_steps": 0}, "num_steps=0: must be at least 1"),
+        ({"num_steps": 2.5}, "num_steps=2.5: must be a whole number"),
+        ({"max_blocks": 0}, "max_blocks=0: must be at least 1"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens=0: must be at least 1"),
         ({"num_trajectories": 0}, "num_trajectories must be at least 1"),
-        ({"sampler": "euler"}, "sampler must be ode or sde, not 'euler'"),
-        ({"initial_noise": -1.0}, "initial_noise must not be negative"),
-        ({"initial_noise": float("nan")}, "initial_noise must be a finite number"),
-        ({"answer_temperature": -0.1}, "answer_temperature must not be negative"),
-        ({"diversity_scale": -0.1}, "diversity_scale must not be negative"),
-        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+        ({"sampler": "euler"}, "sampler=euler: must be one of ode, sde"),
+        ({"spacing": "karras"}, "spacing=karras: must be one of uniform, cosine, power"),
+        ({"spacing_power": 0.0}, "spacing_power=0.0: must be at least 0.1 and at most 10"),
+        ({"initial_noise": -1.0}, "initial_noise=-1.0: must be at least 0"),
+        ({"initial_noise": 1e30}, "initial_noise=1e\\+30: must be at least 0 and at most 100"),
+        ({"initial_noise": float("nan")}, "initial_noise=nan: must be a finite number"),
+        ({"initial_noise": "much"}, "initial_noise='much': must be a number"),
+        ({"answer_temperature": -0.1}, "answer_temperature=-0.1: must be at least 0"),
+        ({"diversity_scale": -0.1}, "diversity_scale=-0.1: must be at least 0"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -335,8 +440,11 @@ def test_bad_controls_are_refused(controls: dict[str, Any], message: str) -> Non
 
 def test_several_bad_controls_are_named_at_once_and_questions_must_not_be_empty() -> None:
     reasoner = tiny_reasoner()
-    with pytest.raises(ValueError, match=r"num_steps.*max_blocks.*sampler.*initial_noise"):
+    with pytest.raises(ValueError, match=r"num_steps.*initial_noise.*max_blocks.*sampler"):
         reasoner.generate(QUESTIONS, num_steps=0, max_blocks=-1, sampler="x", initial_noise=-1)
+    reasoner.denoiser.settings = replace(reasoner.denoiser.settings, condition_dropout=0.0)
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0: this model never saw a hidden question"):
+        reasoner.generate(QUESTIONS, guidance_scale=2.0)
     with pytest.raises(ValueError, match="question 2 is empty"):
         reasoner.generate(["a", " \n"])
 
@@ -361,6 +469,18 @@ def test_thoughts_are_the_vae_decoders_greedy_text() -> None:
     for trajectory in itertools.chain(*reasoner.generate(QUESTIONS, 2)):
         texts = [decode_text(reasoner.tokenizer, plain_thought(reasoner.thought_decoder, z, 5)) for z in trajectory.latents]
         assert trajectory.thoughts == texts
+
+
+def test_thoughts_can_be_read_afterwards() -> None:
+    reasoner = tiny_reasoner()
+    at_once = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
+    later = list(itertools.chain(*reasoner.generate(QUESTIONS, 3, thoughts=False)))
+    assert all(set(trajectory.thoughts) == {""} for trajectory in later)
+    reasoner.read_thoughts(later)
+    assert len({len(trajectory.thoughts) for trajectory in later}) > 1
+    for one, other in zip(at_once, later, strict=True):
+        assert_same(one, other)
+    reasoner.read_thoughts([])
 
 
 @pytest.mark.parametrize("sampler", ["ode", "sde"])

@@ -1,27 +1,50 @@
-"""Answers of an evaluation under way: kept on disk question by question, so that a stopped one continues where it was."""
+"""Answers of an evaluation under way: kept on disk batch by batch, so that a stopped one continues where it was."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ladir.evaluation.results import QuestionResult, question_from
+from ladir.inference.cost import Cost
 from training.runtime.run import Run
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
+#: settings in them that do not: which answers are shown, and how
+ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A judged question and the seconds it took."""
+    """A judged question and its share of what its batch cost."""
 
     result: QuestionResult
-    seconds: float
+    cost: Cost
+    """Generating."""
+    reading: Cost
+    """Decoding latent thoughts to text."""
+    elapsed: float
+    """Seconds of everything, judging included."""
+    rank: int
+    """The process that asked."""
+
+
+def cut(count: int, size: int, ranks: int) -> list[range]:
+    """``count`` questions in batches of at most ``size``: as many for every rank, sizes differing by one at most.
+
+    Batches depend on nothing else: what is answered again after a stop is answered in the same company.
+    """
+    number = min(count, math.ceil(count / (size * ranks)) * ranks)
+    bounds = [count * batch // max(number, 1) for batch in range(number + 1)]
+    return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
 class AnswerLog:
@@ -42,26 +65,32 @@ class AnswerLog:
                     shutil.rmtree(other)
         run.world.barrier()
 
-    def read(self, method: str) -> dict[int, Answered]:
-        """What any rank has answered so far, by the question's index, the same on all ranks."""
-        return dict(self._run.world.broadcast(self._read(method) if self._run.world.is_main else None))
+    def done(self, method: str) -> set[int]:
+        """Indices of the questions that any rank has answered so far, the same on all ranks (all together)."""
+        done = [int(row["index"]) for row in self._rows(method)] if self._run.world.is_main else None
+        return set(self._run.world.broadcast(done))
 
-    def _read(self, method: str) -> dict[int, Answered]:
+    def read(self, method: str) -> dict[int, Answered]:
+        """All answers so far, by the question's index."""
         found: dict[int, Answered] = {}
+        for row in self._rows(method):
+            costs = (Cost(**row[name]) for name in ("cost", "reading"))
+            found[int(row["index"])] = Answered(question_from(row["result"]), *costs, row["elapsed"], row["rank"])
+        return dict(sorted(found.items()))
+
+    def _rows(self, method: str) -> Iterator[dict[str, Any]]:
         for file in sorted(self._folder.glob(f"{method}.*.jsonl")):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a process that was killed
-                found[int(row["index"])] = Answered(question_from(row), float(row["seconds"]))
-        return found
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        continue  # empty, or the last line of a process that was killed
 
     def add(self, method: str, answers: Mapping[int, Answered]) -> None:
         """Append this rank's answers."""
         lines = (
-            json.dumps({"index": index, "seconds": answer.seconds, **dataclasses.asdict(answer.result)}, ensure_ascii=False)
-            for index, answer in answers.items()
+            json.dumps({"index": index, **dataclasses.asdict(answer)}, ensure_ascii=False) for index, answer in answers.items()
         )
         with (self._folder / f"{method}.{self._run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
             # A torn line of an earlier start ends here.
@@ -77,8 +106,11 @@ class AnswerLog:
 def _digest(run: Run) -> str:
     """A hash of the settings and of the model files' names, sizes and times."""
     settings = dataclasses.asdict(run.config)
+    for name in ABOUT_ROWS:
+        section, key = name.split(".")
+        del settings[section][key]
     digest = hashlib.sha256(json.dumps([settings[name] for name in SECTIONS]).encode())
-    for folder in (run.folder.export, run.folder.model("ar")):
+    for folder in (run.folder.export, *map(run.folder.model, ("ar", "denoiser", "rollout"))):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             facts = file.stat()
             digest.update(f"{file.name}:{facts.st_size}:{facts.st_mtime_ns};".encode())

@@ -1,7 +1,7 @@
 """Encode every block of the training and validation records with the trained VAE.
 
 Reads runs/<name>/models/vae, writes runs/<name>/latents/{train,validation}.  All ranks encode; started again it continues with
-the part after the last one that is written, or finishes at once unless the VAE has changed.
+the part after the last one that is written, or finishes at once unless the VAE has changed or a file is damaged.
 """
 
 from __future__ import annotations
@@ -27,33 +27,49 @@ from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases import read_encoded
+from training.runtime.files import write_json
 from training.runtime.job import job
 from training.runtime.run import Outcome, Run
 
 logger = logging.getLogger(__name__)
 
 
-def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> bool:
-    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``.
+class Stopwatch:
+    """Seconds of encoding with one VAE over all restarts, kept after every part: ``latents/seconds.json`` (rank 0)."""
+
+    def __init__(self, folder: Path, mark: str) -> None:
+        """Goes on from what was noted for the VAE with the fingerprint ``mark``."""
+        self._file, self.mark = folder / "seconds.json", mark
+        noted = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+        self._before = float(noted.get(mark, 0.0))
+        self._start = time.perf_counter()
+        self.used = False
+
+    def note(self) -> float:
+        """Write down the seconds so far; returns them."""
+        seconds = self._before + time.perf_counter() - self._start
+        write_json(self._file, {self.mark: seconds})
+        return seconds
+
+
+def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str, watch: Stopwatch) -> bool:
+    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``, unless it is there and whole.
 
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
-    mark, current = "", False
-    if run.world.is_main:
-        mark = folder_fingerprint(run.folder.model("vae"))
-        current = _is_current(target, mark)
-    mark, current = run.world.broadcast((mark, current))
-    if current:
+    if run.world.broadcast(_is_current(target, watch.mark) if run.world.is_main else False):
         return True
+    watch.used = True
     records = read_encoded(run.config, path, tokenizer)
-    parts = _parts(run, target, mark, path)
-    if not _encode_parts(run, vae, records, parts, mark):
+    parts = _parts(run, target, watch.mark, path)
+    if not _encode_parts(run, vae, records, parts, watch):
         return False
     run.world.barrier()
     if run.world.is_main:
         store = LatentStore.merge(sorted(parts.glob("[0-9]*")), target)  # not what a killed process left
         shutil.rmtree(parts)
+        watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
     run.world.barrier()
     return True
@@ -66,7 +82,7 @@ def _parts(run: Run, target: Path, mark: str, path: str) -> Path:
     return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
 
 
-def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, mark: str) -> bool:
+def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, watch: Stopwatch) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
     if run.world.is_main:
         for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
@@ -81,15 +97,20 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
         part = folder / f"{first:09d}-{run.world.rank:05d}"
         if mine and not part.is_dir():
             rows = _rows(vae, records, mine, latents)
-            LatentStore.write(part, rows, mark, settings.latent_dim, settings.latents_per_block)
+            LatentStore.write(part, rows, watch.mark, settings.latent_dim, settings.latents_per_block)
+            if run.world.is_main:
+                watch.note()
     return True
 
 
 def _is_current(folder: Path, mark: str) -> bool:
-    """Whether the folder already holds the latents of this VAE."""
+    """Whether the folder already holds the latents of this VAE, whole."""
     try:
         return LatentStore.open(folder).fingerprint == mark
-    except (FileNotFoundError, UnusableError):  # there is none, or a damaged one
+    except FileNotFoundError:
+        return False
+    except UnusableError as error:  # torn: a copy that was cut off, a disk that filled up
+        logger.warning("%s; encoding it anew", error)
         return False
 
 
@@ -121,19 +142,27 @@ def _encode(vae: Vae, records: Sequence[EncodedRecord], indices: Sequence[int], 
         start = end
 
 
+def encode(run: Run) -> bool:
+    """Encode all files and record how long that took; False when a signal asked to stop."""
+    tokenizer = load_tokenizer(run.config.backbone)
+    vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
+    mark = run.world.broadcast(folder_fingerprint(run.folder.model("vae")) if run.world.is_main else "")
+    watch = Stopwatch(run.folder.latents, mark)
+    files = {"train": run.config.data.train, "validation": run.config.data.validation}
+    for name, path in files.items():
+        if path is not None and not encode_split(run, vae, tokenizer, name, path, watch):
+            return False
+    if watch.used or run.outcome is None:
+        run.finish(Outcome("finished", 0, 0, watch.note() if run.world.is_main else 0.0, {}))
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "latents") as run:
-        start = time.perf_counter()
-        tokenizer = load_tokenizer(run.config.backbone)
-        vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
-        for name, path in (("train", run.config.data.train), ("validation", run.config.data.validation)):
-            if path is not None and not encode_split(run, vae, tokenizer, name, path):
-                run.interrupt()
-                logger.info("encoding interrupted: the same command continues")
-                return
-        if run.outcome is None:
-            run.finish(Outcome("finished", 0, 0, time.perf_counter() - start, {}))
+        if not encode(run):
+            run.interrupt()
+            logger.info("encoding interrupted: the same command continues")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--num-steps", type=int, help="Euler steps per block")
     parser.add_argument("--sampler", choices=("ode", "sde"), help="deterministic, or fresh noise at every step")
+    parser.add_argument("--spacing", choices=("uniform", "cosine", "power"), help="times of the steps (cosine: short near noise)")
+    parser.add_argument("--spacing-power", type=float, help="exponent of --spacing power; above 1: short near the finished block")
     parser.add_argument("--initial-noise", type=float, help="scale of the noise a block starts from")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1: off")
-    parser.add_argument("--diversity-scale", type=float, help="diversity guidance among trajectories; 0: off")
+    parser.add_argument("--diversity-scale", type=float, help="diversity guidance among three or more trajectories; 0: off")
     parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
+    parser.add_argument("--max-answer-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument("--answer-temperature", type=float, help="temperature of the answer's tokens; 0: greedy")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; not set: CUDA where there is one")
     return parser
@@ -65,6 +68,9 @@ def run(argv: Sequence[str]) -> int:
         max_blocks=arguments.max_blocks,
         sampler=arguments.sampler,
         answer_temperature=arguments.answer_temperature,
+        spacing=arguments.spacing,
+        spacing_power=arguments.spacing_power,
+        max_answer_tokens=arguments.max_answer_tokens,
         seed=arguments.seed,
         on_step=_ignore_step if arguments.trace else None,
     )

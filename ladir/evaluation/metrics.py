@@ -1,17 +1,20 @@
-"""Figures of an evaluation: pass@k, chains, distinct solutions, majority vote, each with its standard error."""
+"""Figures of an evaluation: pass@k, chains, distinct solutions, votes, each with its standard error and interval."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from ladir.evaluation.results import QuestionResult
+from ladir.evaluation.voting import elect
 
 #: The numbers of samples that every results.json reports.
 REPORTED_KS = (1, 10, 100)
+
+#: quantile of the normal distribution behind the 95 % confidence intervals
+_Z = 1.959964
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -27,33 +30,40 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_KS) -> dict[str, Any]:
+def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_KS, samples: int | None = None) -> dict[str, Any]:
     """The figures of one method: means over questions, from 0 to 1 (``distinct_correct``: a count), and their errors.
 
-    Keys: ``pass@k`` for each k (None: some question has fewer than k trajectories); ``chain``, the share of
-    trajectories whose thoughts alone solve the question (None: the task cannot tell); ``distinct_correct``, different
-    right answers per question; ``majority``, the share of questions whose most frequent answer is right; ``stopped``,
-    the share of trajectories that ended by themselves; ``standard_errors``, by question, under the same keys;
-    ``pass_curve``, pass@k for k = 1, 2, 5, 10, ... as {"k": rate}.  Raises ValueError without questions.
+    Keys: ``pass@k`` for each k (None: some question has fewer than k trajectories, or fewer are ``samples``); ``chain``, the
+    share of trajectories whose thoughts alone solve the question; ``consistent``, of those whose thoughts lead to their answer
+    (None: the task cannot tell); ``distinct_correct``, different right answers per question; ``majority`` and
+    ``majority_consistent``, the share of questions whose elected answer is right; ``stopped``, the share of trajectories that
+    ended by themselves; ``standard_errors`` and ``confidence_intervals``, by question, under the same keys; ``pass_curve``,
+    pass@k for k = 1, 2, 5, 10, ... as {"k": rate}.  Raises ValueError without questions.
     """
     if not questions:
         raise ValueError("there are no questions to summarise")
     figures: dict[str, Callable[[QuestionResult], float]] = {}
-    fewest = min(len(question.trajectories) for question in questions)
+    fewest = min(samples or len(question.trajectories) for question in questions)
     for k in ks:
         if k <= fewest:
             figures[f"pass@{k}"] = partial(_pass, k=k)
-    if all(trajectory.chain_correct is not None for question in questions for trajectory in question.trajectories):
+    everything = [entry for question in questions for entry in question.trajectories]
+    if all(entry.chain_correct is not None for entry in everything):
         figures["chain"] = lambda question: _mean([bool(entry.chain_correct) for entry in question.trajectories])
+    if all(entry.consistent is not None for entry in everything):
+        figures["consistent"] = lambda question: _mean([bool(entry.consistent) for entry in question.trajectories])
+        figures["majority_consistent"] = partial(elected_correct, rule="consistent")
     figures["distinct_correct"] = distinct_correct
-    figures["majority"] = majority_correct
+    figures["majority"] = elected_correct
     figures["stopped"] = lambda question: _mean([entry.stopped for entry in question.trajectories])
 
-    names = [*(f"pass@{k}" for k in ks), "chain", "distinct_correct", "majority", "stopped"]
+    names = [*(f"pass@{k}" for k in ks), "chain", "consistent", "distinct_correct"]
+    names += ["majority", "majority_consistent", "stopped"]
     values = {name: [figure(question) for question in questions] for name, figure in figures.items()}
     return {
         **{name: _mean(values[name]) if name in values else None for name in names},
         "standard_errors": {name: standard_error(values[name]) if name in values else None for name in names},
+        "confidence_intervals": {name: confidence_interval(values[name]) if name in values else None for name in names},
         "pass_curve": {str(k): _mean([_pass(question, k) for question in questions]) for k in _curve_ks(fewest)},
     }
 
@@ -63,10 +73,9 @@ def distinct_correct(question: QuestionResult) -> float:
     return len({entry.canonical for entry in question.trajectories if entry.correct})
 
 
-def majority_correct(question: QuestionResult) -> float:
-    """1 if the most frequent answer is right, else 0; of equally frequent answers the one sampled first counts."""
-    answer, _ = Counter(entry.canonical for entry in question.trajectories).most_common(1)[0]
-    return float(next(entry.correct for entry in question.trajectories if entry.canonical == answer))
+def elected_correct(question: QuestionResult, rule: str = "majority") -> float:
+    """1 if the answer that the trajectories elect is right, else 0."""
+    return float(elect(question.trajectories, rule).correct)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -75,6 +84,26 @@ def standard_error(values: Sequence[float]) -> float | None:
         return None
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def confidence_interval(values: Sequence[float]) -> list[float] | None:
+    """95 % interval [low, high] of the mean of independent ``values``; None for fewer than two.
+
+    Where all values lie in [0, 1]: Wilson's score interval, at the number of yes-or-no questions that would give the same
+    standard error.  For 0 and 1 alone that is the ordinary one; it says something where all are equal, too.  Else (counts): the
+    mean and 1.96 standard errors on each side.
+    """
+    if len(values) < 2:
+        return None
+    n, mean = len(values), _mean(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / n
+    if min(values) < 0 or max(values) > 1:
+        spread = _Z * math.sqrt(variance / (n - 1))
+        return [mean - spread, mean + spread]
+    effective = n * mean * (1 - mean) / variance if variance > 1e-12 else n
+    centre, shrink = mean + _Z**2 / (2 * effective), 1 + _Z**2 / effective
+    spread = _Z * math.sqrt(mean * (1 - mean) / effective + (_Z / (2 * effective)) ** 2)
+    return [max(0.0, (centre - spread) / shrink), min(1.0, (centre + spread) / shrink)]
 
 
 def _pass(question: QuestionResult, k: int) -> float:

@@ -19,9 +19,10 @@ _COLUMNS = {
     "chain": "chain",
     "distinct_correct": "distinct\nright",
     "seconds_per_question": "seconds\neach",
+    "forward_passes_per_question": "passes\neach",
     "training_seconds": "seconds\ntrained",
 }
-_SECONDS = {"seconds_per_question": "{:.3f}", "training_seconds": "{:.0f}"}
+_COSTS = {"seconds_per_question": "{:.3f}", "forward_passes_per_question": "{:.0f}", "training_seconds": "{:.0f}"}
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -75,8 +76,8 @@ def _cell(row: Mapping[str, Any], name: str, error: bool) -> str:
     value = row.get(name)
     if value is None:
         return "-"
-    if name in _SECONDS:
-        return _SECONDS[name].format(value)
+    if name in _COSTS:
+        return _COSTS[name].format(value)
     spread = row.get("standard_errors", {}).get(name) if error else None
     scale, digits = (1, 2) if name == "distinct_correct" else (100, 1)
     return f"{scale * value:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")

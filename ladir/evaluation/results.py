@@ -26,6 +26,8 @@ class Trajectory:
     """Whether the thoughts alone solve the question; None where the task cannot tell."""
     stopped: bool = True
     """Whether the model ended its reasoning itself, before the limit on blocks or tokens."""
+    consistent: bool | None = None
+    """Whether the thoughts lead to this answer, right or wrong; None where the task cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class QuestionResult:
 
     question: str
     trajectories: tuple[Trajectory, ...]
+    reference: str = ""
+    """The record's own answer."""
 
     def __post_init__(self) -> None:
         if not self.trajectories:
@@ -52,9 +56,16 @@ class MethodResult:
     method: str
     summary: Mapping[str, Any]
     seconds_per_question: float
-    """Seconds of generation per question, all its trajectories included."""
+    """Seconds of generation per question on one process, all its trajectories included; without judging them, and without
+    decoding latent thoughts to text unless the method needs it."""
     training_seconds: float
     """Seconds of training that the method needed in all, earlier phases included."""
+    wall_seconds: float | None = None
+    """Seconds from the first question to the last, over all restarts: what the process that took longest spent."""
+    forward_passes_per_question: float | None = None
+    """Passes of a sequence through the LM (:class:`ladir.inference.cost.Cost`), all trajectories included."""
+    flops_per_question: float | None = None
+    """Operations of matrix products, all trajectories included."""
 
     def row(self) -> dict[str, Any]:
         """The row as ``results.json`` stores it."""
@@ -62,6 +73,9 @@ class MethodResult:
             "method": self.method,
             **self.summary,
             "seconds_per_question": self.seconds_per_question,
+            "wall_seconds": self.wall_seconds,
+            "forward_passes_per_question": self.forward_passes_per_question,
+            "flops_per_question": self.flops_per_question,
             "training_seconds": self.training_seconds,
         }
 
@@ -75,6 +89,7 @@ def judge(task: Task, record: Record, answer: str, thoughts: Sequence[str] = (),
         thoughts=tuple(thoughts),
         chain_correct=task.chain_correct(thoughts, record),
         stopped=stopped,
+        consistent=task.agrees(thoughts, answer),
     )
 
 
@@ -87,14 +102,19 @@ def write_results(
     num_trajectories: int,
     seed: int,
     split: str = "test",
+    sample: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell."""
+    """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell.
+
+    ``sample``: the controls of the generation.
+    """
     content = {
         "task": task,
         "split": split,
         "num_questions": num_questions,
         "num_trajectories": num_trajectories,
         "seed": seed,
+        "sample": dict(sample or {}),
         "rows": [method.row() for method in methods],
     }
     _write(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -134,7 +154,7 @@ def read_questions(path: str | Path) -> dict[str, list[QuestionResult]]:
 def question_from(row: Mapping[str, Any]) -> QuestionResult:
     """A question read back from the JSON object of its ``dataclasses.asdict``; other keys are ignored."""
     trajectories = (Trajectory(**{**trajectory, "thoughts": tuple(trajectory["thoughts"])}) for trajectory in row["trajectories"])
-    return QuestionResult(row["question"], tuple(trajectories))
+    return QuestionResult(row["question"], tuple(trajectories), row.get("reference", ""))
 
 
 def _write(path: Path, text: str) -> None:

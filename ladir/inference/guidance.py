@@ -1,11 +1,23 @@
-"""What bends a trajectory at inference: classifier-free guidance and diversity among the trajectories of one question."""
+"""What bends a trajectory at inference: classifier-free guidance, diversity among a question's trajectories, a reward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: ``reward_fn(latents, t)``: a scalar per trajectory [R] for the current estimate of a block's clean latents [R, L, d]
+RewardFn = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A function whose gradient draws the blocks, and how strongly."""
+
+    function: RewardFn
+    scale: float = 1.0
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -17,7 +29,8 @@ def diversity_force(z: Tensor, groups: Sequence[int]) -> Tensor:
     """Repulsion F [R, L, d] between trajectories of the same question (never across questions).
 
     ``F_i = sum_j 2 (1 - d_ij^2 / s^2) exp(-d_ij^2 / s^2) (z_i - z_j)`` with s the median distance between the trajectories of
-    the question.  ``groups``: trajectories of each question, which are consecutive rows; they add up to R.
+    the question.  ``groups``: trajectories of each question, which are consecutive rows; they add up to R.  Pairs that are closer
+    than s repel, others attract; of two trajectories alone the distance is s, so that nothing moves.
     """
     return torch.cat([_repulsion(group.flatten(1)).view_as(group) for group in z.split(list(groups))])
 
@@ -26,10 +39,29 @@ def _repulsion(z: Tensor) -> Tensor:
     """The force [n, D] among n points [n, D]."""
     if len(z) == 1:
         return torch.zeros_like(z)
-    squared = torch.cdist(z, z).square()
+    # By matrix products the distance of equal points is not 0, and differs with their number.
+    squared = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()
     # n * n numbers without the first are n - 1 rows of n + 1, each of which ends on the diagonal.
     off_diagonal = squared.flatten()[1:].view(len(z) - 1, len(z) + 1)[:, :-1]
     s2 = off_diagonal.sqrt().median().square().clamp_min(torch.finfo(z.dtype).tiny)
     ratio = squared / s2
     weight = 2 * (1 - ratio) * torch.exp(-ratio)
     return weight.sum(1, keepdim=True) * z - weight @ z
+
+
+def reward_gradient(function: RewardFn, latents: Tensor, t: float) -> Tensor:
+    """Gradient [R, L, d] of every trajectory's reward with respect to its own ``latents`` [R, L, d].
+
+    The network behind the latents is not differentiated.  Raises ValueError where the function does not give one differentiable
+    number per trajectory.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = latents.clone().requires_grad_()
+        reward = function(leaf, t)
+        if not isinstance(reward, Tensor) or reward.shape != (len(leaf),):
+            shape = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise ValueError(f"reward_fn must return a tensor with one number per trajectory, [{len(leaf)}], not {shape}")
+        if not reward.requires_grad:
+            raise ValueError("reward_fn must be differentiable: its result does not depend on the latents it was given")
+        [gradient] = torch.autograd.grad(reward.sum(), leaf)
+    return gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ladir.config import SampleSettings
 from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
-from ladir.inference.guidance import classifier_free, diversity_force
+from ladir.inference.guidance import Reward, classifier_free, diversity_force, reward_gradient
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.attention import Visibility
@@ -21,6 +22,19 @@ from ladir.models.denoiser import Denoiser
 
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
 StepHook = Callable[[list[int], int, int, Tensor], None]
+
+
+def step_times(settings: SampleSettings) -> list[float]:
+    """The ``num_steps + 1`` times of a block's Euler steps, from 1 (noise) down to 0.
+
+    ``left`` is the share of steps still to do.  Cosine spacing is that of CosyVoice (Du et al. 2024), on this time axis.
+    """
+    left = [1 - step / settings.num_steps for step in range(settings.num_steps + 1)]
+    if settings.spacing == "cosine":
+        return [math.sin(math.pi / 2 * share) for share in left]
+    if settings.spacing == "power":
+        return [share**settings.spacing_power for share in left]
+    return left
 
 
 class TrajectoryNoise:
@@ -56,10 +70,13 @@ class Think:
 class BlockSampler:
     """Generates blocks behind a prefix until the stop head says the answer follows."""
 
-    def __init__(self, denoiser: Denoiser, settings: SampleSettings, noise: TrajectoryNoise) -> None:
+    def __init__(
+        self, denoiser: Denoiser, settings: SampleSettings, noise: TrajectoryNoise, reward: Reward | None = None
+    ) -> None:
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
+        self.reward = reward
 
     def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> list[Think]:
         """All trajectories' blocks, grouped by the number of blocks.
@@ -108,13 +125,12 @@ class BlockSampler:
         shape = (d.latents_per_block, d.latent_dim)
         device = prefix.valid.device
         z = s.initial_noise * self.noise.normal(rows, shape).to(device)
-        times = torch.linspace(1.0, 0.0, s.num_steps + 1).tolist()
         visible, positions = prefix.visible(shape[0] + 1), prefix.positions(shape[0] + 1)
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
         fresh = self._fresh_noise(rows, shape, device)
         # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
         with prefix.cache.read_only():
-            for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+            for step, (t, t_next) in enumerate(itertools.pairwise(step_times(s))):
                 velocity = self._velocity(prefix, z, t, visible, positions, groups)
                 x0 = z - t * velocity
                 z = self._advance(z, velocity, t, t_next, fresh[step])
@@ -133,9 +149,17 @@ class BlockSampler:
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)
             velocity = classifier_free(conditional, unconditional, s.guidance_scale)
+        if self.reward is not None:
+            velocity = velocity - self.reward.scale * t * self._reward_gradient(z - t * velocity, t)
         if s.diversity_scale:
             velocity = velocity - s.diversity_scale * t * diversity_force(z, groups)
         return velocity
+
+    def _reward_gradient(self, x0: Tensor, t: float) -> Tensor:
+        """Gradient of the reward with respect to standardised latents ``x0`` [R, L, d]; the function sees them unstandardised."""
+        assert self.reward is not None
+        d = self.denoiser
+        return d.latent_std * reward_gradient(self.reward.function, x0 * d.latent_std + d.latent_mean, t)
 
     def _fresh_noise(self, rows: list[int], shape: tuple[int, ...], device: torch.device) -> Sequence[Tensor | None]:
         """What every step of an SDE adds but the last, [R, L, d] each; an ODE adds nothing."""

@@ -166,12 +166,13 @@ def load_denoiser(folder: str | Path, backbone: BackboneSettings, device: torch.
 
 
 def load_export(
-    folder: str | Path, device: torch.device, attention: str, dtype: str | None
+    folder: str | Path, device: torch.device, attention: str, dtype: str | None, other: str | Path | None = None
 ) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any]]:
-    """Denoiser, thought decoder and default controls of an export folder."""
-    load_settings(folder, "denoiser")  # names the folder where it is none, before any file is missed
-    settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(Path(folder), device))
-    denoiser, sample = load_denoiser(folder, settings, device)
+    """Denoiser, thought decoder and default controls of an export folder; ``other``: the folder of another denoiser for it."""
+    sample = load_settings(folder, "denoiser")["sample"]  # names the folder where it is none, before any file is missed
+    source = Path(other or folder)
+    settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(source, device))
+    denoiser, _ = load_denoiser(source, settings, device)
     vae = Path(folder) / "vae"
     saved = load_settings(vae, "thought_decoder")
     weights = load_file(vae / HEADS_FILE)

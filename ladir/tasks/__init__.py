@@ -22,6 +22,10 @@ class Task(Protocol):
         """Whether the thoughts alone solve the record; None where the task cannot judge that."""
         ...
 
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        """Whether the thoughts lead to this answer, right or wrong; None where the task cannot tell.  Never raises."""
+        ...
+
     def canonical(self, answer: str) -> str:
         """Normal form of an answer: equal texts are the same solution.  Never raises."""
         ...

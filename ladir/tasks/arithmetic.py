@@ -173,6 +173,79 @@ def _consume(available: list[Fraction], match: re.Match[str]) -> bool:
     return not (match[2] == "/" and right == 0) and apply(match[2], left, right) == result
 
 
+_Operation = tuple[str, Fraction, Fraction]
+
+
+def steps_agree(lines: Sequence[str], expression: str) -> bool:
+    """Whether the steps ``a op b = c`` are exact and compute ``expression``, by its own operations or others of the same normal
+    form.  Never raises."""
+    steps = _operations_of_steps("\n".join(lines))
+    if not steps:
+        return False
+    tree = parse_expression(expression)
+    if tree is not None and _operations_of(tree) == sorted(steps):
+        return True
+    computed = _expression_of(steps)
+    return computed is not None and canonical_expression(computed) == canonical_expression(expression)
+
+
+def _operations_of_steps(text: str) -> list[_Operation] | None:
+    """The operations of a chain in their order, the larger operand of a sum or product first; None unless all are exact."""
+    if len(text) > _MAX_LENGTH:
+        return None
+    found: list[_Operation] = []
+    for step in filter(str.strip, text.splitlines()):
+        match = _STEP.fullmatch(step)
+        if match is None:
+            return None
+        left, right = Fraction(match[1]), Fraction(match[3])
+        if (match[2] == "/" and right == 0) or apply(match[2], left, right) != Fraction(match[4]):
+            return None
+        found.append(_operation(match[2], left, right))
+    return found
+
+
+def _operation(operator: str, left: Fraction, right: Fraction) -> _Operation:
+    return (operator, right, left) if operator in "+*" and right > left else (operator, left, right)
+
+
+def _operations_of(tree: ast.expr) -> list[_Operation] | None:
+    """All operations of an expression, sorted; None where it divides by zero or is very long."""
+    found: list[_Operation] = []
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp):
+            left, right, operator = value(node.left), value(node.right), _OPERATION[type(node.op)]
+            found.append(_operation(operator, left, right))
+            return apply(operator, left, right)
+        return _evaluate(node)
+
+    if sum(1 for _ in ast.walk(tree)) > _MAX_LENGTH // 4:
+        return None
+    try:
+        value(tree)
+    except ZeroDivisionError:
+        return None
+    return sorted(found)
+
+
+def _expression_of(steps: Sequence[_Operation]) -> str | None:
+    """The expression that steps compute; None unless they lead to one.  A result of an earlier step stands for that, once."""
+    results: list[tuple[Fraction, str]] = []
+    for operator, left, right in steps:
+        text = f"({_take(results, left)} {operator} {_take(results, right)})"
+        results.append((apply(operator, left, right), text))
+    return results[0][1] if len(results) == 1 else None
+
+
+def _take(results: list[tuple[Fraction, str]], value: Fraction) -> str:
+    """The expression behind an operand: that of the latest result of this value, which is used up, or its own digits."""
+    for place in reversed(range(len(results))):
+        if results[place][0] == value:
+            return results.pop(place)[1]
+    return str(value)
+
+
 def canonical_expression(expression: str) -> str:
     """Normal form of an expression under commutativity and associativity; other text is returned with its white space
     normalised.  Never raises."""

@@ -83,6 +83,10 @@ class CodeTask:
         """None: free-form steps are not judged."""
         return None
 
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        """None: whether free-form steps lead to a program is not judged."""
+        return None
+
     def canonical(self, answer: str) -> str:
         """The program's tokens without comments and blank lines, else its text with white space normalised."""
         program = program_of(answer)

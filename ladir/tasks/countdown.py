@@ -27,6 +27,7 @@ from ladir.tasks.arithmetic import (
     check_steps,
     combine_forms,
     number_form,
+    steps_agree,
 )
 from ladir.tokens import build_word_tokenizer
 
@@ -309,6 +310,10 @@ class CountdownTask:
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """Whether the decoded thoughts alone solve the record's puzzle."""
         return check_chain(thoughts, *_puzzle_of(record))
+
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        """Whether the steps are exact and compute the answer's expression, up to order."""
+        return steps_agree(thoughts, answer)
 
     def canonical(self, answer: str) -> str:
         """Normal form of an answer."""

@@ -119,6 +119,15 @@ class MathsTask:
         """None: free-form steps are not judged."""
         return None
 
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        """Whether the last thought ends in the answer: in its number or, where it is none, in its text."""
+        last, given = answer_of(thoughts[-1]) if thoughts else "", answer_of(answer)
+        number = plain_number(given)
+        if number is None:
+            return bool(plain_text(given)) and plain_text(last).endswith(plain_text(given))
+        numbers = _NUMBER.finditer(last.rpartition("=")[2])
+        return number in (plain_number(last), *(plain_number(match[0]) for match in list(numbers)[-1:]))
+
     def canonical(self, answer: str) -> str:
         """A number as a reduced fraction, a formula in the computer algebra's spelling, else :func:`plain_text`."""
         given = answer_of(answer)

@@ -1,0 +1,206 @@
+"""The evaluation as a program: a table from real models, killed and resumed, on one process and on two."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladir.config import Config, CountdownSettings, SampleSettings
+from ladir.config_loader import load_config
+from ladir.models.backbone import Backbone
+from ladir.models.folders import save_denoiser, save_lm
+from ladir.reasoner import Reasoner
+from ladir.tasks import countdown
+from ladir.tokens import load_tokenizer
+from tests.distributed import ProcessGroup
+from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
+from training.answers import Answered, AnswerLog, cut
+from training.evaluate import evaluate
+from training.runtime.distributed import World
+from training.runtime.run import Outcome, RunFolder, open_run
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+TIMES = ("seconds_per_question", "wall_seconds", "training_seconds")
+ROWS = ("ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Puzzles and a run's untrained models in ``<folder>/tiny``."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = CountdownSettings(max_number=9, max_value=16, train=1, validation=1, test=8)
+    countdown.write(sizes, 0, folder / "data")
+    config = configure(folder, folder)
+    tokenizer = load_tokenizer(config.backbone)
+    assert len(tokenizer) == VOCAB
+    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32))
+    with torch.no_grad():
+        denoiser.stop_head.weight.mul_(3.0)
+    decoder = tiny_vae(dtype=torch.float32).thought_decoder
+    Reasoner(denoiser, decoder, tokenizer, SampleSettings(num_steps=99)).save_pretrained(RunFolder(config).export)
+    save_lm(Backbone(tiny_lm(dtype=torch.float32, seed=3)), RunFolder(config).model("ar"))
+    return folder
+
+
+def configure(models: Path, folder: Path, *overrides: str) -> Config:
+    """A run in ``folder`` that reads the data in ``models``."""
+    settings = {
+        "run.folder": folder,
+        "run.name": "tiny",
+        "backbone.tokenizer": models / "data" / "tokenizer",
+        "backbone.dtype": "float32",
+        "data.test": models / "data" / "test.jsonl",
+        "data.answer_prefixes": "['####']",
+        "evaluate.num_trajectories": 10,
+        "evaluate.questions_per_batch": 2,
+        "evaluate.ar_max_tokens": 6,
+        "evaluate.examples": 1,
+        "sample.num_steps": 2,
+        "sample.max_blocks": 3,
+        "sample.max_answer_tokens": 4,
+        "sample.max_thought_tokens": 4,
+    }
+    return load_config(None, [*(f"{name}={value}" for name, value in settings.items()), *overrides])
+
+
+def evaluate_in(models: Path, folder: Path, *overrides: str, world: World = ALONE) -> None:
+    """Evaluate the models in a run folder of their own."""
+    config = configure(models, folder, *overrides)
+    run = RunFolder(config)
+    if world.is_main and not run.path.is_dir():
+        run.path.mkdir(parents=True)
+        for name in ("export", "models"):
+            (run.path / name).symlink_to(models / "tiny" / name)
+    world.barrier()
+    with open_run(config, "evaluate", world) as opened:
+        evaluate(opened)
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], str]:
+    """results.json without times, and generations.jsonl."""
+    results = json.loads((folder / "tiny" / "results.json").read_text())
+    for row in results["rows"]:
+        for name in TIMES:
+            assert row.pop(name) >= 0
+    return results, (folder / "tiny" / "generations.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    child(models, folder, None)
+    return folder
+
+
+def child(models: Path, folder: Path, kill_at: int | None) -> None:
+    """Evaluate in a process of its own; ``kill_at``: it must die of SIGKILL at that batch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_evaluate"])
+    process = context.Process(target=evaluate_until, args=(models, folder, kill_at))
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL)
+
+
+def evaluate_until(models: Path, folder: Path, kill_at: int | None) -> None:
+    """Evaluate; a SIGKILL takes the process while it writes the answers of its ``kill_at``-th batch."""
+    torch.set_num_threads(1)
+    add, batches = AnswerLog.add, itertools.count(1)
+
+    def add_and_die(log: AnswerLog, method: str, answers: Mapping[int, Answered]) -> None:
+        add(log, method, answers)
+        if next(batches) == kill_at:
+            file = max(log._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            os.truncate(file, file.stat().st_size - 40)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    AnswerLog.add = add_and_die  # type: ignore[method-assign]
+    evaluate_in(models, folder)
+
+
+def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
+    results, generations = outcome(whole)
+    rows = {row["method"]: row for row in results["rows"]}
+    assert tuple(rows) == ROWS[:-1]  # there is no model of the second stage
+    assert (results["num_questions"], results["num_trajectories"], results["seed"]) == (8, 10, 0)
+    assert results["sample"]["num_steps"] == 2  # the settings', not the export's
+    for method, row in rows.items():
+        assert (row["pass@10"] is None) == (method in ("ar-greedy", "ladir-zero-noise") or method.endswith("majority"))
+        assert row["confidence_intervals"]["pass@1"][0] <= row["pass@1"] <= row["confidence_intervals"]["pass@1"][1]
+        assert row["flops_per_question"] > row["forward_passes_per_question"] > 0
+    for sampling in ("ar", "ladir"):
+        assert rows[f"{sampling}-majority"]["forward_passes_per_question"] == rows[sampling]["forward_passes_per_question"]
+        assert rows[f"{sampling}-majority"]["pass@1"] == rows[sampling]["majority"]
+    lines = [json.loads(line) for line in generations.splitlines()]
+    assert [line["method"] for line in lines] == [m for m in ROWS[:-1] if not m.endswith("majority") for _ in range(8)]
+    assert all(line["question"] and line["reference"] for line in lines)
+    assert {len(line["trajectories"]) for line in lines} == {1, 10}
+    shown = next(line for line in lines if line["method"] == "ladir")["trajectories"][0]
+    assert {"thoughts", "answer", "correct", "consistent"} <= shown.keys() and shown["thoughts"]
+    assert not (whole / "tiny" / "evaluation").exists()
+
+
+def test_sigkilled_and_resumed_it_ends_the_same(models: Path, whole: Path, tmp_path: Path) -> None:
+    for kill_at in (2, 5, 6):  # in the first method, at the first batch of the second after a torn line, further on
+        child(models, tmp_path, kill_at)
+        assert not (tmp_path / "tiny" / "results.json").exists()
+    child(models, tmp_path, None)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def evaluate_on(world: World, models: Path, folder: Path) -> None:
+    evaluate_in(models, folder, world=world)
+
+
+def test_two_processes_share_the_questions(models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup) -> None:
+    two_processes.run(evaluate_on, models, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tmp_path: Path) -> None:
+    config = configure(models, tmp_path)
+    folder = RunFolder(config)
+    second = tiny_denoiser(tiny_lm(dtype=torch.float32, seed=8), seed=9)
+    save_denoiser(second, folder.model("rollout"))
+    (folder.path / "export").symlink_to(models / "tiny" / "export")
+    for phase, seconds in (("vae", 1.0), ("latents", 2.0), ("denoiser", 4.0), ("rollout", 8.0)):
+        folder.outcome_file(phase).write_text(json.dumps(vars(Outcome("finished", 0, 0, seconds, {}))))
+    methods = "evaluate.methods=[ladir,ladir-rollout,ladir-consistent,ladir-majority]"
+    with open_run(
+        configure(models, tmp_path, methods, "evaluate.voters=5", "evaluate.num_questions=3"), "evaluate", ALONE
+    ) as run:
+        evaluate(run)
+    rows = {row["method"]: row for row in json.loads((folder.path / "results.json").read_text())["rows"]}
+    assert (rows["ladir"]["training_seconds"], rows["ladir-rollout"]["training_seconds"]) == (7.0, 15.0)
+    lines = [json.loads(line) for line in (folder.path / "generations.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["ladir"] * 3 + ["ladir-rollout"] * 3
+    assert lines[0]["trajectories"] != lines[3]["trajectories"]
+    passes = {method: row["forward_passes_per_question"] for method, row in rows.items()}
+    assert passes["ladir-majority"] == passes["ladir"] / 2
+    assert passes["ladir-consistent"] > passes["ladir-majority"]  # its thoughts are read, too
+
+
+@given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 9))
+def test_batches_cover_every_question_once_and_evenly(count: int, size: int, ranks: int) -> None:
+    batches = cut(count, size, ranks)
+    assert [i for batch in batches for i in batch] == list(range(count))
+    sizes = [len(batch) for batch in batches]
+    assert not sizes or (min(sizes) >= 1 and max(sizes) <= min(size, min(sizes) + 1))
+    assert len(batches) % ranks == 0 or len(batches) == count
+
+
+def test_the_methods_of_the_default_table_are_known() -> None:
+    methods: Sequence[str] = Config().evaluate.methods
+    assert tuple(methods) == ROWS

@@ -1,0 +1,127 @@
+"""Who is asked in an evaluation: LaDiR in its variants and the autoregressive baseline, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ladir.config import Config
+from ladir.data.prompts import parse_completion, prompt_ids
+from ladir.data.records import Record
+from ladir.evaluation.voting import RULES
+from ladir.inference.ar import complete
+from ladir.inference.cost import Cost, count_cost
+from ladir.models.folders import load_backbone
+from ladir.models.store import load_settings
+from ladir.reasoner import Reasoner
+from ladir.tokens import decode_text, load_tokenizer
+from training.runtime.run import RunFolder
+
+#: controls of LaDiR's variants that differ from the settings' (``sample``)
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "ladir-zero-noise": {"num_trajectories": 1, "initial_noise": 0.0, "answer_temperature": 0.0},
+    "ladir-sde": {"sampler": "sde"},
+}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One answer, not judged yet."""
+
+    answer: str
+    thoughts: Sequence[str]
+    stopped: bool = True
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The samples of every question of a batch, and what they cost together."""
+
+    samples: list[list[Sampled]]
+    cost: Cost
+    reading: Cost = field(default_factory=Cost)
+    """Decoding latent thoughts to text, which answering does not need."""
+
+
+#: answers a batch of records
+Answerer = Callable[[Sequence[Record]], Answers]
+
+
+def sampling_of(method: str) -> tuple[str, str | None]:
+    """The samples behind a row of the table, and the rule by which one of them is elected (None: all are shown)."""
+    rule = next((rule for rule in RULES if method.endswith(f"-{rule}")), None)
+    return (method.removesuffix(f"-{rule}"), rule) if rule else (method, None)
+
+
+def model_of(sampling: str) -> str:
+    """The model that samples: ``ar``, ``ladir`` or ``rollout``."""
+    if sampling.startswith("ar"):
+        return "ar"
+    return "rollout" if sampling == "ladir-rollout" else "ladir"
+
+
+def load_answerers(config: Config, model: str, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:
+    """Load one model; how it answers in each of ``samplings``."""
+    folder = RunFolder(config)
+    if model == "ar":
+        return ar_answerers(config, folder, samplings, device)
+    reasoner = Reasoner.from_pretrained(
+        folder.export, device, config.backbone.attention, denoiser=_stage_folder(folder, model == "rollout")
+    )
+    reasoner.settings = config.sample
+    return {sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings}
+
+
+def _stage_folder(folder: RunFolder, second: bool) -> Path | None:
+    """The denoiser of stage 1 or 2 where it is not the one in the export, which has that of the last stage."""
+    exported_is_second = load_settings(folder.export, "denoiser").get("origin") is not None
+    return None if exported_is_second == second else folder.model("rollout" if second else "denoiser")
+
+
+def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answerer:
+    """LaDiR as the settings say, or in one of its variants."""
+    controls = {"num_trajectories": config.evaluate.num_trajectories, **VARIANTS.get(sampling, {})}
+
+    def answer(records: Sequence[Record]) -> Answers:
+        questions = [record.question for record in records]
+        with count_cost(reasoner.denoiser) as cost:
+            groups = reasoner.generate(questions, seed=config.run.seed, thoughts=False, **controls)
+        with count_cost(reasoner.thought_decoder.backbone, reasoner.thought_decoder.from_latent) as reading:
+            reasoner.read_thoughts([trajectory for group in groups for trajectory in group])
+        return Answers([[Sampled(t.answer, t.thoughts, t.stopped) for t in group] for group in groups], cost, reading)
+
+    return answer
+
+
+def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:
+    """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``)."""
+    tokenizer = load_tokenizer(config.backbone)
+    backbone = load_backbone(folder.model("ar"), config.backbone, device).to(device).eval()
+
+    def answerer(samples: int, temperature: float) -> Answerer:
+        def answer(records: Sequence[Record]) -> Answers:
+            with count_cost(backbone) as cost:
+                texts = complete(
+                    backbone,
+                    [prompt_ids(tokenizer, record.question) for record in records],
+                    [record.question for record in records],
+                    samples,
+                    int(tokenizer.pad_token_id),
+                    int(tokenizer.eos_token_id),
+                    config.evaluate.ar_max_tokens,
+                    temperature,
+                    config.run.seed,
+                )
+            prefixes = config.data.answer_prefixes
+            chains = [[parse_completion(decode_text(tokenizer, ids), prefixes) for ids in group] for group in texts]
+            return Answers([[Sampled(c.answer, c.thoughts) for c in group] for group in chains], cost)
+
+        return answer
+
+    greedy = answerer(1, 0.0)
+    sampled = answerer(config.evaluate.num_trajectories, config.evaluate.ar_temperature)
+    return {sampling: greedy if sampling == "ar-greedy" else sampled for sampling in samplings}
