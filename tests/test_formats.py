@@ -271,14 +271,5 @@ def test_gsm8k_gold_answers_are_right_in_every_spelling(gsm8k: list[Record]) -> 
         assert not task.correct(f"{gold}1", record)
 
 
-@needs_gsm8k
-@pytest.mark.exhaustive
-def test_gsm8k_math_verify_agrees_about_whole_solutions(gsm8k: list[Record]) -> None:
-    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
-    task = MathsTask()
-    wrong = [record.source for record, row in zip(gsm8k, rows, strict=True) if not task.correct(row["answer"], record)]
-    assert wrong == []
-
-
 def without_space(text: str) -> str:
     return "".join(text.split())

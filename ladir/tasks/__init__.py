@@ -33,8 +33,8 @@ class Task(Protocol):
 
 def get_task(name: str, settings: EvaluateSettings | None = None) -> Task:
     """The task of that name, within the limits of ``settings`` (not given: the defaults).  Raises ValueError naming the
-    valid ones."""
-    from ladir.tasks.code import CodeTask
+    valid ones, UnusableError (one, too) where this machine cannot judge its answers safely."""
+    from ladir.tasks.code import isolated_code_task
     from ladir.tasks.countdown import CountdownTask
     from ladir.tasks.maths import MathsTask
     from ladir.tasks.sandbox import Limits
@@ -44,7 +44,7 @@ def get_task(name: str, settings: EvaluateSettings | None = None) -> Task:
     tasks: dict[str, Callable[[], Task]] = {
         "countdown": CountdownTask,
         "maths": lambda: MathsTask(seconds, memory),
-        "code": lambda: CodeTask(Limits(seconds=seconds, memory=memory), settings.isolation),
+        "code": lambda: isolated_code_task(Limits(seconds=seconds, memory=memory), settings.isolation),
     }
     if name not in tasks:
         raise ValueError(f"no task {name!r}; valid: {', '.join(tasks)} (evaluate.task)")

@@ -98,6 +98,12 @@ class CodeTask:
         return " ".join(words)
 
 
+def isolated_code_task(limits: Limits, isolation: str) -> CodeTask:
+    """The task, after a trial run.  Raises UnusableError where programs cannot be isolated here: before any is written."""
+    run_program("", limits, isolation)
+    return CodeTask(limits, isolation)
+
+
 def _word(token: tokenize.TokenInfo) -> str:
     names = {tokenize.NEWLINE: "<newline>", tokenize.INDENT: "<indent>", tokenize.DEDENT: "<dedent>"}
     return names.get(token.type, token.string)

@@ -4,6 +4,10 @@
 empty folder in memory.  ``limits`` is for machines that forbid namespaces and can be thrown away themselves (a
 container): the limits, the empty folder and the cleared environment remain, files and network stay within reach.
 Programs are never run as root.
+
+What a program says of itself is not trusted either: it has passed when its runner writes a secret word after the last
+test.  A program that searches its own interpreter for that word, or makes everything equal to everything, can still
+cheat itself to a pass; it harms nobody else.
 """
 
 from __future__ import annotations

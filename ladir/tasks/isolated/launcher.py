@@ -22,8 +22,8 @@ _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4  # of mount_setattr
 _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
 _NEW_MOUNT, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-# Root's programs run as one of these users, which no system hands out; the process limit then counts only theirs.
-_FIRST_USER, _USERS = 60_100, 1_000
+# Root's programs run as one of these users, which systemd's ranges leave free; the process limit then counts only theirs.
+_FIRST_USER, _USERS = 60_706, 478
 
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
