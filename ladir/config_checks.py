@@ -125,7 +125,7 @@ def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-_NUMBERS = {int: (int, "a whole number"), float: ((int, float), "a number")}
+_NUMBERS: dict[Any, tuple[tuple[type, ...], str]] = {int: ((int,), "a whole number"), float: ((int, float), "a number")}
 
 
 def section_errors(name: str, section: Any) -> list[str]:
@@ -136,7 +136,7 @@ def section_errors(name: str, section: Any) -> list[str]:
         choices, value = entry.metadata["choices"], getattr(section, entry.name)
         if choices and value not in choices:
             errors.append(f"{entry.name}={value}: must be one of {', '.join(choices)}")
-        wanted, meaning = _NUMBERS.get(types[entry.name], (object, ""))
+        wanted, meaning = _NUMBERS.get(types[entry.name], ((object,), ""))
         if not isinstance(value, wanted):
             errors.append(f"{entry.name}={value!r}: must be {meaning}")
     return errors

@@ -74,8 +74,8 @@ class AnswerLog:
         """All answers so far, by the question's index."""
         found: dict[int, Answered] = {}
         for row in self._rows(method):
-            costs = (Cost(**row[name]) for name in ("cost", "reading"))
-            found[int(row["index"])] = Answered(question_from(row["result"]), *costs, row["elapsed"], row["rank"])
+            cost, reading = Cost(**row["cost"]), Cost(**row["reading"])
+            found[int(row["index"])] = Answered(question_from(row["result"]), cost, reading, row["elapsed"], row["rank"])
         return dict(sorted(found.items()))
 
     def _rows(self, method: str) -> Iterator[dict[str, Any]]:

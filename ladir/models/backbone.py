@@ -183,8 +183,13 @@ class Backbone(nn.Module):
             yield
 
 
-def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> PreTrainedModel:
+def load_lm(
+    settings: BackboneSettings, device_type: str, name_or_path: str | None = None, onto: torch.device | None = None
+) -> PreTrainedModel:
     """Load a causal LM from a local folder or the Hub, in the settings' dtype and attention.
+
+    ``onto``: the device that takes every tensor as it is read, so that the host never holds the LM; not given: the host, or the
+    ranks that share it (sharded loading).
 
     Raises UnusableError when no name is set or it cannot be loaded.  Weights must be safetensors: others would be unpickled, and
     could not be copied into an export.  A sliding window is not kept: blocks see their whole past.
@@ -198,6 +203,7 @@ def load_lm(settings: BackboneSettings, device_type: str, name_or_path: str | No
             dtype=DTYPES[choose_dtype(settings.dtype, device_type)],
             attn_implementation="eager",
             use_safetensors=True,
+            device_map={"": onto} if onto is not None and onto.type != "cpu" else None,
         )
     except (OSError, ValueError) as error:
         raise UnusableError(

@@ -117,7 +117,7 @@ def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.devic
     elif settings.decoder == "trained":
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
     elif not isinstance(encoder.lm, PeftModel):
-        decoder = Backbone(load_lm(backbone, device.type, saved["base"]))
+        decoder = Backbone(load_lm(backbone, device.type, saved["base"], device))
     vae = Vae(encoder, decoder, settings)
     load_heads(vae, folder)
     return vae.to(device).eval()
@@ -127,17 +127,19 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     """The decoding half of a trained VAE on ``device``, without its encoder.  ValueError when the folder is not whole."""
     saved = load_settings(folder, "vae")
     trained = saved["settings"]["decoder"] == "trained"
-    lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"]))
+    lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"], device))
     from_latent = load_latent_maps(folder).from_latent
     return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype))
 
 
 def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.device) -> Backbone:
-    """An LM folder, or the base LM that an adapter folder names with the adapters on it."""
+    """An LM folder, or the base LM that an adapter folder names with the adapters on it; read straight onto ``device``."""
     if not (Path(folder) / _ADAPTER_FILE).is_file():
-        return Backbone(load_lm(settings, device.type, str(folder)))
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    return Backbone(PeftModel.from_pretrained(load_lm(settings, device.type, base), str(folder), autocast_adapter_dtype=False))
+        return Backbone(load_lm(settings, device.type, str(folder), device))
+    base = load_lm(settings, device.type, PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, device)
+    # PEFT reads adapters to the first GPU unless it is told.
+    adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False, torch_device=str(base.device))
+    return Backbone(adapted)
 
 
 def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str) -> Vae:
@@ -181,7 +183,7 @@ def load_export(
     if saved["shared"]:
         backbone = denoiser.backbone
     else:
-        backbone = Backbone(load_lm(settings, device.type, saved["base"] or str(vae))).to(device).eval()
+        backbone = Backbone(load_lm(settings, device.type, saved["base"] or str(vae), device)).to(device).eval()
     return denoiser, ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype)), sample
 
 
