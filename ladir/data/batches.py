@@ -196,8 +196,8 @@ class DenoiserCollator:
 
     ``mean`` and ``std`` [d] standardise the latents.  ``samples_per_step`` (the global batch) tells the step a sample belongs
     to, for ``answer_every``.  ``prefix`` are ids put before every question (the tokenizer's <bos>, where it has one).
-    """
     ``pack_tokens``: see :func:`ladir.data.packing.place`.
+    """
 
     settings: DenoiserSettings
     mean: np.ndarray
@@ -206,8 +206,8 @@ class DenoiserCollator:
     seed: int
     samples_per_step: int
     prefix: tuple[int, ...] = ()
-
     pack_tokens: int = 0
+
     def __call__(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True) -> DenoiserBatch:
         step = numbers[0] // self.samples_per_step
         with_answer = not training or step % self.settings.answer_every == 0
