@@ -1,7 +1,9 @@
 # make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
 # make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
-# make bench   what one pass, caches and ZeRO-3 save and cost on this machine, measured
+# make bench   what one pass, caches, packing and ZeRO-3 save and cost on this machine, measured   [SIZE=tiny] [SUITE=all]
+# make gpu-check   tests, kernels, MFU and memory of the 8B shape on a GPU machine, under ten minutes   [WHEELS=wheels] [DRY=1]
+# make wheels  a folder of wheels for make gpu-check on a machine without network   [WHEELS=wheels]
 # make lint    linters and types only
 # make venv    the virtual environment (.venv) that the others use; they make it themselves
 # Another interpreter: make PYTHON=python3.12 ...
@@ -13,10 +15,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SEED ?= 0
 RANKS ?= 2
 PYTEST_ARGS ?= -n 2 --dist loadfile
+SIZE ?= tiny
+SUITE ?= all
+WHEELS ?= wheels
+
+# What a machine with PyTorch and transformers may lack: pure Python, or small.
+WHEEL_NAMES := deepspeed hjson py-cpuinfo ninja msgpack einops pydantic pydantic-core annotated-types typing-inspection \
+	omegaconf antlr4-python3-runtime datasets dill multiprocess xxhash peft accelerate rich tqdm psutil pytest pytest-timeout \
+	pluggy iniconfig hypothesis sortedcontainers
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: help demo test test-slurm bench lint venv clean-venv
+.PHONY: help demo test test-slurm bench gpu-check wheels lint venv clean-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -44,7 +54,16 @@ test-slurm: $(VENV)/.ready-dev
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slurm -x --durations=0 --durations-min=5 tests/slurm
 
 bench: $(VENV)/.ready-dev
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m benchmark -s tests/test_benchmarks.py
+	@$(BIN)/python training/benchmark.py --size $(SIZE) --suite $(SUITE)
+
+# Not the virtual environment: the machine's own Python with its PyTorch, or PYTHON=.venv/bin/python.
+gpu-check:
+	@$(PYTHON) training/gpu_check.py --wheels $(WHEELS) $(if $(DRY),--dry)
+
+wheels: $(VENV)/.ready-dev
+	@$(BIN)/python -m pip freeze --exclude-editable >$(VENV)/versions.txt
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) --constraint $(VENV)/versions.txt $(WHEEL_NAMES)
+	@ls $(WHEELS)
 
 lint: $(VENV)/.ready-dev
 	@echo "lint: ruff, mypy, shellcheck"

@@ -22,7 +22,7 @@ from ladir.layout import CLEAN, PAD
 from ladir.models import flow
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
-from tests.reference import reference_losses
+from ladir.reference import reference_losses
 from tests.tiny import (
     SHAPES,
     assert_same_gradients,

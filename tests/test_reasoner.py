@@ -28,6 +28,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.folders import assemble_export, load_export, new_vae, save_denoiser, save_vae
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.reasoner import Reasoner, Trajectory
+from ladir.reference import clean_group, noisy_group, plain_forward, question_groups
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
 from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
 

@@ -18,6 +18,7 @@ from ladir.data.encode import encode_records
 from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
 from ladir.models.ar import ArModel
+from ladir.models.attention import set_attention
 from ladir.models.backbone import DTYPES, Backbone, choose_dtype, with_activation_checkpointing, with_lora
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
@@ -121,11 +122,12 @@ def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
 
 def _backbone(config: Config, checkpointing: str, device: torch.device, adapters: bool = True) -> Backbone:
     settings = config.backbone
-    device_type = "cuda" if device == _META else device.type
-    dtype = choose_dtype(settings.dtype, device_type)
+    dtype = choose_dtype(settings.dtype, "cuda" if device == _META else device.type)
     # SDPA stands for all fused kernels: their memory is SDPA's without the dense mask.
-    attention = "eager" if settings.attention == "eager" or (settings.attention == "auto" and device_type == "cpu") else "sdpa"
+    attention = "eager" if settings.attention == "eager" else "sdpa"
     lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation=attention)
+    if device != _META:
+        set_attention(lm, settings.attention, device.type)
     return with_activation_checkpointing(Backbone(with_lora(lm, settings.lora) if adapters else lm), checkpointing)
 
 

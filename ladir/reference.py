@@ -1,0 +1,176 @@
+"""The method written out the obvious way: short sequences, no padding, no cache, no shared layout.
+
+What the fast paths must equal (the tests) and what they are measured against (``training/benchmark.py``); nothing else uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladir.config import SampleSettings
+from ladir.data.batches import DenoiserBatch
+from ladir.data.latents import LatentRecord
+from ladir.inference.sampler import TrajectoryNoise
+from ladir.layout import Mark
+from ladir.models import flow
+from ladir.models.backbone import Backbone
+from ladir.models.denoiser import Denoiser
+
+
+def plain_forward(backbone: Backbone, groups: Sequence[Tensor]) -> Tensor:
+    """Hidden states [T, H] of one sequence given as groups of input vectors [n, H].
+
+    A token sees its own group and the groups before it; a group of one is an ordinary causal token.
+    """
+    inputs = torch.cat(list(groups))[None]
+    group = torch.tensor([i for i, vectors in enumerate(groups) for _ in range(len(vectors))], device=inputs.device)
+    later = group[None, :] > group[:, None]
+    mask = torch.zeros(later.shape, dtype=inputs.dtype, device=inputs.device)
+    mask = mask.masked_fill(later, torch.finfo(inputs.dtype).min)
+    positions = torch.arange(len(group), device=inputs.device)[None]
+    decoder = backbone.base.get_decoder()
+    return decoder(
+        inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=positions, use_cache=False
+    ).last_hidden_state[0]
+
+
+def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool) -> list[Tensor]:
+    """A question's tokens, each a group; a hidden question is one learned vector at every place."""
+    if hidden:
+        return [denoiser.marks.weight[Mark.NULL][None] for _ in ids]
+    return _text_groups(denoiser, ids)
+
+
+def _text_groups(denoiser: Denoiser, ids: Sequence[int]) -> list[Tensor]:
+    device = denoiser.marks.weight.device
+    return list(denoiser.backbone.embed(torch.tensor(ids, dtype=torch.int64, device=device)).split(1))
+
+
+def clean_group(denoiser: Denoiser, z: Tensor) -> Tensor:
+    """<BOT> z*L <EOT> [L + 2, H] of finished latents [L, d]."""
+    marks = denoiser.marks.weight
+    vectors = F.linear(z.to(denoiser.dtype), denoiser.latent_in.weight, denoiser.latent_in.bias)
+    return torch.cat([marks[Mark.BOT][None], vectors, marks[Mark.EOT][None]])
+
+
+def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor) -> Tensor:
+    """<BOT> z~*L [L + 1, H] of noisy latents [L, d] at t []."""
+    vectors = F.linear(z_t.to(denoiser.dtype), denoiser.latent_in.weight, denoiser.latent_in.bias)
+    return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors + denoiser.time_embedding(t[None])])
+
+
+def objective_target(objective: str, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What is predicted, by name."""
+    return {"velocity": eps - z0, "x0": z0, "epsilon": eps, "v": (1 - t) * eps - t * z0}[objective]
+
+
+def reference_losses(
+    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], prefix: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Summed losses of a batch, as :class:`Denoiser` gives them: the sum of all :func:`reference_passes`."""
+    zero = torch.zeros((), dtype=denoiser.dtype)
+    losses = {"flow": zero, "answer": zero, "stop": zero, **({"token": zero} if denoiser.token_head else {})}
+    for part in reference_passes(denoiser, records, batch, hidden, prefix):
+        losses.update({name: losses[name] + value for name, value in part.items()})
+    return losses
+
+
+def reference_passes(
+    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], prefix: Sequence[int] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Losses of one forward per block and draw for the flow, then of one per record for answer and stop.
+
+    Nothing is shared between them: a caller may go backward after each.  ``hidden``: whose question is hidden; only the numbers
+    drawn (``z0``, ``eps``, ``t``) and the answers' labels are taken from the batch.
+    """
+    row = label = 0
+    for record, is_hidden in zip(records, hidden, strict=True):
+        question, first = [*prefix, *record.question], row
+        for block in record.blocks:
+            for draw in range(batch.t.shape[1]):
+                before = _before(denoiser, question, is_hidden, batch.z0[first:row])
+                yield _one_draw(denoiser, before, batch, row, draw, block)
+            row += 1
+        if len(batch.answer_labels):
+            labels = batch.answer_labels[label : label + len(record.answer) + 1]
+            label += len(labels)
+            before = _before(denoiser, question, is_hidden, batch.z0[first:row])
+            yield _answer_and_stop(denoiser, before, record, labels)
+    assert row == len(batch.z0)
+
+
+def _before(denoiser: Denoiser, question: Sequence[int], hidden: bool, z0: Tensor) -> list[Tensor]:
+    """The question and the finished blocks ``z0`` [B, L, d]."""
+    return [*question_groups(denoiser, question, hidden), *(clean_group(denoiser, z) for z in z0)]
+
+
+def _one_draw(
+    denoiser: Denoiser, before: list[Tensor], batch: DenoiserBatch, row: int, draw: int, block: Sequence[int]
+) -> dict[str, Tensor]:
+    """Flow loss (and token loss) of one noisy copy of one block behind what is before it."""
+    z0, eps, t = batch.z0[row], batch.eps[row, draw], batch.t[row, draw]
+    z_t = (1 - t) * z0 + t * eps
+    hidden = plain_forward(denoiser.backbone, [*before, noisy_group(denoiser, z_t, t)])[-len(z0) :]
+    prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
+    losses = {"flow": (prediction - objective_target(denoiser.settings.objective, z0, eps, t)).square().sum()}
+    if denoiser.token_head is not None:
+        labels = torch.tensor(block[: denoiser.settings.token_positions], device=hidden.device)
+        logits = denoiser.token_head(hidden[None, None], len(labels))[0, 0].float()
+        losses["token"] = F.cross_entropy(logits, labels, reduction="sum")
+    return losses
+
+
+def _answer_and_stop(denoiser: Denoiser, before: list[Tensor], record: LatentRecord, labels: Tensor) -> dict[str, Tensor]:
+    soa = denoiser.marks.weight[Mark.SOA][None]
+    answer = _text_groups(denoiser, record.answer)
+    groups = [*before, soa, *answer]
+    hidden = plain_forward(denoiser.backbone, groups)
+    logits = denoiser.backbone.logits(hidden[-len(record.answer) - 1 :]).float()
+    stop_loss = torch.zeros((), dtype=denoiser.dtype, device=hidden.device)
+    count = len(record.blocks)
+    ends = torch.tensor([len(vectors) for vectors in groups]).cumsum(0)[len(groups) - len(answer) - 1 - count :] - 1
+    for block in range(count):
+        logit = denoiser.stop_head(hidden[ends[block]])[0].float()
+        last = torch.full_like(logit, float(block == count - 1))
+        stop_loss = stop_loss + F.binary_cross_entropy_with_logits(logit, last)
+    return {"answer": F.cross_entropy(logits, labels, reduction="sum"), "stop": stop_loss}
+
+
+@torch.no_grad()
+def reference_blocks(
+    denoiser: Denoiser,
+    question: Tensor,
+    settings: SampleSettings,
+    noise: TrajectoryNoise,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Latents [R, B, L, d] of ``settings.max_blocks`` blocks per trajectory by Euler steps of the ODE, all trajectories in one
+    batch, the whole sequence run anew at every step.
+
+    ``question`` [R, P, H]: input vectors of every trajectory's question, all of one length; ``on_step(block, step)`` is called
+    after every step.
+    """
+    d, count = denoiser, len(question)
+    shape, device, rows = (d.latents_per_block, d.latent_dim), question.device, list(range(len(question)))
+    bot, eot = (d.mark(mark).expand(count, 1, -1) for mark in (Mark.BOT, Mark.EOT))
+    clean, groups = question, list(range(question.shape[1]))
+    blocks: list[Tensor] = []
+    for block in range(settings.max_blocks):
+        z = settings.initial_noise * noise.normal(rows, shape).to(device)
+        group = torch.tensor([*groups, *[len(groups)] * (shape[0] + 1)], device=device)
+        visible, positions = (group[None, :] <= group[:, None])[None], torch.arange(len(group), device=device)[None]
+        for step in range(settings.num_steps):
+            t = torch.full((count,), 1 - step / settings.num_steps, device=device)
+            hidden = d.backbone(torch.cat([clean, bot, d.noisy_inputs(z, t)], dim=1), visible, positions)
+            prediction = d.predict(hidden[:, -shape[0] :])
+            z = z - flow.to_velocity(d.settings.objective, prediction, z, t[:, None, None]) / settings.num_steps
+            if on_step is not None:
+                on_step(block, step)
+        blocks.append(z)
+        clean = torch.cat([clean, bot, d.clean_inputs(z), eot], dim=1)
+        groups += [len(groups)] * (shape[0] + 2)
+    return torch.stack(blocks, 1)

@@ -1,0 +1,77 @@
+"""The steps whose utilisation is measured: VAE, denoiser, rollout, encoding, one denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ladir.config import SampleSettings
+from ladir.inference.cache import Prefix
+from ladir.inference.rollout import Rollout
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.models.vae import encode_sentences
+from training.benchmarks.setup import Bench, released
+from training.benchmarks.training_rows import loss_weights
+from training.benchmarks.utilisation import PlainStep, Utilisation, utilisation
+
+
+def training_steps(bench: Bench) -> Iterator[Utilisation]:
+    """Optimizer steps of one micro batch."""
+    with released():
+        yield _vae_step(bench)
+    with released():
+        yield _denoiser_step(bench)
+    with released():
+        yield _rollout_step(bench)
+
+
+def _vae_step(bench: Bench) -> Utilisation:
+    model = bench.vae()
+    batch = bench.vae_batch(bench.token_ids([bench.size.lengths.block] * bench.size.sentences))
+    step = PlainStep(model, lambda: model(batch), {"reconstruction": 1.0, "kl": bench.config.vae.beta})
+    return utilisation(bench, "vae_step", model, step, lambda: model(batch))
+
+
+def _denoiser_step(bench: Bench) -> Utilisation:
+    model = bench.denoiser()
+    batch = bench.denoiser_batch(bench.records([bench.size.lengths] * bench.size.records), bench.config.denoiser.draws)
+    step = PlainStep(model, lambda: model(batch), loss_weights(bench.config))
+    return utilisation(bench, "denoiser_step", model, step, lambda: model(batch))
+
+
+def _rollout_step(bench: Bench) -> Utilisation:
+    size, settings = bench.size, bench.config.rollout
+    model = Rollout(bench.denoiser(), settings, size.lengths.blocks, recompute=False)
+    batch = bench.rollout_batch(bench.records([size.lengths] * size.rollouts))
+    step = PlainStep(model, lambda: model(batch), {**loss_weights(bench.config), "rollout": settings.answer_weight})
+    return utilisation(bench, "rollout_step", model, step, lambda: model(batch))
+
+
+def encoding(bench: Bench) -> Utilisation:
+    """Sentences to latents, as the training set is encoded."""
+    model = bench.vae().eval()
+    sentences = bench.token_ids([bench.size.lengths.block] * bench.size.encoded)
+
+    def encode() -> None:
+        encode_sentences(model, sentences)
+
+    return utilisation(bench, "encoding", model, encode, encode)
+
+
+@torch.no_grad()
+def denoising_step(bench: Bench) -> Utilisation:
+    """One Euler step of all trajectories of one question behind its cache."""
+    model, size = bench.denoiser().eval(), bench.size
+    [ids] = bench.token_ids([size.lengths.question])
+    question = model.backbone.embed(torch.tensor([ids], device=bench.device))
+    owner = torch.zeros(size.trajectories, dtype=torch.int64, device=bench.device)
+    rows = list(range(size.trajectories))
+    prefix = Prefix.start(model.backbone, question, torch.tensor([len(ids)], device=bench.device))[0].share(owner)
+    sampler = BlockSampler(model, SampleSettings(num_steps=1), TrajectoryNoise(0, [("question", i) for i in rows]))
+
+    def step() -> None:
+        sampler.sample_block(prefix, rows, owner, 0, None)
+
+    with torch.no_grad():
+        return utilisation(bench, "denoising_step", model, step, step)

@@ -1,0 +1,210 @@
+"""Training against the obvious way: one pass, labelled logits, packing, attention kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from ladir.config import Config
+from ladir.layout import PAD, block_length, template
+from ladir.models.attention import FLEX, BlockMasks, attend, flex
+from ladir.reference import reference_passes
+from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
+from training.planning.models import Lengths
+
+#: (median, sigma) of log-normal lengths in tokens, and the range of the number of blocks: close to GSM8K's
+_SENTENCE, _QUESTION, _ANSWER, _BLOCKS = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3), (2, 6)
+#: a denoiser's sample is longer than a sentence, and so are its rows
+_DENOISER_ROWS = 2
+#: records that make about 4096 tokens, and a few hundred
+_LONG_LAYOUT, _LONG_DRAWS = Lengths(question=512, blocks=32, block=1, answer=32), 21
+_SHORT_LAYOUT = Lengths(question=200, blocks=4, block=1, answer=8)
+
+#: what labelled logits stand against
+_FULL = "logits of all positions"
+#: the vocabulary of Llama 3: what full logits cost grows with it
+VOCABULARY = 128256
+
+
+def one_pass(bench: Bench, draws: int) -> Row:
+    """All blocks and draws of a record in one forward and backward against one of each per block and draw."""
+    lengths, latents = bench.size.lengths, bench.size.latents
+    model = bench.denoiser().train()
+    [record] = records = bench.records([lengths])
+    batch = bench.denoiser_batch(records, draws)
+    weights = loss_weights(bench.config)
+
+    def ours() -> Tensor:
+        model.zero_grad()
+        return backward(model, model(batch), weights)
+
+    def obvious() -> Tensor:
+        model.zero_grad()
+        passes = reference_passes(model, [record], batch, hidden=[False])
+        return torch.stack([backward(model, losses, weights) for losses in passes]).sum()
+
+    found = [torch.stack([way(), gradient_norm(model)]) for way in (ours, obvious)]
+    bench.check_equal(f"one pass, {draws} draws", found[0][:1], found[1][:1])
+    bench.check_equal(f"one pass, {draws} draws, gradients", found[0][1:], found[1][1:])
+    seconds = bench.in_turn({"ours": ours, "obvious": obvious}, warm_up=False)
+    block, clean = block_length(latents), lengths.question + lengths.blocks * block_length(latents) + 1 + lengths.answer
+    separate = clean + draws * sum(lengths.question + b * block + latents + 1 for b in range(lengths.blocks))
+    tokens = len(template(lengths.question, lengths.blocks, latents, draws, lengths.answer))
+    return Row(
+        f"one_pass_m{draws}",
+        f"one pass, {lengths.blocks} blocks x {draws} draws",
+        "one per block and draw",
+        seconds["ours"],
+        seconds["obvious"],
+        at_most=separate / tokens,
+        details={"draws_per_second": lengths.blocks * draws / seconds["ours"], "examples_per_second": 1 / seconds["ours"]},
+    )
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """Weights of the denoiser's loss terms."""
+    s = config.denoiser
+    return {"flow": s.flow_weight, "answer": s.answer_weight, "stop": s.stop_weight, "token": s.token_weight}
+
+
+def labelled_logits(bench: Bench) -> list[Row]:
+    """The answer's loss from logits of its own positions against logits of the whole sequence: peak memory, and time."""
+
+    def one_layer(config: Config) -> None:
+        config.backbone.scratch.update(num_hidden_layers=1, vocab_size=VOCABULARY)
+
+    backbone = bench.denoiser(one_layer).backbone
+    batch = bench.denoiser_batch(bench.records([bench.size.lengths]), bench.config.denoiser.draws)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(batch.layout.copy.numel(), backbone.hidden_size, generator=generator)
+    states = states.to(bench.device, backbone.dtype).requires_grad_()
+    labels = torch.full((len(states),), -100, device=bench.device).index_copy(0, batch.answer_at, batch.answer_labels)
+
+    def labelled() -> Tensor:
+        logits = backbone.logits(states[batch.answer_at]).float()
+        return _gradient(F.cross_entropy(logits, batch.answer_labels, reduction="sum"), states)
+
+    def full() -> Tensor:
+        logits = backbone.logits(states).float()
+        return _gradient(F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), states)
+
+    bench.check_equal("labelled logits", labelled(), full())
+    seconds = bench.in_turn({"ours": labelled, "obvious": full}, warm_up=False)
+    memory = {"ours": bench.peak_bytes(labelled) / 2**20, "obvious": bench.peak_bytes(full) / 2**20}
+    at_most = len(states) / len(batch.answer_at)
+    title = f"logits of labelled positions, vocabulary {VOCABULARY}"
+    return [
+        Row("labelled_logits_memory", f"{title}: peak memory", _FULL, memory["ours"], memory["obvious"], "MiB", at_most),
+        Row("labelled_logits", f"{title}: time", _FULL, seconds["ours"], seconds["obvious"], at_most=at_most),
+    ]
+
+
+def packing(bench: Bench) -> Iterator[Row]:
+    """Packed against padded micro batches, lengths as in GSM8K."""
+    rng = np.random.default_rng(0)
+    budget = bench.size.pack_tokens
+    with released():
+        words = bench.token_ids(_gsm8k_like(rng, _SENTENCE, bench.size.sentences))
+        vae_batches = [bench.vae_batch(words, pack_tokens) for pack_tokens in (budget, 0)]
+        copies = [batch.encoder.layout.copy for batch in vae_batches]
+        weights = {"reconstruction": 1.0, "kl": bench.config.vae.beta}
+        yield _packed(bench, "packing", "VAE", bench.vae().train(), vae_batches, copies, weights)
+    with released():
+        questions, answers = (_gsm8k_like(rng, spread, bench.size.sentences // 2 + 1) for spread in (_QUESTION, _ANSWER))
+        blocks = rng.integers(*_BLOCKS, len(questions)).tolist()
+        lengths = [Lengths(q, b, 1, a) for q, b, a in zip(questions, blocks, answers, strict=True)]
+        records, draws = bench.records(lengths), bench.config.denoiser.draws
+        batches = [bench.denoiser_batch(records, draws, pack_tokens) for pack_tokens in (_DENOISER_ROWS * budget, 0)]
+        copies = [batch.layout.copy for batch in batches]
+        model = bench.denoiser().train()
+        yield _packed(bench, "packing_denoiser", "denoiser", model, batches, copies, loss_weights(bench.config))
+
+
+def _gsm8k_like(rng: np.random.Generator, spread: tuple[float, float], count: int) -> list[int]:
+    """Lengths in tokens, log-normal: (median, sigma)."""
+    median, sigma = spread
+    return np.maximum(1, rng.lognormal(math.log(median), sigma, count).round().astype(int)).tolist()
+
+
+def _packed(
+    bench: Bench,
+    key: str,
+    name: str,
+    model: nn.Module,
+    batches: Sequence[Any],
+    copies: Sequence[Tensor],
+    weights: dict[str, float],
+) -> Row:
+    """A forward and backward of ``batches`` (packed, padded); ``copies``: their layouts' fields that mark padding."""
+
+    def way(batch: Any) -> Tensor:
+        model.zero_grad()
+        return backward(model, model(batch), weights)
+
+    found = [torch.stack([way(batch), gradient_norm(model)]) for batch in batches]
+    bench.check_equal(f"{key}: loss", found[0][:1], found[1][:1])
+    bench.check_equal(f"{key}: gradients", found[0][1:], found[1][1:])
+    ways = {turn: lambda batch=batch: way(batch) for turn, batch in zip(("ours", "obvious"), batches, strict=True)}
+    seconds = bench.in_turn(ways, warm_up=False)
+    real = [float((copy != PAD).float().mean()) for copy in copies]
+    return Row(
+        key,
+        f"packed rows, lengths as in GSM8K: {name}",
+        "a row per sample, padded",
+        seconds["ours"],
+        seconds["obvious"],
+        at_most=copies[1].numel() / copies[0].numel(),
+        details={"real_tokens": real[0], "real_tokens_padded": real[1]},
+    )
+
+
+def attention(bench: Bench) -> Row:
+    """FlexAttention against SDPA with a dense mask on a training layout of about 4096 tokens: the kernels alone."""
+    sizes, draws = (_SHORT_LAYOUT, 4) if bench.size.name == "smoke" else (_LONG_LAYOUT, _LONG_DRAWS)
+    layout = bench.denoiser_batch(bench.records([sizes]), draws).layout
+    how = attend(layout, FLEX, bench.dtype, BlockMasks())
+    assert isinstance(how.mask, BlockMask)
+    scratch, generator = bench.size.scratch, torch.Generator().manual_seed(0)
+    head = scratch["hidden_size"] // scratch["num_attention_heads"]
+    heads = [scratch["num_attention_heads"], *[scratch["num_key_value_heads"]] * 2]
+    shapes = [(1, count, how.width, head) for count in heads]
+    states = [torch.randn(shape, generator=generator).to(bench.device, bench.dtype) for shape in shapes]
+    trains = bench.device.type == "cuda"  # FlexAttention has no backward pass elsewhere
+    for tensor in states:
+        tensor.requires_grad_(trains)
+    query, key, value = states
+    visible, scaling = layout.padded_to(how.width).visible()[:, None], head**-0.5
+
+    def run(kernel: Callable[[], Tensor]) -> Tensor:
+        output = kernel()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(output.sum(), states)]) if trains else output
+
+    def flexed() -> Tensor:
+        return flex(nn.Identity(), query, key, value, how.mask, scaling)[0]
+
+    def dense() -> Tensor:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+
+    bench.check_equal("FlexAttention", run(flexed), run(dense))
+    seconds = bench.in_turn({"ours": lambda: run(flexed), "obvious": lambda: run(dense)})
+    title = f"FlexAttention, {how.width} tokens"
+    return Row(
+        "attention",
+        title,
+        "SDPA, dense mask",
+        seconds["ours"],
+        seconds["obvious"],
+        details={"visible": float(visible.float().mean())},
+    )
+
+
+def _gradient(loss: Tensor, states: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, states)[0]
