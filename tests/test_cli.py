@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import torch
 
 from ladir import reasoner
 from ladir.__main__ import main
+from ladir.cli.ask import build_parser
+from ladir.config import SampleSettings
 from ladir.tokens import build_word_tokenizer
 
 SMALL = ["countdown.train=30", "countdown.validation=5", "countdown.test=5", "countdown.max_number=9"]
@@ -105,11 +109,21 @@ def test_asking_prints_thoughts_and_answer(
     assert captured.out.count("  thought 1: 3 * 7 = 21\n") == 2 and captured.out.count("answer: 3 * 7\n") == 2
     assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
     assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
+    controls = ["--spacing", "power", "--spacing-power", "0.5", "--max-answer-tokens", "3", "--sampler", "sde"]
+    assert main(["3 7 -> 21", "--model", str(tmp_path), *controls]) == 0
+    capsys.readouterr()
+    assert [fake.asked[name] for name in ("spacing", "spacing_power", "max_answer_tokens", "sampler")] == ["power", 0.5, 3, "sde"]
     assert main(["what is 3", "--model", str(tmp_path), "--trace"]) == 0
     captured = capsys.readouterr()
     assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
     assert "does not know all of 'what is 3'" in captured.err
     assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "0"]) == 1
+
+
+def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command_line() -> None:
+    controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens"}
+    assert controls <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
+    assert controls <= vars(build_parser().parse_args(["question", "--model", "folder"])).keys()
 
 
 def test_help_as_a_process() -> None:

@@ -202,6 +202,9 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     text = rendered(results_table(content))
     assert "ladir" in text
     assert "50.0 ± 0.0" in text
+    wide = {**content["rows"][0], "method": "ladir-consistent", "pass@10": 1.0, "pass@100": 1.0, "training_seconds": 1234567.0}
+    long = rendered(results_table({**content, "rows": [wide]}))
+    assert "…" not in long and max(map(len, long.splitlines())) <= 80
     assert "1234" in text
     assert "…" not in text  # fits a narrow terminal
     rows = markdown_table(content).splitlines()

@@ -32,7 +32,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
         caption="percent, ± standard error by question; chain: the thoughts alone are right",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
