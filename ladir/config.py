@@ -169,6 +169,30 @@ class DenoiserSettings:
 
 
 @dataclass
+class RolloutSettings:
+    enabled: bool = setting(
+        True,
+        "whether make demo, slurm/submit.sh and plan.py include stage 2; train_denoiser.py stage=rollout trains it in any case",
+    )
+    answer_weight: float = setting(1.0, "weight of the answer's cross-entropy through the model's own blocks")
+    num_steps: int = setting(10, "Euler steps per block")
+    gradient_steps: int | None = setting(None, "last steps of a block that carry gradient; not set: all")
+    last_blocks: int | None = setting(None, "blocks of a record, counted from its end, that are the model's own; not set: all")
+    own_context: float = setting(
+        1.0, "share of steps whose flow loss stands behind the model's own blocks; in the others it stands behind the true ones"
+    )
+    initial_noise: float = setting(1.0, "scale of the noise a block starts from")
+    gold: str = setting(
+        "nearest",
+        "which gold solution is trained towards where a question has several of as many blocks; nearest: to the model's own "
+        "blocks (mean square of the latents); sampled: the record that was drawn",
+        ("nearest", "sampled"),
+    )
+    candidates: int = setting(8, "most gold solutions that are compared (gold=nearest)")
+    train: TrainSettings = section(TrainSettings, "training of the denoiser, stage 2", max_epochs=20.0, lr=1e-5, global_batch=12)
+
+
+@dataclass
 class ArSettings:
     phase: str = setting("ar", "name of the phase, and of the model folder it writes: models/<phase>")
     from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")
@@ -293,6 +317,11 @@ class CountdownSettings:
 
 @dataclass
 class Config:
+    stage: str = setting(
+        "teacher",
+        "what train_denoiser.py trains; teacher: stage 1, behind the true blocks; rollout: stage 2, through the model's own",
+        ("teacher", "rollout"),
+    )
     run: RunSettings = section(RunSettings, "where a run lies and its seed")
     backbone: BackboneSettings = section(BackboneSettings, "the language model")
     data: DataSettings = section(DataSettings, "records and their blocks")
@@ -300,6 +329,7 @@ class Config:
     vae: VaeSettings = section(VaeSettings, "sentence <-> thought tokens")
     latents: LatentSettings = section(LatentSettings, "encoding the training set")
     denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
+    rollout: RolloutSettings = section(RolloutSettings, "the denoiser's stage 2: the answer through blocks it generates itself")
     ar: ArSettings = section(ArSettings, "the autoregressive baseline")
     sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
     evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")

@@ -86,6 +86,13 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("denoiser.answer_every", _COUNT),
     ("denoiser.condition_dropout", _DECAY),
     ("denoiser.timestep_features", Range(at_least=2)),
+    ("rollout.answer_weight", _NOT_NEGATIVE),
+    ("rollout.num_steps", _COUNT),
+    ("rollout.gradient_steps", _NOT_NEGATIVE),
+    ("rollout.last_blocks", _COUNT),
+    ("rollout.own_context", _FRACTION),
+    ("rollout.initial_noise", _NOT_NEGATIVE),
+    ("rollout.candidates", _COUNT),
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
@@ -172,7 +179,7 @@ def _text_errors(config: Config) -> Iterator[str]:
 
 
 def _combination_errors(config: Config) -> Iterator[str]:
-    for name in ("vae", "denoiser", "ar"):
+    for name in ("vae", "denoiser", "rollout", "ar"):
         yield from _training_errors(f"{name}.train", getattr(config, name).train)
     backbone = config.backbone
     if config.ar.from_scratch and "model_type" not in backbone.scratch:

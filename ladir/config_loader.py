@@ -95,7 +95,7 @@ def parse_args(
 def describe() -> str:
     """Every setting with its default, type, valid values and meaning, by section: what ``--help`` prints."""
     lines = ["settings (section.key=value; in a YAML file: section:, and below it key: value):"]
-    previous = None
+    previous = ""
     for entry in _settings():
         section, _, _ = entry.name.rpartition(".")
         if section != previous:

@@ -20,7 +20,8 @@ def phases(config: Config) -> list[str]:
     wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
     base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch and wanted else []
     baseline = ["train_ar"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
-    return [*base, "train_vae", "encode_latents", "train_denoiser", *baseline, "export", "evaluate"]
+    second = ["train_denoiser stage=rollout"] if config.rollout.enabled else []
+    return [*base, "train_vae", "encode_latents", "train_denoiser", *second, *baseline, "export", "evaluate"]
 
 
 def main(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ from tests.distributed import ProcessGroup
 from training.plan import main
 from training.planning.memory import Zero, checkpoint_bytes, holdings, weights_of
 from training.planning.models import Lengths, lm_config, meta_model, micro_batch
-from training.planning.trace import trace_training
+from training.planning.trace import trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
@@ -148,10 +148,14 @@ def measured_peak(model: nn.Module, batch: Any) -> int:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize(("phase", "variant"), [("vae", "full"), ("vae", "lora"), ("denoiser", "full"), ("ar", "full")])
+@pytest.mark.parametrize(
+    ("phase", "variant"), [("vae", "full"), ("vae", "lora"), ("denoiser", "full"), ("rollout", "full"), ("ar", "full")]
+)
 def test_activations_are_within_a_fifth_of_a_measured_peak(phase: str, variant: str, checkpointing: str, attention: str) -> None:
     config = tiny_config(variant, attention=attention)
-    planned = trace_training(meta_model(config, phase, checkpointing), micro_batch(config, phase, LENGTHS, 3, VOCAB)).peak_bytes
+    config.rollout.num_steps = 4
+    trace = trace_rollout if phase == "rollout" else trace_training
+    planned = trace(meta_model(config, phase, checkpointing), micro_batch(config, phase, LENGTHS, 3, VOCAB)).peak_bytes
     model = real_model(config, phase, checkpointing).train()
     actual = measured_peak(model, micro_batch(config, phase, LENGTHS, 3, VOCAB, "cpu"))
     assert planned == pytest.approx(actual, rel=0.2)
@@ -171,6 +175,18 @@ def saved_bytes(model: nn.Module, batch: Any) -> int:
     size = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
     del outputs
     return size
+
+
+@pytest.mark.parametrize("gradient_steps", [None, 2])
+def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None) -> None:
+    config = tiny_config(attention="sdpa")
+    config.rollout.num_steps, config.rollout.gradient_steps = 5, gradient_steps
+    model, batch = meta_model(config, "rollout", "full"), micro_batch(config, "rollout", LENGTHS, 2, VOCAB)
+    predicted, traced = trace_rollout(model, batch), trace_training(model, batch)  # type: ignore[arg-type]
+    assert predicted.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.05)
+    model, batch = meta_model(config, "rollout", "none"), micro_batch(config, "rollout", LENGTHS, 2, VOCAB)
+    predicted, traced = trace_rollout(model, batch), trace_training(model, batch)  # type: ignore[arg-type]
+    assert predicted.flops == pytest.approx(traced.flops, rel=0.02)
 
 
 def test_recomputing_saves_what_the_plan_says() -> None:
@@ -241,7 +257,18 @@ def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["--gpus", "2", "--gpu-memory", "40", *SMALL]) == 0
     printed = capsys.readouterr().out
-    for word in ("vae", "encode", "denoiser", "ar", "evaluate", "optimizer", "activations", "every phase fits", "hours"):
+    for word in (
+        "vae",
+        "encode",
+        "denoiser",
+        "rollout",
+        "ar",
+        "evaluate",
+        "optimizer",
+        "activations",
+        "every phase fits",
+        "hours",
+    ):
         assert word in printed
 
 

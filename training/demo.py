@@ -32,7 +32,13 @@ from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
 LOG_TAIL = 30
-CURVES = {"base": ("loss",), "vae": ("reconstruction",), "denoiser": ("flow", "answer", "stop", "token"), "ar": ("loss",)}
+CURVES = {
+    "base": ("loss",),
+    "vae": ("reconstruction",),
+    "denoiser": ("flow", "answer", "stop", "token"),
+    "rollout": ("flow", "answer", "stop", "rollout"),
+    "ar": ("loss",),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Demo:
             Stage("vae", "VAE: sentence <-> thought tokens", self._entry("train_vae"), trains=True),
             Stage("latents", "latents of the training puzzles", self._entry("encode_latents")),
             Stage("denoiser", "denoiser: thought tokens from noise", self._entry("train_denoiser"), trains=True),
+            *(self._rollout() if self.config.rollout.enabled else ()),
             Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline, trains=True),
             Stage("export", "export as a Hugging Face folder", self._entry("export", ranks=1)),
             Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate")),
@@ -110,6 +117,10 @@ class Demo:
         for command, meaning in self._next_commands(shown):
             self._line(f"  {command}\n      {meaning}")
 
+    def _rollout(self) -> list[Stage]:
+        title = "denoiser, stage 2: answers through its own thoughts"
+        return [Stage("rollout", title, self._entry("train_denoiser", "stage=rollout"), trains=True)]
+
     def _puzzles(self) -> list[str]:
         out = ["--out", str(self.folder.path / "data")]
         return [sys.executable, "-m", "ladir", "countdown", *out, *self.settings]
@@ -120,7 +131,8 @@ class Demo:
 
     def _baseline(self) -> list[str]:
         """The AR baseline trains for the seconds that LaDiR had after the base LM, which both started from."""
-        outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents", "denoiser")]
+        second = ("rollout",) if self.config.rollout.enabled else ()
+        outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents", "denoiser", *second)]
         seconds = sum(outcome.seconds for outcome in outcomes if outcome is not None)
         return self._entry("train_ar", "ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")()
 

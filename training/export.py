@@ -1,18 +1,36 @@
 """Assemble runs/<name>/export: a Hugging Face folder that Reasoner.from_pretrained and `python -m ladir` read.
 
-Files are copied, no model is loaded: it runs on any CPU node.
+The denoiser is that of stage 2 where there is one, else that of stage 1.  Files are copied, no model is loaded: it runs on any
+CPU node.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
+from ladir.errors import UnusableError
 from ladir.models.folders import assemble_export
+from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.runtime.job import job
+from training.runtime.run import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+def last_denoiser(folder: RunFolder) -> Path:
+    """The denoiser of the last stage that was trained.  UnusableError where stage 2 started from another than the present one."""
+    first, second = folder.model("denoiser"), folder.model("rollout")
+    if not second.is_dir():
+        return first
+    if first.is_dir() and load_settings(second, "denoiser")["origin"] != folder_fingerprint(first, "denoiser"):
+        raise UnusableError(
+            f"{second} was trained from another denoiser than {first}: delete {second}, {folder.checkpoints('rollout')} and "
+            f"{folder.outcome_file('rollout')} and train stage 2 anew, or leave it out"
+        )
+    return second
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.world.is_main:
             tokenizer = load_tokenizer(run.config.backbone)
             folder = run.folder
-            assemble_export(folder.model("denoiser"), folder.model("vae"), tokenizer, folder.export, run.config.sample)
-            logger.info('exported to %s; ask it: python -m ladir "question" --model %s', folder.export, folder.export)
+            denoiser = last_denoiser(folder)
+            assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample)
+            ask = f'python -m ladir "question" --model {folder.export}'
+            logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
         run.world.barrier()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config
+from ladir.config import Config, DenoiserSettings, TrainSettings
 from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
 from ladir.data.encode import EncodedRecord, encode_records
 from ladir.data.latents import LatentStore
@@ -124,39 +124,54 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
-    store = LatentStore.open(folder.latents / "train")
+    store, validation = stored_latents(folder, world)
     vae = folder.model("vae")
-    store.check_fingerprint(world.broadcast(folder_fingerprint(vae) if world.is_main else None))
     with sharded_init(config, config.denoiser.train, world):
         backbone = build_backbone(config.backbone, world.device.type)
         model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         model.init_from_vae(load_latent_maps(vae))
-    collator = DenoiserCollator(
-        config.denoiser,
-        np.asarray(store.mean, dtype=np.float32),
-        np.asarray(store.std, dtype=np.float32),
-        eos_id=int(tokenizer.eos_token_id),
-        seed=derive(config.run.seed, "denoiser"),
-        samples_per_step=config.denoiser.train.global_batch,
-        prefix=tuple(bos_ids(tokenizer)),
-    )
-    held_out = folder.latents / "validation"
-    validation = LatentStore.open(held_out) if held_out.is_dir() else None
-    settings = config.denoiser
-    weights = {"flow": settings.flow_weight, "answer": settings.answer_weight, "stop": settings.stop_weight}
-    if settings.token_weight:
-        weights["token"] = settings.token_weight
+    collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser")
     return TrainingPhase(
         items=store,
         collator=collator,
         name="denoiser",
         model=model,
-        weights=weights,
+        weights=denoiser_weights(config.denoiser),
         validation=Samples(validation, collator) if validation is not None else None,
         write=lambda target, state: save_denoiser(model, target, state),
         show=denoiser_samples(config, tokenizer, validation, vae) if validation is not None else None,
     )
+
+
+def stored_latents(folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
+    """The latents of training and validation records (None where there are none), made by the run's own VAE."""
+    store = LatentStore.open(folder.latents / "train")
+    store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
+    held_out = folder.latents / "validation"
+    return store, LatentStore.open(held_out) if held_out.is_dir() else None
+
+
+def denoiser_collator(
+    config: Config, store: LatentStore, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str
+) -> DenoiserCollator:
+    """Batches of teacher forcing for the phase ``name``, whose training settings are ``train``."""
+    return DenoiserCollator(
+        config.denoiser,
+        np.asarray(store.mean, dtype=np.float32),
+        np.asarray(store.std, dtype=np.float32),
+        eos_id=int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, name),
+        samples_per_step=train.global_batch,
+        prefix=tuple(bos_ids(tokenizer)),
+        pack_tokens=train.pack_tokens,
+    )
+
+
+def denoiser_weights(settings: DenoiserSettings) -> dict[str, float]:
+    """Weights of the loss terms of teacher forcing."""
+    weights = {"flow": settings.flow_weight, "answer": settings.answer_weight, "stop": settings.stop_weight}
+    return {**weights, "token": settings.token_weight} if settings.token_weight else weights
 
 
 def ar_phase(config: Config, world: World) -> TrainingPhase:

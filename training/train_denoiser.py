@@ -1,7 +1,11 @@
-"""Train the denoiser on the stored latents (stage 1: teacher forcing, all blocks and noise draws in one pass).
+"""Train the denoiser on the stored latents.
 
-Reads runs/<name>/latents and models/vae, writes runs/<name>/models/denoiser.  Start it under the deepspeed launcher, torchrun,
-srun, or plain python (one process); started again it continues, or finishes at once.
+Stage 1 (stage=teacher): all blocks and noise draws behind the true blocks, in one pass.  Reads runs/<name>/latents and
+models/vae, writes models/denoiser.  Stage 2 (stage=rollout): the answer through blocks that the model generates itself.  Reads
+models/denoiser, too, writes models/rollout, which export.py then prefers.
+
+Start it under the deepspeed launcher, torchrun, srun, or plain python (one process); started again it continues, or finishes at
+once.
 """
 
 from __future__ import annotations
@@ -9,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.phases import denoiser_phase
+from training.rollout_phase import rollout_phase
 from training.runtime.job import job
 from training.runtime.loop import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    with job(argv, __doc__ or "", lambda config: "denoiser") as run:
+    with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser") as run:
         if run.outcome is None:
-            train(run, denoiser_phase(run.config, run.world))
+            build = rollout_phase if run.phase == "rollout" else denoiser_phase
+            train(run, build(run.config, run.world))
 
 
 if __name__ == "__main__":

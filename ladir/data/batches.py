@@ -180,6 +180,7 @@ class DenoiserBatch(TensorBatch):
     answer_at: Tensor
     answer_labels: Tensor
     block_tokens: Tensor  # [K, P] labels of the auxiliary token head, IGNORE-padded; P may be 0
+    context: Tensor | None = None  # [K, L, d], what the clean stream holds where it is not z0
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,13 @@ class DenoiserCollator:
     prefix: tuple[int, ...] = ()
     pack_tokens: int = 0
 
-    def __call__(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True) -> DenoiserBatch:
+    def __call__(
+        self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True, with_answer: bool | None = None
+    ) -> DenoiserBatch:
+        """``with_answer`` overrides what ``answer_every`` says."""
         step = numbers[0] // self.samples_per_step
-        with_answer = not training or step % self.settings.answer_every == 0
+        if with_answer is None:
+            with_answer = not training or step % self.settings.answer_every == 0
         questions = [[*self.prefix, *record.question] for record in records]
         latents = records[0].mu.shape[1]
         templates = [
@@ -293,10 +298,11 @@ def _assemble(
         table_index[tokens] = rows[layout.source] + layout.index
         if noise.hidden_question:
             table_index[start : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
-    position, limit, copy, table_index = (a.reshape(places.rows, places.width) for a in (position, limit, copy, table_index))
+    shape = (places.rows, places.width)
+    rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
     return {
-        "layout": Layout(*map(torch.from_numpy, (position, limit, copy)), document=places.documents()),
-        "table_index": torch.from_numpy(table_index),
+        "layout": Layout(rows_of[0], rows_of[1], rows_of[2], document=places.documents()),
+        "table_index": torch.from_numpy(table_index.reshape(shape)),
         "text_ids": flat_ids(texts),
         "z0": torch.from_numpy(np.concatenate([noise.z0 for noise in noises])).float(),
         "eps": torch.from_numpy(np.concatenate([noise.eps for noise in noises])),

@@ -201,6 +201,14 @@ class LatentStore:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._chunks[chunk].record(index - int(self._starts[chunk]), self.latents_per_block, self.latent_dim)
 
+    def same_question(self) -> list[list[int]]:
+        """Which records have the same question: the places of each group of several."""
+        groups: dict[bytes, list[int]] = {}
+        for start, chunk in zip(self._starts.tolist(), self._chunks, strict=False):
+            for i in range(len(chunk)):
+                groups.setdefault(chunk.question(i), []).append(start + i)
+        return [group for group in groups.values() if len(group) > 1]
+
     def _indexed_rows(self) -> Iterator[dict[str, Any]]:
         """Rows as :meth:`write` takes them, by ascending index."""
         indices = np.concatenate([chunk.index for chunk in self._chunks] or [np.zeros(0, np.int64)])
@@ -230,6 +238,10 @@ class _Chunk:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def question(self, i: int) -> bytes:
+        """The i-th record's question, to be compared."""
+        return self._question[i].tobytes()
 
     def record(self, i: int, latents_per_block: int, latent_dim: int) -> LatentRecord:
         """The i-th record; its tensors are copies."""

@@ -164,6 +164,18 @@ class Backbone(nn.Module):
             every_n_layers=every_n_layers,
         )
 
+    @contextmanager
+    def activations_stored(self) -> Iterator[None]:
+        """Within, no layer recomputes: one that does reads no cache.  Who needs both recomputes a pass as a whole."""
+        layers = [layer for layer in self.base.modules() if getattr(layer, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = True
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile every decoder layer's parts (attention, MLP, norms) when they first run; all layers share what was compiled.
 

@@ -17,7 +17,6 @@ from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.backbone import Backbone
 from ladir.models.metrics import accuracy, flow_by_time
-from ladir.models.prefix_attention import SharedPrefix
 from ladir.models.vae import LatentMaps, Vae
 
 
@@ -162,7 +161,7 @@ class Denoiser(nn.Module):
             [
                 self.backbone.embed(batch.text_ids),
                 self.marks(torch.arange(len(Mark), device=z_t.device)),
-                self.clean_inputs(batch.z0).flatten(0, 1),
+                self.clean_inputs(batch.z0 if batch.context is None else batch.context).flatten(0, 1),
                 self.noisy_inputs(z_t, batch.t).flatten(0, 2),
             ]
         )

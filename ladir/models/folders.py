@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
-from ladir.models.backbone import Backbone, build_backbone, choose_dtype, for_training, load_lm, with_activation_checkpointing
+from ladir.models.backbone import Backbone, build_backbone, choose_dtype, for_training, load_lm
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
     HEADS_FILE,
@@ -63,15 +63,23 @@ def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str
 
 
 def save_denoiser(
-    denoiser: Denoiser, folder: str | Path, state: State | None = None, sample: dict[str, Any] | None = None
+    denoiser: Denoiser,
+    folder: str | Path,
+    state: State | None = None,
+    sample: dict[str, Any] | None = None,
+    origin: str | None = None,
 ) -> None:
-    """Write a denoiser; ``sample`` are the default controls of a :class:`~ladir.reasoner.Reasoner` made from it."""
+    """Write a denoiser; ``sample`` are the default controls of a :class:`~ladir.reasoner.Reasoner` made from it.
+
+    ``origin``: after stage 2, the fingerprint of the denoiser it started from.
+    """
     settings = {
         "kind": "denoiser",
         "settings": plain_settings(denoiser.settings),
         "latents_per_block": denoiser.latents_per_block,
         "latent_dim": denoiser.latent_dim,
         "sample": sample or {},
+        "origin": origin,
     }
     save_model(denoiser, state or own_state(denoiser), folder, {"backbone.lm.": (denoiser.backbone, "")}, settings)
 
@@ -132,13 +140,18 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype))
 
 
-def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.device) -> Backbone:
-    """An LM folder, or the base LM that an adapter folder names with the adapters on it; read straight onto ``device``."""
+def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.device, trainable: bool = False) -> Backbone:
+    """An LM folder, or the base LM that an adapter folder names with the adapters on it, read straight onto ``device``.
+
+    ``trainable``: adapters to be trained on; the LM then stays where an engine can take it from.
+    """
+    onto = None if trainable else device
     if not (Path(folder) / _ADAPTER_FILE).is_file():
-        return Backbone(load_lm(settings, device.type, str(folder), device))
-    base = load_lm(settings, device.type, PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, device)
+        return Backbone(load_lm(settings, device.type, str(folder), onto))
+    base = load_lm(settings, device.type, PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, onto)
     # PEFT reads adapters to the first GPU unless it is told.
-    adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False, torch_device=str(base.device))
+    place = {} if trainable else {"torch_device": str(base.device)}
+    adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=False, **place)
     return Backbone(adapted)
 
 
@@ -154,17 +167,34 @@ def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str)
 
 def load_denoiser(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
     """A trained denoiser on ``device`` and the default controls saved with it."""
+    denoiser, saved = _denoiser(folder, load_backbone(folder, backbone, device))
+    return denoiser.to(device).eval(), saved["sample"]
+
+
+def load_denoiser_to_train(
+    folder: str | Path, backbone: BackboneSettings, settings: DenoiserSettings, device_type: str
+) -> Denoiser:
+    """A trained denoiser that will be trained on, where an engine may have split its LM; recomputing activations as set.
+
+    Raises UnusableError where it was trained with other ``settings``.
+    """
+    lm = load_backbone(folder, backbone, torch.device(device_type), trainable=True)
+    denoiser, _ = _denoiser(folder, for_training(lm, backbone))
+    old, new = plain_settings(denoiser.settings), plain_settings(settings)
+    changed = [f"denoiser.{name}: {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]]
+    if changed:
+        raise UnusableError(f"{folder} was trained with other settings: {'; '.join(changed)}; give them back, or train it anew")
+    return denoiser
+
+
+def _denoiser(folder: str | Path, backbone: Backbone) -> tuple[Denoiser, dict[str, Any]]:
+    """The denoiser of a folder around its LM, and what was saved with it."""
     saved = load_settings(folder, "denoiser")
     d = saved["latent_dim"]
-    denoiser = Denoiser(
-        load_backbone(folder, backbone, device),
-        DenoiserSettings(**saved["settings"]),
-        saved["latents_per_block"],
-        torch.zeros(d),
-        torch.ones(d),
-    )
+    settings = DenoiserSettings(**saved["settings"])
+    denoiser = Denoiser(backbone, settings, saved["latents_per_block"], torch.zeros(d), torch.ones(d))
     load_heads(denoiser, folder)
-    return denoiser.to(device).eval(), saved["sample"]
+    return denoiser, saved
 
 
 def load_export(

@@ -181,9 +181,9 @@ def _belongs_to_lm(name: str) -> bool:
     return ".lm." in name
 
 
-def folder_fingerprint(folder: str | Path) -> str:
+def folder_fingerprint(folder: str | Path, kind: str = "vae") -> str:
     """A hash of the weight files in a model folder (16 hex digits) and of the base they stand on; loads no model."""
-    digest = hashlib.sha256(json.dumps(load_settings(folder, "vae").get("base")).encode())
+    digest = hashlib.sha256(json.dumps(load_settings(folder, kind).get("base")).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as opened:

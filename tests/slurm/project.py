@@ -37,7 +37,8 @@ class Project:
         """A chain through submit.sh: job ids by phase."""
         result = self.cluster.run("slurm/submit.sh", *SIZE, CONFIG, *self.settings(name), *settings, **variables)
         jobs = re.findall(r"^job (\d+)  (\S+)(.*)", result.stdout, re.MULTILINE)
-        return {("base" if "from_scratch" in rest else entry): job for job, entry, rest in jobs}
+        named = {"from_scratch": "base", "stage=rollout": "rollout"}
+        return {next((name for word, name in named.items() if word in rest), entry): job for job, entry, rest in jobs}
 
     def finish(self, job: str) -> None:
         """Wait for the job and expect it to have succeeded."""

@@ -78,10 +78,11 @@ def test_a_job_that_cannot_work_ends_at_once_in_one_line(
 
 
 def test_the_chain_leaves_everything_in_the_run_folder(chain: dict[str, str], project: Project) -> None:
-    assert list(chain) == ["base", "train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate"]
+    assert list(chain) == ["base", "train_vae", "encode_latents", "train_denoiser", "rollout", "train_ar", "export", "evaluate"]
     run = project.folder / "first"
     rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["ar-greedy", "ladir"]
+    assert [row["method"] for row in rows] == ["ar-greedy", "ladir", "ladir-rollout"]
+    assert json.loads((run / "export" / "ladir.json").read_text())["origin"]  # stage 2's denoiser was exported
     assert (run / "export" / "config.json").is_file()
     assert json.loads((run / "environment.json").read_text())["packages"]
     assert (run / "config.yaml").is_file()

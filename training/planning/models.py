@@ -17,6 +17,8 @@ from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
 from ladir.data.encode import encode_records
 from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
+from ladir.data.rollout import Golds, RolloutCollator
+from ladir.inference.rollout import Rollout
 from ladir.models.ar import ArModel
 from ladir.models.attention import set_attention
 from ladir.models.backbone import DTYPES, Backbone, choose_dtype, with_activation_checkpointing, with_lora
@@ -24,7 +26,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
 
-PHASES = ("vae", "denoiser", "ar")
+PHASES = ("vae", "denoiser", "rollout", "ar")
 _META = torch.device("meta")
 _ID = 1  # which token stands somewhere does not matter
 
@@ -138,9 +140,12 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         if phase == "vae":
             shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
             return Vae(encoder, None if shares else _backbone(config, checkpointing, device, adapters=False), config.vae)
-        if phase == "denoiser":
+        if phase in ("denoiser", "rollout"):
             d = config.vae.latent_dim
-            return Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
+            denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
+            if phase == "denoiser":
+                return denoiser
+            return Rollout(denoiser, config.rollout, config.data.max_blocks, recompute=checkpointing != "none")
         return ArModel(encoder)
 
 
@@ -156,15 +161,19 @@ def micro_batch(
     numbers = list(range(count))
     if phase == "vae":
         sentences = [[_ID] * lengths.block] * count
-        return VaeCollator(config.vae, vocab_size, _ID, 0, config.vae.train.pack_tokens)(sentences, numbers, training=False).to(device)
-    if phase == "denoiser":
+        collate = VaeCollator(config.vae, vocab_size, _ID, 0, config.vae.train.pack_tokens)
+        return collate(sentences, numbers, training=False).to(device)
+    if phase in ("denoiser", "rollout"):
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
         blocks = [[_ID] * lengths.block] * lengths.blocks
         record = LatentRecord([_ID] * lengths.question, blocks, [_ID] * lengths.answer, latents, latents)
         zeros = np.zeros(d, dtype=np.float32)
-        every_step, pack = replace(config.denoiser, answer_every=1), config.denoiser.train.pack_tokens
+        every_step, pack = replace(config.denoiser, answer_every=1), getattr(config, phase).train.pack_tokens
         collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
-        return collator([record] * count, numbers).to(device)
+        if phase == "denoiser":
+            return collator([record] * count, numbers).to(device)
+        behind_true_blocks = replace(config.rollout, own_context=0.0)  # the larger of the two: it has the answer
+        return RolloutCollator(collator, behind_true_blocks, 0)([Golds(record)] * count, numbers).to(device)
     pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
     return ArCollator(config.ar.train.pack_tokens)([pair] * count, numbers).to(device)

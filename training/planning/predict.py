@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from ladir.config import Config, TrainSettings
+from ladir.inference.rollout import Rollout
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, weights_of
 from training.planning.models import PHASES, DataSize, Lengths, data_size, lm_config, meta_model, micro_batch
-from training.planning.trace import trace_inference, trace_training
+from training.planning.trace import Pass, trace_inference, trace_rollout, trace_training
 from training.runtime.ds_config import read_ds_config
 from training.runtime.sampler import micro_batch_size
 
@@ -87,6 +89,8 @@ class Planner:
         yield self.training("vae")
         yield self.encode()
         yield self.training("denoiser")
+        if self.config.rollout.enabled:
+            yield self.training("rollout")
         yield self.training("ar")
         yield self.evaluate()
 
@@ -144,7 +148,7 @@ class Planner:
         key = (phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
         if key not in self._peaks:
             batch = micro_batch(config, phase, self.data.longest, micro, int(self.architecture.vocab_size))
-            self._peaks[key] = trace_training(self._model(phase, config), batch).peak_bytes
+            self._peaks[key] = self._trace(phase, config, batch).peak_bytes
         return self._peaks[key]
 
     def _flops(self, phase: str, config: Config) -> int:
@@ -152,7 +156,11 @@ class Planner:
         plain = deepcopy(config)
         plain.backbone.activation_checkpointing = "none"
         batch = micro_batch(plain, phase, self.data.mean, 1, int(self.architecture.vocab_size))
-        return trace_training(self._model(phase, plain), batch).flops
+        return self._trace(phase, plain, batch).flops
+
+    def _trace(self, phase: str, config: Config, batch: Any) -> Pass:
+        model = self._model(phase, config)
+        return trace_rollout(model, batch) if isinstance(model, Rollout) else trace_training(model, batch)
 
     def _tokens(self, phase: str) -> int:
         return int(micro_batch(self.config, phase, self.data.mean, 1, int(self.architecture.vocab_size)).num_tokens)

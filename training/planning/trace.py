@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ladir.inference.rollout import Rollout
 
 
 class LiveMemory(TorchDispatchMode):
@@ -118,6 +120,24 @@ def trace_training(model: nn.Module, batch: Any) -> Pass:
         losses = [value for name, value in outputs.items() if not name.startswith("metric/")]
         torch.stack(losses).sum().backward()
     return Pass(memory.peak, memory.flops)
+
+
+def trace_rollout(model: Rollout, batch: Any) -> Pass:
+    """As :func:`trace_training`, from rollouts of one and two Euler steps: every further step costs the same again.
+
+    A step without gradient stores nothing and costs the forward pass alone, a third.
+    """
+    settings = model.settings
+    with_gradient = settings.num_steps if settings.gradient_steps is None else min(settings.gradient_steps, settings.num_steps)
+    passes = []
+    for steps in (1, 2):
+        model.settings = replace(settings, num_steps=steps, gradient_steps=None)
+        passes.append(trace_training(model, batch))
+    model.settings = settings
+    one, two = passes
+    more, forward = max(with_gradient - 1, 0), settings.num_steps - max(with_gradient, 1)
+    flops = two.flops - one.flops
+    return Pass(one.peak_bytes + more * (two.peak_bytes - one.peak_bytes), one.flops + more * flops + forward * flops // 3)
 
 
 def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None) -> Pass:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -53,6 +54,14 @@ class World:
         total = values.detach().to(self.device, torch.float64)
         dist.all_reduce(total)
         return total.cpu()
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of every value over all ranks (one all-reduce, none for a single process)."""
+        if self.size == 1:
+            return list(values)
+        most = torch.tensor(values, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The small Python objects of all ranks, by rank, on every rank."""

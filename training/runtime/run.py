@@ -45,7 +45,12 @@ IRRELEVANT = (
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
 )  # fmt: skip
-SECTIONS = {"vae": ("vae",), "latents": ("vae", "latents"), "denoiser": ("vae", "latents", "denoiser")}
+SECTIONS = {
+    "vae": ("vae",),
+    "latents": ("vae", "latents"),
+    "denoiser": ("vae", "latents", "denoiser"),
+    "rollout": ("vae", "latents", "denoiser", "rollout"),
+}
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
 
 
@@ -121,8 +126,10 @@ class Run:
     @property
     def settings(self) -> TrainSettings:
         """The training settings of this phase."""
-        own = {"vae": self.config.vae.train, "denoiser": self.config.denoiser.train}
-        return own.get(self.phase, self.config.ar.train)
+        if self.phase in ("vae", "denoiser", "rollout"):
+            own: TrainSettings = getattr(self.config, self.phase).train
+            return own
+        return self.config.ar.train
 
     @property
     def outcome(self) -> Outcome | None:

@@ -1,0 +1,146 @@
+"""Batches of training stage 2: records with the true latents and answers of all gold solutions of their questions.
+
+Within a batch, records with more blocks come first: those that still think are then always the first rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ladir.config import RolloutSettings
+from ladir.data.batches import IGNORE, DenoiserBatch, DenoiserCollator, TensorBatch, pad_left
+from ladir.data.latents import LatentRecord, LatentStore
+from ladir.data.randomness import derive, generator
+
+
+@dataclass(frozen=True)
+class Golds:
+    """A record and the other gold solutions of its question that have as many blocks."""
+
+    record: LatentRecord
+    others: tuple[LatentRecord, ...] = ()
+
+
+class GoldStore:
+    """The records of a latent store, each with up to ``most`` - 1 other solutions of the same question."""
+
+    def __init__(self, store: LatentStore, most: int) -> None:
+        self.store, self.most = store, most
+        self._group: dict[int, list[int]] = {}
+        if most > 1:
+            for members in store.same_question():
+                self._group.update(dict.fromkeys(members, members))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> Golds:
+        record = self.store[index]
+        alike = (self.store[other] for other in self._group.get(index, ()) if other != index)
+        fitting = [other for other in alike if len(other.blocks) == len(record.blocks)]
+        return Golds(record, tuple(fitting[: self.most - 1]))
+
+
+@dataclass
+class RolloutBatch(TensorBatch):
+    """R records of up to B blocks with up to C gold solutions each (the first is the record's own), answers of up to A tokens.
+
+    ``blocks``: their true numbers of blocks, descending.  ``own_context``: the flow loss of ``teacher``, the ordinary batch of
+    the same records, stands behind the model's own blocks instead of the true ones.
+    """
+
+    teacher: DenoiserBatch
+    blocks: list[int]
+    own_context: bool
+    question_ids: Tensor  # [R, Q], padded on the left
+    question_lengths: Tensor  # [R]
+    num_blocks: Tensor  # [R], as ``blocks``
+    noise: Tensor  # [R, B, L, d], what blocks start from, already scaled
+    gold: Tensor  # [R, C, B, L, d], standardised
+    is_gold: Tensor  # bool [R, C]: there are so many solutions
+    answer_ids: Tensor  # [R, C, A], padded on the right
+    answer_labels: Tensor  # [R, C, A + 1]: the answer and <eos>, IGNORE behind
+    block_at: Tensor  # [K]: the teacher's blocks among the R * B blocks of this batch
+
+    def to(self, device: torch.device | str) -> RolloutBatch:
+        """The batch with every tensor on ``device``."""
+        return replace(super().to(device), teacher=self.teacher.to(device))
+
+
+@dataclass(frozen=True)
+class RolloutCollator:
+    """Records with their gold solutions to a :class:`RolloutBatch`; ``teacher`` collates them for stage 1's losses."""
+
+    teacher: DenoiserCollator
+    settings: RolloutSettings
+    seed: int
+
+    def __call__(self, golds: Sequence[Golds], numbers: Sequence[int], training: bool = True) -> RolloutBatch:
+        order = sorted(range(len(golds)), key=lambda i: -len(golds[i].record.blocks))
+        golds, numbers = [golds[i] for i in order], [numbers[i] for i in order]
+        records = [entry.record for entry in golds]
+        blocks = [len(record.blocks) for record in records]
+        own_context = training and self._own_context(numbers[0] // self.teacher.samples_per_step)
+        # Behind its own blocks the answer and the end are learned from the rollout itself.
+        teacher = self.teacher(records, numbers, training, with_answer=False if own_context else None)
+        questions = [[*self.teacher.prefix, *record.question] for record in records]
+        question_ids, lengths = pad_left(questions, self.teacher.eos_id)
+        counts = {**teacher.counts, "rollout": float(len(records)), "stop": teacher.counts["stop"] + sum(blocks)}
+        if own_context:
+            counts.pop("token", None)  # another gold solution has other tokens
+        return RolloutBatch(
+            counts=counts,
+            num_tokens=teacher.num_tokens + sum(map(self._tokens, records)),
+            sample_ids=list(numbers),
+            teacher=teacher,
+            blocks=blocks,
+            own_context=own_context,
+            question_ids=question_ids,
+            question_lengths=lengths,
+            num_blocks=torch.tensor(blocks),
+            noise=self._noise(records, numbers),
+            block_at=torch.tensor([row * blocks[0] + b for row, count in enumerate(blocks) for b in range(count)]),
+            **self._gold(golds, blocks[0]),
+        )
+
+    def _own_context(self, step: int) -> bool:
+        """Drawn per optimizer step, so that all ranks run the same."""
+        return bool(generator(derive(self.seed, "context"), step).random() < self.settings.own_context)
+
+    def _tokens(self, record: LatentRecord) -> int:
+        """Tokens that run through the model in a record's rollout."""
+        count, latents = record.mu.shape[:2]
+        own = min(count, self.settings.last_blocks or count)
+        generated = own * self.settings.num_steps * (latents + 1) + count * (latents + 2)
+        return len(self.teacher.prefix) + len(record.question) + generated + 1 + len(record.answer)
+
+    def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int]) -> Tensor:
+        noise = np.zeros((len(records), *records[0].mu.shape), dtype=np.float32)
+        for row, record, number in zip(noise, records, numbers, strict=True):
+            row[: len(record.blocks)] = generator(self.seed, number).standard_normal(tuple(record.mu.shape), dtype=np.float32)
+        return self.settings.initial_noise * torch.from_numpy(noise)
+
+    def _gold(self, golds: Sequence[Golds], most_blocks: int) -> dict[str, Tensor]:
+        """Latents and answers of every gold solution, padded to the same sizes."""
+        solutions = [[entry.record, *entry.others] for entry in golds]
+        rows, most = len(golds), max(map(len, solutions))
+        longest = max(len(solution.answer) for group in solutions for solution in group)
+        shape = tuple(solutions[0][0].mu.shape[1:])
+        gold = np.zeros((rows, most, most_blocks, *shape), dtype=np.float32)
+        is_gold = np.zeros((rows, most), dtype=bool)
+        ids = np.full((rows, most, longest), self.teacher.eos_id, dtype=np.int64)
+        labels = np.full((rows, most, longest + 1), IGNORE, dtype=np.int64)
+        for row, group in enumerate(solutions):
+            for place, solution in enumerate(group):
+                mu, size = np.asarray(solution.mu, dtype=np.float32), len(solution.answer)
+                gold[row, place, : len(mu)] = (mu - self.teacher.mean) / self.teacher.std
+                is_gold[row, place] = True
+                ids[row, place, :size] = solution.answer
+                labels[row, place, : size + 1] = [*solution.answer, self.teacher.eos_id]
+        names = ("gold", "is_gold", "answer_ids", "answer_labels")
+        return dict(zip(names, map(torch.from_numpy, (gold, is_gold, ids, labels)), strict=True))

@@ -1,0 +1,285 @@
+"""Training stage 2: the answer is learned through blocks that the model denoised itself (section 1 of the design, rollout).
+
+Keys and values are values here, not a cache that grows: a pass reads those before it and returns its own.  It may therefore run
+again in the backward pass, and what is kept between is a block's latents per Euler step: memory is linear in the steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ladir.config import RolloutSettings
+from ladir.data.batches import IGNORE
+from ladir.data.rollout import RolloutBatch
+from ladir.layout import Mark, block_length
+from ladir.models import flow
+from ladir.models.attention import left_padded
+from ladir.models.backbone import Backbone
+from ladir.models.denoiser import Denoiser
+
+T = TypeVar("T")
+
+#: the most of every number over all ranks: what one rank needs, the others run along
+Agreement = Callable[[Sequence[int]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Keys and values of a stretch of tokens in the first n rows: per layer [n, kv heads, T, head]; ``valid`` bool [n, T]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    valid: Tensor
+
+
+class _ReadingLayer(DynamicLayer):
+    """One layer in one pass: attends to what is before, keeps the new keys and values apart, changes nothing."""
+
+    new: tuple[Tensor, Tensor]
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        super().__init__()
+        self._before = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of everything before and of the new tokens [n, kv heads, P + T, head]."""
+        self.new = key_states, value_states
+        keys, values = self._before
+        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
+
+
+class Past:
+    """What R rows have behind them, as chunks that are joined only while a pass reads them."""
+
+    def __init__(self, backbone: Backbone, recompute: bool) -> None:
+        """``recompute``: passes with gradient store their inputs alone and run again in the backward pass."""
+        self.backbone, self.recompute = backbone, recompute
+        self.chunks: list[Chunk] = []
+
+    def visible(self, rows: slice, within: Tensor) -> Tensor:
+        """Mask [n, T, P + T] of new tokens that see the past, and one another as ``within`` [n or 1, T, T] says."""
+        count, length = rows.stop - rows.start, within.shape[1]
+        parts = [_rows(chunk.valid, rows)[:, None].expand(-1, length, -1) for chunk in self.chunks]
+        return torch.cat([*parts, within.expand(count, -1, -1)], dim=-1)
+
+    def read(self, rows: slice, function: Callable[[Cache, Tensor], T], inputs: Tensor) -> T:
+        """``function`` of a cache that holds the past of ``rows``, and of ``inputs``."""
+        past = [
+            (
+                [_rows(chunk.keys[layer], rows) for chunk in self.chunks],
+                [_rows(chunk.values[layer], rows) for chunk in self.chunks],
+            )
+            for layer in range(int(self.backbone.base.config.get_text_config().num_hidden_layers))
+        ]
+
+        def run(inputs: Tensor) -> T:
+            with self.backbone.activations_stored():
+                return function(Cache(layers=[_ReadingLayer(*layer) for layer in past]), inputs)
+
+        if not (self.recompute and torch.is_grad_enabled()):
+            return run(inputs)
+        # The repetition must stop early (the default): its last module, whose backward pass is under way, must not come to its
+        # end, where an engine would take away weights that it had just gathered for that backward pass.
+        return checkpoint(run, inputs, use_reentrant=False)
+
+    def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor) -> tuple[Tensor, Chunk]:
+        """Hidden states [n, T, H] of new tokens [n, T, H], and their keys and values (not added to the past)."""
+        visible = self.visible(rows, within)
+
+        def run(cache: Cache, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            hidden = self.backbone(inputs, visible, positions, cache)
+            return hidden, [layer.new for layer in cache.layers]  # type: ignore[attr-defined]
+
+        hidden, new = self.read(rows, run, inputs)
+        keys, values = map(list, zip(*new, strict=True))
+        return hidden, Chunk(keys, values, torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device))
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """Rows of a chunk's tensor; those it does not have are zeros (which ``valid`` hides)."""
+    missing = rows.stop - len(x)
+    if missing > 0:
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return x[rows]
+
+
+class _Thoughts:
+    """A rollout under way.
+
+    The past, latents [R, L, d] by block (zeros behind a record's last one), the stop head's summed loss, and zero with the
+    gradient of passes that ran for other ranks' sake.
+    """
+
+    def __init__(self, past: Past) -> None:
+        self.past = past
+        self.latents: list[Tensor] = []
+        self.stop_loss = self.anchor = torch.zeros(())
+
+
+class Rollout(nn.Module):
+    """A denoiser in stage 2; ``forward`` gives stage 1's losses and the answer's through the model's own blocks."""
+
+    def __init__(
+        self, denoiser: Denoiser, settings: RolloutSettings, max_blocks: int, recompute: bool, agree: Agreement | None = None
+    ) -> None:
+        """``max_blocks``: most blocks of any record; ``recompute``: see :class:`Past`; ``agree``: needed with several ranks."""
+        super().__init__()
+        self.denoiser, self.settings, self.max_blocks, self.recompute = denoiser, settings, max_blocks, recompute
+        self._own_blocks = settings.last_blocks or max_blocks
+        self._agree = agree
+
+    def forward(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Summed losses: stage 1's, and ``rollout``, the answer's cross-entropy, mean over a record's labels.
+
+        ``stop`` includes the decisions behind the model's own blocks.  Metrics: how far the own blocks are from the gold solution
+        (mean square per element), how often that is another one than the record's own, how many answer tokens are right.
+        """
+        thoughts = self._think(batch)
+        own = torch.stack(thoughts.latents, dim=1).detach()
+        chosen, distance = self._nearest(own, batch)
+        loss, right = self._answer(thoughts.past, batch, chosen)
+        losses = self._teacher_losses(batch, own, chosen)
+        losses["rollout"] = loss + thoughts.anchor
+        losses["stop"] = losses["stop"] + thoughts.stop_loss
+        count = torch.tensor(float(len(batch.blocks)), device=loss.device)
+        return {
+            **losses,
+            "metric/rollout_distance": torch.stack([distance.sum(), count]),
+            "metric/rollout_other_gold": torch.stack([(chosen > 0).float().sum(), count]),
+            "metric/rollout_token_accuracy": right,
+        }
+
+    def _rounds(self, blocks: Sequence[int]) -> list[int]:
+        """Per round what some rank has to do: 0 nothing, 1 add a true block, 2 denoise one and add it."""
+        last = self._own_blocks
+        mine = [2 if any(b < count <= b + last for count in blocks) else int(b < blocks[0]) for b in range(self.max_blocks)]
+        rounds = list(self._agree(mine)) if self._agree is not None else mine
+        return [work for work in rounds if work]
+
+    def _think(self, batch: RolloutBatch) -> _Thoughts:
+        """Every record's true number of blocks, the last ones its own, all rows at once."""
+        rows = len(batch.blocks)
+        thoughts = _Thoughts(self._question(batch))
+        for block, work in enumerate(self._rounds(batch.blocks)):
+            active = sum(count > block for count in batch.blocks)
+            own = self._own(batch, thoughts, block) if work == 2 else batch.noise[:0, 0]
+            true = batch.gold[: max(active, 1) - len(own), 0, min(block, batch.blocks[0] - 1)]
+            z = torch.cat([true, own])
+            stop, chunk = self._append(thoughts.past, batch, z, block)
+            if not active:
+                thoughts.anchor = thoughts.anchor + 0.0 * stop.sum()
+                continue
+            thoughts.past.chunks.append(chunk)
+            thoughts.latents.append(F.pad(z, (0, 0, 0, 0, 0, rows - active)))
+            ends = (batch.num_blocks[:active] == block + 1).float()
+            thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
+        return thoughts
+
+    def _question(self, batch: RolloutBatch) -> Past:
+        """The past that begins with the questions."""
+        past = Past(self.denoiser.backbone, self.recompute)
+        valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1])
+        inputs = self.denoiser.backbone.embed(batch.question_ids)
+        _, chunk = past.extend(slice(0, len(batch.blocks)), inputs, positions, visible)
+        past.chunks.append(replace(chunk, valid=valid))
+        return past
+
+    def _own(self, batch: RolloutBatch, thoughts: _Thoughts, block: int) -> Tensor:
+        """Latents [n, L, d] of this block of the n active rows that denoise it: the last of the active ones.
+
+        Where there is none, row 0 runs along and only its (zero) gradient is kept.
+        """
+        active, true = (sum(count > limit for count in batch.blocks) for limit in (block, block + self._own_blocks))
+        if active > true:
+            return self._denoise(thoughts.past, batch, slice(true, active), block)
+        z = self._denoise(thoughts.past, batch, slice(0, 1), block)
+        thoughts.anchor = thoughts.anchor + 0.0 * z.sum()
+        return z[:0]
+
+    def _positions(self, batch: RolloutBatch, rows: slice, block: int | Tensor, length: int) -> Tensor:
+        """Rotary positions [n, length] of tokens from the start of a row's block ``block`` on."""
+        start = batch.question_lengths[rows] + block * block_length(self.denoiser.latents_per_block)
+        return start[:, None] + torch.arange(length, device=start.device)
+
+    def _denoise(self, past: Past, batch: RolloutBatch, rows: slice, block: int) -> Tensor:
+        """One block [n, L, d] from noise to t = 0 in Euler steps of the ODE; the last ``gradient_steps`` carry gradient."""
+        d, steps = self.denoiser, self.settings.num_steps
+        length = d.latents_per_block + 1
+        visible = past.visible(rows, _all_see_all(length, batch.noise.device))
+        positions = self._positions(batch, rows, block, length)
+        z = batch.noise[rows, min(block, batch.noise.shape[1] - 1)]
+        gradient = steps if self.settings.gradient_steps is None else self.settings.gradient_steps
+        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
+        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+            with nullcontext() if step >= steps - gradient else torch.no_grad():
+                time = torch.full((len(z),), t, device=z.device)
+                prediction = past.read(rows, _predict(d, time, visible, positions), z)
+                z = z + (t_next - t) * flow.to_velocity(d.settings.objective, prediction, z, time[:, None, None])
+        return z
+
+    def _append(self, past: Past, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, Chunk]:
+        """The stop head's logits [n] behind finished blocks [n, L, d] of the first rows, and the blocks' keys and values."""
+        d, rows = self.denoiser, slice(0, len(z))
+        bot, eot = (d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT))
+        inputs = torch.cat([bot, d.clean_inputs(z), eot], dim=1)
+        length = inputs.shape[1]
+        positions = self._positions(batch, rows, block, length)
+        hidden, chunk = past.extend(rows, inputs, positions, _all_see_all(length, z.device))
+        return d.stop_logit(hidden[:, -1]), chunk
+
+    def _nearest(self, latents: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Which gold solution [R] each row is trained towards, and its distance [R]: mean square per element."""
+        squares = (latents[:, None] - batch.gold).square().sum((3, 4))
+        real = torch.arange(squares.shape[2], device=latents.device) < batch.num_blocks[:, None]
+        elements = batch.num_blocks[:, None] * latents.shape[2] * latents.shape[3]
+        distances = (squares * real[:, None]).sum(2) / elements
+        distances = distances.masked_fill(~batch.is_gold, torch.inf)
+        if self.settings.gold == "sampled":
+            return torch.zeros_like(batch.num_blocks), distances[:, 0]
+        return distances.argmin(1), distances.amin(1)
+
+    def _answer(self, past: Past, batch: RolloutBatch, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen answers' cross-entropy behind all blocks, per record the mean over its labels, summed; (right, labels)."""
+        d, everyone = self.denoiser, slice(0, len(batch.blocks))
+        row = torch.arange(len(chosen), device=chosen.device)
+        ids, labels = batch.answer_ids[row, chosen], batch.answer_labels[row, chosen]
+        soa = d.mark(Mark.SOA).expand(len(ids), 1, -1)
+        inputs = torch.cat([soa, d.backbone.embed(ids)], dim=1)
+        length = inputs.shape[1]
+        positions = self._positions(batch, everyone, batch.num_blocks, length)
+        hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril())
+        logits = d.backbone.logits(hidden).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        labelled = labels != IGNORE
+        with torch.no_grad():
+            right = ((logits.argmax(-1) == labels) & labelled).sum().float()
+        return (losses.sum(1) / labelled.sum(1)).sum(), torch.stack([right, labelled.sum().float()])
+
+    def _teacher_losses(self, batch: RolloutBatch, own: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """Stage 1's losses; with ``own_context`` a block's target is the chosen gold's, behind the own blocks before it."""
+        if not batch.own_context:
+            return self.denoiser(batch.teacher)
+        gold = batch.gold[torch.arange(len(chosen), device=chosen.device), chosen]
+        z0, context = (latents.flatten(0, 1)[batch.block_at] for latents in (gold, own))
+        losses = self.denoiser(replace(batch.teacher, z0=z0, context=context))
+        losses.pop("token", None)  # its labels are the record's own solution's
+        return losses
+
+
+def _predict(denoiser: Denoiser, time: Tensor, visible: Tensor, positions: Tensor) -> Callable[[Cache, Tensor], Tensor]:
+    """The network's prediction at ``time``, as a function of cache and noisy latents."""
+    return lambda cache, z: denoiser.denoise_step(z, time, visible, positions, cache)
+
+
+def _all_see_all(length: int, device: torch.device) -> Tensor:
+    return torch.ones(1, length, length, dtype=torch.bool, device=device)

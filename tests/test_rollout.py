@@ -1,0 +1,325 @@
+"""Stage 2 against the same rollout without cache, padding or recomputation; memory; two ranks under ZeRO-3 against one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ladir.config import DeepSpeedSettings, LoraSettings, RolloutSettings, TrainSettings
+from ladir.data.latents import LatentRecord, LatentStore
+from ladir.data.rollout import Golds, GoldStore, RolloutBatch, RolloutCollator
+from ladir.inference.rollout import Rollout
+from ladir.layout import Mark
+from ladir.models import flow
+from ladir.models.denoiser import Denoiser
+from ladir.reference import clean_group, noisy_group, plain_forward, question_groups
+from tests.distributed import ProcessGroup
+from tests.tiny import (
+    SHAPES,
+    assert_same_gradients,
+    collator,
+    gradients,
+    random_records,
+    randomise_adapters,
+    tiny_denoiser,
+    tiny_lm,
+)
+from training.runtime.distributed import World
+from training.runtime.engine import Engine
+
+# Rounding grows along the Euler steps.
+TOLERANCE = 2e-5
+WEIGHTS = {"flow": 0.3, "answer": 0.7, "stop": 1.3, "token": 0.5, "rollout": 0.9}
+MAX_BLOCKS = 4
+
+
+def rollout_settings(**changes: Any) -> RolloutSettings:
+    return dataclasses.replace(RolloutSettings(), **{"num_steps": 3, "own_context": 0.0, **changes})
+
+
+def rollout_collator(denoiser: Denoiser, rollout: RolloutSettings, **changes: Any) -> RolloutCollator:
+    return RolloutCollator(collator(denoiser, **changes), rollout, seed=17)
+
+
+def with_golds(records: Sequence[LatentRecord], seed: int) -> list[Golds]:
+    """Every record with two, one or no other solutions of its question."""
+    found = []
+    for place, record in enumerate(records):
+        generator = torch.Generator().manual_seed(seed + place)
+        others = [
+            dataclasses.replace(record, mu=torch.randn(record.mu.shape, generator=generator), answer=[5 + n] * (n + 1))
+            for n in range(2 - place % 3)
+        ]
+        found.append(Golds(record, tuple(others)))
+    return found
+
+
+# --- the reference -----------------------------------------------------------------------------------------------------
+
+
+def own_block(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor], noise: Tensor) -> Tensor:
+    """One block [L, d] from noise, a whole forward pass per Euler step."""
+    z = noise
+    gradient = rollout.num_steps if rollout.gradient_steps is None else rollout.gradient_steps
+    times = torch.linspace(1.0, 0.0, rollout.num_steps + 1).tolist()
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+        with nullcontext() if rollout.num_steps - step <= gradient else torch.no_grad():
+            now = torch.tensor(t)
+            hidden = plain_forward(denoiser.backbone, [*before, noisy_group(denoiser, z, now)])[-len(z) :]
+            prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
+            z = z + (t_next - t) * flow.to_velocity(denoiser.settings.objective, prediction, z, now)
+    return z
+
+
+def nearest(z: Tensor, golds: Tensor, rollout: RolloutSettings) -> int:
+    if rollout.gold == "sampled":
+        return 0
+    return min(range(len(golds)), key=lambda place: float((z - golds[place]).square().mean()))
+
+
+def one_record(
+    denoiser: Denoiser, rollout: RolloutSettings, batch: RolloutBatch, row: int
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Losses through a record's own blocks, the blocks [B, L, d], and the gold solution that was nearest."""
+    count = batch.blocks[row]
+    ids = batch.question_ids[row, -int(batch.question_lengths[row]) :].tolist()
+    groups, blocks, stop = question_groups(denoiser, ids, False), [], torch.tensor(0.0)
+    for block in range(count):
+        true = block < count - (rollout.last_blocks or count)
+        z = batch.gold[row, 0, block] if true else own_block(denoiser, rollout, groups, batch.noise[row, block])
+        groups = [*groups, clean_group(denoiser, z)]
+        hidden = plain_forward(denoiser.backbone, groups)
+        stop = stop + F.binary_cross_entropy_with_logits(
+            denoiser.stop_head(hidden[-1])[0].float(), torch.tensor(float(block + 1 == count))
+        )
+        blocks.append(z)
+    z = torch.stack(blocks)
+    chosen = nearest(z.detach(), batch.gold[row, batch.is_gold[row], :count], rollout)
+    labels = batch.answer_labels[row, chosen]
+    labels = labels[labels >= 0]
+    answer = [denoiser.backbone.embed(token[None]) for token in labels[:-1]]
+    groups = [*groups, denoiser.marks.weight[Mark.SOA][None], *answer]
+    logits = denoiser.backbone.logits(plain_forward(denoiser.backbone, groups)[-len(labels) :]).float()
+    return {"rollout": F.cross_entropy(logits, labels), "stop": stop}, z, chosen
+
+
+def flow_behind(denoiser: Denoiser, batch: RolloutBatch, row: int, context: Tensor, chosen: int, first: int) -> Tensor:
+    """The flow loss of a record whose earlier blocks are ``context``, one forward per block and draw."""
+    ids = batch.question_ids[row, -int(batch.question_lengths[row]) :].tolist()
+    groups, loss = question_groups(denoiser, ids, False), torch.tensor(0.0)
+    for block in range(batch.blocks[row]):
+        z0 = batch.gold[row, chosen, block]
+        for eps, t in zip(batch.teacher.eps[first + block], batch.teacher.t[first + block], strict=True):
+            z_t = (1 - t) * z0 + t * eps
+            hidden = plain_forward(denoiser.backbone, [*groups, noisy_group(denoiser, z_t, t)])[-len(z0) :]
+            loss = loss + (denoiser.predict(hidden) - flow.target(denoiser.settings.objective, z0, eps, t)).square().sum()
+        groups = [*groups, clean_group(denoiser, context[block])]
+    return loss
+
+
+def reference(denoiser: Denoiser, rollout: RolloutSettings, batch: RolloutBatch) -> dict[str, Tensor]:
+    losses = dict.fromkeys(("flow", "answer", "rollout"), torch.tensor(0.0)) | {"stop": torch.tensor(0.0)}
+    if not batch.own_context:
+        losses |= {name: value for name, value in denoiser(batch.teacher).items() if "/" not in name}
+    first = 0
+    for row in range(len(batch.blocks)):
+        through, z, chosen = one_record(denoiser, rollout, batch, row)
+        for name, value in through.items():
+            losses[name] = losses[name] + value
+        if batch.own_context:
+            losses["flow"] = losses["flow"] + flow_behind(denoiser, batch, row, z.detach(), chosen, first)
+        first += batch.blocks[row]
+    return losses
+
+
+def losses_and_gradients(denoiser: Denoiser, losses: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    denoiser.zero_grad()
+    losses = {name: value for name, value in losses.items() if "/" not in name}
+    sum((WEIGHTS[name] * value.double() for name, value in losses.items()), torch.tensor(0.0)).backward()
+    return {name: float(value.detach()) for name, value in losses.items()}, gradients(denoiser)
+
+
+def assert_rollout_is_the_reference(denoiser: Denoiser, rollout: RolloutSettings, recompute: bool, seed: int, count: int) -> None:
+    golds = with_golds(random_records(count, seed=seed, max_blocks=MAX_BLOCKS, latents=denoiser.latents_per_block), seed)
+    batch = rollout_collator(denoiser, rollout, prefix=(3,), condition_dropout=0.0)(golds, list(range(count)))
+    model = Rollout(denoiser, rollout, MAX_BLOCKS, recompute).train()
+    ours, our_gradients = losses_and_gradients(denoiser, model(batch))
+    theirs, their_gradients = losses_and_gradients(denoiser, reference(denoiser, rollout, batch))
+    assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-5)
+    assert_same_gradients(our_gradients, their_gradients, TOLERANCE)
+    assert batch.own_context == bool(rollout.own_context)
+
+
+# --- equality ----------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "own context": {"own_context": 1.0},
+    "last block": {"last_blocks": 1, "own_context": 1.0},
+    "two last blocks": {"last_blocks": 2, "gold": "sampled"},
+    "gradient of one step": {"gradient_steps": 1},
+    "no gradient": {"gradient_steps": 0},
+    "one step, louder": {"num_steps": 1, "initial_noise": 2.0},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_are_those_of_whole_forward_passes(variant: str, recompute: bool) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, token_weight=0.5, objective="x0")
+    if recompute:
+        denoiser.backbone.enable_activation_checkpointing()
+    assert_rollout_is_the_reference(denoiser, rollout_settings(**VARIANTS[variant]), recompute, seed=1, count=4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from(["velocity", "x0", "epsilon", "v"]),
+    st.sampled_from(sorted(VARIANTS)),
+    st.booleans(),
+)
+def test_random_shapes(seed: int, count: int, latents: int, kind: str, objective: str, variant: str, recompute: bool) -> None:
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=1, objective=objective)
+    rollout = rollout_settings(**{"num_steps": 2, **VARIANTS[variant]})
+    if objective == "epsilon":
+        rollout = dataclasses.replace(rollout, gradient_steps=0)  # it divides by 1 - t: a step from t = 1 amplifies rounding
+    assert_rollout_is_the_reference(denoiser, rollout, recompute, seed, count)
+
+
+def test_lora_with_recomputation_equals_the_reference() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=1, objective="x0")
+    randomise_adapters(denoiser, seed=3)
+    denoiser.backbone.enable_activation_checkpointing(2)
+    assert_rollout_is_the_reference(denoiser, rollout_settings(own_context=1.0), True, seed=2, count=3)
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=1)
+    rollout = rollout_settings()
+    golds = with_golds(random_records(5, seed=7, max_blocks=MAX_BLOCKS), 7)
+    collate, model = rollout_collator(denoiser, rollout), Rollout(denoiser, rollout, MAX_BLOCKS, False)
+    batches = [collate(golds[a:b], list(range(a, b))) for a, b in ((0, 5), (0, 2), (2, 3), (3, 5))]
+    whole, *parts = [losses_and_gradients(denoiser, model(batch)) for batch in batches]
+    for name, value in whole[0].items():
+        assert sum(losses[name] for losses, _ in parts) == pytest.approx(value, rel=TOLERANCE, abs=1e-6)
+    summed = {name: torch.stack([part[1][name] for part in parts]).sum(0) for name in whole[1]}
+    assert_same_gradients(summed, whole[1], TOLERANCE)
+    for name, count in batches[0].counts.items():
+        assert sum(batch.counts[name] for batch in batches[1:]) == count
+
+
+def test_nothing_but_the_latents_is_kept_per_step_where_passes_are_recomputed() -> None:
+    denoiser = tiny_denoiser(tiny_lm(hidden_size=64), draws=1)
+    golds = with_golds(random_records(2, seed=3), 3)
+
+    def kept(steps: int, recompute: bool) -> int:
+        """Elements that autograd keeps."""
+        rollout = rollout_settings(num_steps=steps)
+        batch = rollout_collator(denoiser, rollout)(golds, [0, 1])
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[id(tensor)] = tensor.numel()
+            seen.append(tensor)
+            return tensor
+
+        seen: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            Rollout(denoiser, rollout, MAX_BLOCKS, recompute).train()(batch)
+        return sum(sizes.values())
+
+    stored = [kept(steps, False) for steps in (2, 4, 6)]
+    recomputed = [kept(steps, True) for steps in (2, 4, 6)]
+    assert stored[1] - stored[0] == stored[2] - stored[1]  # linear
+    assert recomputed[1] - recomputed[0] == recomputed[2] - recomputed[1]
+    assert 50 * (recomputed[2] - recomputed[1]) < stored[2] - stored[1]
+
+
+# --- several ranks -----------------------------------------------------------------------------------------------------
+
+
+def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights after two steps on four records, which the ranks share: in the first step one has all the long ones."""
+    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32, num_hidden_layers=1), draws=1, objective="x0")
+    if recompute:
+        denoiser.backbone.enable_activation_checkpointing()
+    rollout = rollout_settings(**changes)
+    model = Rollout(denoiser, rollout, MAX_BLOCKS, recompute, world.largest)
+    train = dataclasses.replace(TrainSettings(), max_grad_norm=0.0, eps=1e-2)
+    engine = Engine(model, train, "float32", DeepSpeedSettings(config=ds_config), world)
+    records = sorted(random_records(20, seed=4, max_blocks=2), key=lambda record: -len(record.blocks))
+    golds = with_golds([*records[:2], *records[-2:]], 5)
+    assert [len(entry.record.blocks) for entry in golds] == [2, 2, 1, 1]
+    collate = rollout_collator(denoiser, rollout)
+    for first, places in enumerate(([0, 1, 2, 3], [0, 2, 1, 3])):
+        size = len(places) // world.size
+        mine = places[world.rank * size : (world.rank + 1) * size]
+        outputs = engine.forward(collate([golds[i] for i in mine], [first * 8 + i for i in mine]))
+        losses = [WEIGHTS[name] * value for name, value in outputs.items() if "/" not in name]
+        engine.backward(torch.stack(losses).sum(), last=True)
+        engine.step(1e-2)
+    return world.broadcast(dict(engine.full_state(ema=False)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("recompute", "changes"), [(False, {"num_steps": 2}), (True, {"num_steps": 2, "own_context": 1.0})])
+def test_two_ranks_of_zero3_train_what_one_process_trains(
+    one_process: ProcessGroup, two_processes: ProcessGroup, recompute: bool, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where the ranks' records have other numbers of blocks, and passes run again in the backward pass."""
+    config = json.loads(Path("ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights are split, too
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    expected = one_process.run(trained, "ds_configs/zero0.json", False, changes, timeout=280)[0]
+    for actual in two_processes.run(trained, str(tmp_path / "zero3.json"), recompute, changes, timeout=280):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=2e-5)
+
+
+# --- several solutions -------------------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_many_blocks(tmp_path: Path) -> None:
+    kinds = [([5, 6], 2, [7]), ([5], 2, [8]), ([5, 6], 1, [9]), ([5, 6], 2, [10]), ([5, 6], 2, [11]), ([6, 5], 2, [12])]
+    rows = [
+        {"question": question, "blocks": [[3]] * count, "answer": answer, "mu": [0.5] * 6 * count, "logvar": [0.0] * 6 * count}
+        for question, count, answer in kinds
+    ]
+    store = LatentStore.write(tmp_path / "latents", rows, "vae", latent_dim=3, latents_per_block=2)
+    assert store.same_question() == [[0, 2, 3, 4]]
+
+    def answers(most: int) -> list[list[list[int]]]:
+        golds = GoldStore(store, most)
+        return [[solution.answer for solution in (golds[i].record, *golds[i].others)] for i in range(len(golds))]
+
+    assert answers(8) == [[[7], [10], [11]], [[8]], [[9]], [[10], [7], [11]], [[11], [7], [10]], [[12]]]
+    assert answers(2)[0] == [[7], [10]]
+    assert answers(1)[0] == [[7]]
+
+
+def test_the_flow_stands_behind_own_blocks_in_the_share_of_steps_that_is_set() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=1)
+    golds = [Golds(record) for record in random_records(2, seed=1)]
+    collate = rollout_collator(denoiser, rollout_settings(own_context=0.3), samples_per_step=2)
+    own = [collate(golds, [2 * step, 2 * step + 1]).own_context for step in range(200)]
+    assert 0.2 < sum(own) / 200 < 0.4
+    behind_own = collate(golds, [2 * own.index(True), 2 * own.index(True) + 1])
+    assert behind_own.counts["answer"] == 0 < behind_own.counts["stop"]
+    assert not collate(golds, [2 * own.index(True), 2 * own.index(True) + 1], False).own_context  # validation

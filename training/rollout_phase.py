@@ -1,0 +1,63 @@
+"""Stage 2 of the denoiser's training as the train loop sees it: the answer through blocks that the model generates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ladir.config import Config
+from ladir.data.randomness import derive
+from ladir.data.rollout import GoldStore, RolloutCollator
+from ladir.inference.rollout import Rollout
+from ladir.models.folders import load_denoiser_to_train, save_denoiser
+from ladir.models.store import folder_fingerprint
+from ladir.tokens import load_tokenizer
+from training.phases import Samples, TrainingPhase, denoiser_collator, denoiser_weights, stored_latents
+from training.runtime.distributed import World
+from training.runtime.run import RunFolder
+from training.runtime.sharding import sharded_init
+from training.runtime.telemetry import Telemetry
+from training.samples import Show, denoiser_samples
+
+
+def rollout_phase(config: Config, world: World) -> TrainingPhase:
+    """Stage 2, from the denoiser of stage 1 on the same latents.  UnusableError where that is missing or was made otherwise."""
+    settings = config.rollout
+    tokenizer = load_tokenizer(config.backbone)
+    folder = RunFolder(config)
+    store, validation = stored_latents(folder, world)
+    origin = world.broadcast(folder_fingerprint(folder.model("denoiser"), "denoiser") if world.is_main else None)
+    with sharded_init(config, settings.train, world):
+        source = folder.model("denoiser")
+        denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
+    recompute = config.backbone.activation_checkpointing != "none"
+    teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher")
+    collator = RolloutCollator(teacher, settings, seed=derive(config.run.seed, "rollout"))
+    show = denoiser_samples(config, tokenizer, validation, folder.model("vae")) if validation is not None else None
+
+    def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
+        own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
+        save_denoiser(denoiser, target, own, origin=origin)
+
+    return TrainingPhase(
+        items=GoldStore(store, settings.candidates if settings.gold == "nearest" else 1),
+        collator=collator,
+        name="rollout",
+        model=Rollout(denoiser, settings, config.data.max_blocks, recompute, world.largest),
+        weights={**denoiser_weights(config.denoiser), "rollout": settings.answer_weight},
+        validation=Samples(GoldStore(validation, 1), collator) if validation is not None else None,
+        write=write,
+        show=_of_the_denoiser(show) if show is not None else None,
+    )
+
+
+def _of_the_denoiser(show: Show) -> Show:
+    """The denoiser inside is what is shown."""
+
+    def shown(model: object, telemetry: Telemetry, step: int) -> None:
+        assert isinstance(model, nn.Module)
+        show(model.denoiser, telemetry, step)
+
+    return shown
