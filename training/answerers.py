@@ -33,7 +33,7 @@ class Sampled:
     """One answer, not judged yet."""
 
     answer: str
-    thoughts: Sequence[str]
+    thoughts: tuple[str, ...]
     stopped: bool = True
 
 
@@ -92,7 +92,7 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
             groups = reasoner.generate(questions, seed=config.run.seed, thoughts=False, **controls)
         with count_cost(reasoner.thought_decoder.backbone, reasoner.thought_decoder.from_latent) as reading:
             reasoner.read_thoughts([trajectory for group in groups for trajectory in group])
-        return Answers([[Sampled(t.answer, t.thoughts, t.stopped) for t in group] for group in groups], cost, reading)
+        return Answers([[Sampled(t.answer, tuple(t.thoughts), t.stopped) for t in group] for group in groups], cost, reading)
 
     return answer
 
@@ -118,7 +118,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                 )
             prefixes = config.data.answer_prefixes
             chains = [[parse_completion(decode_text(tokenizer, ids), prefixes) for ids in group] for group in texts]
-            return Answers([[Sampled(c.answer, c.thoughts) for c in group] for group in chains], cost)
+            return Answers([[Sampled(c.answer, tuple(c.thoughts)) for c in group] for group in chains], cost)
 
         return answer
 

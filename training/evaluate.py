@@ -17,11 +17,19 @@ from ladir.config import Config
 from ladir.data.records import Record
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.report import examples, results_table
-from ladir.evaluation.results import MethodResult, QuestionResult, judge, read_results, write_questions, write_results
+from ladir.evaluation.results import (
+    MethodResult,
+    QuestionResult,
+    Trajectory,
+    judge,
+    read_results,
+    write_questions,
+    write_results,
+)
 from ladir.evaluation.voting import elections
 from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
-from training.answerers import Answerer, load_answerers, model_of, sampling_of
+from training.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
 from training.answers import Answered, AnswerLog, cut
 from training.phases import read_encoded
 from training.runtime.job import job
@@ -94,15 +102,18 @@ def _answer(task: Task, records: Sequence[Record], answerer: Answerer, rank: int
     """A batch of questions, answered and judged."""
     start, count = time.perf_counter(), len(records)
     answers = answerer(records)
-    judged = [
-        tuple(judge(task, record, sample.answer, sample.thoughts, sample.stopped) for sample in samples)
-        for record, samples in zip(records, answers.samples, strict=True)
-    ]
+    judged = [_judge(task, record, samples) for record, samples in zip(records, answers.samples, strict=True)]
     cost, reading, elapsed = answers.cost.share(count), answers.reading.share(count), (time.perf_counter() - start) / count
     return [
         Answered(QuestionResult(record.question, trajectories, record.answer), cost, reading, elapsed, rank)
         for record, trajectories in zip(records, judged, strict=True)
     ]
+
+
+def _judge(task: Task, record: Record, samples: Sequence[Sampled]) -> tuple[Trajectory, ...]:
+    """Verdicts on a question's samples; the same one twice is judged once."""
+    verdicts = {sample: judge(task, record, sample.answer, sample.thoughts, sample.stopped) for sample in set(samples)}
+    return tuple(verdicts[sample] for sample in samples)
 
 
 def training_seconds(folder: RunFolder, method: str) -> float:
