@@ -147,6 +147,7 @@ HOSTILE = {
     "name": "import socket; socket.getaddrinfo('example.org', 80)",
     "become root": "import os; os.setuid(0)",
     "mount": "import ctypes, os\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
+    "namespace of its own": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
     "debug another": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, int(@pid), 0, 0) == 0",
     "shell": "import subprocess; subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
 }

@@ -87,19 +87,22 @@ def _enter_namespaces(root: str, prefix: str, disk: int) -> None:
             Path("/proc/self", name).write_text(content)
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={disk},nr_inodes=4096,mode=0755")
+    jail = f"{root}/jail"
     covered: list[str] = []
     for source in (*_SYSTEM, prefix):
         if Path(source).exists() and not any(Path(source).is_relative_to(folder) for folder in covered):
-            _bind(source, root, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
+            _bind(source, jail, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
             covered.append(source)
     for source in _DEVICES:
-        _bind(source, root, _ATTR_RDONLY | _ATTR_NOSUID)
-    workplace = Path(root, "tmp")
+        _bind(source, jail, _ATTR_RDONLY | _ATTR_NOSUID)
+    workplace = Path(jail, "tmp")
     workplace.mkdir()
     workplace.chmod(0o777)
     os.chdir(root)
     _checked("pivot_root", b".", b".")
     _checked("umount2", b".", _MNT_DETACH)
+    # Below the root of its namespace a process cannot make namespaces of its own, with memory disks without limit.
+    os.chroot("/jail")
     os.chdir("/tmp")
 
 
