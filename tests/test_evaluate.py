@@ -25,6 +25,7 @@ from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
 from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
+from training.answerers import stage_folder
 from training.answers import Answered, AnswerLog, cut
 from training.evaluate import evaluate
 from training.runtime.distributed import World
@@ -190,6 +191,14 @@ def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tm
     passes = {method: row["forward_passes_per_question"] for method, row in rows.items()}
     assert passes["ladir-majority"] == passes["ladir"] / 2
     assert passes["ladir-consistent"] > passes["ladir-majority"]  # its thoughts are read, too
+
+
+def test_a_row_of_each_stage_is_of_its_own_denoiser_whichever_was_exported(tmp_path: Path) -> None:
+    folder = RunFolder(load_config(None, [f"run.folder={tmp_path}"]))
+    folder.export.mkdir(parents=True)
+    for origin, first, second in ((None, None, folder.model("rollout")), ("0123", folder.model("denoiser"), None)):
+        (folder.export / "ladir.json").write_text(json.dumps({"kind": "denoiser", "origin": origin}))
+        assert [stage_folder(folder, second=False), stage_folder(folder, second=True)] == [first, second]
 
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 9))

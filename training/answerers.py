@@ -70,13 +70,13 @@ def load_answerers(config: Config, model: str, samplings: Sequence[str], device:
     if model == "ar":
         return ar_answerers(config, folder, samplings, device)
     reasoner = Reasoner.from_pretrained(
-        folder.export, device, config.backbone.attention, denoiser=_stage_folder(folder, model == "rollout")
+        folder.export, device, config.backbone.attention, denoiser=stage_folder(folder, model == "rollout")
     )
     reasoner.settings = config.sample
     return {sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings}
 
 
-def _stage_folder(folder: RunFolder, second: bool) -> Path | None:
+def stage_folder(folder: RunFolder, second: bool) -> Path | None:
     """The denoiser of stage 1 or 2 where it is not the one in the export, which has that of the last stage."""
     exported_is_second = load_settings(folder.export, "denoiser").get("origin") is not None
     return None if exported_is_second == second else folder.model("rollout" if second else "denoiser")
