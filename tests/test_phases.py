@@ -20,7 +20,6 @@ from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
-from ladir.models.folders import load_vae
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
@@ -28,7 +27,7 @@ from training import encode_latents
 from training.phases import TrainingPhase, ar_phase, denoiser_phase, vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
-from training.runtime.run import Run, RunFolder, open_run
+from training.runtime.run import RunFolder, open_run
 
 BUILDERS = {"vae": vae_phase, "denoiser": denoiser_phase, "ar": ar_phase}
 SCRATCH = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 128}"  # fmt: skip # noqa: E501
@@ -99,7 +98,7 @@ def make_base(world: World, folder: Path) -> None:
 
 
 def encode(world: World, folder: Path, name: str, overrides: list[str], stop_at: int | None = None) -> bool:
-    """Encode the training puzzles; the last rank is signalled before its batch number ``stop_at``."""
+    """Encode the puzzles; the last rank is signalled before its batch number ``stop_at``."""
     config = configure(folder, name, 0, 8, ["latents.records_per_part=4", "latents.batch_size=4", *overrides])
     real, calls = encode_latents.encode_sentences, []
 
@@ -112,15 +111,9 @@ def encode(world: World, folder: Path, name: str, overrides: list[str], stop_at:
     encode_latents.encode_sentences = signalled
     try:
         with open_run(config, "latents", world) as run:
-            return encode_train(run)
+            return encode_latents.encode(run)
     finally:
         encode_latents.encode_sentences = real
-
-
-def encode_train(run: Run) -> bool:
-    config = run.config
-    vae = load_vae(run.folder.model("vae"), config.backbone, run.world.device, encoder_only=True)
-    return encode_latents.encode_split(run, vae, load_tokenizer(config.backbone), "train", str(config.data.train))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +169,7 @@ def test_two_ranks_of_zero3_train_what_one_process_trains(
     one_process.run(run_phase, folder, names[0], phase, 0, 8, VARIANTS[variant])
     assert two_processes.run(run_phase, folder, names[1], phase, 3, 2, VARIANTS[variant]) == [{}, {}]
     expected, actual = losses(folder, names[0]), losses(folder, names[1])
-    assert len(expected) == STEPS + (phase != "denoiser")  # the last is the validation
+    assert len(expected) == STEPS + 1  # the last is the validation
     for row, other in zip(expected, actual, strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
     assert expected[0]["loss"] != expected[1]["loss"]

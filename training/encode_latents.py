@@ -67,7 +67,8 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
         return False
     run.world.barrier()
     if run.world.is_main:
-        store = LatentStore.merge(sorted(parts.glob("[0-9]*")), target)  # not what a killed process left
+        # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
+        store = LatentStore.merge([parts / part for part in _part_names(run, len(records))], target)
         shutil.rmtree(parts)
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
@@ -82,6 +83,17 @@ def _parts(run: Run, target: Path, mark: str, path: str) -> Path:
     return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
 
 
+def _part_names(run: Run, num_records: int) -> list[str]:
+    """Names of all ranks' parts: the first record of their round, and the rank."""
+    ranks = run.world.size
+    rounds = range(0, num_records, run.config.latents.records_per_part * ranks)
+    return [_part_name(first, rank) for first in rounds for rank in range(min(ranks, num_records - first))]
+
+
+def _part_name(first: int, rank: int) -> str:
+    return f"{first:09d}-{rank:05d}"
+
+
 def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, watch: Stopwatch) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
     if run.world.is_main:
@@ -94,7 +106,7 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
         if run.stop_agreed():
             return False
         mine = range(first + run.world.rank, min(first + width, len(records)), run.world.size)
-        part = folder / f"{first:09d}-{run.world.rank:05d}"
+        part = folder / _part_name(first, run.world.rank)
         if mine and not part.is_dir():
             rows = _rows(vae, records, mine, latents)
             LatentStore.write(part, rows, watch.mark, settings.latent_dim, settings.latents_per_block)
