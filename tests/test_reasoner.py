@@ -399,9 +399,9 @@ def test_extreme_controls_work() -> None:
         "answer_temperature": 100.0,
         "guidance_scale": 100.0,
         "diversity_scale": 100.0,
-        "max_blocks": 20,
+        "max_blocks": 8,
         "max_answer_tokens": 1,
-        "num_steps": 60,
+        "num_steps": 25,
     }
     spacings = [{"spacing": "power", "spacing_power": power, "sampler": "sde", "num_steps": 10} for power in (0.1, 10.0)]
     for controls in (extreme, *({name: value} for name, value in (*extreme.items(), *largest.items())), *spacings):
