@@ -13,13 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from ladir.data.randomness import derive
-from ladir.models.folders import load_vae
 from ladir.models.metrics import flow_by_time, vae_metrics
 from ladir.tasks import countdown
-from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
 from tests.test_phases import BUILDERS, configure, make_base
-from training.encode_latents import encode_split
+from training.encode_latents import encode
 from training.runtime import dashboard
 from training.runtime.distributed import World
 from training.runtime.loop import train
@@ -37,9 +35,7 @@ def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
     for phase in ("vae", "latents", "denoiser", "ar"):
         with open_run(config, phase, world) as run:
             if phase == "latents":
-                vae = load_vae(run.folder.model("vae"), config.backbone, world.device, encoder_only=True)
-                for split in ("train", "validation"):
-                    encode_split(run, vae, load_tokenizer(config.backbone), split, str(getattr(config.data, split)))
+                assert encode(run)
             else:
                 assert train(run, BUILDERS[phase](config, world)).finished
 
