@@ -73,7 +73,7 @@ class Layout:
         fields = [tensor for tensor in (self.position, self.limit, self.copy, self.document) if tensor is not None]
         content = hashlib.blake2b(repr([tuple(tensor.shape) for tensor in fields]).encode(), digest_size=16)
         for tensor in fields:
-            content.update(tensor.contiguous().cpu().numpy())
+            content.update(tensor.cpu().numpy().tobytes())
         return content.digest()
 
     def visible(self) -> Tensor:

@@ -91,9 +91,10 @@ def _causal_layout(places: Places) -> Layout:
     ends = places.first + places.lengths
     starts_and_ends = np.concatenate([np.arange(places.rows + 1) * places.width, places.first, ends])
     boundaries = np.unique(starts_and_ends)  # padding behind a document is a stretch of its own
-    arrays = (_filled(places, 0, at, within), _filled(places, 0, at, within + 1), _filled(places, PAD, at, CLEAN))
     return Layout(
-        *map(torch.from_numpy, arrays),
+        position=torch.from_numpy(_filled(places, 0, at, within)),
+        limit=torch.from_numpy(_filled(places, 0, at, within + 1)),
+        copy=torch.from_numpy(_filled(places, PAD, at, CLEAN)),
         document=places.documents(),
         boundaries=torch.from_numpy(boundaries.astype(np.int32)),
         longest=int(np.diff(boundaries).max()),
