@@ -169,7 +169,7 @@ class BlockSampler:
         return [*self.noise.normal(rows, (steps - 1, *shape)).to(device).unbind(1), None]
 
     def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
-        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds noise ``fresh`` [R, L, d].
+        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
 
         SDE: z_s | z_t, x0 is Gaussian with variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's posterior, Ho et al.
         2020, eq. 7, on the straight path).
