@@ -25,8 +25,9 @@ WHEEL_NAMES := deepspeed hjson py-cpuinfo ninja msgpack einops pydantic pydantic
 	pluggy iniconfig hypothesis sortedcontainers
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+BROWSER_PACKAGES := chromium-headless-shell fonts-dejavu-core
 
-.PHONY: help demo test test-slurm bench gpu-check wheels lint venv clean-venv
+.PHONY: help demo test browser test-slurm bench gpu-check wheels lint venv clean-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -36,9 +37,20 @@ demo: $(VENV)/.ready
 	@$(BIN)/python -m training.demo --ranks $(RANKS) --config configs/demo.yaml run.seed=$(SEED) \
 		run.name=demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-test: lint
+test: lint browser
 	@echo "tests: pytest $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# For the test that opens the report; without one it is skipped and says so (in continuous integration it fails).
+browser: $(VENV)/.ready-dev
+	@for program in chromium-headless-shell chromium chromium-browser google-chrome; do command -v $$program >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		echo "browser: installing $(BROWSER_PACKAGES)"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			$(BROWSER_PACKAGES); } >$(VENV)/browser-install.log 2>&1 || tail -n 5 $(VENV)/browser-install.log; \
+	else \
+		echo "browser: none found; as root on Debian or Ubuntu: apt-get install --no-install-recommends $(BROWSER_PACKAGES)"; \
+	fi
 
 test-slurm: $(VENV)/.ready-dev
 	@missing=$$(for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || echo $$program; done); \

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from ladir import reasoner
 from ladir.__main__ import main
-from ladir.cli.ask import build_parser
+from ladir.cli.ask import build_parser, render
+from ladir.cli.live import LiveTrace
 from ladir.config import SampleSettings
 from ladir.tokens import build_word_tokenizer
 
@@ -94,6 +98,8 @@ class FakeReasoner:
 
     def generate(self, questions: list[str], on_step: Any = None, **controls: Any) -> list[list[reasoner.Trajectory]]:
         self.asked = controls
+        for step, text in enumerate(["9 9", "3 * 7 = 21"] if on_step else []):
+            on_step(0, 0, step, text)
         trace = [["9 9", "3 * 7 = 21"]] if on_step else []
         trajectory = reasoner.Trajectory("3 * 7", ["3 * 7 = 21"], torch.zeros(1, 1, 2), 2, False, trace)
         return [[trajectory] * controls["num_trajectories"] for _ in questions]
@@ -118,6 +124,44 @@ def test_asking_prints_thoughts_and_answer(
     assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
     assert "does not know all of 'what is 3'" in captured.err
     assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "0"]) == 1
+
+
+def test_a_trace_is_live_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: FakeReasoner())
+    command = ["3 7 -> 21", "--model", str(tmp_path), "--trace", "--num-steps", "2"]
+    assert main(command) == 0
+    piped = capsys.readouterr()
+    assert piped.err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == piped.out
+    assert "trajectory 1, block 1" in shown.err and "9 9" in shown.err and "step 1 of 2" in shown.err
+
+
+def test_live_lines_stay_within_the_terminal_and_hold_no_control_characters() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=60, height=8, color_system=None)
+    with LiveTrace([str(number) for number in range(1, 31)], 10, console) as live:
+        live._drawn = math.inf  # drawn by hand
+        for trajectory in range(30):
+            live.step(trajectory, trajectory % 3, 9, "\x1b]0;owned\x07 [bold] " + "long " * 100)
+        with console.capture() as capture:
+            console.print(live._view())
+    lines = capture.get().splitlines()
+    assert len(lines) == 5 and all(len(line) <= 60 for line in lines)
+    assert "\x07" not in capture.get() and "[bold]" in capture.get() and "block 3" in lines[-1]
+
+
+def test_answers_cannot_steer_the_terminal() -> None:
+    trajectory = reasoner.Trajectory("a\x1b[2Jb\nc", ["x\ny\x9b"], torch.zeros(1, 1, 2), 2, True)
+    text = render(trajectory)
+    assert "\x1b" not in text and "\x9b" not in text
+    assert "thought 1: x | y" in text and "b\nc" in text
 
 
 def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command_line() -> None:

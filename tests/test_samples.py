@@ -47,7 +47,7 @@ def test_every_phase_shows_its_samples_on_two_ranks(
 ) -> None:
     write_puzzles(tmp_path)
     one_process.run(make_base, tmp_path)
-    two_processes.run(train_and_show, tmp_path, variant)
+    two_processes.run(train_and_show, tmp_path, variant, timeout=280)
     folder = RunFolder(configure(tmp_path, "shown", 3, 4, []))
     events = {phase: read_events(folder.tensorboard(phase)) for phase in ("vae", "denoiser", "ar")}
     for phase, titles in (("vae", "sentence"), ("denoiser", "thoughts and answer"), ("ar", "completion")):

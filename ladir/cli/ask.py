@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ladir.report.text import printable
 from ladir.tokens import encode_text
 
 if TYPE_CHECKING:
-    from ladir.reasoner import Reasoner, Trajectory
+    from ladir.reasoner import Reasoner, TraceHook, Trajectory
 
 _EPILOG = """other commands:
   python -m ladir inspect FILE       blocks and token lengths of a data file, and what would be refused
@@ -58,7 +60,17 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--model {arguments.model}: no such folder; training/export.py writes runs/<name>/export")
     reasoner = Reasoner.from_pretrained(arguments.model, device=arguments.device)
     _warn_of_unknown_words(reasoner, arguments.question)
-    answers = reasoner.generate(
+    with _shown_live(arguments, reasoner) if arguments.trace else nullcontext() as on_step:
+        answers = _generate(reasoner, arguments, on_step)
+    for question, trajectories in zip(arguments.question, answers, strict=True):
+        sys.stdout.write(f"question: {printable(question)}\n")
+        for trajectory in trajectories:
+            sys.stdout.write(render(trajectory))
+    return 0
+
+
+def _generate(reasoner: Reasoner, arguments: argparse.Namespace, on_step: TraceHook | None) -> list[list[Trajectory]]:
+    return reasoner.generate(
         arguments.question,
         num_trajectories=arguments.trajectories,
         num_steps=arguments.num_steps,
@@ -72,17 +84,21 @@ def run(argv: Sequence[str]) -> int:
         spacing_power=arguments.spacing_power,
         max_answer_tokens=arguments.max_answer_tokens,
         seed=arguments.seed,
-        on_step=_ignore_step if arguments.trace else None,
+        on_step=on_step,
     )
-    for question, trajectories in zip(arguments.question, answers, strict=True):
-        sys.stdout.write(f"question: {question}\n")
-        for trajectory in trajectories:
-            sys.stdout.write(render(trajectory))
-    return 0
 
 
-def _ignore_step(trajectory: int, block: int, step: int, text: str) -> None:
-    """The trace is shown when a trajectory is complete: several would interleave."""
+@contextmanager
+def _shown_live(arguments: argparse.Namespace, reasoner: Reasoner) -> Iterator[TraceHook]:
+    """A hook that shows every trajectory's block as it forms, on a terminal; all steps are written at the end in any case."""
+    if not sys.stderr.isatty():
+        yield lambda trajectory, block, step, text: None
+        return
+    from ladir.cli.live import LiveTrace
+
+    names = [f"{number}" for _ in arguments.question for number in range(1, arguments.trajectories + 1)]
+    with LiveTrace(names, arguments.num_steps or reasoner.settings.num_steps) as live:
+        yield live.step
 
 
 def _warn_of_unknown_words(reasoner: Reasoner, questions: Sequence[str]) -> None:
@@ -101,8 +117,8 @@ def render(trajectory: Trajectory) -> str:
         lines.append(f"  thought {number}: {_one_line(thought)}")
     if not trajectory.stopped:
         lines.append("  (did not stop by itself: the limit on blocks forced the answer)")
-    return "\n".join([*lines, f"answer: {trajectory.answer}", ""])
+    return "\n".join([*lines, f"answer: {printable(trajectory.answer)}", ""])
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\n", " | ")
+    return printable(text).replace("\n", " | ")

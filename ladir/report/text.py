@@ -7,17 +7,17 @@ import html
 
 def one_line(text: str, most: int) -> str:
     """The text in one line of at most ``most`` printable characters."""
-    line = _printable(" ⏎ ".join(" ".join(part.split()) for part in text.splitlines() if part.strip()))
+    line = printable(" ⏎ ".join(" ".join(part.split()) for part in text.splitlines() if part.strip()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def escaped(text: object) -> str:
     """The text for HTML, in an element or an attribute."""
-    return html.escape(_printable(str(text)), quote=True)
+    return html.escape(printable(str(text)), quote=True)
 
 
-def _printable(text: str) -> str:
-    """Without control characters, lone surrogates and marks that turn the direction of writing."""
+def printable(text: str) -> str:
+    """The text without control characters, lone surrogates and marks that turn the direction of writing."""
     return "".join(_shown(character) for character in text)
 
 
