@@ -170,7 +170,8 @@ def attention(bench: Bench) -> Row:
     sizes, draws = (_SHORT_LAYOUT, 4) if bench.size.name == "smoke" else (_LONG_LAYOUT, _LONG_DRAWS)
     layout = bench.denoiser_batch(bench.records([sizes]), draws).layout
     how = attend(layout, FLEX, bench.dtype, BlockMasks())
-    assert isinstance(how.mask, BlockMask)
+    mask = how.mask
+    assert isinstance(mask, BlockMask)
     scratch, generator = bench.size.scratch, torch.Generator().manual_seed(0)
     head = scratch["hidden_size"] // scratch["num_attention_heads"]
     heads = [scratch["num_attention_heads"], *[scratch["num_key_value_heads"]] * 2]
@@ -187,7 +188,7 @@ def attention(bench: Bench) -> Row:
         return torch.cat([g.flatten() for g in torch.autograd.grad(output.sum(), states)]) if trains else output
 
     def flexed() -> Tensor:
-        return flex(nn.Identity(), query, key, value, how.mask, scaling)[0]
+        return flex(nn.Identity(), query, key, value, mask, scaling)[0]
 
     def dense() -> Tensor:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
