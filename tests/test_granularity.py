@@ -14,13 +14,13 @@ from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
-from ladir.models.folders import assemble_export, load_vae
+from ladir.models.folders import assemble_export
 from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
-from training.encode_latents import encode_split
+from training.encode_latents import encode
 from training.evaluate import evaluate
 from training.export import last_denoiser
 from training.phases import denoiser_phase, vae_phase
@@ -72,10 +72,8 @@ def chain(world: World, folder: Path, sentences_per_block: int) -> dict[str, Any
         with open_run(config, phase, world) as run:
             if build is not None:
                 train(run, build(config, world))
-                continue
-            vae = load_vae(run_folder.model("vae"), config.backbone, world.device, encoder_only=True)
-            for name in ("train", "validation"):
-                assert encode_split(run, vae, tokenizer, name, str(getattr(config.data, name)))
+            else:
+                assert encode(run)
     denoiser = last_denoiser(run_folder)
     assemble_export(denoiser, run_folder.model("vae"), tokenizer, run_folder.export, config.sample)
     with open_run(config, "evaluate", world) as run:

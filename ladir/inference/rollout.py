@@ -98,7 +98,7 @@ class Past:
 
         def run(cache: Cache, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             hidden = self.backbone(inputs, visible, positions, cache)
-            return hidden, [layer.new for layer in cache.layers]  # type: ignore[attr-defined]
+            return hidden, [layer.new for layer in cache.layers if isinstance(layer, _ReadingLayer)]
 
         hidden, new = self.read(rows, run, inputs)
         keys, values = map(list, zip(*new, strict=True))

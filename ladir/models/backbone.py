@@ -167,7 +167,7 @@ class Backbone(nn.Module):
     @contextmanager
     def activations_stored(self) -> Iterator[None]:
         """Within, no layer recomputes: one that does reads no cache.  Who needs both recomputes a pass as a whole."""
-        layers = [layer for layer in self.base.modules() if getattr(layer, "gradient_checkpointing", False)]
+        layers: list[Any] = [layer for layer in self.base.modules() if getattr(layer, "gradient_checkpointing", False)]
         for layer in layers:
             layer.gradient_checkpointing = False
         try:
