@@ -26,6 +26,9 @@ from training.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
+#: width of the tables where there is no terminal
+_LOG_COLUMNS = 150
+
 #: what is measured together: a name for the log, and how
 Part = tuple[str, Callable[[Bench], Measured | Iterable[Measured]]]
 
@@ -55,8 +58,8 @@ def _encode(bench: Bench) -> Iterator[Part]:
 SUITES = {"train": _train, "reason": _reason, "encode": _encode}
 
 
-def measure(bench: Bench, suites: Sequence[str]) -> Results:
-    """Everything the suites hold."""
+def measure(bench: Bench, suites: Sequence[str]) -> Iterator[Results]:
+    """Everything the suites hold; what is measured so far, after each part."""
     results = Results()
     for suite in suites:
         for name, part in SUITES[suite](bench):
@@ -64,7 +67,7 @@ def measure(bench: Bench, suites: Sequence[str]) -> Results:
             with released():
                 results.add(part(bench))
             logger.info("%s: %.1f s", name, time.perf_counter() - start)
-    return results
+            yield results
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     bench = Bench(size, torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     start = time.perf_counter()
-    results = measure(bench, list(SUITES) if arguments.suite == "all" else [arguments.suite])
-    show(Console(), results, bench)
-    write_json(arguments.json, as_json(results, bench, time.perf_counter() - start))
+    for results in measure(bench, list(SUITES) if arguments.suite == "all" else [arguments.suite]):
+        write_json(arguments.json, as_json(results, bench, time.perf_counter() - start))
+    console = Console()
+    show(console if console.is_terminal else Console(width=_LOG_COLUMNS), results, bench)
     if results.scaling:
         plot(arguments.json.with_suffix(".png"), results.scaling)
 

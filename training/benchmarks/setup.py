@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -160,10 +160,10 @@ class Bench:
         found = [{name: self.seconds(way) for name, way in ways.items()} for _ in range(rounds or self.size.rounds)]
         return {name: statistics.median(seconds[name] for seconds in found) for name in ways}
 
-    def peak_bytes(self, way: Callable[[], Any]) -> int:
-        """Most bytes that ``way()`` has allocated at once."""
+    def peak_bytes(self, way: Callable[[], Any], known: Iterable[Tensor]) -> int:
+        """Most bytes that ``way()`` has allocated at once, beside the ``known`` tensors that it reads."""
         if self.device.type != "cuda":
-            with LiveMemory(self.device.type) as memory:
+            with LiveMemory(self.device.type, known) as memory:
                 way()
             return memory.peak
         self.wait()

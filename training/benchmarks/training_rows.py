@@ -97,7 +97,8 @@ def labelled_logits(bench: Bench) -> list[Row]:
 
     bench.check_equal("labelled logits", labelled(), full())
     seconds = bench.in_turn({"ours": labelled, "obvious": full}, warm_up=False)
-    memory = {"ours": bench.peak_bytes(labelled) / 2**20, "obvious": bench.peak_bytes(full) / 2**20}
+    known = [states, labels, *backbone.parameters()]
+    memory = {name: bench.peak_bytes(way, known) / 2**20 for name, way in (("ours", labelled), ("obvious", full))}
     at_most = len(states) / len(batch.answer_at)
     title = f"logits of labelled positions, vocabulary {VOCABULARY}"
     return [
