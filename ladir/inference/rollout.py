@@ -110,7 +110,7 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
     missing = rows.stop - len(x)
     if missing > 0:
         x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-    return x[rows]
+    return x if rows == slice(0, len(x)) else x[rows]
 
 
 class _Thoughts:
