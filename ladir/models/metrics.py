@@ -1,4 +1,4 @@
-"""What training shows beside its losses: entries ``metric/<name>`` as (sum, count), from tensors that the losses needed anyway."""
+"""What training shows beside its losses: ``metric/<name>`` as (sum, count), from tensors that the losses needed anyway."""
 
 from __future__ import annotations
 
