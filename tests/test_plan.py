@@ -19,7 +19,7 @@ from tests.distributed import ProcessGroup
 from training.plan import main
 from training.planning.memory import Zero, checkpoint_bytes, holdings, weights_of
 from training.planning.models import Lengths, lm_config, meta_model, micro_batch
-from training.planning.trace import trace_rollout, trace_training
+from training.planning.trace import trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
@@ -187,6 +187,20 @@ def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None) 
     model, batch = meta_model(config, "rollout", "none"), micro_batch(config, "rollout", LENGTHS, 2, VOCAB)
     predicted, traced = trace_rollout(model, batch), trace_training(model, batch)  # type: ignore[arg-type]
     assert predicted.flops == pytest.approx(traced.flops, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_rollout_of_many_blocks_is_predicted_from_short_records(checkpointing: str) -> None:
+    config = tiny_config(attention="sdpa")
+    config.rollout.num_steps = 2
+    model = meta_model(config, "rollout", checkpointing)
+
+    def batch_of(blocks: int) -> Any:
+        return micro_batch(config, "rollout", dataclasses.replace(LENGTHS, blocks=blocks), 2, VOCAB)
+
+    predicted, traced = trace_long_rollout(model, batch_of, 9), trace_rollout(model, batch_of(9))  # type: ignore[arg-type]
+    assert predicted.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.05)
+    assert predicted.flops == pytest.approx(traced.flops, rel=0.01)
 
 
 def test_recomputing_saves_what_the_plan_says() -> None:

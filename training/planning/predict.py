@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, weights_of
 from training.planning.models import PHASES, DataSize, Lengths, data_size, lm_config, meta_model, micro_batch
-from training.planning.trace import Pass, trace_inference, trace_rollout, trace_training
+from training.planning.trace import Pass, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import read_ds_config
 from training.runtime.sampler import micro_batch_size
 
@@ -147,20 +147,25 @@ class Planner:
         """Peak bytes of a pass over ``micro`` of the longest records."""
         key = (phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
         if key not in self._peaks:
-            batch = micro_batch(config, phase, self.data.longest, micro, int(self.architecture.vocab_size))
-            self._peaks[key] = self._trace(phase, config, batch).peak_bytes
+            self._peaks[key] = self._trace(phase, config, self.data.longest, micro).peak_bytes
         return self._peaks[key]
 
     def _flops(self, phase: str, config: Config) -> int:
         """FLOPs of one mean sample, forward and backward, nothing recomputed (what MFU counts)."""
         plain = deepcopy(config)
         plain.backbone.activation_checkpointing = "none"
-        batch = micro_batch(plain, phase, self.data.mean, 1, int(self.architecture.vocab_size))
-        return self._trace(phase, plain, batch).flops
+        return self._trace(phase, plain, self.data.mean, 1).flops
 
-    def _trace(self, phase: str, config: Config, batch: Any) -> Pass:
+    def _trace(self, phase: str, config: Config, lengths: Lengths, count: int) -> Pass:
+        """A pass over ``count`` records of these sizes."""
         model = self._model(phase, config)
-        return trace_rollout(model, batch) if isinstance(model, Rollout) else trace_training(model, batch)
+
+        def batch_of(blocks: int) -> Any:
+            return micro_batch(config, phase, replace(lengths, blocks=blocks), count, int(self.architecture.vocab_size))
+
+        if isinstance(model, Rollout):
+            return trace_long_rollout(model, batch_of, lengths.blocks)
+        return trace_training(model, batch_of(lengths.blocks))
 
     def _tokens(self, phase: str) -> int:
         return int(micro_batch(self.config, phase, self.data.mean, 1, int(self.architecture.vocab_size)).num_tokens)

@@ -6,9 +6,11 @@ On the meta device tensors have sizes but no data, so that the pass of an 8B mod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ladir.inference.rollout import Rollout
+
+#: records of up to so many blocks are traced as they are, longer ones extrapolated from these
+_TRACED_BLOCKS = (2, 4, 6)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -138,6 +143,25 @@ def trace_rollout(model: Rollout, batch: Any) -> Pass:
     more, forward = max(with_gradient - 1, 0), settings.num_steps - max(with_gradient, 1)
     flops = two.flops - one.flops
     return Pass(one.peak_bytes + more * (two.peak_bytes - one.peak_bytes), one.flops + more * flops + forward * flops // 3)
+
+
+def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: int) -> Pass:
+    """As :func:`trace_rollout` of ``batch_of(blocks)``; records of many blocks are extrapolated from shorter ones.
+
+    Every block adds as many passes, over a prefix that is longer by one block: bytes and FLOPs are quadratic in the blocks.
+    """
+    if blocks <= _TRACED_BLOCKS[-1]:
+        return trace_rollout(model, batch_of(blocks))
+    passes = [trace_rollout(model, batch_of(count)) for count in _TRACED_BLOCKS]
+    weights = _lagrange(_TRACED_BLOCKS, blocks)
+    peak = sum(weight * found.peak_bytes for weight, found in zip(weights, passes, strict=True))
+    flops = sum(weight * found.flops for weight, found in zip(weights, passes, strict=True))
+    return Pass(max(int(peak), passes[-1].peak_bytes), int(flops))
+
+
+def _lagrange(points: Sequence[int], x: int) -> list[Fraction | int]:
+    """Weights of the values at ``points`` in the value at ``x`` of the polynomial through them."""
+    return [prod(Fraction(x - other, point - other) for other in points if other != point) for point in points]
 
 
 def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None) -> Pass:
