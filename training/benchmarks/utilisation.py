@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.benchmarks.setup import Bench, backward
-from training.runtime.utilisation import counted_flops, measured_peak
+from training.runtime.utilisation import counted_flops, gradients_wanted, measured_peak
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ def recorded(model: nn.Module) -> Iterator[list[Product]]:
 
     def record(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         rows = inputs[0].numel() // inputs[0].shape[-1]
-        trained = torch.is_grad_enabled() and output.requires_grad
-        wanted = (trained and inputs[0].requires_grad, trained and layer.weight.requires_grad)
-        found.append(Product(layer.weight, rows, *wanted))
+        found.append(Product(layer.weight, rows, *gradients_wanted(layer, inputs, output)))
 
     hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, nn.Linear)]
     try:

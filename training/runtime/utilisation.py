@@ -15,6 +15,12 @@ _PEAK_SIDE = {"cpu": 512, "cuda": 8192}
 _PEAK_ROUNDS = 4
 
 
+def gradients_wanted(layer: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> tuple[bool, bool]:
+    """Whether the backward pass of this call will compute the gradient of its input, and that of its weight."""
+    trained = torch.is_grad_enabled() and output.requires_grad
+    return trained and inputs[0].requires_grad, trained and layer.weight.requires_grad
+
+
 class FlopCount:
     """FLOPs of one forward pass and of the backward pass that follows from it."""
 
@@ -24,8 +30,7 @@ class FlopCount:
     def add(self, layer: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A forward hook: 2 per weight and vector, as much again for each gradient that will be wanted."""
         vectors = inputs[0].numel() // layer.in_features
-        trained = torch.is_grad_enabled() and output.requires_grad
-        gradients = int(trained and inputs[0].requires_grad) + int(trained and layer.weight.requires_grad)
+        gradients = sum(gradients_wanted(layer, inputs, output))
         # Not the weight's own size: a weight that is split over the ranks may be empty by now.
         self.flops += 2 * vectors * layer.in_features * layer.out_features * (1 + gradients)
 
