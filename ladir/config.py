@@ -30,6 +30,9 @@ class RunSettings:
     name: str = setting("ladir", "name of the run; everything it writes lies in <folder>/<name>")
     folder: str = setting("runs", "folder of all runs")
     seed: int = setting(0, "seed of initialisation, data order, noise and sampling")
+    exclusive: bool = setting(
+        True, "keep other jobs out of the run's folder; false: train_ar.py may work in it beside LaDiR's phases (not under Slurm)"
+    )
 
 
 @dataclass
@@ -116,10 +119,16 @@ class TrainSettings:
     )
     warmup_fraction: float = setting(0.03, "fraction of the training spent warming up linearly")
     decay_fraction: float = setting(0.2, "fraction of the training spent decaying (schedule=wsd)")
-    weight_decay: float = setting(0.01, "AdamW weight decay (matrices only)")
+    optimizer: str = setting(
+        "adamw",
+        "muon: orthogonalised momentum for the matrices of the LM's layers, in steps as long as AdamW's, which takes the rest",
+        ("adamw", "muon"),
+    )
+    weight_decay: float = setting(0.01, "decoupled weight decay (matrices only)")
     beta1: float = setting(0.9, "AdamW beta1")
     beta2: float = setting(0.999, "AdamW beta2")
     eps: float = setting(1e-8, "AdamW epsilon")
+    momentum: float = setting(0.95, "Muon's momentum")
     max_grad_norm: float = setting(1.0, "gradient clipping norm; 0: off")
     ema: float = setting(0.0, "decay of the exponential moving average of the weights; 0: off")
     log_every: int = setting(10, "steps between metric lines")

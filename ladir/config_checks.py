@@ -66,6 +66,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("*.train.weight_decay", _NOT_NEGATIVE),
     ("*.train.beta?", _DECAY),
     ("*.train.eps", _POSITIVE),
+    ("*.train.momentum", _DECAY),
     ("*.train.ema", _DECAY),
     ("*.train.*_every", _COUNT),
     ("*.train.validation_batches", _COUNT),

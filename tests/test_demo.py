@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from ladir.config_loader import parse_args
-from training.demo import Demo, Stage, _add_arguments
-from training.jobs import LAUNCHER, launcher_command, run_job, tail
+from training.demo import Demo, Stage, Track, _add_arguments
+from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json
 
 OUTCOME: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
@@ -43,32 +44,36 @@ def python(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def demo(folder: Path, *overrides: str) -> tuple[Demo, io.StringIO]:
-    config, arguments = parse_args(["--ranks=1", f"run.folder={folder}", "run.name=d", *overrides], "demo", _add_arguments)
+def demo(folder: Path, *overrides: str, ranks: int = 1) -> tuple[Demo, io.StringIO]:
+    arguments = [f"--ranks={ranks}", "--seconds=100", f"run.folder={folder}", "run.name=d", *overrides]
+    config, arguments = parse_args(arguments, "demo", _add_arguments)
     output = io.StringIO()
     return Demo(config, arguments, Console(file=output, width=100)), output
 
 
 def test_a_job_reports_status_time_and_memory_and_keeps_its_output(tmp_path: Path) -> None:
-    seen: list[float] = []
     code = "import sys; print('hello'); print('  '); sys.stderr.write('bye\\n'); x = bytearray(50_000_000); sys.exit(3)"
-    result = run_job(python(code), tmp_path / "logs" / "a.log", 1, seen.append)
+    result = run_job(python(code), tmp_path / "logs" / "a.log", 1)
     assert result.status == 3
-    assert 0 <= max(seen) <= result.seconds
+    assert result.seconds > 0
     assert {"hello", "bye"} <= set((tmp_path / "logs" / "a.log").read_text().split())
 
 
 def test_an_interrupted_job_may_save_before_it_ends(tmp_path: Path) -> None:
     log, saved = tmp_path / "a.log", tmp_path / "saved"
-
-    def interrupt(_: float) -> None:
-        if tail(log, 1) == ["ready"]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_job(python(FAMILY, str(saved), LAUNCHER), log, 1, interrupt)
+    job = Job(python(FAMILY, str(saved), LAUNCHER), log, 1)
+    while tail(log, 1) != ["ready"]:
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.stop()
     assert saved.read_text() == "saved"
     assert not [child for child in psutil.Process().children(recursive=True) if str(saved) in child.cmdline()]
+
+
+def test_cores_are_divided_among_processes() -> None:
+    cores = threads_of(1)
+    assert cores >= 1
+    assert threads_of(cores) == 1 and threads_of(10 * cores) == 1
 
 
 def test_the_tail_of_a_log_leaves_out_the_launcher_and_empty_lines(tmp_path: Path) -> None:
@@ -91,11 +96,11 @@ def test_the_launcher_runs_the_entry_point_on_as_many_ranks_on_a_port_of_its_own
 def test_a_stage_runs_once_and_again_when_its_settings_or_an_earlier_stage_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stages(self: Demo) -> list[Stage]:
+    def plan(self: Demo) -> list[list[Track]]:
         write_json(self.folder.outcome_file("vae"), {**OUTCOME, "seconds": 1.0})
         return [
-            Stage("vae", "trains", lambda: python("print('x')"), trains=True),
-            Stage("evaluate", "asks", lambda: python("print('y')")),
+            [[Stage("vae", "trains", lambda: python("print('x')"), trains=True)]],
+            [[Stage("evaluate", "asks", lambda: python("print('y')"))]],
         ]
 
     def skipped(*overrides: str) -> list[str]:
@@ -106,7 +111,7 @@ def test_a_stage_runs_once_and_again_when_its_settings_or_an_earlier_stage_chang
     def seconds(stage: str) -> float:
         return json.loads((tmp_path / "d" / "demo.json").read_text())[stage]["seconds"]
 
-    monkeypatch.setattr(Demo, "stages", stages)
+    monkeypatch.setattr(Demo, "plan", plan)
     assert skipped() == []
     assert skipped() == ["[1/2] trains", "[2/2] asks"]
     before = seconds("vae"), seconds("evaluate")
@@ -122,7 +127,7 @@ def test_a_failed_stage_shows_the_end_of_its_log_and_is_not_recorded(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training phase that ends well but leaves no outcome was interrupted from outside, which is a failure, too."""
-    monkeypatch.setattr(Demo, "stages", lambda self: [Stage("a", "trains", lambda: python(code), trains=True)])
+    monkeypatch.setattr(Demo, "plan", lambda self: [[[Stage("a", "trains", lambda: python(code), trains=True)]]])
     failing, output = demo(tmp_path)
     with pytest.raises(SystemExit) as caught:
         failing.run()
@@ -132,10 +137,50 @@ def test_a_failed_stage_shows_the_end_of_its_log_and_is_not_recorded(
     assert json.loads((tmp_path / "d" / "demo.json").read_text())["a"]["settings"] is None
 
 
-def test_the_baseline_gets_the_seconds_ladir_had_after_the_base(tmp_path: Path) -> None:
-    built, _ = demo(tmp_path)
-    for phase, seconds in {"base": 100.0, "vae": 20.0, "latents": 3.5, "denoiser": 40.0}.items():
-        write_json(built.folder.outcome_file(phase), {**OUTCOME, "seconds": seconds})
-    command = next(stage for stage in built.stages() if stage.name == "ar").command()
-    assert "ar.train.max_seconds=63.5" in command
-    assert all("deepspeed.launcher.runner" in stage.command() for stage in built.stages() if stage.trains)
+#: makes the file named first and waits for the other
+MEET = """
+import pathlib, sys, time
+mine, other = map(pathlib.Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    time.sleep(0.02)
+"""
+
+
+def test_tracks_run_side_by_side_and_a_failure_in_one_lets_the_other_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, saved = tmp_path / "a", tmp_path / "b", tmp_path / "saved"
+
+    def meet(mine: Path, other: Path) -> Stage:
+        return Stage(mine.name, mine.name, lambda: python(MEET, str(mine), str(other)))
+
+    def fail() -> list[str]:
+        ready = f"import time, pathlib\nwhile 'ready' not in pathlib.Path({str(tmp_path)!r}, 'd/logs/saves.log').read_text(): "
+        return python(ready + "time.sleep(0.02)\nraise SystemExit(3)")
+
+    saving = Stage("saves", "saves", lambda: python(FAMILY, str(saved), LAUNCHER))
+    parts = [[[meet(a, b)], [meet(b, a)]], [[saving], [Stage("fails", "fails", fail)]]]
+    monkeypatch.setattr(Demo, "plan", lambda self: parts)
+    run, output = demo(tmp_path, ranks=2)
+    with pytest.raises(SystemExit):
+        run.run()
+    assert "[1/4] a" in output.getvalue() and "[4/4] fails: failed with status 3" in output.getvalue()
+    assert saved.read_text() == "saved"
+    record = json.loads((tmp_path / "d" / "demo.json").read_text())
+    assert record["a"]["settings"] and record["saves"]["settings"] is None and record["saves"]["seconds"] > 0
+
+
+def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
+    for ranks, parts in ((1, 5), (2, 4), (4, 4)):
+        built, _ = demo(tmp_path, ranks=ranks)
+        for phase, seconds in {"base": 100.0, "vae": 20.0, "latents": 3.5}.items():
+            write_json(built.folder.outcome_file(phase), {**OUTCOME, "seconds": seconds})
+        plan = built.plan()
+        assert len(plan) == parts
+        stages = {stage.name: stage for part in plan for track in part for stage in track}
+        assert "ar.train.max_seconds=100.0" in stages["ar"].command()
+        assert "denoiser.train.max_seconds=76.5" in stages["denoiser"].command()
+        assert all("deepspeed.launcher.runner" in stage.command() for stage in stages.values() if stage.trains)
+        counts = [stages[name].command()[4] for name in ("base", "evaluate", "vae", "denoiser", "ar")]
+        assert counts == [str(ranks)] * 2 + [str(max(1, ranks // 2))] * 3

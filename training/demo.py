@@ -1,7 +1,8 @@
 """The demo: LaDiR from nothing on arithmetic puzzles, every training phase through the deepspeed launcher.
 
-Makes the puzzles, trains base LM, VAE and denoiser and, for as many seconds, the autoregressive baseline, evaluates both,
-exports LaDiR and shows what came out.  Run again, it skips what is finished and continues what was interrupted.
+Makes the puzzles, trains a base LM and, from it, LaDiR (VAE, latents, denoiser) and the autoregressive baseline for as many
+seconds, evaluates both and shows what came out.  The two train side by side, each with half of the processes; with one process
+they take turns.  Run again, it skips what is finished and continues what was interrupted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,7 +28,7 @@ from ladir.config_loader import parse_args
 from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
-from training.jobs import launcher_command, run_job, tail
+from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of
 from training.runtime.files import write_json
 from training.runtime.run import RunFolder, relevant_settings
 
@@ -52,51 +54,140 @@ class Stage:
     """Whether it is a training phase, which leaves an outcome in the run folder when it is finished."""
 
 
+#: stages that run one after another
+Track = list[Stage]
+
+
+@dataclass
+class Lane:
+    """A track under way: the stages left, the first of which ``job`` runs."""
+
+    stages: Track
+    ran: bool
+    """Whether a stage before those left had to run, so that they must."""
+    job: Job | None = None
+    fingerprint: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left."""
+        return not self.stages
+
+
 class Demo:
     """The stages of one demo run and the record (``demo.json``) of those that are finished."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace, console: Console) -> None:
-        self.config, self.console, self.ranks = config, console, arguments.ranks
+        self.config, self.console = config, console
+        self.ranks, self.seconds = arguments.ranks, arguments.seconds
+        self._labels: dict[str, str] = {}
         self.folder = RunFolder(config)
         self.logs = self.folder.path / "logs"
         self.record_file = self.folder.path / "demo.json"
         self.record: dict[str, dict[str, Any]] = _read_json(self.record_file)
         self.settings = [*(["--config", arguments.config] if arguments.config else []), *arguments.overrides]
 
-    def stages(self) -> list[Stage]:
-        """All stages in their order."""
-        return [
-            Stage("puzzles", "puzzles as JSONL", self._puzzles),
-            Stage(
-                "base",
-                "base LM: a new Llama learns chains of thought",
-                self._entry("train_ar", "ar.phase=base", "ar.from_scratch=true"),
-                trains=True,
-            ),
-            Stage("vae", "VAE: sentence <-> thought tokens", self._entry("train_vae"), trains=True),
-            Stage("latents", "latents of the training puzzles", self._entry("encode_latents")),
-            Stage("denoiser", "denoiser: thought tokens from noise", self._entry("train_denoiser"), trains=True),
-            *(self._rollout() if self.config.rollout.enabled else ()),
-            Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline, trains=True),
+    def plan(self) -> list[list[Track]]:
+        """What is run one after another; within a part, tracks run side by side where there are processes for each."""
+        together = max(1, self.ranks // 2)
+        puzzles = Stage("puzzles", "puzzles as JSONL", self._puzzles)
+        base = Stage(
+            "base",
+            "base LM: a new Llama learns chains of thought",
+            self._entry("train_ar", "ar.phase=base", "ar.from_scratch=true"),
+            trains=True,
+        )
+        ladir = [
+            Stage("vae", "VAE: sentence <-> thought tokens", self._entry("train_vae", ranks=together), trains=True),
+            Stage("latents", "latents of the training puzzles", self._entry("encode_latents", ranks=together)),
+            Stage("denoiser", "denoiser: thought tokens from noise", self._denoiser(together), trains=True),
+            *(self._rollout(together) if self.config.rollout.enabled else ()),
             Stage("export", "export as a Hugging Face folder", self._entry("export", ranks=1)),
-            Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate")),
         ]
+        ar = [Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True)]
+        evaluate = Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate"))
+        side_by_side = [[ladir, ar]] if self.ranks > 1 else [[ladir], [ar]]
+        return [[[puzzles]], [[base]], *side_by_side, [[evaluate]]]
 
     def run(self) -> None:
         """Run every stage that is not finished, and all after one that ran; ends the process where one fails."""
-        stages, ran = self.stages(), False
-        for number, stage in enumerate(stages, start=1):
-            label = f"[{number}/{len(stages)}] {stage.title}"
-            command = stage.command()
-            fingerprint = self._fingerprint(stage, command)
-            record = self.record.setdefault(stage.name, {"settings": None, "seconds": 0.0, "peak_gib": 0.0})
-            if not ran and record["settings"] == fingerprint:
-                self._line(f"{label}: done before ({_clock(record['seconds'])})")
-                continue
-            ran, record["settings"] = True, None
-            self._run_stage(stage, label, command)
-            record["settings"] = fingerprint
+        parts, ran = self.plan(), False
+        names = [stage.name for part in parts for track in part for stage in track]
+        self._labels = {name: f"[{number}/{len(names)}]" for number, name in enumerate(names, start=1)}
+        for part in parts:
+            ran |= self._run_part([Lane(track, ran) for track in part])
+
+    def _run_part(self, lanes: Sequence[Lane]) -> bool:
+        """Run tracks side by side to their ends; says whether anything had to run."""
+        with self.console.status("") as status:
+            try:
+                while not all(lane.finished for lane in lanes):
+                    for lane in lanes:
+                        self._advance(lane)
+                    if self.console.is_terminal:
+                        status.update(Group(*(line for lane in lanes for line in self._watched(lane))))
+                    time.sleep(POLL_SECONDS)
+            except BaseException as error:
+                self._stop(lanes)
+                if isinstance(error, KeyboardInterrupt):
+                    self._line("stopped; the same command continues")
+                    sys.exit(130)
+                raise
+        return any(lane.ran for lane in lanes)
+
+    def _advance(self, lane: Lane) -> None:
+        """Start a lane's next stage, or note how the one under way has ended."""
+        if lane.job is None:
+            self._start_next(lane)
+        elif (result := lane.job.poll()) is not None:
+            stage, record = lane.stages[0], self.record[lane.stages[0].name]
+            self._charge(lane)
+            record["peak_gib"] = max(record["peak_gib"], result.peak_gib)
+            if result.status != 0 or (stage.trains and self.folder.outcome(stage.name) is None):
+                self._fail(stage, result.status)
+            record["settings"] = lane.fingerprint
             write_json(self.record_file, self.record)
+            self._line(f"{self._label(stage)}: {_clock(result.seconds)}")
+            lane.stages.pop(0)
+
+    def _start_next(self, lane: Lane) -> None:
+        """Start the first stage that is not finished."""
+        while lane.stages:
+            stage = lane.stages[0]
+            command = stage.command()
+            lane.fingerprint = self._fingerprint(stage, command)
+            record = self.record.setdefault(stage.name, {"settings": None, "seconds": 0.0, "peak_gib": 0.0})
+            if lane.ran or record["settings"] != lane.fingerprint:
+                lane.ran, record["settings"] = True, None
+                lane.job = Job(command, self._log(stage), threads_of(self.ranks))
+                if not self.console.is_terminal:
+                    self._line(f"{self._label(stage)} ...")
+                return
+            self._line(f"{self._label(stage)}: done before ({_clock(record['seconds'])})")
+            lane.stages.pop(0)
+
+    def _charge(self, lane: Lane) -> None:
+        """Add what the stage under way took to what it had cost before it was interrupted."""
+        if lane.job is not None:
+            self.record[lane.stages[0].name]["seconds"] += lane.job.seconds
+            lane.job = None
+            write_json(self.record_file, self.record)
+
+    def _stop(self, lanes: Sequence[Lane]) -> None:
+        """Let all jobs save and stop."""
+        running = [lane.job for lane in lanes if lane.job is not None]
+        for lane in lanes:
+            self._charge(lane)
+        with ThreadPoolExecutor() as stopping:
+            list(stopping.map(Job.stop, running))
+
+    def _watched(self, lane: Lane) -> list[Text]:
+        """A lane's stage and the last line it wrote."""
+        if lane.job is None:
+            return []
+        width, stage = self.console.width - 4, lane.stages[0]
+        line = "  ".join(["", *tail(self._log(stage), 1)])
+        return [Text(f"{self._label(stage)}  {_clock(lane.job.seconds)}"[:width]), Text(line[:width], style="dim")]
 
     def show(self) -> None:
         """Print the table, some puzzles, what it cost and what to try next; write the curves."""
@@ -117,9 +208,9 @@ class Demo:
         for command, meaning in self._next_commands(shown):
             self._line(f"  {command}\n      {meaning}")
 
-    def _rollout(self) -> list[Stage]:
+    def _rollout(self, ranks: int) -> list[Stage]:
         title = "denoiser, stage 2: answers through its own thoughts"
-        return [Stage("rollout", title, self._entry("train_denoiser", "stage=rollout"), trains=True)]
+        return [Stage("rollout", title, self._entry("train_denoiser", "stage=rollout", ranks=ranks), trains=True)]
 
     def _puzzles(self) -> list[str]:
         out = ["--out", str(self.folder.path / "data")]
@@ -127,46 +218,38 @@ class Demo:
 
     def _entry(self, name: str, *overrides: str, ranks: int | None = None) -> Callable[[], list[str]]:
         script = ENTRIES / f"{name}.py"
-        return lambda: launcher_command(script, ranks or self.ranks, [*self.settings, *overrides])
+        return lambda: launcher_command(script, ranks or self.ranks, [*self.settings, "run.exclusive=false", *overrides])
 
-    def _baseline(self) -> list[str]:
-        """The AR baseline trains for the seconds that LaDiR had after the base LM, which both started from."""
-        second = ("rollout",) if self.config.rollout.enabled else ()
-        outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents", "denoiser", *second)]
-        seconds = sum(outcome.seconds for outcome in outcomes if outcome is not None)
-        return self._entry("train_ar", "ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")()
+    def _denoiser(self, ranks: int) -> Callable[[], list[str]]:
+        """The denoiser trains for what VAE and latents have left of LaDiR's seconds (and stage 2 will need)."""
 
-    def _run_stage(self, stage: Stage, label: str, command: Sequence[str]) -> None:
-        """Run a stage to its end and note its cost; a stage that was interrupted before adds to what it had cost."""
-        log, record, start = self.logs / f"{stage.name}.log", self.record[stage.name], time.monotonic()
-        if not self.console.is_terminal:
-            self._line(f"{label} ...")
-        with self.console.status(label) as status:
+        def command() -> list[str]:
+            outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents")]
+            left = self.seconds - sum(outcome.seconds for outcome in outcomes if outcome is not None)
+            if self.config.rollout.enabled:
+                left -= self.config.rollout.train.max_seconds or 0.0
+            return self._entry("train_denoiser", f"denoiser.train.max_seconds={max(left, 1.0):.1f}", ranks=ranks)()
 
-            def watch(seconds: float) -> None:
-                width = self.console.width - 4
-                line = Text("  ".join(["", *tail(log, 1)])[:width], style="dim")
-                status.update(Group(Text(f"{label}  {_clock(seconds)}"[:width]), line))
+        return command
 
-            try:
-                result = run_job(command, log, self.ranks, watch if self.console.is_terminal else lambda seconds: None)
-            except KeyboardInterrupt:
-                self._line(f"{label}: stopped; the same command continues it")
-                sys.exit(130)
-            finally:
-                record["seconds"] += time.monotonic() - start
-                write_json(self.record_file, self.record)
-        record["peak_gib"] = max(record["peak_gib"], result.peak_gib)
-        if result.status != 0 or (stage.trains and self.folder.outcome(stage.name) is None):
-            self._fail(label, log, result.status)
-        self._line(f"{label}: {_clock(result.seconds)}")
+    def _baseline(self, ranks: int) -> Callable[[], list[str]]:
+        """The AR baseline trains for the seconds that LaDiR has after the base LM, which both start from."""
+        settings = ("ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={self.seconds:.1f}")
+        return self._entry("train_ar", *settings, ranks=ranks)
 
-    def _fail(self, label: str, log: Path, status: int) -> NoReturn:
+    def _fail(self, stage: Stage, status: int) -> NoReturn:
+        log = self._log(stage)
         for line in tail(log, LOG_TAIL):
             self._line(f"    {line}")
-        self._line(f"{label}: failed with status {status}; the lines above end {log}")
+        self._line(f"{self._label(stage)}: failed with status {status}; the lines above end {log}")
         self._line("When the cause is mended, the same command continues from the last checkpoint.")
         sys.exit(1)
+
+    def _label(self, stage: Stage) -> str:
+        return f"{self._labels[stage.name]} {stage.title}"
+
+    def _log(self, stage: Stage) -> Path:
+        return self.logs / f"{stage.name}.log"
 
     def _fingerprint(self, stage: Stage, command: Sequence[str]) -> str:
         """Changes with the settings on which the stage's result depends (not with the launcher's port)."""
@@ -209,7 +292,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2, help="processes per training phase (default: 2)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that train at the same time (default: 2)")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="that LaDiR and the AR baseline train for, each (default: 600)"
+    )
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

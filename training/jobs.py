@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,26 +45,71 @@ def launcher_command(script: str | Path, ranks: int, arguments: Sequence[str]) -
     return [*launcher, "--num_accelerators", str(ranks), "--master_port", str(port), str(script), *arguments]
 
 
-def run_job(command: Sequence[str], log: Path, ranks: int, watch: Callable[[float], None]) -> JobResult:
-    """Run ``command`` to its end with its output in ``log``; ``watch(seconds)`` is called a few times a second.
+class Job:
+    """A command under way, its output in a log; made by starting it, ended by :meth:`poll` or :meth:`stop`."""
 
-    An exception (KeyboardInterrupt, too) first asks the job to save and stop, waits for it, and is then raised again.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    start, peak, measured = time.monotonic(), 0.0, float("-inf")
-    with log.open("wb") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(ranks), start_new_session=True)
+    def __init__(self, command: Sequence[str], log: Path, threads: int) -> None:
+        """Start ``command``; each of its processes computes on ``threads`` cores."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._start, self._peak, self._measured = time.monotonic(), 0.0, float("-inf")
+        with log.open("wb") as output:  # the job has the file open for itself
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads), start_new_session=True
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    def poll(self) -> JobResult | None:
+        """How the job ended; None while it runs.  To be called a few times a second."""
+        if self._process.poll() is not None:
+            return JobResult(self._process.returncode, self.seconds, self._peak)
+        if self.seconds - self._measured >= MEMORY_EVERY_SECONDS:
+            self._measured, self._peak = self.seconds, max(self._peak, _memory_gib(self._process.pid))
+        return None
+
+    def stop(self) -> None:
+        """Ask the job's ranks to save and stop, and wait for it; end everything by force if that takes too long.
+
+        The ranks get the signal themselves: the launcher would kill them at once.
+        """
         try:
-            while job.poll() is None:
-                seconds = time.monotonic() - start
-                if seconds - measured >= MEMORY_EVERY_SECONDS:
-                    measured, peak = seconds, max(peak, _memory_gib(job.pid))
-                watch(seconds)
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            _stop(job)
-            raise
-    return JobResult(job.returncode, time.monotonic() - start, peak)
+            for process in _working(self._process.pid):
+                process.terminate()
+            self._process.wait(timeout=GRACE_SECONDS)
+        except (psutil.NoSuchProcess, subprocess.TimeoutExpired):
+            pass  # gone already, or ended below
+        finally:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+
+def run_job(command: Sequence[str], log: Path, ranks: int) -> JobResult:
+    """Run ``command``, of ``ranks`` processes that share the cores, to its end with its output in ``log``.
+
+    An exception (KeyboardInterrupt, too) first stops the job and is then raised again.
+    """
+    job = Job(command, log, threads_of(ranks))
+    try:
+        while (result := job.poll()) is None:
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        job.stop()
+        raise
+    return result
+
+
+def threads_of(processes: int) -> int:
+    """Cores for each of ``processes`` that run at the same time, at least one."""
+    return max(1, num_cores() // processes)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def tail(log: Path, count: int) -> list[str]:
@@ -75,9 +120,8 @@ def tail(log: Path, count: int) -> list[str]:
     return [line for line in lines if line.strip() and not LAUNCHER_LINE.match(line)][-count:]
 
 
-def _environment(ranks: int) -> dict[str, str]:
-    """This process' environment, this interpreter's tools first on the path, the cores divided among the ranks."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if hasattr(os, "sched_getaffinity") else 1
+def _environment(threads: int) -> dict[str, str]:
+    """This process' environment, this interpreter's tools first on the path, ``threads`` for every process."""
     tools = str(Path(sys.executable).parent)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -86,23 +130,6 @@ def _environment(ranks: int) -> dict[str, str]:
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _stop(job: subprocess.Popen[bytes]) -> None:
-    """Ask the job's ranks to save and stop; end everything by force if that takes too long.
-
-    The ranks get the signal themselves: the launcher would kill them at once.
-    """
-    try:
-        for process in _working(job.pid):
-            process.terminate()
-        job.wait(timeout=GRACE_SECONDS)
-    except (psutil.NoSuchProcess, subprocess.TimeoutExpired):
-        pass  # gone already, or ended below
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
 
 
 def _working(pid: int) -> list[psutil.Process]:

@@ -109,7 +109,7 @@ def _job_seconds(bench: Bench, count: int) -> float:
     with TemporaryDirectory() as folder:
         result, log = Path(folder) / "seconds.json", Path(folder) / "log"
         arguments = ["--size", bench.size.name, "--rank-job", str(result)]
-        job = run_job(launcher_command(ENTRY, count, arguments), log, count, lambda seconds: None)
+        job = run_job(launcher_command(ENTRY, count, arguments), log, count)
         if job.status != 0:
             raise RuntimeError(f"the job on {count} ranks failed: {' | '.join(tail(log, 5))}")
         return float(json.loads(result.read_text(encoding="utf-8")))

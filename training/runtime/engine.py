@@ -16,14 +16,18 @@ from ladir.config import DeepSpeedSettings, TrainSettings
 from ladir.models.backbone import DTYPES, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
+from training.runtime.muon import MuonAdamW, Part
 from training.runtime.partitions import partitions_of
 from training.runtime.phase import Batch
 
 logger = logging.getLogger(__name__)
 
+#: what the optimizers remember of every element
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
+
 
 class Engine:
-    """A model under DeepSpeed, of any ZeRO stage, trained with AdamW.
+    """A model under DeepSpeed, of any ZeRO stage, trained with AdamW or Muon.
 
     Gradients are sums: what is passed to :meth:`backward` is neither divided by the number of micro batches nor by the
     number of ranks.  Parameters without ``requires_grad`` are partitioned too, but neither stepped nor checkpointed.
@@ -44,10 +48,12 @@ class Engine:
         self.stage = zero_stage(config)
         if deepspeed.leaf_layers and self.stage == 3 and getattr(model, "layers_run_once", False):
             config["zero_optimization"]["leaf_module"] = {"classes": _layer_classes(model)}
-        optimizer = _make_optimizer(model, train, config, world.device)
+        optimizer = _make_optimizer(model, train, config, world)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.partitions = partitions_of(self._engine, self._names, world.rank)
         self._optimizer: torch.optim.Optimizer = optimizer
+        if isinstance(optimizer, MuonAdamW):
+            self._place_matrices(optimizer)
         self.steps = 0
         self._frozen: str | None = None
         self.ema: list[Tensor] | None = None
@@ -153,7 +159,7 @@ class Engine:
     def state(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
         """What a checkpoint holds of this rank: kind, tensors by parameter, and by parameter ``start/size`` of its part.
 
-        Kinds are master, exp_avg, exp_avg_sq, ema, and buffer (rank 0).  Without ZeRO all ranks hold the same, so only
+        Kinds are master, exp_avg, exp_avg_sq, momentum, ema, and buffer (rank 0).  Without ZeRO all ranks hold the same, so only
         rank 0 yields any.
         """
         if self.partitions.replicated and not self.world.is_main:
@@ -162,8 +168,10 @@ class Engine:
         parts = [fragment for fragment in self.partitions.fragments if fragment.numel]
         places = {part.name: f"{part.start}/{sizes[part.name]}" for part in parts}
         for kind, values in self._kinds().items():
-            flat = [value.detach().view(-1) for value in values]
-            yield kind, {part.name: flat[part.master][part.offset : part.offset + part.numel] for part in parts}, places
+            flat = {master: value.detach().view(-1) for master, value in values.items()}
+            held = [part for part in parts if part.master in flat]
+            tensors = {part.name: flat[part.master][part.offset : part.offset + part.numel] for part in held}
+            yield kind, tensors, {name: places[name] for name in tensors}
         if self.world.is_main:
             yield "buffer", dict(persistent_buffers(self.model)), {}
 
@@ -175,9 +183,11 @@ class Engine:
         """
         for kind, values in self._kinds().items():
             for fragment in self.partitions.fragments:
+                if fragment.master not in values:
+                    continue
                 flat = values[fragment.master].detach().view(-1)
                 shards.read(kind, fragment.name, fragment.start, flat[fragment.offset : fragment.offset + fragment.numel])
-        for state in self._optimizer_states():
+        for state in (state for state in self._optimizer_states() if "step" in state):
             state["step"] = torch.full_like(state["step"], steps) if isinstance(state["step"], Tensor) else steps
         for name, buffer in persistent_buffers(self.model):
             buffer.copy_(shards.buffer(name))
@@ -192,26 +202,47 @@ class Engine:
         named = self.model.named_parameters()
         return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
 
-    def _kinds(self) -> dict[str, list[Tensor]]:
-        states = self._optimizer_states()
-        kinds = {"master": self.partitions.masters}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            kinds[kind] = [state[kind] for state in states]
+    def _place_matrices(self, optimizer: MuonAdamW) -> None:
+        """Tell Muon which part of which matrix lies where."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        held = {(part.master, part.name): part for part in self.partitions.fragments}
+        orthogonal = self._orthogonal_masters()
+        parts: dict[Tensor, list[Part]] = {}
+        for master, (key, names) in enumerate(zip(self.partitions.keys, self.partitions.members, strict=True)):
+            if master in orthogonal:
+                found = [(tuple(shapes[name]), held.get((master, name))) for name in names]
+                parts[key] = [Part(shape, f.start, f.numel, f.offset) if f is not None else Part(shape) for shape, f in found]
+        optimizer.place(parts, sharded=not self.partitions.replicated)
+
+    def _orthogonal_masters(self) -> set[int]:
+        """Indices of the masters that Muon steps."""
+        wanted = _layer_matrices(self.model) if self.train_settings.optimizer == "muon" else set()
+        return {master for master, names in enumerate(self.partitions.members) if wanted.issuperset(names)}
+
+    def _kinds(self) -> dict[str, dict[int, Tensor]]:
+        """What there is of every kind by master; AdamW's and Muon's masters have different states."""
+        kinds = {"master": dict(enumerate(self.partitions.masters))}
+        for master, state in enumerate(self._optimizer_states()):
+            for kind in _MOMENTS:
+                if kind in state:
+                    kinds.setdefault(kind, {})[master] = state[kind]
         if self.ema is not None:
-            kinds["ema"] = self.ema
+            kinds["ema"] = dict(enumerate(self.ema))
         return kinds
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
-        """AdamW's state of every master, created as AdamW itself would where no step has been made."""
-        keys = self.partitions.keys
-        for master in keys:
+        """The state of every master, created as the optimizer itself would where no step has been made."""
+        orthogonal = self._orthogonal_masters()
+        for number, master in enumerate(self.partitions.keys):
             state = self._optimizer.state[master]
-            if not state:
+            if number in orthogonal:
+                cast(MuonAdamW, self._optimizer).momentum_of(master)
+            elif not state:
                 fused = self._optimizer.defaults.get("fused")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-        return [self._optimizer.state[master] for master in keys]
+        return [self._optimizer.state[master] for master in self.partitions.keys]
 
     def frozen_fingerprint(self) -> str:
         """Hash of the parameters that are not trained: equal weights give equal values on any number of ranks (collective)."""
@@ -249,26 +280,46 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _make_optimizer(
-    model: nn.Module, train: TrainSettings, config: dict[str, Any], device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads its state."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, Any], world: World) -> torch.optim.Optimizer:
+    """AdamW or Muon, with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads AdamW's state."""
+    muon = train.optimizer == "muon"
+    orthogonal = _layer_matrices(model) if muon else set()
+    sorted_out: dict[str, list[nn.Parameter]] = {"orthogonal": [], "decayed": [], "other": []}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # under sharded construction only ds_shape tells the real shape
-            (decayed if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else others).append(parameter)
-    groups = [
-        {"params": group, "weight_decay": decay} for group, decay in ((decayed, train.weight_decay), (others, 0.0)) if group
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            kind = "orthogonal" if name in orthogonal else "decayed" if is_matrix else "other"
+            sorted_out[kind].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": 0.0 if kind == "other" else train.weight_decay}
+        for kind, group in sorted_out.items()
+        if group
     ]
     if not groups:
         raise ValueError("the model has no trainable parameter: nothing requires a gradient")
     arguments: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
-    if device.type == "cuda" and config.get("zero_optimization", {}).get("offload_optimizer"):
+    if muon:
+        config["zero_allow_untested_optimizer"] = True  # DeepSpeed knows optimizers by their exact class
+        steps = [group["params"] is sorted_out["orthogonal"] for group in groups]
+        groups = [{**group, "orthogonal": step} for group, step in zip(groups, steps, strict=True)]
+        return MuonAdamW(groups, world, train.momentum, fused=True, **arguments)
+    if world.device.type == "cuda" and config.get("zero_optimization", {}).get("offload_optimizer"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments))
     return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def _layer_matrices(model: nn.Module) -> set[str]:
+    """Names of the trained matrices in the layers of the LMs in ``model``."""
+    classes = _layer_classes(model)
+    layers = [(prefix, module) for prefix, module in model.named_modules() if type(module).__name__ in classes]
+    return {
+        f"{prefix}.{name}"
+        for prefix, layer in layers
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+    }
 
 
 def _layer_classes(model: nn.Module) -> list[str]:

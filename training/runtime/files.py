@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,6 +59,15 @@ def try_lock(path: Path, owner: str) -> TextIO | None:
     file.write(owner)
     file.flush()
     return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, other processes that ask for the same wait; where the file system knows no locks nobody does."""
+    with path.with_name(f".{path.name}.lock").open("a", encoding="utf-8") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def publish_folder(aside: Path, folder: Path) -> None:

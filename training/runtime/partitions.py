@@ -35,6 +35,8 @@ class Partitions(Protocol):
     keys: list[Tensor]
     """What the optimizer knows each master by (the master itself, except for fp32 parameters without ZeRO)."""
     fragments: list[Fragment]
+    members: list[list[str]]
+    """Names of the parameters of which every master holds a part on some rank, alike on all ranks."""
     replicated: bool
     """Every rank holds everything (no ZeRO), instead of a part each."""
 
@@ -71,7 +73,9 @@ class Stage3Partitions:
         self.keys = self.masters
         private(optimizer, "grad_partitions_flat_buffer")
         self.fragments = []
-        for master, group in enumerate(private(optimizer, "fp16_groups")):
+        groups = private(optimizer, "fp16_groups")
+        self.members = [[names[id(parameter)] for parameter in group] for group in groups]
+        for master, group in enumerate(groups):
             offset = 0
             for parameter in group:
                 size = parameter.partition_numel()
@@ -110,7 +114,9 @@ class Stage2Partitions:
         self.masters: list[Tensor] = list(private(optimizer, "single_partition_of_fp32_groups"))
         self.keys = self.masters
         self.fragments = []
-        for master, group in enumerate(private(optimizer, "bit16_groups")):
+        groups = private(optimizer, "bit16_groups")
+        self.members = [[names[id(parameter)] for parameter in group] for group in groups]
+        for master, group in enumerate(groups):
             for parameter in group:
                 mapping = private(parameter, "_hp_mapping")
                 if mapping is None:  # no element of it is on this rank
@@ -158,6 +164,7 @@ class WholeParameters:
             optimizer.optimizer.state.clear()
             for low, master in zip(self._low, self.masters, strict=True):
                 master.data.copy_(low)
+        self.members = [[names[id(parameter)]] for parameter in ordered]
         self.fragments = [Fragment(names[id(p)], 0, p.numel(), master, 0) for master, p in enumerate(ordered)]
 
     def gradients(self) -> list[Tensor]:

@@ -37,10 +37,9 @@ LOCK_SECONDS = 120.0
 """How long a job that has died may still hold the run folder (a network file system notices late)."""
 
 IRRELEVANT = (
-    "run.name", "run.folder", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.", "data.test",
-    "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention", "backbone.compile",
-    "latents.pack_tokens",
-    "rollout.enabled",
+    "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
+    "data.test", "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention",
+    "backbone.compile", "latents.pack_tokens", "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
@@ -86,7 +85,10 @@ class RunFolder:
         self.latents = self.path / "latents"
         self.export = self.path / "export"
         self.interrupted = self.path / INTERRUPTED
-        self.lock = self.path / ".lock"
+
+    def lock(self, lane: str = "") -> Path:
+        """Who holds this file locked works in the folder; ``lane``: beside others."""
+        return self.path / (f".lock-{lane}" if lane else ".lock")
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -163,9 +165,11 @@ class Run:
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
             owner = f"{owner}, job {job}"
+        # The AR baseline reads and writes nothing that LaDiR's phases do, but metrics.jsonl, which several may write.
+        file = self.folder.lock("" if self.config.run.exclusive or self.phase != self.config.ar.phase else self.phase)
         end, waiting = time.monotonic() + LOCK_SECONDS, False
-        while (lock := try_lock(self.folder.lock, owner)) is None:
-            other = self.folder.lock.read_text(encoding="utf-8")
+        while (lock := try_lock(file, owner)) is None:
+            other = file.read_text(encoding="utf-8")
             if time.monotonic() > end:
                 return f"{self.folder.path} is in use by {other}: wait for it or end it, then start the same command again"
             if not waiting:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
 from training.runtime import dashboard
-from training.runtime.files import write_text
+from training.runtime.files import locked, write_text
 from training.runtime.run import Run, relevant_settings
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class Telemetry:
         self._last_line = -math.inf
         if not self._active:
             return
-        withdraw(run.folder.metrics, run.phase, resumed_step)
-        self._file = run.folder.metrics.open("a", encoding="utf-8")
+        self._file = run.folder.metrics
+        withdraw(self._file, run.phase, resumed_step)
         if self._settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -63,8 +63,6 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._active:
-            self._file.close()
         if self._writer is not None:
             self._writer.file_writer.add_summary(self._ended)
             self._writer.close()
@@ -87,8 +85,8 @@ class Telemetry:
         if not self._active:
             return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
-        self._file.flush()
+        with locked(self._file), self._file.open("a", encoding="utf-8") as file:  # another phase may replace it meanwhile
+            file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(dashboard.tag(kind, name), value, step)
@@ -137,10 +135,11 @@ def withdraw(metrics: Path, phase: str, after: int) -> None:
     """Remove a phase's records of steps later than ``after``, which will be made again, and a torn last line."""
     if not metrics.is_file():
         return
-    before = metrics.read_text(encoding="utf-8", errors="replace")
-    kept = "".join(f"{line}\n" for line in before.splitlines() if _stays(line, phase, after))
-    if kept != before:
-        write_text(metrics, kept)
+    with locked(metrics):
+        before = metrics.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(f"{line}\n" for line in before.splitlines() if _stays(line, phase, after))
+        if kept != before:
+            write_text(metrics, kept)
 
 
 def _stays(line: str, phase: str, after: int) -> bool:

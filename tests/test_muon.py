@@ -1,0 +1,141 @@
+"""Muon over the partitions of every ZeRO stage equals the obvious one on whole matrices, and goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ladir.config import DeepSpeedSettings, TrainSettings
+from ladir.data.batches import DenoiserBatch
+from ladir.models.denoiser import Denoiser
+from ladir.models.orthogonal import orthogonalised, step_scale
+from tests.distributed import ProcessGroup
+from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm
+from training.runtime import checkpoint
+from training.runtime.distributed import World
+from training.runtime.engine import Engine
+
+LR, DECAY, MOMENTUM, BETAS, CLIP = 0.01, 0.1, 0.9, (0.9, 0.98), 0.05
+"""The clipping norm is one that every step exceeds."""
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, _ = torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))
+    least = min(rows, columns)
+    values = 0.2 + torch.rand(least, generator=generator, dtype=torch.float64)
+    matrix = u[:, :least] * values @ v[:, :least].T
+    result = u[:, :least].T @ orthogonalised(matrix) @ v[:, :least]
+    assert torch.allclose(result, torch.diag(result.diagonal()), atol=1e-9)
+    assert result.diagonal().min() > 0.3 and result.diagonal().max() < 1.3
+    assert torch.allclose(orthogonalised(3 * matrix), orthogonalised(matrix), atol=1e-5)
+
+
+def test_nothing_moves_where_there_is_no_gradient() -> None:
+    assert orthogonalised(torch.zeros(3, 5)).abs().max() == 0
+
+
+def model() -> Denoiser:
+    return tiny_denoiser(tiny_lm("llama", dtype=torch.float32), answer_every=1)
+
+
+def batch(model: nn.Module, start: int) -> DenoiserBatch:
+    assert isinstance(model, Denoiser)
+    return collator(model)(random_records(3, seed=start), range(start, start + 3))
+
+
+def total(outputs: dict[str, Tensor]) -> Tensor:
+    return torch.stack([value for name, value in outputs.items() if not name.startswith("metric")]).sum() / 100
+
+
+def make_engine(world: World, stage: int) -> Engine:
+    train = TrainSettings(
+        optimizer="muon", momentum=MOMENTUM, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, max_grad_norm=CLIP, ema=0.9
+    )
+    return Engine(model(), train, "float32", DeepSpeedSettings(config=f"ds_configs/zero{stage}.json"), world)
+
+
+def engine_steps(engine: Engine, steps: range) -> dict[str, Tensor]:
+    """The weights on every rank after steps of two micro batches a step, which the ranks share."""
+    world = engine.world
+    for step in steps:
+        parts = [10 * step, 10 * step + 5]
+        for number, start in enumerate(mine := parts[world.rank :: world.size]):
+            engine.backward(total(engine.forward(batch(engine.model, start))), last=number + 1 == len(mine))
+        engine.step(LR)
+    return world.broadcast(dict(engine.full_state(ema=False)))
+
+
+def reference_steps(steps: range) -> dict[str, Tensor]:
+    """The same in plain PyTorch, a matrix at a time."""
+    trained = model()
+    matrices = {n: p for n, p in trained.named_parameters() if ".layers." in n and p.ndim == 2}
+    others = [p for n, p in trained.named_parameters() if n not in matrices]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
+    momenta = {name: torch.zeros_like(parameter) for name, parameter in matrices.items()}
+    for step in steps:
+        for start in (10 * step, 10 * step + 5):
+            total(trained(batch(trained, start))).backward()
+        assert torch.nn.utils.clip_grad_norm_(trained.parameters(), CLIP) > CLIP
+        adamw.step()
+        with torch.no_grad():
+            for name, parameter in matrices.items():
+                assert parameter.grad is not None
+                momenta[name] = MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad
+                ahead = MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad
+                parameter *= 1 - LR * DECAY
+                parameter -= LR * step_scale(*parameter.shape) * orthogonalised(ahead)
+        trained.zero_grad()
+    return {name: value.detach() for name, value in trained.state_dict().items()}
+
+
+def gap(world: World, stage: int) -> float:
+    ours, reference = engine_steps(make_engine(world, stage), range(3)), reference_steps(range(3))
+    moved = model().state_dict()
+    assert min(float((reference[n] - moved[n]).abs().max()) for n in reference if n.endswith("proj.weight")) > 1e-3
+    return max(float((ours[name] - reference[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_stage_steps_as_the_reference_does(two_processes: ProcessGroup, one_process: ProcessGroup, stage: int) -> None:
+    for result in [*two_processes.run(gap, stage), *one_process.run(gap, stage)]:
+        assert result < 2e-5
+
+
+def save_and_go_on(world: World, stage: int, folder: Path) -> dict[str, Tensor]:
+    engine = make_engine(world, stage)
+    engine_steps(engine, range(2))
+    checkpoint.save(folder, engine, {"step": 2}, keep=1)
+    return engine_steps(engine, range(2, 4))
+
+
+def load_and_go_on(world: World, stage: int, folder: Path) -> dict[str, Tensor]:
+    engine = make_engine(world, stage)
+    path = checkpoint.find(folder, world)
+    assert path is not None
+    checkpoint.load(path, engine)
+    return engine_steps(engine, range(2, 4))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "other"), [(3, 2), (2, 0)])
+def test_a_checkpoint_brings_the_momentum_back(
+    two_processes: ProcessGroup, one_process: ProcessGroup, stage: int, other: int, tmp_path: Path
+) -> None:
+    whole = two_processes.run(save_and_go_on, stage, tmp_path)[0]
+    again = two_processes.run(load_and_go_on, stage, tmp_path)[0]
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    elsewhere = one_process.run(load_and_go_on, other, tmp_path)[0]
+    assert max(float((elsewhere[name] - value).abs().max()) for name, value in whole.items()) < 2e-5
