@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import LatentSettings
@@ -127,31 +128,23 @@ def _is_current(folder: Path, mark: str) -> bool:
 
 
 def _rows(vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
-    """Rows of the latent store, in order; records are gathered until a batch of sentences is full."""
-    pending: list[int] = []
-    for place, index in enumerate(mine):
-        pending.append(index)
-        sentences = sum(len(records[i].blocks) for i in pending)
-        if sentences >= settings.batch_size or place + 1 == len(mine):
-            yield from _encode(vae, records, pending, settings.pack_tokens)
-            pending = []
-
-
-def _encode(vae: Vae, records: Sequence[EncodedRecord], indices: Sequence[int], pack_tokens: int) -> Iterator[dict[str, Any]]:
-    mean, logvar = encode_sentences(vae, [block for i in indices for block in records[i].blocks], pack_tokens)
-    mean, logvar = mean.cpu(), logvar.cpu()
-    start = 0
-    for i in indices:
-        record, end = records[i], start + len(records[i].blocks)
+    """Rows of the latent store, in order.  A sentence that occurs several times in the part is encoded once."""
+    sentences = sorted({tuple(block) for i in mine for block in records[i].blocks}, key=len)  # alike in length: little padding
+    place = {sentence: number for number, sentence in enumerate(sentences)}
+    starts = range(0, len(sentences), settings.batch_size)
+    encoded = [encode_sentences(vae, sentences[s : s + settings.batch_size], settings.pack_tokens) for s in starts]
+    mean, logvar = (torch.cat([part.cpu() for part in parts]).numpy() for parts in zip(*encoded, strict=True))
+    for i in mine:
+        record = records[i]
+        at = [place[tuple(block)] for block in record.blocks]
         yield {
             "index": i,
             "question": record.question,
             "blocks": record.blocks,
             "answer": record.answer,
-            "mu": mean[start:end].numpy(),
-            "logvar": logvar[start:end].numpy(),
+            "mu": mean[at],
+            "logvar": logvar[at],
         }
-        start = end
 
 
 def encode(run: Run) -> bool:

@@ -21,7 +21,6 @@ from ladir.models.ar import ArModel
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
 from ladir.models.vae import Vae, encode_sentences
-from ladir.report.figures import denoising_figure, pixels
 from ladir.report.traces import LatentRecorder
 from ladir.tokens import decode_text
 from training.runtime.telemetry import Telemetry
@@ -99,6 +98,8 @@ def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
         telemetry.text("samples", markdown_table(("question", "reference", "thoughts and answer"), rows), step)
+        from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
+
         for number, block in enumerate(traces[0].blocks, start=1):
             figure = denoising_figure(block.latents, block.texts, f"{questions[0]}, block {number}")
             telemetry.image(f"denoising/block_{number}", pixels(figure), step)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
@@ -177,6 +176,8 @@ class LatentStore:
         if size != stats.arrow_bytes:
             raise UnusableError(f"{path / _ARROW}: damaged: {size} bytes instead of {stats.arrow_bytes}; {remedy}")
         try:
+            import datasets  # slow to import
+
             table = datasets.Dataset.from_file(str(path / _ARROW)).data.table
         except (pa.ArrowInvalid, OSError) as error:
             raise UnusableError(f"{path / _ARROW}: damaged ({error}); {remedy}") from error
@@ -278,13 +279,36 @@ def _write_arrow(file: Path, rows: Iterable[Mapping[str, Any]], latent_dim: int,
             pending.append(checked)
             num_records += 1
             if len(pending) == _ROWS_PER_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
+                writer.write_batch(_record_batch(pending))
                 pending = []
         if pending:
-            writer.write_batch(pa.RecordBatch.from_pylist(pending, schema=_SCHEMA))
+            writer.write_batch(_record_batch(pending))
     with file.open("rb") as written:
         os.fsync(written.fileno())
     return moments, num_records
+
+
+def _record_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
+    """Checked rows as columns, without a Python object for every number."""
+    blocks = [block for row in rows for block in row["blocks"]]
+    columns = {
+        "index": pa.array([row["index"] for row in rows], pa.int64()),
+        "question": _lists([row["question"] for row in rows], np.int32),
+        "blocks": pa.ListArray.from_arrays(_offsets([row["blocks"] for row in rows]), _lists(blocks, np.int32)),
+        "answer": _lists([row["answer"] for row in rows], np.int32),
+        **{name: _lists([row[name] for row in rows], np.float32) for name in ("mu", "logvar")},
+    }
+    return pa.RecordBatch.from_arrays([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
+
+
+def _lists(values: Sequence[Sequence[int] | np.ndarray[Any, Any]], dtype: type[np.generic]) -> pa.ListArray:
+    """A list column."""
+    flat = np.concatenate([np.asarray(value, dtype=dtype) for value in values])
+    return pa.ListArray.from_arrays(_offsets(values), pa.array(flat))
+
+
+def _offsets(values: Sequence[Sequence[Any] | np.ndarray[Any, Any]]) -> pa.Array:
+    return pa.array(np.cumsum([0, *map(len, values)]), pa.int32())
 
 
 def _checked(row: Mapping[str, Any], place: int, latent_dim: int, latents_per_block: int) -> dict[str, Any]:

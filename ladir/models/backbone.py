@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -19,6 +18,9 @@ from ladir.data.packing import Rows
 from ladir.errors import UnusableError
 from ladir.models.attention import BlockMasks, Visibility, attend, set_attention
 from ladir.models.prefix_attention import has_plain_attention
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # seconds to import, and only adapters need it
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,12 @@ class Backbone(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The causal LM itself, without PEFT's wrapper (its linear layers hold the adapters)."""
-        return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
+        return self.lm if isinstance(self.lm, PreTrainedModel) else self.lm.get_base_model()
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether PEFT's wrapper is around the LM."""
+        return not isinstance(self.lm, PreTrainedModel)
 
     @property
     def hidden_size(self) -> int:
@@ -136,7 +143,7 @@ class Backbone(nn.Module):
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """The base weights alone: with LoRA this is the frozen decoder, one copy of the LM instead of two."""
-        if not isinstance(self.lm, PeftModel):
+        if isinstance(self.lm, PreTrainedModel):
             yield
             return
         before, self._adapter_is_off = self._adapter_is_off, True
@@ -249,6 +256,8 @@ def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | 
     """The LM with trainable adapters and frozen weights, or unchanged when the rank is 0."""
     if settings.rank == 0:
         return lm
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

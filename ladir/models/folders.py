@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -124,7 +123,7 @@ def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.devic
         pass
     elif settings.decoder == "trained":
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
-    elif not isinstance(encoder.lm, PeftModel):
+    elif not encoder.has_adapters:
         decoder = Backbone(load_lm(backbone, device.type, saved["base"], device))
     vae = Vae(encoder, decoder, settings)
     load_heads(vae, folder)
@@ -148,6 +147,8 @@ def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.
     onto = None if trainable else device
     if not (Path(folder) / _ADAPTER_FILE).is_file():
         return Backbone(load_lm(settings, device.type, str(folder), onto))
+    from peft import PeftConfig, PeftModel
+
     base = load_lm(settings, device.type, PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, onto)
     # PEFT reads adapters to the first GPU unless it is told.
     place = {} if trainable else {"torch_device": str(base.device)}
@@ -158,7 +159,7 @@ def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.
 def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str) -> Vae:
     """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one."""
     encoder = build_backbone(backbone, device_type)
-    if isinstance(encoder.lm, PeftModel) and settings.decoder == "frozen":
+    if encoder.has_adapters and settings.decoder == "frozen":
         return Vae(encoder, None, settings)
     # A frozen decoder stores activations as well: the gradient passes through it on its way to the latents.
     decoder = for_training(Backbone(load_lm(backbone, device_type)), backbone)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -111,7 +110,7 @@ class _LmWriter:
     def __init__(self, backbone: Backbone, folder: Path) -> None:
         self.lm, self.folder = backbone.lm, folder
         self.base = backbone.base
-        self.is_adapter = isinstance(self.lm, PeftModel)
+        self.is_adapter = backbone.has_adapters
         self.adapters: dict[str, Tensor] = {}
         self.shards = ShardWriter(folder)
 
@@ -126,6 +125,8 @@ class _LmWriter:
             self.shards.close()
             self._write_config()
             return
+        from peft import get_peft_model_state_dict
+
         state = get_peft_model_state_dict(self.lm, state_dict=self.adapters)
         save_file(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.lm.peft_config["default"].save_pretrained(str(self.folder))
