@@ -273,6 +273,9 @@ class EvaluateSettings:
         None, "samples that vote on one answer; fewer than num_trajectories: the mean over separate votes; not set: all of them"
     )
     examples: int = setting(3, "questions printed with their thoughts")
+    name: str = setting(
+        "", "set: results-<name>.json and generations-<name>.jsonl are written instead, to stand beside the others in a report"
+    )
 
 
 @dataclass

@@ -166,6 +166,8 @@ def _text_errors(config: Config) -> Iterator[str]:
     name = config.run.name
     if not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         yield f"run.name={name!r}: must be the name of one folder; put the path before it into run.folder"
+    if any(mark in config.evaluate.name for mark in "/\\\0"):
+        yield f"evaluate.name={config.evaluate.name!r}: must be a part of a file's name, without a path"
     if any(not prefix.strip() for prefix in config.data.answer_prefixes):
         yield "data.answer_prefixes: an empty prefix would match everywhere; remove it"
     data = config.data

@@ -179,13 +179,13 @@ def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tm
     for phase, seconds in (("vae", 1.0), ("latents", 2.0), ("denoiser", 4.0), ("rollout", 8.0)):
         folder.outcome_file(phase).write_text(json.dumps(vars(Outcome("finished", 0, 0, seconds, {}))))
     methods = "evaluate.methods=[ladir,ladir-rollout,ladir-consistent,ladir-majority]"
-    with open_run(
-        configure(models, tmp_path, methods, "evaluate.voters=5", "evaluate.num_questions=3"), "evaluate", ALONE
-    ) as run:
+    settings = ("evaluate.voters=5", "evaluate.num_questions=3", "evaluate.name=votes-5")
+    with open_run(configure(models, tmp_path, methods, *settings), "evaluate", ALONE) as run:
         evaluate(run)
-    rows = {row["method"]: row for row in json.loads((folder.path / "results.json").read_text())["rows"]}
+    assert not (folder.path / "results.json").exists()
+    rows = {row["method"]: row for row in json.loads((folder.path / "results-votes-5.json").read_text())["rows"]}
     assert (rows["ladir"]["training_seconds"], rows["ladir-rollout"]["training_seconds"]) == (7.0, 15.0)
-    lines = [json.loads(line) for line in (folder.path / "generations.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder.path / "generations-votes-5.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines] == ["ladir"] * 3 + ["ladir-rollout"] * 3
     assert lines[0]["trajectories"] != lines[3]["trajectories"]
     passes = {method: row["forward_passes_per_question"] for method, row in rows.items()}

@@ -19,7 +19,7 @@ from training.runtime.run import Run
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
 #: settings in them that do not: which answers are shown, and how
-ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples")
+ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples", "evaluate.name")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Ask the held-out questions and judge the answers: LaDiR beside the autoregressive baseline, in one table.
 
-Reads runs/<name>/export, models/ar and models/rollout, writes runs/<name>/results.json and generations.jsonl.  Questions are
-split over the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
+Reads runs/<name>/export, models/ar and models/rollout, writes runs/<name>/results.json and generations.jsonl; with
+evaluate.name=NAME results-NAME.json and generations-NAME.jsonl, for other controls of the same models.  Questions are split over
+the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
 """
 
 from __future__ import annotations
@@ -147,9 +148,10 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
     settings = run.config.evaluate
-    results = run.folder.path / "results.json"
+    suffix = f"-{settings.name}" if settings.name else ""
+    results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
-    write_questions(run.folder.path / "generations.jsonl", judged)
+    write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
     write_results(
         results,
         rows,

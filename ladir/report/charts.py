@@ -50,12 +50,9 @@ def _evaluate(run: RunData, *settings: str) -> str:
 
 
 def _sweep(run: RunData, setting: str, values: Sequence[object]) -> str:
-    """Commands that evaluate with several values of a control and keep each table."""
-    results = run.path / "results.json"
+    """Commands that evaluate with several values of a control, each into a table of its own."""
     short = setting.rsplit(".", 1)[-1]
-    return "\n".join(
-        f"{_evaluate(run, f'{setting}={value}')} && cp {results} {run.path / f'results-{short}-{value}.json'}" for value in values
-    )
+    return "\n".join(_evaluate(run, f"{setting}={value}", f"evaluate.name={short}-{value}") for value in values)
 
 
 def _pass_curves(runs: Sequence[RunData]) -> Section:
