@@ -66,13 +66,13 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().nbytes()}
 
 
-def held(world: World, stage: int, dtype: str, variant: str, folder: str) -> dict[str, tuple[int, int]]:
+def held(world: World, stage: int, dtype: str, variant: str, folder: str, optimizer: str) -> dict[str, tuple[int, int]]:
     """(what an engine holds on this rank, what the plan says) by kind, after two steps."""
     config = tiny_config(variant, dtype)
     path = f"ds_configs/zero{stage}.json"
     model = real_model(config, "vae", "none")
-    weights = weights_of(model)
-    train = dataclasses.replace(TrainSettings(), ema=0.9)
+    weights = weights_of(model, optimizer)
+    train = dataclasses.replace(TrainSettings(), ema=0.9, optimizer=optimizer)
     engine = Engine(model, train, dtype, DeepSpeedSettings(config=path), world)
     batch = micro_batch(config, "vae", LENGTHS, 2, VOCAB, "cpu")
     gradients = 0
@@ -84,7 +84,7 @@ def held(world: World, stage: int, dtype: str, variant: str, folder: str) -> dic
     parameters = list(engine.model.parameters())
     mine = storages([*(p.data for p in parameters), *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))])
     kinds = {kind: values for kind, values in engine._kinds().items() if kind != "ema"}
-    optimizer = {k: v for k, v in storages(t for values in kinds.values() for t in values).items() if k not in mine}
+    state = {k: v for k, v in storages(t for values in kinds.values() for t in values.values()).items() if k not in mine}
     assert engine.ema is not None
     plan = holdings(weights, Zero.of(read_ds_config(path), world.size, 2 if dtype == "bfloat16" else 4), averaged=True)
     saved = checkpoint.save(Path(folder), engine, {"step": 1}, keep=1)
@@ -92,15 +92,16 @@ def held(world: World, stage: int, dtype: str, variant: str, folder: str) -> dic
     return {
         "weights": (sum(mine.values()), plan.weights + plan.frozen),
         "gradients": (gradients, plan.gradients),
-        "optimizer": (sum(optimizer.values()), plan.optimizer),
+        "optimizer": (sum(state.values()), plan.optimizer),
         "average": (sum(storages(engine.ema).values()), plan.average),
         "checkpoint": (on_disk, checkpoint_bytes(weights, averaged=True)),
     }
 
 
 def all_held(world: World, stage: int, folder: str) -> dict[str, dict[str, tuple[int, int]]]:
-    cases = [("bfloat16", "full"), ("float32", "full"), ("bfloat16", "lora"), ("bfloat16", "trained")]
-    return {f"{d}-{v}": held(world, stage, d, v, f"{folder}/{d}-{v}") for d, v in cases}
+    variants = [("bfloat16", "full"), ("float32", "full"), ("bfloat16", "lora"), ("bfloat16", "trained")]
+    cases = [*((*variant, "adamw") for variant in variants), ("bfloat16", "full", "muon"), ("float32", "lora", "muon")]
+    return {f"{d}-{v}-{o}": held(world, stage, d, v, f"{folder}/{d}-{v}-{o}", o) for d, v, o in cases}
 
 
 def check_held(results: list[dict[str, dict[str, tuple[int, int]]]]) -> None:

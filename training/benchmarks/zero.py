@@ -106,6 +106,7 @@ def _demo(device: torch.device) -> Bench:
     """The demo's model, settings and micro batch: hooks and Python code weigh most there."""
     config = load_config(str(REPOSITORY / "configs" / "demo.yaml"))
     config.backbone.name_or_path = None
+    config.denoiser.train.optimizer = "adamw"  # as in the plain way: Muon's cost is not ZeRO's
     config.backbone.scratch.update(vocab_size=_DEMO_VOCABULARY, eos_token_id=1, pad_token_id=0)
     size = replace(
         SIZES["tiny"],

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from training.runtime.ds_config import zero_stage
+from training.runtime.muon import layer_matrices
 
 FP32 = 4
-#: a master weight and AdamW's two moments
-_ADAM_TENSORS = 3
+#: a master weight with AdamW's two moments, or with Muon's momentum
+_ADAMW_TENSORS, _MUON_TENSORS = 3, 2
 
 # DeepSpeed's own values where a configuration is silent.
 _DEFAULTS = {
@@ -29,16 +30,23 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: its elements, and whether it is trained (and decayed: matrices are)."""
+    """A parameter: its elements, whether it is trained (and decayed: matrices are), and whether Muon does it."""
 
     numel: int
     trained: bool
     matrix: bool
+    orthogonal: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """Tensors of its size that an optimizer holds."""
+        return _MUON_TENSORS if self.orthogonal else _ADAMW_TENSORS
 
 
-def weights_of(model: nn.Module) -> list[Weight]:
+def weights_of(model: nn.Module, optimizer: str = "adamw") -> list[Weight]:
     """The parameters of a model, tied ones once."""
-    return [Weight(p.numel(), p.requires_grad, p.ndim >= 2) for p in model.parameters()]
+    orthogonal = layer_matrices(model) if optimizer == "muon" else set()
+    return [Weight(p.numel(), p.requires_grad, p.ndim >= 2, name in orthogonal) for name, p in model.named_parameters()]
 
 
 @dataclass(frozen=True)
@@ -122,28 +130,31 @@ def _numel(weights: Iterable[Weight]) -> int:
 def _whole(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
     """Everything on every rank; in fp32 the weights are their own masters."""
     size, count = zero.element_bytes, _numel(trained)
-    tensors = _ADAM_TENSORS if size != FP32 else _ADAM_TENSORS - 1
+    shared = size == FP32
     return Holdings(
         weights=size * count,
         frozen=size * _numel(frozen),
         gradients=size * count,
-        optimizer=FP32 * tensors * count,
+        optimizer=FP32 * sum((w.tensors - shared) * w.numel for w in trained),
         average=FP32 * count * averaged,
     )
 
 
 def _stage2(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
-    """Whole weights; each of the two groups of the optimizer is one flat tensor, padded and cut into equal parts."""
+    """Whole weights; each of the groups of the optimizer is one flat tensor, padded and cut into equal parts."""
     size, count = zero.element_bytes, _numel(trained)
-    groups = [_numel(w for w in trained if w.matrix == matrix) for matrix in (True, False)]
+    groups: dict[tuple[bool, int], int] = {}
+    for w in trained:
+        kind = (w.matrix, w.tensors)
+        groups[kind] = groups.get(kind, 0) + w.numel
     align = 2 * zero.world_size  # DeepSpeed aligns the parts to 4 bytes
-    padded = [-(-group // align) * align for group in groups]
-    mine = sum(padded) // zero.world_size
+    padded = {kind: -(-numel // align) * align for kind, numel in groups.items()}
+    mine = sum(padded.values()) // zero.world_size
     state = Holdings(
-        weights=size * sum(padded),
+        weights=size * sum(padded.values()),
         frozen=size * _numel(frozen),
         gradients=FP32 * mine,
-        optimizer=FP32 * _ADAM_TENSORS * mine,
+        optimizer=FP32 * sum(tensors * numel for (_, tensors), numel in padded.items()) // zero.world_size,
         average=FP32 * mine * averaged,
         buckets=size * min(zero.reduce_bucket, max(count, 1)),
     )
@@ -160,7 +171,7 @@ def _stage3(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, ave
         weights=size * (mine + _persistent(trained, zero)),
         frozen=size * (sum(part(w.numel, ranks) for w in frozen) + _persistent(frozen, zero)),
         gradients=FP32 * mine,
-        optimizer=FP32 * _ADAM_TENSORS * mine,
+        optimizer=FP32 * sum(w.tensors * part(w.numel, ranks) for w in trained),
         average=FP32 * mine * averaged,
         buckets=size * zero.reduce_bucket,
         gathered=size * min(zero.max_live + largest, _numel(everything)) * (ranks > 1 or zero.offload_weights),
@@ -192,5 +203,5 @@ def _offloaded(state: Holdings, zero: Zero) -> Holdings:
 
 
 def checkpoint_bytes(weights: Sequence[Weight], averaged: bool) -> int:
-    """Bytes of the tensors in one checkpoint: masters, two moments and averages of what is trained, over all ranks."""
-    return FP32 * (_ADAM_TENSORS + averaged) * _numel(w for w in weights if w.trained)
+    """Bytes of the tensors in one checkpoint: masters, moments and averages of what is trained, over all ranks."""
+    return FP32 * sum((w.tensors + averaged) * w.numel for w in weights if w.trained)

@@ -112,7 +112,7 @@ class Planner:
         """The phase under ``config`` (which may differ from ours in checkpointing, offloading and adapters)."""
         train, machine = self.train_settings(phase), self.machine
         checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
-        weights = weights_of(self._model(phase, config))
+        weights = weights_of(self._model(phase, config), train.optimizer)
         zero = Zero.of(read_ds_config(config.deepspeed.config), machine.gpus, self.element_bytes)
         held = holdings(weights, zero, train.ema > 0)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)

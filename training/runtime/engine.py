@@ -10,13 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ladir.config import DeepSpeedSettings, TrainSettings
 from ladir.models.backbone import DTYPES, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
-from training.runtime.muon import MuonAdamW, Part
+from training.runtime.muon import MuonAdamW, Part, layer_classes, layer_matrices
 from training.runtime.partitions import partitions_of
 from training.runtime.phase import Batch
 
@@ -47,7 +46,7 @@ class Engine:
         config = complete_ds_config(read_ds_config(deepspeed.config), train, torch_dtype, world.size)
         self.stage = zero_stage(config)
         if deepspeed.leaf_layers and self.stage == 3 and getattr(model, "layers_run_once", False):
-            config["zero_optimization"]["leaf_module"] = {"classes": _layer_classes(model)}
+            config["zero_optimization"]["leaf_module"] = {"classes": layer_classes(model)}
         optimizer = _make_optimizer(model, train, config, world)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.partitions = partitions_of(self._engine, self._names, world.rank)
@@ -216,7 +215,7 @@ class Engine:
 
     def _orthogonal_masters(self) -> set[int]:
         """Indices of the masters that Muon steps."""
-        wanted = _layer_matrices(self.model) if self.train_settings.optimizer == "muon" else set()
+        wanted = layer_matrices(self.model) if self.train_settings.optimizer == "muon" else set()
         return {master for master, names in enumerate(self.partitions.members) if wanted.issuperset(names)}
 
     def _kinds(self) -> dict[str, dict[int, Tensor]]:
@@ -283,7 +282,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, Any], world: World) -> torch.optim.Optimizer:
     """AdamW or Muon, with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads AdamW's state."""
     muon = train.optimizer == "muon"
-    orthogonal = _layer_matrices(model) if muon else set()
+    orthogonal = layer_matrices(model) if muon else set()
     sorted_out: dict[str, list[nn.Parameter]] = {"orthogonal": [], "decayed": [], "other": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # under sharded construction only ds_shape tells the real shape
@@ -308,24 +307,6 @@ def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, An
 
         return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments))
     return torch.optim.AdamW(groups, fused=True, **arguments)
-
-
-def _layer_matrices(model: nn.Module) -> set[str]:
-    """Names of the trained matrices in the layers of the LMs in ``model``."""
-    classes = _layer_classes(model)
-    layers = [(prefix, module) for prefix, module in model.named_modules() if type(module).__name__ in classes]
-    return {
-        f"{prefix}.{name}"
-        for prefix, layer in layers
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
-    }
-
-
-def _layer_classes(model: nn.Module) -> list[str]:
-    """Class names of the layers of the LMs in ``model``."""
-    lms = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return sorted({name for lm in lms for name in lm._no_split_modules or ()})
 
 
 def _local_part(parameter: nn.Parameter, world: World) -> tuple[Tensor, int]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ladir.models.orthogonal import orthogonalised, step_scale
 from training.runtime.distributed import World
@@ -122,3 +123,21 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
         bucket.append(part)
     if bucket:
         yield bucket
+
+
+def layer_matrices(model: nn.Module) -> set[str]:
+    """Names of the trained matrices in the layers of the LMs in ``model``."""
+    classes = layer_classes(model)
+    layers = [(prefix, module) for prefix, module in model.named_modules() if type(module).__name__ in classes]
+    return {
+        f"{prefix}.{name}"
+        for prefix, layer in layers
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+    }
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """Class names of the layers of the LMs in ``model``."""
+    lms = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return sorted({name for lm in lms for name in lm._no_split_modules or ()})
