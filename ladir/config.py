@@ -325,6 +325,11 @@ class CountdownSettings:
     validation: int = setting(300, "validation puzzles")
     test: int = setting(500, "test puzzles")
     solutions_per_puzzle: int = setting(2, "most gold solutions written per training puzzle, one record each")
+    orders: str = setting(
+        "one",
+        "one: solutions that differ only in the order of sums, products and their steps count as one; all: each counts",
+        ("one", "all"),
+    )
 
 
 @dataclass

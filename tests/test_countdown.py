@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -53,6 +54,31 @@ def test_solver_finds_exactly_what_brute_force_finds(numbers: tuple[int, ...]) -
             assert check_answer(solution.expression(), numbers, target)
             assert check_chain(solution.equations(), numbers, target)
     assert all(not solver.solutions(numbers, target) for target in {0, 1, 2, 51, *range(3, 50, 7)} - expected.keys())
+
+
+@pytest.mark.parametrize("numbers", [(3, 7), (4, 4, 9), (6, 6, 6), (2, 3, 4), (2, 2, 5, 5)])
+def test_every_order_of_a_solution_is_found_where_asked_for(numbers: tuple[int, ...]) -> None:
+    expected: dict[int, set[str]] = {}
+    for order in set(itertools.permutations(numbers)):
+        for text, value, allowed in all_trees(order):
+            if allowed:
+                expected.setdefault(int(value), set()).add(text)
+    solver, distinct = Solver(max_value=50, every_order=True), Solver(max_value=50)
+    for target in solver.targets(numbers):
+        found = solver.solutions(numbers, target)
+        texts = {f"({solution.expression()})".replace(" ", "") for solution in found}
+        assert len(texts) == len(found)
+        assert texts <= expected[target]
+        assert {solution.form for solution in found} == {solution.form for solution in distinct.solutions(numbers, target)}
+
+
+def test_a_sum_of_three_has_three_orders() -> None:
+    found = Solver(max_value=50, every_order=True).solutions((2, 3, 4), 9)
+    assert {"( 4 + 3 ) + 2", "( 4 + 2 ) + 3", "( 3 + 2 ) + 4"} <= {solution.expression() for solution in found}
+    puzzles = [generate(SMALL, 3), generate(dataclasses.replace(SMALL, orders="all", solutions_per_puzzle=9), 3)]
+    assert len(puzzles[0].train) < len(puzzles[1].train)
+    first, second = ([record["input"] for record in splits.test] for splits in puzzles)
+    assert first == second
 
 
 @settings(max_examples=15, deadline=None)

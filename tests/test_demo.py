@@ -184,3 +184,11 @@ def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
         assert all("deepspeed.launcher.runner" in stage.command() for stage in stages.values() if stage.trains)
         counts = [stages[name].command()[4] for name in ("base", "evaluate", "vae", "denoiser", "ar")]
         assert counts == [str(ranks)] * 2 + [str(max(1, ranks // 2))] * 3
+
+
+def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:
+    built, _ = demo(tmp_path, "rollout.enabled=false", ranks=2)
+    ladir = {"vae": (20, 1.5), "latents": (5, 1.0), "denoiser": (60, 2.0), "export": (1, 0.5)}
+    costs = {"puzzles": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0)}
+    built.record = {name: {"seconds": seconds, "peak_gib": peak} for name, (seconds, peak) in costs.items()}
+    assert built._cost() == (1 + 10 + 86 + 30, 2.0 + 1.25)

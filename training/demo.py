@@ -200,13 +200,22 @@ class Demo:
         shown = self._solved_first(questions.get("ladir", []))
         self.console.print("\nLaDiR's thoughts, decoded to text (first trajectory of each puzzle):\n")
         self.console.print(examples(shown, self.config.evaluate.examples))
-        seconds = sum(stage["seconds"] for stage in self.record.values())
-        memory = max(stage["peak_gib"] for stage in self.record.values())
+        seconds, memory = self._cost()
         self._line(f"total {_clock(seconds)}, at most {memory:.1f} GiB of memory")
         self._line(f"results {self.folder.path / 'results.json'}   curves {picture}   logs {self.logs}")
         self._line("\nNext:")
         for command, meaning in self._next_commands(shown):
             self._line(f"  {command}\n      {meaning}")
+
+    def _cost(self) -> tuple[float, float]:
+        """Seconds from start to end, and the most memory in GiB: tracks side by side take the longest one's time, their memory
+        adds up."""
+        seconds, memory = 0.0, 0.0
+        for part in self.plan():
+            tracks = [[self.record[stage.name] for stage in track] for track in part]
+            seconds += max(sum(stage["seconds"] for stage in track) for track in tracks)
+            memory = max(memory, sum(max(stage["peak_gib"] for stage in track) for track in tracks))
+        return seconds, memory
 
     def _rollout(self, ranks: int) -> list[Stage]:
         title = "denoiser, stage 2: answers through its own thoughts"

@@ -73,15 +73,16 @@ class Splits:
 
 
 class Solver:
-    """Values and solutions of multisets of numbers, each solution once up to commutativity and associativity.
+    """Values and solutions of multisets of numbers, each solution once up to commutativity and associativity, or in every
+    order of its steps (``every_order``; the larger operand still comes first).
 
     A solution is searched from the target down: one operand and the target leave at most six values for the other one,
     and the values of small multisets, which recur, are kept.  Without a target's solutions being picked out of all
     solutions of all targets, five numbers cost milliseconds.
     """
 
-    def __init__(self, max_value: int) -> None:
-        self.max_value = max_value
+    def __init__(self, max_value: int, every_order: bool = False) -> None:
+        self.max_value, self.every_order = max_value, every_order
         self._values = lru_cache(maxsize=_KEPT)(self._values_uncached)
         self._solve = lru_cache(maxsize=_KEPT)(self._solve_uncached)
 
@@ -106,7 +107,7 @@ class Solver:
     def _solve_uncached(self, numbers: tuple[int, ...], target: int) -> tuple[Solution, ...]:
         if len(numbers) == 1:
             return (Solution(target, number_form(target)),) if numbers[0] == target else ()
-        found: dict[Form, Solution] = {}
+        found: dict[Form | str, Solution] = {}
         for first, second in _partitions(numbers):
             for value in sorted(self._values(first)):
                 for operator, other, swapped in _other_operands(value, target):
@@ -114,7 +115,8 @@ class Solver:
                         for pair in itertools.product(self._solve(first, value), self._solve(second, other)):
                             larger, smaller = reversed(pair) if swapped else pair
                             form = combine_forms(operator, larger.form, smaller.form)
-                            found.setdefault(form, Solution(target, form, operator, larger, smaller))
+                            solution = Solution(target, form, operator, larger, smaller)
+                            found.setdefault(solution.expression() if self.every_order else form, solution)
         return tuple(found.values())
 
     def _may_reach(self, numbers: tuple[int, ...], value: int) -> bool:
@@ -162,13 +164,13 @@ def _results(larger: int, smaller: int, max_value: int) -> Iterator[tuple[str, i
 
 
 def generate(settings: CountdownSettings, seed: int) -> Splits:
-    """Draw puzzles and their gold solutions; the same settings and seed give the same splits.
+    """Draw puzzles and their gold solutions; the same settings and seed give the same splits, whatever solutions are written.
 
     Training puzzles get up to ``solutions_per_puzzle`` records, the others one.  Raises ValueError where the ranges do
     not hold as many puzzles as asked for.
     """
     rng = random.Random(seed)
-    solver = Solver(settings.max_value)
+    solver = Solver(settings.max_value, every_order=settings.orders == "all")
     wanted = settings.train + settings.validation + settings.test
     pool = _draw_pool(settings, solver, wanted, rng)
     if len(pool) < wanted:
@@ -240,7 +242,7 @@ def _records(puzzles: Iterable[_Puzzle], solver: Solver, most: int, rng: random.
                 "output": "\n".join([*solution.equations(), f"#### {solution.expression()}"]),
                 "numbers": list(numbers),
                 "target": target,
-                "num_solutions": len(solutions),
+                "num_solutions": len({found.form for found in solutions}),
             }
 
 
