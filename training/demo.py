@@ -102,7 +102,7 @@ class Demo:
             Stage("latents", "latents of the training puzzles", self._entry("encode_latents", ranks=together)),
             Stage("denoiser", "denoiser: thought tokens from noise", self._denoiser(together), trains=True),
             *(self._rollout(together) if self.config.rollout.enabled else ()),
-            Stage("export", "export as a Hugging Face folder", self._entry("export", ranks=1)),
+            Stage("export", "export as a Hugging Face folder", self._export),
         ]
         ar = [Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True)]
         evaluate = Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate"))
@@ -224,6 +224,9 @@ class Demo:
     def _puzzles(self) -> list[str]:
         out = ["--out", str(self.folder.path / "data")]
         return [sys.executable, "-m", "ladir", "countdown", *out, *self.settings]
+
+    def _export(self) -> list[str]:
+        return [sys.executable, str(ENTRIES / "export.py"), *self.settings, "run.exclusive=false"]
 
     def _entry(self, name: str, *overrides: str, ranks: int | None = None) -> Callable[[], list[str]]:
         script = ENTRIES / f"{name}.py"
