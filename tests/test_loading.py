@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from ladir.config import BackboneSettings, LoraSettings
-from ladir.models import backbone, folders
+from ladir.models import backbone
 from ladir.models.backbone import Backbone, load_lm, with_lora
 from ladir.models.folders import load_backbone, save_lm
 from tests.tiny import randomise_adapters, tiny_lm
@@ -47,13 +48,13 @@ def test_adapters_and_what_they_stand_on_go_to_one_device(
     adapted.base.config._name_or_path = adapted.lm.peft_config["default"].base_model_name_or_path = "base"
     save_lm(adapted, tmp_path / "adapter")
     places: list[str] = []
-    read = folders.PeftModel.from_pretrained
+    read = PeftModel.from_pretrained
 
     def from_pretrained(*arguments: Any, **options: Any) -> Any:
         places.append(options["torch_device"])
         return read(*arguments, **options)
 
-    monkeypatch.setattr(folders.PeftModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(PeftModel, "from_pretrained", from_pretrained)
     loaded = load_backbone(tmp_path / "adapter", SETTINGS, GPU)
     assert (asked[0]["name"], asked[0]["device_map"], places) == ("base", {"": GPU}, ["cpu"])  # the tiny one lies on the CPU
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
