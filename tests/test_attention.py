@@ -26,7 +26,7 @@ from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.layout import Layout
 from ladir.models import attention
-from ladir.models.attention import BLOCK, FLASH, FLEX, BlockMasks, attend, block_mask, set_attention
+from ladir.models.attention import BLOCK, CPU, FLASH, FLEX, SHORTEST_SDPA, BlockMasks, attend, block_mask, set_attention
 from ladir.models.backbone import Backbone
 from ladir.models.vae import Vae
 from tests.tiny import (
@@ -116,6 +116,14 @@ def test_flex_gives_the_denoisers_losses_and_gradients(seed: int, pack_tokens: i
     with plain_flex() as made:
         assert_same(*(tiny_denoiser(tiny_lm(kind, attention=name), draws=2) for name in (FLEX, "eager")), batch)
     assert len(made) == 1 and made[0].copy.shape[1] % BLOCK == 0
+
+
+@pytest.mark.parametrize(("shortest", "taken"), [(1, "sdpa"), (10_000, "eager")])
+def test_a_cpu_takes_eager_or_sdpa_by_the_length_of_the_rows(shortest: int, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORTEST_SDPA", shortest)
+    batch = denoiser_batch(5, 60)
+    assert attend(batch.layout, CPU, torch.float64, BlockMasks()).implementation == taken
+    assert_same(*(tiny_denoiser(tiny_lm("llama", attention=name), draws=2) for name in (CPU, "eager")), batch)
 
 
 def vae_with(name: str, lora: LoraSettings | None = None) -> Vae:
@@ -274,7 +282,7 @@ def test_a_kernel_that_is_missing_is_one_clear_line() -> None:
 @pytest.mark.parametrize(
     ("device", "triton", "flash", "taken", "name"),
     [
-        ("cpu", True, True, "eager", "eager"),
+        ("cpu", True, True, f"eager, and sdpa for rows of {SHORTEST_SDPA} tokens and more", CPU),
         ("cuda", False, True, "sdpa", "sdpa"),
         ("cuda", True, False, "flex", FLEX),
         ("cuda", True, True, "flash", FLASH),

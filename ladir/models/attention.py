@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ladir.errors import UnusableError
 from ladir.layout import CLEAN, Layout
@@ -33,6 +34,11 @@ _NAMES = {"flex": FLEX, "flash": FLASH}
 
 #: side of the squares of a BlockMask; rows are padded to multiples of it, so that few shapes are compiled
 BLOCK = 128
+#: a CPU's choice: eager attention for short rows, SDPA, which never writes the whole square of weights down, for long ones
+CPU = "ladir_cpu"
+#: queries from which on SDPA is the faster one (docs/log.md)
+SHORTEST_SDPA = 256
+
 #: narrower rows go through SDPA: padding them to a multiple of BLOCK would cost more than their dense mask
 NARROWEST_FLEX = 2 * BLOCK
 #: the compiled kernels multiply tiles of this many rows and columns at least
@@ -106,7 +112,8 @@ def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: 
         dense = visible.dense()
     else:
         dense = visible
-    name = "eager" if implementation == "eager" else "sdpa"
+    short = implementation == CPU and dense.shape[1] < SHORTEST_SDPA
+    name = "eager" if implementation == "eager" or short else "sdpa"
     return Attend(name, attention_mask(dense, name, dtype))
 
 
@@ -193,15 +200,19 @@ def flash(
 
 AttentionInterface.register(FLEX, flex)
 AttentionInterface.register(FLASH, flash)
+AttentionInterface.register(CPU, ALL_ATTENTION_FUNCTIONS["sdpa"])  # for whoever calls the LM directly; we choose by the pass
 
 
 def set_attention(lm: PreTrainedModel, setting: str, device_type: str) -> None:
     """Give ``lm`` the attention that ``backbone.attention`` asks for on a device; ``auto`` says what it took.
 
-    On a CPU auto is eager, where SDPA's bf16 backward is half of a short step; on CUDA the first of flash, flex and SDPA that
-    this machine and model can run.  Raises UnusableError where a kernel is asked for that they cannot.
+    On a CPU auto is eager for short rows, where SDPA's backward is half of a step, and SDPA for long ones; on CUDA the first of
+    flash, flex and SDPA that this machine and model can run.  Raises UnusableError where a kernel is asked for that they cannot.
     """
-    if setting == "auto":
+    if setting == "auto" and device_type == "cpu" and has_plain_attention(lm.config):
+        logger.info("backbone.attention=auto: eager, and sdpa for rows of %d tokens and more", SHORTEST_SDPA)
+        setting = CPU
+    elif setting == "auto":
         usable = [name for name in ("flash", "flex") if not _lacks(name, lm, device_type)]
         setting = "eager" if device_type == "cpu" else (*usable, "sdpa")[0]
         logger.info("backbone.attention=auto: %s", setting)
