@@ -6,13 +6,13 @@ The rules are DeepSpeed's as :mod:`training.runtime.engine` uses it; tests compa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from training.runtime.ds_config import zero_stage
-from training.runtime.muon import layer_matrices
+from training.runtime.muon import BUCKET, layer_matrices
 
 FP32 = 4
 #: a master weight with AdamW's two moments, or with Muon's momentum
@@ -120,7 +120,9 @@ def holdings(weights: Sequence[Weight], zero: Zero, averaged: bool) -> Holdings:
     trained = [w for w in weights if w.trained]
     frozen = [w for w in weights if not w.trained]
     rules = {0: _whole, 2: _stage2, 3: _stage3}
-    return rules[zero.stage](trained, frozen, zero, averaged)
+    state = rules[zero.stage](trained, frozen, zero, averaged)
+    gathered = min(BUCKET, _numel(w for w in trained if w.orthogonal))  # matrices that Muon works on at a time, in fp32
+    return replace(state, step=state.step + FP32 * gathered)
 
 
 def _numel(weights: Iterable[Weight]) -> int:

@@ -298,7 +298,8 @@ def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, An
         raise ValueError("the model has no trainable parameter: nothing requires a gradient")
     arguments: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if muon:
-        config["zero_allow_untested_optimizer"] = True  # DeepSpeed knows optimizers by their exact class
+        # DeepSpeed knows optimizers by their exact class, and for offloading would have its own.
+        config.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
         steps = [group["params"] is sorted_out["orthogonal"] for group in groups]
         groups = [{**group, "orthogonal": step} for group, step in zip(groups, steps, strict=True)]
         return MuonAdamW(groups, world, train.momentum, fused=True, **arguments)

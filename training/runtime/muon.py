@@ -19,7 +19,7 @@ from ladir.models.orthogonal import orthogonalised, step_scale
 from training.runtime.distributed import World
 
 #: elements of whole matrices that are gathered at a time
-_BUCKET = 1 << 26
+BUCKET = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Matrices in their order, as many at a time as a bucket holds, at least one."""
     bucket: list[Part] = []
     for part in parts:
-        if bucket and sum(p.whole for p in bucket) + part.whole > _BUCKET:
+        if bucket and sum(p.whole for p in bucket) + part.whole > BUCKET:
             yield bucket
             bucket = []
         bucket.append(part)
