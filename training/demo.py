@@ -85,7 +85,8 @@ class Demo:
         self.logs = self.folder.path / "logs"
         self.record_file = self.folder.path / "demo.json"
         self.record: dict[str, dict[str, Any]] = _read_json(self.record_file)
-        self.settings = [*(["--config", arguments.config] if arguments.config else []), *arguments.overrides]
+        given = [*(["--config", arguments.config] if arguments.config else []), *arguments.overrides]
+        self.settings = [*given, "run.exclusive=false"]  # the baseline trains beside LaDiR
 
     def plan(self) -> list[list[Track]]:
         """What is run one after another; within a part, tracks run side by side where there are processes for each."""
@@ -226,11 +227,11 @@ class Demo:
         return [sys.executable, "-m", "ladir", "countdown", *out, *self.settings]
 
     def _export(self) -> list[str]:
-        return [sys.executable, str(ENTRIES / "export.py"), *self.settings, "run.exclusive=false"]
+        return [sys.executable, str(ENTRIES / "export.py"), *self.settings]
 
     def _entry(self, name: str, *overrides: str, ranks: int | None = None) -> Callable[[], list[str]]:
         script = ENTRIES / f"{name}.py"
-        return lambda: launcher_command(script, ranks or self.ranks, [*self.settings, "run.exclusive=false", *overrides])
+        return lambda: launcher_command(script, ranks or self.ranks, [*self.settings, *overrides])
 
     def _denoiser(self, ranks: int) -> Callable[[], list[str]]:
         """The denoiser trains for what VAE and latents have left of LaDiR's seconds (and stage 2 will need)."""

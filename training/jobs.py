@@ -104,12 +104,8 @@ def run_job(command: Sequence[str], log: Path, ranks: int) -> JobResult:
 
 def threads_of(processes: int) -> int:
     """Cores for each of ``processes`` that run at the same time, at least one."""
-    return max(1, num_cores() // processes)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, cores // processes)
 
 
 def tail(log: Path, count: int) -> list[str]:
