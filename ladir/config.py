@@ -228,6 +228,11 @@ class SampleSettings:
     diversity_scale: float = setting(
         0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"
     )
+    reencode: bool = setting(
+        False,
+        "read every finished block as text and encode that again: what follows reads latents as the VAE makes them; the export "
+        "then holds the VAE's encoder, too",
+    )
     max_blocks: int = setting(16, "blocks after which the answer is forced")
     max_answer_tokens: int = setting(64, "longest answer, in tokens")
     max_thought_tokens: int = setting(64, "longest text of a decoded block, in tokens")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, SampleSettings
@@ -17,13 +17,13 @@ from ladir.data.batches import pad_left
 from ladir.data.prompts import bos_ids
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode, decode_thoughts
+from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_export, save_denoiser, save_thought_decoder
-from ladir.models.vae import ThoughtDecoder
+from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
+from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.tokens import decode_text, encode_text, load_tokenizer
 
 #: called after every denoising step with (trajectory, block, step, the block's current text)
@@ -55,7 +55,10 @@ class Reasoner:
         thought_decoder: ThoughtDecoder,
         tokenizer: PreTrainedTokenizerBase,
         settings: SampleSettings | None = None,
+        encoder: Vae | None = None,
     ) -> None:
+        """``encoder``: the VAE, of which the encoder alone is asked; needed where blocks are encoded again."""
+        self.encoder = encoder
         self.denoiser = denoiser.eval()
         self.thought_decoder = thought_decoder
         self.tokenizer = tokenizer
@@ -77,9 +80,9 @@ class Reasoner:
         export's place.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, thought_decoder, sample = load_export(folder, device, attention, dtype, denoiser)
+        model, thought_decoder, sample, encoder = load_export(folder, device, attention, dtype, denoiser)
         tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
-        return cls(model, thought_decoder, tokenizer, SampleSettings(**sample))
+        return cls(model, thought_decoder, tokenizer, SampleSettings(**sample), encoder)
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +106,7 @@ class Reasoner:
         spacing: str | None = None,
         spacing_power: float | None = None,
         max_answer_tokens: int | None = None,
+        reencode: bool | None = None,
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
     ) -> list[list[Trajectory]]:
@@ -130,6 +134,7 @@ class Reasoner:
             spacing=spacing,
             spacing_power=spacing_power,
             max_answer_tokens=max_answer_tokens,
+            reencode=reencode,
         )
         if num_trajectories < 1:
             raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
@@ -144,7 +149,8 @@ class Reasoner:
         traces: dict[tuple[int, int], list[str]] = {}
         hook = self._trace_hook(traces, on_step) if on_step is not None else None
         reward = Reward(reward_fn, reward_scale) if reward_fn is not None else None
-        sampled = BlockSampler(self.denoiser, settings, noise, reward).think(prefix, owner, hook)
+        settle = self._reencode if settings.reencode else None
+        sampled = BlockSampler(self.denoiser, settings, noise, reward, settle).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
             flat.update(self._finish(group, settings, noise, thoughts))
@@ -162,9 +168,28 @@ class Reasoner:
                 f"guidance_scale={settings.guidance_scale}: this model never saw a hidden question (it was trained with "
                 "denoiser.condition_dropout=0), so that nothing can be guided; use 1"
             )
+        if settings.reencode and self.encoder is None:
+            problems.append("reencode: this model came without the VAE's encoder; export it with sample.reencode=true")
         if problems:
             raise ValueError("; ".join(problems))
         return settings
+
+    def _reencode(self, z: Tensor) -> Tensor:
+        """Standardised latents [R, L, d] of the sentences that ``z`` [R, L, d] reads as."""
+        assert self.encoder is not None
+        mean, std = self.denoiser.latent_mean, self.denoiser.latent_std
+        means = reencode(self.encoder, self.thought_decoder, self._eos, self._plain(z), self.settings.max_thought_tokens)
+        return (means - mean) / std
+
+    def _plain(self, z: Tensor) -> Tensor:
+        """Standardised latents as the VAE knows them.  UnusableError where they are not finite."""
+        latents = z * self.denoiser.latent_std + self.denoiser.latent_mean
+        if not latents.isfinite().all():
+            raise UnusableError(
+                "the thoughts did not stay finite under these controls; lower initial_noise, guidance_scale, diversity_scale or "
+                "the reward (or the model's own weights are not finite)"
+            )
+        return latents
 
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
@@ -184,12 +209,7 @@ class Reasoner:
         soa = self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1)
         hidden = group.prefix.append(soa)[:, 0]
         answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
-        latents = group.latents * self.denoiser.latent_std + self.denoiser.latent_mean
-        if not latents.isfinite().all():
-            raise UnusableError(
-                "the thoughts did not stay finite under these controls; lower initial_noise, guidance_scale, diversity_scale or "
-                "the reward (or the model's own weights are not finite)"
-            )
+        latents = self._plain(group.latents)
         blocks = latents.shape[1]
         # Block by block: no more rows at once than there are trajectories.
         texts = [self.decode_latents(latents[:, b]) if thoughts else [""] * len(latents) for b in range(blocks)]
@@ -203,6 +223,12 @@ class Reasoner:
             )
             for i, row in enumerate(group.rows)
         }
+
+    def answering(self) -> list[nn.Module]:
+        """The models that take part in answering under the settings; reading thoughts afterwards is not part of it."""
+        if not self.settings.reencode or self.encoder is None:
+            return [self.denoiser]
+        return [self.denoiser, self.thought_decoder.backbone, self.thought_decoder.from_latent, self.encoder]
 
     @property
     def _eos(self) -> int:
@@ -238,4 +264,6 @@ class Reasoner:
         """Write the export folder: the denoiser's LM in Hugging Face's layout, our heads, ``vae/``, the tokenizer."""
         save_denoiser(self.denoiser, folder, sample=asdict(self.settings))
         save_thought_decoder(self.thought_decoder, Path(folder) / "vae", shared=self.denoiser.backbone)
+        if self.encoder is not None:
+            save_vae_encoder(self.encoder, folder)
         self.tokenizer.save_pretrained(str(folder))

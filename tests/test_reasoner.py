@@ -26,7 +26,7 @@ from ladir.models import flow
 from ladir.models.backbone import Backbone, build_backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import assemble_export, load_export, new_vae, save_denoiser, save_vae
-from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.reference import clean_group, noisy_group, plain_forward, question_groups
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
@@ -54,7 +54,8 @@ def undecided(denoiser: Denoiser) -> Denoiser:
 
 def tiny_reasoner(kind: str = "llama", attention: str = "eager", objective: str = "velocity", **controls: Any) -> Reasoner:
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), objective=objective))
-    return Reasoner(denoiser, tiny_vae(kind).thought_decoder, tokenizer(), replace(SETTINGS, **controls))
+    vae = tiny_vae(kind)
+    return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
 
 
 # --- the obvious version -----------------------------------------------------------------------------------------------
@@ -121,7 +122,18 @@ def plain_block(
             velocity = velocity - s.diversity_scale * t * force[i]
             paths[i].append(zs[i] - t * velocity)
             zs[i] = plain_step(s, zs[i], velocity, t, t_next, noise, row)
+    if s.reencode:
+        zs = [plain_reencoded(reasoner, z) for z in zs]
     return [[*path, z] for path, z in zip(paths, zs, strict=True)]
+
+
+def plain_reencoded(reasoner: Reasoner, z: Tensor) -> Tensor:
+    """One block, read and encoded alone."""
+    d, encoder = reasoner.denoiser, reasoner.encoder
+    assert encoder is not None
+    ids = plain_thought(reasoner.thought_decoder, z * d.latent_std + d.latent_mean, reasoner.settings.max_thought_tokens)
+    mean, _ = encode_sentences(encoder, [ids])
+    return (mean[0] - d.latent_mean) / d.latent_std
 
 
 def plain_answer(reasoner: Reasoner, groups: list[Tensor], uniform: Tensor) -> list[int]:
@@ -194,7 +206,8 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
     owner = torch.arange(len(questions)).repeat_interleave(count)
     with torch.no_grad():
         prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
-        BlockSampler(reasoner.denoiser, reasoner.settings, noise).think(prefix, owner, hook)
+        settle = reasoner._reencode if reasoner.settings.reencode else None
+        BlockSampler(reasoner.denoiser, reasoner.settings, noise, settle=settle).think(prefix, owner, hook)
     return seen
 
 
@@ -215,6 +228,7 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"num_steps": 1, "max_blocks": 1},
         {"initial_noise": 0.0},
         {"spacing": "cosine"},
+        {"reencode": True},
         {"spacing": "power", "spacing_power": 0.5, "sampler": "sde"},
     ],
     ids=lambda controls: "-".join(controls),
@@ -472,6 +486,29 @@ def test_thoughts_are_the_vae_decoders_greedy_text() -> None:
         assert trajectory.thoughts == texts
 
 
+def test_reencoded_thoughts_are_what_the_vae_makes_of_their_text() -> None:
+    reasoner = tiny_reasoner()
+    assert reasoner.encoder is not None
+    free = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
+    read = list(itertools.chain(*reasoner.generate(QUESTIONS, 3, reencode=True)))
+    assert any(
+        len(one.latents) != len(other.latents) or one.answer != other.answer for one, other in zip(free, read, strict=True)
+    )
+    for one, other in zip(free, read, strict=True):
+        first = plain_thought(reasoner.thought_decoder, one.latents[0], SETTINGS.max_thought_tokens)
+        mean, _ = encode_sentences(reasoner.encoder, [first])
+        assert torch.allclose(other.latents[0], mean[0], atol=1e-5)
+
+
+def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
+    reasoner = tiny_reasoner()
+    with pytest.raises(UnusableError, match="did not stay finite"):
+        reasoner._reencode(torch.full((1, 2, 3), torch.inf))
+    reasoner.encoder = None
+    with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
+        reasoner.generate(QUESTIONS, reencode=True)
+
+
 def test_thoughts_can_be_read_afterwards() -> None:
     reasoner = tiny_reasoner()
     at_once = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
@@ -605,17 +642,20 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("reencode", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant: str) -> None:
+def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant: str, reencode: bool) -> None:
     parts = trained(tmp_path, *VARIANTS[variant])
     save_denoiser(parts.denoiser, tmp_path / "denoiser")
     save_vae(parts.vae, tmp_path / "vae", base=str(parts.base))
-    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS)
+    settings = replace(SETTINGS, reencode=reencode)
+    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), settings, parts.vae if reencode else None)
     assert len({t.answer for g in reasoner.generate(QUESTIONS, 2) for t in g}) > 1
     assert any(t.thoughts != [""] * len(t.thoughts) for g in reasoner.generate(QUESTIONS, 2) for t in g)
-    assemble_export(tmp_path / "denoiser", tmp_path / "vae", reasoner.tokenizer, tmp_path / "export", SETTINGS)
-    if not VARIANTS[variant][0]:
-        shutil.move(parts.base, tmp_path / "elsewhere")  # a whole export stands alone
+    assemble_export(tmp_path / "denoiser", tmp_path / "vae", reasoner.tokenizer, tmp_path / "export", settings)
+    denoiser_lora, vae_lora, _ = VARIANTS[variant]
+    if not (denoiser_lora or (reencode and vae_lora)):
+        shutil.move(parts.base, tmp_path / "elsewhere")  # an export without adapters stands alone
     exported = Reasoner.from_pretrained(tmp_path / "export", device="cpu")
     assert_same_answers(exported, reasoner)
     exported.save_pretrained(tmp_path / "again")
@@ -626,9 +666,10 @@ def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reasoner_made_of_parts_is_saved_and_loaded(tmp_path: Path, variant: str) -> None:
     parts = trained(tmp_path, *VARIANTS[variant], kind="qwen3")
-    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS)
-    reasoner.save_pretrained(tmp_path / "export")
-    assert_same_answers(Reasoner.from_pretrained(tmp_path / "export", device="cpu"), reasoner)
+    for settings, encoder in ((SETTINGS, None), (replace(SETTINGS, reencode=True), parts.vae)):
+        reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), settings, encoder)
+        reasoner.save_pretrained(tmp_path / "export")
+        assert_same_answers(Reasoner.from_pretrained(tmp_path / "export", device="cpu"), reasoner)
 
 
 def test_an_export_is_a_hugging_face_folder(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
-        recorder = LatentRecorder(model, tokenizer, config.sample)
+        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample)
         recorded = recorder.record(questions, 1, config.run.seed)
         if not telemetry.shows_samples:
             return

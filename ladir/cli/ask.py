@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--initial-noise", type=float, help="scale of the noise a block starts from")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1: off")
     parser.add_argument("--diversity-scale", type=float, help="diversity guidance among three or more trajectories; 0: off")
+    parser.add_argument(
+        "--reencode", action=argparse.BooleanOptionalAction, default=None, help="encode every block's text again before the next"
+    )
     parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
     parser.add_argument("--max-answer-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument("--answer-temperature", type=float, help="temperature of the answer's tokens; 0: greedy")
@@ -77,6 +80,7 @@ def _generate(reasoner: Reasoner, arguments: argparse.Namespace, on_step: TraceH
         initial_noise=arguments.initial_noise,
         guidance_scale=arguments.guidance_scale,
         diversity_scale=arguments.diversity_scale,
+        reencode=arguments.reencode,
         max_blocks=arguments.max_blocks,
         sampler=arguments.sampler,
         answer_temperature=arguments.answer_temperature,

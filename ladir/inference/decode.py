@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.inference.cache import Prefix
-from ladir.models.vae import ThoughtDecoder
+from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import decode_text
 
 
@@ -47,10 +47,27 @@ def decode(
 
 
 @torch.no_grad()
-def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:
-    """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` long."""
+def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int) -> list[list[int]]:
+    """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them."""
     with decoder.lm() as lm:
         lengths = torch.full((len(z),), z.shape[1], device=z.device)
         prefix, hidden = Prefix.start(lm, decoder.prefix(z), lengths)
-        ids = decode(prefix, hidden, int(tokenizer.eos_token_id), max_tokens)
-    return [decode_text(tokenizer, row) for row in ids]
+        return decode(prefix, hidden, eos_id, max_tokens)
+
+
+def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:
+    """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` long."""
+    return [decode_text(tokenizer, row) for row in thought_ids(decoder, int(tokenizer.eos_token_id), z, max_tokens)]
+
+
+@torch.no_grad()
+def reencode(encoder: Vae, decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int) -> Tensor:
+    """What the VAE makes of the sentences that latents ``z`` [K, L, d] (not standardised) read as: posterior means [K, L, d].
+
+    For latents of whole sentences what the clamping trick of Diffusion-LM (Li et al. 2022) is for words.  A sentence that
+    several blocks share is encoded once.
+    """
+    texts = [tuple(ids) for ids in thought_ids(decoder, eos_id, z, max_tokens)]
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    means, _ = encode_sentences(encoder, list(places))
+    return means[torch.tensor([places[text] for text in texts], device=means.device)]

@@ -23,6 +23,9 @@ from ladir.models.denoiser import Denoiser
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
 StepHook = Callable[[list[int], int, int, Tensor], None]
 
+#: what takes the place of finished blocks of clean latents [R, L, d]
+Settle = Callable[[Tensor], Tensor]
+
 
 def step_times(settings: SampleSettings) -> list[float]:
     """The ``num_steps + 1`` times of a block's Euler steps, from 1 (noise) down to 0.
@@ -71,12 +74,18 @@ class BlockSampler:
     """Generates blocks behind a prefix until the stop head says the answer follows."""
 
     def __init__(
-        self, denoiser: Denoiser, settings: SampleSettings, noise: TrajectoryNoise, reward: Reward | None = None
+        self,
+        denoiser: Denoiser,
+        settings: SampleSettings,
+        noise: TrajectoryNoise,
+        reward: Reward | None = None,
+        settle: Settle | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
         self.reward = reward
+        self.settle = settle
 
     def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> list[Think]:
         """All trajectories' blocks, grouped by the number of blocks.
@@ -136,7 +145,7 @@ class BlockSampler:
                 z = self._advance(z, velocity, t, t_next, fresh[step])
                 if on_step is not None:
                     on_step(rows, block, step, x0)
-        return z
+        return z if self.settle is None else self.settle(z)
 
     def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Visibility, positions: Tensor, groups: list[int]) -> Tensor:
         """Guided velocity [R, L, d] at time t."""

@@ -3,7 +3,7 @@
 * LM: a Hugging Face folder (or PEFT adapter).
 * VAE: ``encoder/`` and, where it was trained, ``decoder/``; our heads.
 * Denoiser: the LM in the folder itself; our heads.
-* Export: a denoiser folder with ``vae/`` (the thought decoder) and the tokenizer.
+* Export: a denoiser folder with ``vae/`` (the thought decoder), ``vae_encoder/`` where blocks are encoded again, the tokenizer.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
 
 _ADAPTER_FILE = "adapter_config.json"
 _DECODER_HEAD = "from_latent."
+#: of an export: the encoding half of the VAE, as a VAE's folder without decoder
+_ENCODER_FOLDER = "vae_encoder"
 
 
 def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
@@ -96,6 +98,13 @@ def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Ba
         lms["backbone.lm."] = (plain, "")
     settings = {"kind": "thought_decoder", "base": None, "shared": is_shared}
     save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
+
+
+def save_vae_encoder(vae: Vae, export: str | Path) -> None:
+    """Add the encoding half of a VAE to an export folder."""
+    encoder = Vae(vae.encoder, None, vae.settings)
+    encoder.load_state_dict({name: value for name, value in vae.state_dict().items() if not name.startswith("own_decoder.")})
+    save_vae(encoder, Path(export) / _ENCODER_FOLDER)
 
 
 def load_latent_maps(folder: str | Path) -> LatentMaps:
@@ -200,22 +209,27 @@ def _denoiser(folder: str | Path, backbone: Backbone) -> tuple[Denoiser, dict[st
 
 def load_export(
     folder: str | Path, device: torch.device, attention: str, dtype: str | None, other: str | Path | None = None
-) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any]]:
-    """Denoiser, thought decoder and default controls of an export folder; ``other``: the folder of another denoiser for it."""
+) -> tuple[Denoiser, ThoughtDecoder, dict[str, Any], Vae | None]:
+    """Denoiser, thought decoder, default controls and, where it has one, VAE encoder of an export folder.
+
+    ``other``: the folder of another denoiser for it.
+    """
     sample = load_settings(folder, "denoiser")["sample"]  # names the folder where it is none, before any file is missed
     source = Path(other or folder)
     settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(source, device))
     denoiser, _ = load_denoiser(source, settings, device)
-    vae = Path(folder) / "vae"
-    saved = load_settings(vae, "thought_decoder")
-    weights = load_file(vae / HEADS_FILE)
+    decoder = Path(folder) / "vae"
+    saved = load_settings(decoder, "thought_decoder")
+    weights = load_file(decoder / HEADS_FILE)
     from_latent = nn.Linear(denoiser.latent_dim, denoiser.backbone.hidden_size)
     from_latent.load_state_dict({name.removeprefix(_DECODER_HEAD): value for name, value in weights.items()})
     if saved["shared"]:
         backbone = denoiser.backbone
     else:
-        backbone = Backbone(load_lm(settings, device.type, saved["base"] or str(vae), device)).to(device).eval()
-    return denoiser, ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype)), sample
+        backbone = Backbone(load_lm(settings, device.type, saved["base"] or str(decoder), device)).to(device).eval()
+    encoder = Path(folder) / _ENCODER_FOLDER
+    vae = load_vae(encoder, settings, device, encoder_only=True) if encoder.is_dir() else None
+    return denoiser, ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype)), sample, vae
 
 
 def _dtype_here(folder: Path, device: torch.device) -> str:
@@ -239,6 +253,8 @@ def assemble_export(
     shutil.copytree(denoiser_folder, aside)
     _update_settings(aside, sample=asdict(sample))
     _export_thought_decoder(Path(vae_folder), aside)
+    if sample.reencode:
+        shutil.copytree(vae_folder, aside / _ENCODER_FOLDER, ignore=shutil.ignore_patterns("decoder"))
     tokenizer.save_pretrained(str(aside))
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,8 +45,14 @@ class LatentRecorder(Reasoner):
     So every rank can think while one alone holds the decoder, and all texts are decoded in one batch.
     """
 
-    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> None:
-        super().__init__(denoiser, ThoughtDecoder(denoiser.backbone, denoiser.latent_in), tokenizer, settings)  # not asked
+    @classmethod
+    def without_vae(cls, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> LatentRecorder:
+        """One whose blocks stay as they were denoised, whatever the settings say: nobody asks its decoder."""
+        placeholder = ThoughtDecoder(denoiser.backbone, denoiser.latent_in)
+        return cls(Reasoner(denoiser, placeholder, tokenizer, replace(settings, reencode=False)))
+
+    def __init__(self, reasoner: Reasoner) -> None:
+        super().__init__(reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
         self._kept: list[Tensor] = []
 
     def decode_latents(self, z: Tensor) -> list[str]:
@@ -82,5 +88,5 @@ def trace_questions(
     reasoner: Reasoner, questions: Sequence[str], num_trajectories: int, seed: int
 ) -> list[list[TrajectoryTrace]]:
     """Trajectories of each question; those of an evaluation with the same seed and controls."""
-    recorder = LatentRecorder(reasoner.denoiser, reasoner.tokenizer, reasoner.settings)
+    recorder = LatentRecorder(reasoner)
     return recorder.read(recorder.record(questions, num_trajectories, seed), reasoner.thought_decoder)
