@@ -137,6 +137,11 @@ class TrainSettings:
     validation_batches: int = setting(8, "global batches in one validation")
     checkpoint_every: int | None = setting(None, "steps between checkpoints; not set: only when stopped and at the end")
     keep_checkpoints: int = setting(2, "newest checkpoints kept")
+    snapshot_every: int | None = setting(
+        None,
+        "steps between models that are kept as they then are (models/<phase>-<step>), for what longer training brings "
+        "(evaluate.snapshot); not set: none",
+    )
 
 
 @dataclass
@@ -258,6 +263,9 @@ class EvaluateSettings:
     questions_per_batch: int = setting(20, "questions answered in one batch")
     ar_temperature: float = setting(1.0, "temperature of the AR baseline's samples")
     ar_max_tokens: int = setting(256, "longest AR answer (reasoning included), in tokens")
+    snapshot: int | None = setting(
+        None, "ask the models of this training step (train.snapshot_every) in place of the finished ones; results-<step>.json"
+    )
     methods: list[str] = setting(
         ["ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout"],
         "rows of the table; -majority: the most frequent answer among the samples of ar or ladir; -consistent: the most frequent "

@@ -104,6 +104,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.check_seconds", _COUNT),
     ("evaluate.check_memory_mb", Range(at_least=256)),
     ("evaluate.voters", _COUNT),
+    ("evaluate.snapshot", _COUNT),
     ("evaluate.ar_temperature", _POSITIVE),
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),

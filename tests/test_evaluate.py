@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config_loader import load_config
+from ladir.evaluation.results import read_questions
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
 from ladir.reasoner import Reasoner
@@ -27,8 +29,9 @@ from tests.distributed import ProcessGroup
 from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.answerers import stage_folder
 from training.answers import Answered, AnswerLog, cut
-from training.evaluate import evaluate
+from training.evaluate import evaluate, read_questions_asked
 from training.runtime.distributed import World
+from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -213,3 +216,28 @@ def test_batches_cover_every_question_once_and_evenly(count: int, size: int, ran
 def test_the_methods_of_the_default_table_are_known() -> None:
     methods: Sequence[str] = Config().evaluate.methods
     assert tuple(methods) == ROWS
+
+
+def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(models: Path, tmp_path: Path) -> None:
+    methods = "evaluate.methods=[ar,ladir]"
+    with pytest.raises(
+        FileNotFoundError, match=r"models/ar-7: no such snapshot; kept are the steps none; set ar\.train\.snapshot_every"
+    ):
+        evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
+    folder = RunFolder(configure(models, tmp_path))
+    (folder.path / "models").unlink()
+    other = tiny_denoiser(tiny_lm(dtype=torch.float32, seed=5))
+    save_denoiser(other, folder.model("denoiser-7"))
+    save_lm(Backbone(tiny_lm(dtype=torch.float32, seed=6)), folder.model("ar-7"))
+    for name, seconds in (("base", 5.0), ("ar", 90.0), ("ar-7", 30.0), ("denoiser-7", 20.0)):
+        write_json(folder.outcome_file(name), dataclasses.asdict(Outcome("unfinished", 7, 7, seconds, {})))
+    evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
+    rows = json.loads((folder.path / "results-7.json").read_text())["rows"]
+    assert {row["method"]: row["training_seconds"] for row in rows} == {"ar": 35.0, "ladir": 25.0}
+    config = configure(models, tmp_path)
+    reasoner = Reasoner.from_pretrained(folder.export, "cpu", denoiser=folder.model("denoiser-7"))
+    reasoner.settings = config.sample
+    asked = read_questions_asked(config)
+    expected = reasoner.generate([record.question for record in asked[:2]], 10, seed=config.run.seed)
+    found = read_questions(folder.path / "generations-7.jsonl")["ladir"]
+    assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]

@@ -113,6 +113,22 @@ def test_interrupted_runs_joined_equal_an_undisturbed_one(
     assert_identical(parts, whole)
 
 
+def test_snapshots_are_the_models_of_shorter_trainings(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    """Beside an interruption; a snapshot has no last step's and no checkpoint's state."""
+    constant = toy_settings(schedule="constant", warmup_fraction=0.0, ema=0.9)
+    settings = toy_settings(**constant, max_steps=6, snapshot_every=2)
+    two_processes.run(run_with, tmp_path / "long", 3, "float32", settings, 27)
+    two_processes.run(run_with, tmp_path / "long", 3, "float32", settings)
+    models = tmp_path / "long" / "toy" / "models"
+    assert sorted(path.name for path in models.iterdir()) == ["ar", "ar-2", "ar-4"]
+    for steps in (2, 4):
+        two_processes.run(run_with, tmp_path / str(steps), 3, "float32", toy_settings(**constant, max_steps=steps))
+        short, kept = model(tmp_path / str(steps)), load_file(models / f"ar-{steps}" / "model.safetensors")
+        assert short.keys() == kept.keys() and all(torch.equal(short[name], kept[name]) for name in short)
+        outcome = json.loads((models.parent / f"outcome-ar-{steps}.json").read_text())
+        assert (outcome["status"], outcome["steps"], outcome["samples"]) == ("unfinished", steps, steps * 8)
+
+
 @pytest.mark.parametrize("stage", ["3_offload_optimizer", "3_offload"])
 def test_offloaded_states_train_and_continue_the_same(two_processes: ProcessGroup, tmp_path: Path, stage: Any) -> None:
     settings = toy_settings(micro_batch=2, ema=0.9)

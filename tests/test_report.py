@@ -58,7 +58,9 @@ def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
     write_questions(folder / "generations.jsonl", {"ladir": sanitised(questions())})
     for steps in (10, 2, 5):
         summary = summarise(questions(), ks=(1, 2))
-        methods = [MethodResult(name, summary, 0.01 * steps, 60.0) for name in ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])]
+        methods = [
+            MethodResult(name, summary, 0.01 * steps, 60.0 * steps) for name in ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])
+        ]
         file = folder / ("results.json" if steps == 10 else f"results-{steps}.json")
         write_results(file, methods, task=HOSTILE[0], num_questions=3, num_trajectories=5, seed=3)
         sample = {"num_steps": steps, "diversity_scale": steps / 10, "guidance_scale": 1.0}
@@ -90,6 +92,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_section_has_its_picture_as_png_too(report: Path) -> None:
     text, files = report.read_text(encoding="utf-8"), {path.name for path in report.parent.glob("*.png")}
     expected = ["pass-at-k-one", "accuracy-by-steps-one", "accuracy-by-seconds", "distinct-by-diversity_scale-one"]
+    expected += ["solved-by-training-one", "distinct-by-training-one"]
     expected += ["solved-by-diversity_scale-one", "block-granularity", "training-one-vae-losses", "denoising-one-1-1"]
     assert {f"{name}.png" for name in expected} <= files
     assert "solved-by-guidance_scale-one.png" not in files  # one value is no curve

@@ -70,14 +70,19 @@ def load_answerers(config: Config, model: str, samplings: Sequence[str], device:
     if model == "ar":
         return ar_answerers(config, folder, samplings, device)
     reasoner = Reasoner.from_pretrained(
-        folder.export, device, config.backbone.attention, denoiser=stage_folder(folder, model == "rollout")
+        folder.export,
+        device,
+        config.backbone.attention,
+        denoiser=stage_folder(folder, model == "rollout", config.evaluate.snapshot),
     )
     reasoner.settings = config.sample
     return {sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings}
 
 
-def stage_folder(folder: RunFolder, second: bool) -> Path | None:
-    """The denoiser of stage 1 or 2 where it is not the one in the export, which has that of the last stage."""
+def stage_folder(folder: RunFolder, second: bool, snapshot: int | None) -> Path | None:
+    """The denoiser of stage 1 or 2, or its snapshot, where it is not the one in the export, which has that of the last stage."""
+    if snapshot is not None:
+        return folder.model(folder.snapshot("rollout" if second else "denoiser", snapshot))
     exported_is_second = load_settings(folder.export, "denoiser").get("origin") is not None
     return None if exported_is_second == second else folder.model("rollout" if second else "denoiser")
 
@@ -100,7 +105,8 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
 def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:
     """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``)."""
     tokenizer = load_tokenizer(config.backbone)
-    backbone = load_backbone(folder.model("ar"), config.backbone, device).to(device).eval()
+    model = folder.model(folder.snapshot("ar", config.evaluate.snapshot))
+    backbone = load_backbone(model, config.backbone, device).to(device).eval()
 
     def answerer(samples: int, temperature: float) -> Answerer:
         def answer(records: Sequence[Record]) -> Answers:

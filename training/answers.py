@@ -110,7 +110,8 @@ def _digest(run: Run) -> str:
         section, key = name.split(".")
         del settings[section][key]
     digest = hashlib.sha256(json.dumps([settings[name] for name in SECTIONS]).encode())
-    for folder in (run.folder.export, *map(run.folder.model, ("ar", "denoiser", "rollout"))):
+    models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "denoiser", "rollout")]
+    for folder in (run.folder.export, *map(run.folder.model, models)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             facts = file.stat()
             digest.update(f"{file.name}:{facts.st_size}:{facts.st_mtime_ns};".encode())

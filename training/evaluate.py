@@ -1,7 +1,8 @@
 """Ask the held-out questions and judge the answers: LaDiR beside the autoregressive baseline, in one table.
 
 Reads runs/<name>/export, models/ar and models/rollout, writes runs/<name>/results.json and generations.jsonl; with
-evaluate.name=NAME results-NAME.json and generations-NAME.jsonl, for other controls of the same models.  Questions are split over
+evaluate.name=NAME results-NAME.json and generations-NAME.jsonl, for other controls of the same models, with
+evaluate.snapshot=STEP results-STEP.json for models of that training step (train.snapshot_every).  Questions are split over
 the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
 """
 
@@ -45,6 +46,7 @@ PHASES = {"ar": ("ar",), "ladir": ("vae", "latents", "denoiser"), "rollout": ("v
 def evaluate(run: Run) -> None:
     """Fill the table: every method on every question; rank 0 writes and shows the results."""
     config, task = run.config, get_task(run.config.evaluate.task, run.config.evaluate)
+    _check_snapshot(run)
     methods = [method for method in config.evaluate.methods if _is_trained(run, method)]
     records = read_questions_asked(config)
     log = AnswerLog(run)
@@ -60,11 +62,25 @@ def evaluate(run: Run) -> None:
     log.remove()
 
 
+def _check_snapshot(run: Run) -> None:
+    """FileNotFoundError where a model of the asked training step is missing."""
+    step, folder = run.config.evaluate.snapshot, run.folder
+    models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in run.config.evaluate.methods if step is not None)
+    for phase in [PHASES[model][-1] for model in models if model != "rollout"]:
+        if not folder.model(folder.snapshot(phase, step)).is_dir():
+            kept = sorted(int(path.name.rsplit("-", 1)[1]) for path in folder.model(phase).parent.glob(f"{phase}-*"))
+            raise FileNotFoundError(
+                f"{folder.model(folder.snapshot(phase, step))}: no such snapshot; kept are the steps {kept or 'none'}; set "
+                f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
+            )
+
+
 def _is_trained(run: Run, method: str) -> bool:
     """False for the one method that is part of the default table and of which a run may have no model."""
-    trained = model_of(sampling_of(method)[0]) != "rollout" or run.folder.model("rollout").is_dir()
+    rollout = run.folder.model(run.folder.snapshot("rollout", run.config.evaluate.snapshot))
+    trained = model_of(sampling_of(method)[0]) != "rollout" or rollout.is_dir()
     if not run.world.broadcast(trained):
-        logger.info("%s: left out, %s was not trained", method, run.folder.model("rollout"))
+        logger.info("%s: left out, %s was not trained", method, rollout)
         return False
     return True
 
@@ -117,9 +133,10 @@ def _judge(task: Task, record: Record, samples: Sequence[Sampled]) -> tuple[Traj
     return tuple(verdicts[sample] for sample in samples)
 
 
-def training_seconds(folder: RunFolder, method: str) -> float:
-    """Seconds of training behind a method, the base LM's included where this run trained it."""
-    outcomes = [folder.outcome(phase) for phase in ("base", *PHASES[model_of(sampling_of(method)[0])])]
+def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None) -> float:
+    """Seconds of training behind a method, the base LM's included where this run trained it; of a snapshot, until then."""
+    *before, last = PHASES[model_of(sampling_of(method)[0])]
+    outcomes = [folder.outcome(phase) for phase in ("base", *before, folder.snapshot(last, snapshot))]
     return sum(outcome.seconds for outcome in outcomes if outcome is not None)
 
 
@@ -139,7 +156,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
         method,
         summarise(questions, samples=samples),
         seconds_per_question=share * sum(cost.seconds for cost in costs) / len(entries),
-        training_seconds=training_seconds(run.folder, method),
+        training_seconds=training_seconds(run.folder, method, run.config.evaluate.snapshot),
         wall_seconds=max(spent.values()),
         forward_passes_per_question=share * sum(cost.passes for cost in costs) / len(entries),
         flops_per_question=share * sum(cost.flops for cost in costs) / len(entries),
@@ -148,7 +165,8 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
     settings = run.config.evaluate
-    suffix = f"-{settings.name}" if settings.name else ""
+    label = settings.name or ("" if settings.snapshot is None else str(settings.snapshot))
+    suffix = f"-{label}" if label else ""
     results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)

@@ -14,6 +14,10 @@ from ladir.report.runs import Results, RunData
 #: methods that answer once, without sampling
 _SINGLE = ("greedy", "zero-noise")
 _SHOWN_PASSES = ("pass@1", "pass@10", "pass@100")
+#: what is followed over the training, of the two that sample as they were trained
+_SAMPLED = ("ar", "ladir")
+_TIMED_PASSES = ("pass@1", "pass@100")
+_DISTINCT, _DISTINCT_Y = ("distinct_correct",), "right answers per question"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Section:
 
 def chart_sections(runs: Sequence[RunData]) -> list[Section]:
     """All sections with curves, in the order of the page."""
-    return [_pass_curves(runs), _trade_off(runs), _diversity(runs), _granularity(runs), _training(runs)]
+    return [_pass_curves(runs), _trade_off(runs), _training_time(runs), _diversity(runs), _granularity(runs), _training(runs)]
 
 
 def _section(title: str, text: str, pictures: Iterator[Picture], missing: tuple[str, str]) -> Section:
@@ -90,6 +94,41 @@ def _trade_off(runs: Sequence[RunData]) -> Section:
     section = _section("Accuracy and compute", text, pictures(), missing)
     several = any("steps" in picture.name for picture in section.pictures)
     return section if several else Section(section.title, section.text, section.pictures, missing)
+
+
+def _training_time(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        for run in runs:
+            for figures, what, y, rates in (
+                (_TIMED_PASSES, "solved", "solved (%)", True),
+                (_DISTINCT, "distinct", _DISTINCT_Y, False),
+            ):
+                curves = _by_training(run, figures)
+                if curves:
+                    figure = line_figure(f"{run.name}: {what}", "minutes of training, all phases", y, curves, "x", rates)
+                    yield Picture(
+                        f"{what}-by-training-{run.name}", figure, f"{what} against minutes of training in run {run.name}"
+                    )
+
+    text = "What longer training brings, LaDiR beside the autoregressive (AR) baseline."
+    commands = [
+        "# train with denoiser.train.snapshot_every=500 ar.train.snapshot_every=500, then",
+        *(_evaluate(runs[0], f"evaluate.snapshot={step}", "'evaluate.methods=[ar,ladir]'") for step in (500, 1000)),
+    ]
+    return _section("Accuracy and training", text, pictures(), ("Needs results of snapshots.", "\n".join(commands)))
+
+
+def _by_training(run: RunData, figures: Sequence[str]) -> dict[str, Curve]:
+    """Curves "method figure" of sampled answers over minutes of training, where there are several; the first results count."""
+    points: dict[str, dict[float, tuple[float, float]]] = {}
+    for results in run.results:
+        for row in results.rows:
+            for name in figures if row["method"] in _SAMPLED else ():
+                if row.get(name) is not None and row.get("training_seconds"):
+                    error = float((row.get("standard_errors") or {}).get(name) or 0.0)
+                    curve = points.setdefault(f"{row['method']} {name.replace('_', ' ')}", {})
+                    curve.setdefault(float(row["training_seconds"]) / 60, (float(row[name]), error))
+    return {label: _curve(found) for label, found in points.items() if len(found) > 1}
 
 
 def _by_control(runs: Sequence[RunData], control: str, figures: Sequence[str]) -> dict[str, Curve]:

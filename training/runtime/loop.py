@@ -239,6 +239,8 @@ class Trainer:
             self.validate()
         if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
             self.save()
+        if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
+            self._keep("unfinished", step)
 
     def _log(self, fraction: float) -> None:
         """Write what was measured since the last time, if anything."""
@@ -307,16 +309,20 @@ class Trainer:
         if self._validated_step != self.progress.step:  # else it was done before a restart
             self.validate()
         self.save()
-        outcome = self._outcome("finished")
+        return self._keep("finished")
+
+    def _keep(self, status: str, snapshot: int | None = None) -> Outcome:
+        """Write the model, as the finished one or that of a step, off the clock."""
+        outcome = self._outcome(status)
         with self._off_the_clock():  # the others wait while rank 0 brings the last files to disk
-            self._write_model()
-            self.run.finish(outcome)
+            self._write_model(self.run.folder.snapshot(self.run.phase, snapshot))
+            self.run.finish(outcome, snapshot)
         return outcome
 
-    def _write_model(self) -> None:
+    def _write_model(self, name: str) -> None:
         state = self.engine.full_state(ema=True)
         if self.world.is_main:
-            with self.run.new_folder(self.run.folder.model(self.run.phase)) as folder:
+            with self.run.new_folder(self.run.folder.model(name)) as folder:
                 self.phase.save(folder, state)
         for _ in state:  # collective: every rank goes through all of it
             pass

@@ -42,7 +42,8 @@ IRRELEVANT = (
     "backbone.compile", "latents.pack_tokens", "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
-    "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"
+    "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
+    "snapshot_every",
 )  # fmt: skip
 SECTIONS = {
     "vae": ("vae",),
@@ -62,7 +63,7 @@ class Outcome:
     """How a training ended."""
 
     status: str
-    """``finished`` or ``interrupted`` (a checkpoint waits; start the same command again)."""
+    """``finished``, ``interrupted`` (a checkpoint waits; start the same command again), ``unfinished`` (of a snapshot)."""
     steps: int
     samples: int
     seconds: float
@@ -97,6 +98,11 @@ class RunFolder:
     def model(self, phase: str) -> Path:
         """Folder of a phase's finished model."""
         return self.path / "models" / phase
+
+    @staticmethod
+    def snapshot(phase: str, step: int | None) -> str:
+        """What a phase's model of a training step, and its outcome so far, are filed under; ``step`` None: the finished one."""
+        return phase if step is None else f"{phase}-{step}"
 
     def tensorboard(self, phase: str) -> Path:
         """Folder of a phase's TensorBoard events."""
@@ -213,10 +219,11 @@ class Run:
         self.stop.announce()
         return bool(self.world.sum(torch.tensor([float(self.stop.requested)])).item() > 0)
 
-    def finish(self, outcome: Outcome) -> None:
-        """Record that the phase is finished."""
+    def finish(self, outcome: Outcome, snapshot: int | None = None) -> None:
+        """Record that the phase is finished, or that the model of a step is kept."""
         if self.world.is_main:
-            write_json(self.folder.outcome_file(self.phase), dataclasses.asdict(outcome))
+            name = self.folder.snapshot(self.phase, snapshot)
+            write_json(self.folder.outcome_file(name), dataclasses.asdict(outcome))
         self.world.barrier()
 
     @contextmanager
