@@ -72,6 +72,11 @@ class BackboneSettings:
         "activations recomputed in the backward pass instead of stored: of no layer, of every layer, of every second layer",
         ("none", "full", "selective"),
     )
+    logits_parts: int = setting(
+        1,
+        "the logits of a loss are made in so many parts, one after the other, and again in the backward pass: memory of one part "
+        "(with 128k words and 4,096 labels all at once take several GiB); ZeRO-3 gathers the LM head for each",
+    )
     compile: bool = setting(
         False, "compile the LM's layers for training (torch.compile, some minutes at the start); with ZeRO stage 0 or 2 only"
     )

@@ -71,6 +71,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("*.train.*_every", _COUNT),
     ("*.train.validation_batches", _COUNT),
     ("*.train.keep_checkpoints", _COUNT),
+    ("backbone.logits_parts", _COUNT),
     ("vae.latent_dim", _COUNT),
     ("vae.latents_per_block", _COUNT),
     ("vae.beta", _NOT_NEGATIVE),

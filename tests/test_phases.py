@@ -40,6 +40,8 @@ VARIANTS = {
     "lora": ["backbone.lora.rank=4"],
     "trained-lora": ["backbone.lora.rank=4", "vae.decoder=trained"],
     "full": ["denoiser.token_weight=0.5", "denoiser.answer_every=2"],
+    "lora-parts": ["backbone.lora.rank=4", "backbone.logits_parts=3"],
+    "full-parts": ["denoiser.token_weight=0.5", "denoiser.answer_every=2", "backbone.logits_parts=3"],
 }
 
 
@@ -152,21 +154,28 @@ def weights(folder: Path, name: str, phase: str) -> dict[str, Tensor]:
         ("vae", "trained"),
         ("vae", "lora"),
         ("vae", "trained-lora"),
+        ("vae", "lora-parts"),
         ("denoiser", "full"),
+        ("denoiser", "full-parts"),
         ("denoiser", "lora"),
         ("ar", "frozen"),
+        ("ar", "full-parts"),
     ],
 )
 def test_two_ranks_of_zero3_train_what_one_process_trains(
     one_process: ProcessGroup, two_processes: ProcessGroup, folder: Path, phase: str, variant: str
 ) -> None:
-    """Losses, metrics, gradient norms and weights; and no rank holds more than its share of any LM, frozen ones included."""
+    """Losses, metrics, gradient norms and weights; and no rank holds more than its share of any LM, frozen ones included.
+
+    Logits in parts are compared with all at once.
+    """
     names = [f"{phase}-{variant}-{ranks}" for ranks in (1, 2)]
     for name in names:
         if phase == "denoiser":
             for part in ("models/vae", "latents"):
                 shutil.copytree(folder / "encoded" / part, folder / name / part)
-    one_process.run(run_phase, folder, names[0], phase, 0, 8, VARIANTS[variant])
+    at_once = [setting for setting in VARIANTS[variant] if "logits_parts" not in setting]
+    one_process.run(run_phase, folder, names[0], phase, 0, 8, at_once)
     assert two_processes.run(run_phase, folder, names[1], phase, 3, 2, VARIANTS[variant]) == [{}, {}]
     expected, actual = losses(folder, names[0]), losses(folder, names[1])
     assert len(expected) == STEPS + 1  # the last is the validation

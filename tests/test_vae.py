@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +204,21 @@ def checkpointed(vae: Vae) -> Vae:
     return vae
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_activation_checkpointing_gives_the_same_gradients(lora: LoraSettings | None) -> None:
-    """With LoRA the recomputed decoder must have its adapters off again, the recomputed encoder on."""
+def in_parts(vae: Vae) -> Vae:
+    vae.thought_decoder.backbone.logits_parts = 3
+    return vae
+
+
+@pytest.mark.parametrize("lora", [None, LORA, replace(LORA, targets=["lm_head", "q_proj"])], ids=["full", "lora", "lora-head"])
+def test_what_is_computed_again_gives_the_same_gradients(lora: LoraSettings | None) -> None:
+    """With LoRA the recomputed decoder and its LM head must have their adapters off again, the recomputed encoder on."""
     results = []
-    for change in (lambda vae: vae, checkpointed):
+    for change in (lambda vae: vae, checkpointed, in_parts):
         vae = change(tiny_vae(lora=lora)).train()
         losses(vae, collate(vae, sentences(4))).backward()
         results.append(gradients(vae))
     assert_same_gradients(results[1], results[0], 1e-6)
+    assert_same_gradients(results[2], results[0], 1e-6)
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------

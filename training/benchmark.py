@@ -37,6 +37,7 @@ def _train(bench: Bench) -> Iterator[Part]:
     yield "one pass, 1 draw", partial(training_rows.one_pass, draws=1)
     yield "one pass, 4 draws", partial(training_rows.one_pass, draws=4)
     yield "labelled logits", training_rows.labelled_logits
+    yield "logits in parts", training_rows.logits_in_parts
     yield "packing", training_rows.packing
     if bench.device.type == "cuda":
         yield "attention", training_rows.attention

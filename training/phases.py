@@ -23,7 +23,7 @@ from ladir.data.prompts import bos_ids, chain_pairs, copy_pairs
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record, read_records, read_sentences
 from ladir.models.ar import ArModel
-from ladir.models.backbone import Backbone, build_backbone, new_lm
+from ladir.models.backbone import Backbone, build_backbone, for_training, new_lm
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import folder_fingerprint
@@ -179,7 +179,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     tokenizer = load_tokenizer(config.backbone)
     if config.ar.from_scratch:
         ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-        backbone = Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type))
+        backbone = for_training(Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type)), config.backbone)
     else:
         with sharded_init(config, config.ar.train, world):
             backbone = build_backbone(config.backbone, world.device.type)

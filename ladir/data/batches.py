@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from ladir.config import DenoiserSettings, VaeSettings
-from ladir.data.packing import Places, Rows, decoder_rows, encoder_rows, place, text_rows
+from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.data.randomness import generator
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 
 if TYPE_CHECKING:
     from ladir.data.latents import LatentRecord
-
-IGNORE = -100
 
 BatchT = TypeVar("BatchT", bound="TensorBatch")
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ladir.layout import CLEAN, PAD, Layout
 
+#: in place of a label: nothing is learned there
+IGNORE = -100
+
 
 @dataclass(frozen=True)
 class Places:

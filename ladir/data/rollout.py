@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ladir.config import RolloutSettings
-from ladir.data.batches import IGNORE, DenoiserBatch, DenoiserCollator, TensorBatch, pad_left
+from ladir.data.batches import DenoiserBatch, DenoiserCollator, TensorBatch, pad_left
 from ladir.data.latents import LatentRecord, LatentStore
+from ladir.data.packing import IGNORE
 from ladir.data.randomness import derive, generator
 
 

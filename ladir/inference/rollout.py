@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ladir.config import RolloutSettings
-from ladir.data.batches import IGNORE
+from ladir.data.packing import IGNORE
 from ladir.data.rollout import RolloutBatch
 from ladir.layout import Mark, block_length
 from ladir.models import flow
@@ -258,12 +258,10 @@ class Rollout(nn.Module):
         length = inputs.shape[1]
         positions = self._positions(batch, everyone, batch.num_blocks, length)
         hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril())
-        logits = d.backbone.logits(hidden).float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        losses, right = d.backbone.label_losses(hidden.flatten(0, 1), labels.flatten())
         labelled = labels != IGNORE
-        with torch.no_grad():
-            right = ((logits.argmax(-1) == labels) & labelled).sum().float()
-        return (losses.sum(1) / labelled.sum(1)).sum(), torch.stack([right, labelled.sum().float()])
+        count = torch.stack([right.sum(), labelled.sum()]).float()
+        return (losses.view_as(labels).sum(1) / labelled.sum(1)).sum(), count
 
     def _teacher_losses(self, batch: RolloutBatch, own: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Stage 1's losses; with ``own_context`` a block's target is the chosen gold's, behind the own blocks before it."""

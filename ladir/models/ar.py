@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladir.data.batches import ArBatch
 from ladir.models.backbone import Backbone
+from ladir.models.metrics import accuracy
 
 
 class ArModel(nn.Module):
@@ -21,10 +20,6 @@ class ArModel(nn.Module):
 
     def forward(self, batch: ArBatch) -> dict[str, Tensor]:
         """``text``: loss summed over labels; metric: share of labelled tokens that greedy decoding gets right."""
-        logits = self.backbone.logits(self.backbone.read(self.backbone.embed(batch.ids), batch.rows)).float()
-        labels = batch.labels
-        right = (logits.detach().argmax(-1) == labels).float().sum()
-        return {
-            "text": F.cross_entropy(logits, labels, reduction="sum"),
-            "metric/token_accuracy": torch.stack([right, right.new_tensor(float(len(labels)))]),
-        }
+        hidden = self.backbone.read(self.backbone.embed(batch.ids), batch.rows)
+        losses, right = self.backbone.label_losses(hidden, batch.labels)
+        return {"text": losses.sum(), **accuracy("token", right)}

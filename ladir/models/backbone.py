@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ladir.config import BackboneSettings, LoraSettings
-from ladir.data.packing import Rows
+from ladir.data.packing import IGNORE, Rows
 from ladir.errors import UnusableError
 from ladir.models.attention import BlockMasks, Visibility, attend, set_attention
 from ladir.models.prefix_attention import has_plain_attention
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
     def __init__(self, lm: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.lm = lm
+        self.logits_parts = 1
         self._adapter_is_off = False
         self._block_masks = BlockMasks()
 
@@ -96,6 +98,26 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [..., V] of hidden states [..., H]."""
         return self.base.get_output_embeddings()(hidden)
+
+    def label_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, fp32 [n], and whether the likeliest token is right, bool [n], of ``labels`` [n] at ``hidden`` [n, H].
+
+        ``IGNORE`` costs nothing and is never right.  Logits are made in ``logits_parts`` parts; their number and not their
+        size is fixed, so that the ranks of a sharded LM gather its head as often as one another.
+        """
+        if self.logits_parts == 1:
+            return self._label_losses(hidden, labels)
+        parts = zip(hidden.tensor_split(self.logits_parts), labels.tensor_split(self.logits_parts), strict=True)
+        found = [
+            checkpoint(self._label_losses, *part, use_reentrant=False, context_fn=self._recompute_contexts) for part in parts
+        ]
+        losses, right = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(right)
+
+    def _label_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden).float()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        return losses, logits.detach().argmax(-1) == labels
 
     def forward(self, inputs: Tensor, visible: Visibility, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Last hidden states [N, T, H].
@@ -274,7 +296,8 @@ def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: s
 
 
 def for_training(backbone: Backbone, settings: BackboneSettings) -> Backbone:
-    """The same backbone, its layers set to recompute their activations and to be compiled as ``settings`` say."""
+    """The same backbone, set to recompute its layers' activations, to compile them and to split logits as ``settings`` say."""
+    backbone.logits_parts = settings.logits_parts
     if settings.compile:
         backbone.compile_layers()
     return with_activation_checkpointing(backbone, settings.activation_checkpointing)

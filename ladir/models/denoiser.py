@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ladir.config import DenoiserSettings
-from ladir.data.batches import IGNORE, DenoiserBatch
+from ladir.data.batches import DenoiserBatch
+from ladir.data.packing import IGNORE
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.attention import Visibility
@@ -170,9 +171,8 @@ class Denoiser(nn.Module):
 
     def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Cross-entropy summed over the answer's labels, and its metric; only labelled positions go through the LM head."""
-        logits = self.backbone.logits(hidden[batch.answer_at]).float()
-        loss = F.cross_entropy(logits, batch.answer_labels, reduction="sum")
-        return {"answer": loss, **accuracy("answer", logits.argmax(-1), batch.answer_labels)}
+        losses, right = self.backbone.label_losses(hidden[batch.answer_at], batch.answer_labels)
+        return {"answer": losses.sum(), **accuracy("answer", right)}
 
     def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
         logits = self.stop_logit(hidden[batch.end_at])
@@ -186,4 +186,4 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _metrics(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
-        return accuracy("stop", self.stop_logit(hidden[batch.end_at]) > 0, batch.stop_labels.bool())
+        return accuracy("stop", (self.stop_logit(hidden[batch.end_at]) > 0) == batch.stop_labels.bool())

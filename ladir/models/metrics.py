@@ -44,9 +44,9 @@ def flow_by_time(losses: Tensor, t: Tensor, elements: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(name: str, predicted: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """``<name>_accuracy``: the share of ``predicted`` [n] that equals ``labels`` [n]."""
-    return {f"metric/{name}_accuracy": _pair((predicted == labels).sum(), len(labels))}
+def accuracy(name: str, right: Tensor) -> dict[str, Tensor]:
+    """``<name>_accuracy``: the share of ``right``, bool [n], that is true."""
+    return {f"metric/{name}_accuracy": _pair(right.sum(), len(right))}
 
 
 def _pair(total: Tensor, count: int) -> Tensor:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladir.config import VaeSettings
@@ -49,14 +48,22 @@ class ThoughtDecoder:
         """Input vectors [N, L, H] of latents ``z`` [N, L, d] (not standardised)."""
         return self.from_latent(z.to(self.from_latent.weight.dtype))
 
-    def logits(self, z: Tensor, ids: Tensor, rows: Rows) -> Tensor:
-        """Logits [n + N, V] for N sentences' tokens ``ids`` [n] and the <eos> behind each, teacher-forced from ``z`` [N, L, d].
+    def label_losses(self, z: Tensor, ids: Tensor, rows: Rows, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and whether greedy decoding is right, [n + N] each, for N sentences teacher-forced from ``z`` [N, L, d].
 
-        ``rows``: of :func:`ladir.data.packing.decoder_rows`.
+        ``ids`` [n]: the sentences' tokens; ``labels`` [n + N]: the same with the <eos> behind each; ``rows``: of
+        :func:`ladir.data.packing.decoder_rows`.
         """
         with self.lm() as lm:
-            table = torch.cat([lm.embed(ids), self.prefix(z).flatten(0, 1)])
-            return lm.logits(lm.read(table, rows))
+            return lm.label_losses(self._read(lm, z, ids, rows), labels)
+
+    def logits(self, z: Tensor, ids: Tensor, rows: Rows) -> Tensor:
+        """Logits [n + N, V] where :meth:`label_losses` gives losses."""
+        with self.lm() as lm:
+            return lm.logits(self._read(lm, z, ids, rows))
+
+    def _read(self, lm: Backbone, z: Tensor, ids: Tensor, rows: Rows) -> Tensor:
+        return lm.read(torch.cat([lm.embed(ids), self.prefix(z).flatten(0, 1)]), rows)
 
 
 class Vae(nn.Module):
@@ -113,13 +120,12 @@ class Vae(nn.Module):
         mean, logvar = self.encode(batch.encoder_ids, batch.encoder)
         sigma = (0.5 * logvar).exp()
         z = mean + sigma * batch.posterior_noise + batch.extra_noise
-        logits = self.thought_decoder.logits(z, batch.decoder_ids, batch.decoder)
-        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        losses, right = self.thought_decoder.label_losses(z, batch.decoder_ids, batch.decoder, batch.labels)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum()
         with torch.no_grad():
-            wrong = (logits.argmax(-1) != batch.labels).float()
+            wrong = (~right).float()
             mistakes = wrong.new_zeros(len(mean)).index_add_(0, batch.owner, wrong)
-        return {"reconstruction": loss, "kl": kl, **vae_metrics(mistakes, len(batch.labels), mean, logvar)}
+        return {"reconstruction": losses.sum(), "kl": kl, **vae_metrics(mistakes, len(batch.labels), mean, logvar)}
 
 
 @torch.no_grad()

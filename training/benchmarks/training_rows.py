@@ -29,6 +29,9 @@ _SHORT_LAYOUT = Lengths(question=200, blocks=4, block=1, answer=8)
 
 #: what labelled logits stand against
 _FULL = "logits of all positions"
+_AT_ONCE = "all at once"
+#: labels of a loss whose logits are made in parts
+_MANY_LABELS, _PARTS = 128, 8
 #: the vocabulary of Llama 3: what full logits cost grows with it
 VOCABULARY = 128256
 
@@ -104,6 +107,37 @@ def labelled_logits(bench: Bench) -> list[Row]:
     return [
         Row("labelled_logits_memory", f"{title}: peak memory", _FULL, memory["ours"], memory["obvious"], "MiB", at_most),
         Row("labelled_logits", f"{title}: time", _FULL, seconds["ours"], seconds["obvious"], at_most=at_most),
+    ]
+
+
+def logits_in_parts(bench: Bench) -> list[Row]:
+    """A loss of many labels from logits made in parts (``backbone.logits_parts``) against all at once: peak memory, and time."""
+
+    def one_layer(config: Config) -> None:
+        config.backbone.scratch.update(num_hidden_layers=1, vocab_size=VOCABULARY)
+
+    backbone = bench.denoiser(one_layer).backbone
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(_MANY_LABELS, backbone.hidden_size, generator=generator).to(bench.device, backbone.dtype)
+    states.requires_grad_()
+    labels = torch.randint(VOCABULARY, (_MANY_LABELS,), generator=generator).to(bench.device)
+
+    def made_in(parts: int) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            backbone.logits_parts = parts
+            return _gradient(backbone.label_losses(states, labels)[0].sum(), states)
+
+        return loss
+
+    ways = {"ours": made_in(_PARTS), "obvious": made_in(1)}
+    bench.check_equal("logits in parts", ways["ours"](), ways["obvious"]())
+    seconds = bench.in_turn(ways, warm_up=False)
+    known = [states, labels, *backbone.parameters()]
+    memory = {name: bench.peak_bytes(way, known) / 2**20 for name, way in ways.items()}
+    title = f"logits of {_MANY_LABELS} labels in {_PARTS} parts, vocabulary {VOCABULARY}"
+    return [
+        Row("logits_parts_memory", f"{title}: peak memory", _AT_ONCE, memory["ours"], memory["obvious"], "MiB", _PARTS),
+        Row("logits_parts", f"{title}: time", _AT_ONCE, seconds["ours"], seconds["obvious"]),
     ]
 
 

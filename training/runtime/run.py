@@ -39,7 +39,7 @@ LOCK_SECONDS = 120.0
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
     "data.test", "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention",
-    "backbone.compile", "latents.pack_tokens", "rollout.enabled",
+    "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
