@@ -238,6 +238,12 @@ class SampleSettings:
     diversity_scale: float = setting(
         0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"
     )
+    restarts: int = setting(
+        0,
+        "times that a finished block is noised again and denoised anew: what does not fit together in it is found a second time",
+    )
+    restart_time: float = setting(0.9, "time back to which a restart goes; 1: nothing is left of the block")
+    restart_steps: int = setting(5, "Euler steps of a restart")
     reencode: bool = setting(
         False,
         "read every finished block as text and encode that again: what follows reads latents as the VAE makes them; the export "

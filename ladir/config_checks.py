@@ -98,6 +98,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
+    ("sample.restart_time", Range(at_least=0.01, at_most=1)),
+    ("sample.restart_steps", _COUNT),
     ("sample.spacing_power", Range(at_least=0.1, at_most=10)),
     ("sample.*", Range(at_least=0, at_most=100)),
     ("evaluate.num_*", _COUNT),

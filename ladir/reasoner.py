@@ -19,7 +19,7 @@ from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.guidance import Reward, RewardFn
-from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
+from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, steps_per_block
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
@@ -106,6 +106,9 @@ class Reasoner:
         spacing: str | None = None,
         spacing_power: float | None = None,
         max_answer_tokens: int | None = None,
+        restarts: int | None = None,
+        restart_time: float | None = None,
+        restart_steps: int | None = None,
         reencode: bool | None = None,
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
@@ -123,7 +126,7 @@ class Reasoner:
         Raises ValueError for an empty question and for controls that make no sense, all of them at once; UnusableError where the
         latents did not stay finite.
         """
-        settings = self._settings(
+        settings = self.settings_with(
             num_steps=num_steps,
             initial_noise=initial_noise,
             guidance_scale=guidance_scale,
@@ -134,6 +137,9 @@ class Reasoner:
             spacing=spacing,
             spacing_power=spacing_power,
             max_answer_tokens=max_answer_tokens,
+            restarts=restarts,
+            restart_time=restart_time,
+            restart_steps=restart_steps,
             reencode=reencode,
         )
         if num_trajectories < 1:
@@ -159,8 +165,8 @@ class Reasoner:
         ordered = [flat[row] for row in range(len(owner))]
         return [ordered[i : i + num_trajectories] for i in range(0, len(ordered), num_trajectories)]
 
-    def _settings(self, **given: Any) -> SampleSettings:
-        """The export's settings with what the caller gave; ValueError names a control that makes no sense."""
+    def settings_with(self, **given: Any) -> SampleSettings:
+        """The export's settings with what the caller gave (None: not given); ValueError names a control that makes no sense."""
         settings = replace(self.settings, **{name: value for name, value in given.items() if value is not None})
         problems = section_errors("sample", settings)
         if settings.guidance_scale != 1 and self.denoiser.settings.condition_dropout == 0:
@@ -218,7 +224,7 @@ class Reasoner:
                 answer=decode_text(self.tokenizer, answers[i]),
                 thoughts=[text[i] for text in texts],
                 latents=latents[i].cpu(),
-                num_steps=settings.num_steps * blocks,
+                num_steps=steps_per_block(settings) * blocks,
                 stopped=group.stopped,
             )
             for i, row in enumerate(group.rows)

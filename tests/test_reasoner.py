@@ -94,10 +94,10 @@ def plain_step(
     return mean + variance**0.5 * noise.normal([row], tuple(z.shape))[0]
 
 
-def plain_time(settings: SampleSettings, step: int) -> float:
-    """The time after ``step`` steps; the last one is exactly 0."""
-    done = step / settings.num_steps
-    if step == settings.num_steps:
+def plain_time(settings: SampleSettings, step: int, steps: int) -> float:
+    """The time after ``step`` of ``steps`` steps; the last one is exactly 0."""
+    done = step / steps
+    if step == steps:
         return 0.0
     return {"uniform": 1 - done, "cosine": math.cos(math.pi * done / 2), "power": (1 - done) ** settings.spacing_power}[
         settings.spacing
@@ -109,21 +109,27 @@ def plain_block(
 ) -> list[list[Tensor]]:
     """One block of every trajectory of a question, in lockstep (diversity needs the others): x0 per step, then z."""
     s, d = reasoner.settings, reasoner.denoiser
-    zs = [s.initial_noise * noise.normal([row], (d.latents_per_block, d.latent_dim))[0] for row in rows]
+    shape = (d.latents_per_block, d.latent_dim)
+    zs = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
     paths: list[list[Tensor]] = [[] for _ in rows]
-    for step in range(s.num_steps):
-        t, t_next = plain_time(s, step), plain_time(s, step + 1)
-        force = diversity_force(torch.stack(zs), [len(zs)])
-        for i, row in enumerate(rows):
-            velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
-            if s.guidance_scale != 1.0:
-                free = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=True)
-                velocity = free + s.guidance_scale * (velocity - free)
-            velocity = velocity - s.diversity_scale * t * force[i]
-            paths[i].append(zs[i] - t * velocity)
-            zs[i] = plain_step(s, zs[i], velocity, t, t_next, noise, row)
-    if s.reencode:
-        zs = [plain_reencoded(reasoner, z) for z in zs]
+    for attempt in range(1 + s.restarts):
+        times = [plain_time(s, step, s.num_steps) for step in range(s.num_steps + 1)]
+        if attempt:
+            times = [s.restart_time * plain_time(s, step, s.restart_steps) for step in range(s.restart_steps + 1)]
+            fresh = [noise.normal([row], shape)[0] for row in rows]
+            zs = [(1 - s.restart_time) * z + s.restart_time * eps for z, eps in zip(zs, fresh, strict=True)]
+        for t, t_next in itertools.pairwise(times):
+            force = diversity_force(torch.stack(zs), [len(zs)])
+            for i, row in enumerate(rows):
+                velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
+                if s.guidance_scale != 1.0:
+                    free = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=True)
+                    velocity = free + s.guidance_scale * (velocity - free)
+                velocity = velocity - s.diversity_scale * t * force[i]
+                paths[i].append(zs[i] - t * velocity)
+                zs[i] = plain_step(s, zs[i], velocity, t, t_next, noise, row)
+        if s.reencode:
+            zs = [plain_reencoded(reasoner, z) for z in zs]
     return [[*path, z] for path, z in zip(paths, zs, strict=True)]
 
 
@@ -186,7 +192,9 @@ def assert_cached_is_plain(reasoner: Reasoner, questions: Sequence[str], count: 
         for i, plain in enumerate(plain_generate(reasoner, question, count, seed)):
             ours = answers[q][i]
             assert ours.stopped == plain.stopped
-            assert ours.num_steps == reasoner.settings.num_steps * len(plain.blocks)
+            controls = reasoner.settings
+            per_block = controls.num_steps + controls.restarts * controls.restart_steps
+            assert ours.num_steps == per_block * len(plain.blocks) == len(estimates[q * count + i])
             assert torch.allclose(standard(reasoner, ours), torch.stack(plain.blocks), atol=1e-4)
             path = torch.stack([torch.stack(block) for block in plain.path])
             assert torch.allclose(torch.stack(estimates[q * count + i]).view_as(path), path, atol=1e-4)
@@ -229,6 +237,8 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"initial_noise": 0.0},
         {"spacing": "cosine"},
         {"reencode": True},
+        {"restarts": 1},
+        {"restarts": 2, "restart_time": 0.6, "restart_steps": 2, "reencode": True, "sampler": "sde", "spacing": "cosine"},
         {"spacing": "power", "spacing_power": 0.5, "sampler": "sde"},
     ],
     ids=lambda controls: "-".join(controls),
@@ -416,6 +426,8 @@ def test_extreme_controls_work() -> None:
         "max_blocks": 8,
         "max_answer_tokens": 1,
         "num_steps": 25,
+        "restarts": 5,
+        "reencode": True,
     }
     spacings = [{"spacing": "power", "spacing_power": power, "sampler": "sde", "num_steps": 10} for power in (0.1, 10.0)]
     for controls in (extreme, *({name: value} for name, value in (*extreme.items(), *largest.items())), *spacings):
@@ -442,6 +454,9 @@ def test_extreme_controls_work() -> None:
         ({"initial_noise": 1e30}, "initial_noise=1e\\+30: must be at least 0 and at most 100"),
         ({"initial_noise": float("nan")}, "initial_noise=nan: must be a finite number"),
         ({"initial_noise": "much"}, "initial_noise='much': must be a number"),
+        ({"restarts": -1}, "restarts=-1: must be at least 0"),
+        ({"restart_time": 0.0}, "restart_time=0.0: must be at least 0.01 and at most 1"),
+        ({"restart_steps": 0}, "restart_steps=0: must be at least 1"),
         ({"answer_temperature": -0.1}, "answer_temperature=-0.1: must be at least 0"),
         ({"diversity_scale": -0.1}, "diversity_scale=-0.1: must be at least 0"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),

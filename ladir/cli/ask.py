@@ -15,6 +15,24 @@ from ladir.tokens import encode_text
 if TYPE_CHECKING:
     from ladir.reasoner import Reasoner, TraceHook, Trajectory
 
+#: options that :meth:`ladir.reasoner.Reasoner.generate` takes under the same names
+_CONTROLS = (
+    "num_steps",
+    "sampler",
+    "spacing",
+    "spacing_power",
+    "initial_noise",
+    "guidance_scale",
+    "diversity_scale",
+    "restarts",
+    "restart_time",
+    "restart_steps",
+    "reencode",
+    "max_blocks",
+    "max_answer_tokens",
+    "answer_temperature",
+)
+
 _EPILOG = """other commands:
   python -m ladir inspect FILE       blocks and token lengths of a data file, and what would be refused
   python -m ladir countdown --out D  write Countdown puzzles
@@ -39,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--initial-noise", type=float, help="scale of the noise a block starts from")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1: off")
     parser.add_argument("--diversity-scale", type=float, help="diversity guidance among three or more trajectories; 0: off")
+    parser.add_argument("--restarts", type=int, help="times that a finished block is noised again and denoised anew")
+    parser.add_argument("--restart-time", type=float, help="time back to which a restart goes; 1: nothing is left of the block")
+    parser.add_argument("--restart-steps", type=int, help="Euler steps of a restart")
     parser.add_argument(
         "--reencode", action=argparse.BooleanOptionalAction, default=None, help="encode every block's text again before the next"
     )
@@ -73,22 +94,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _generate(reasoner: Reasoner, arguments: argparse.Namespace, on_step: TraceHook | None) -> list[list[Trajectory]]:
+    controls = {name: getattr(arguments, name) for name in _CONTROLS}
     return reasoner.generate(
-        arguments.question,
-        num_trajectories=arguments.trajectories,
-        num_steps=arguments.num_steps,
-        initial_noise=arguments.initial_noise,
-        guidance_scale=arguments.guidance_scale,
-        diversity_scale=arguments.diversity_scale,
-        reencode=arguments.reencode,
-        max_blocks=arguments.max_blocks,
-        sampler=arguments.sampler,
-        answer_temperature=arguments.answer_temperature,
-        spacing=arguments.spacing,
-        spacing_power=arguments.spacing_power,
-        max_answer_tokens=arguments.max_answer_tokens,
-        seed=arguments.seed,
-        on_step=on_step,
+        arguments.question, num_trajectories=arguments.trajectories, seed=arguments.seed, on_step=on_step, **controls
     )
 
 
@@ -99,9 +107,11 @@ def _shown_live(arguments: argparse.Namespace, reasoner: Reasoner) -> Iterator[T
         yield lambda trajectory, block, step, text: None
         return
     from ladir.cli.live import LiveTrace
+    from ladir.inference.sampler import steps_per_block
 
     names = [f"{number}" for _ in arguments.question for number in range(1, arguments.trajectories + 1)]
-    with LiveTrace(names, arguments.num_steps or reasoner.settings.num_steps) as live:
+    settings = reasoner.settings_with(**{name: getattr(arguments, name) for name in _CONTROLS})
+    with LiveTrace(names, steps_per_block(settings)) as live:
         yield live.step
 
 

@@ -28,11 +28,26 @@ Settle = Callable[[Tensor], Tensor]
 
 
 def step_times(settings: SampleSettings) -> list[float]:
-    """The ``num_steps + 1`` times of a block's Euler steps, from 1 (noise) down to 0.
+    """The ``num_steps + 1`` times of a block's Euler steps, from 1 (noise) down to 0."""
+    return _spaced(settings, settings.num_steps)
 
-    ``left`` is the share of steps still to do.  Cosine spacing is that of CosyVoice (Du et al. 2024), on this time axis.
+
+def restart_times(settings: SampleSettings) -> list[float]:
+    """The ``restart_steps + 1`` times of a restart, from ``restart_time`` down to 0, spaced as a block's first ones are."""
+    return [settings.restart_time * t for t in _spaced(settings, settings.restart_steps)]
+
+
+def steps_per_block(settings: SampleSettings) -> int:
+    """Denoising steps of a block, its restarts included."""
+    return settings.num_steps + settings.restarts * settings.restart_steps
+
+
+def _spaced(settings: SampleSettings, steps: int) -> list[float]:
+    """``steps + 1`` times from 1 to 0; ``left`` is the share of steps still to do.
+
+    Cosine spacing is that of CosyVoice (Du et al. 2024), on this time axis.
     """
-    left = [1 - step / settings.num_steps for step in range(settings.num_steps + 1)]
+    left = [1 - step / steps for step in range(steps + 1)]
     if settings.spacing == "cosine":
         return [math.sin(math.pi / 2 * share) for share in left]
     if settings.spacing == "power":
@@ -129,23 +144,50 @@ class BlockSampler:
         return d.stop_logit(hidden[: len(z), -1])
 
     def sample_block(self, prefix: Prefix, rows: list[int], owner: Tensor, block: int, on_step: StepHook | None) -> Tensor:
-        """One block [R, L, d] per row, from noise to t = 0."""
-        s, d = self.settings, self.denoiser
-        shape = (d.latents_per_block, d.latent_dim)
-        device = prefix.valid.device
-        z = s.initial_noise * self.noise.normal(rows, shape).to(device)
-        visible, positions = prefix.visible(shape[0] + 1), prefix.positions(shape[0] + 1)
-        groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
-        fresh = self._fresh_noise(rows, shape, device)
-        # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
+        """One block [R, L, d] per row, from noise to t = 0, then from ``restart_time`` again as often as asked.
+
+        A restart noises the finished block afresh: errors that estimates drag along are forgotten, what is sure of the block is
+        found again (Xu et al. 2023, "Restart sampling for improving generative processes", here on the straight path).
+        """
+        s = self.settings
+        z = s.initial_noise * self._noise(prefix, rows)
         with prefix.cache.read_only():
-            for step, (t, t_next) in enumerate(itertools.pairwise(step_times(s))):
-                velocity = self._velocity(prefix, z, t, visible, positions, groups)
-                x0 = z - t * velocity
-                z = self._advance(z, velocity, t, t_next, fresh[step])
-                if on_step is not None:
-                    on_step(rows, block, step, x0)
+            z = self._denoise(prefix, rows, owner, z, step_times(s), _numbered(on_step, block, 0))
+            for restart in range(s.restarts):
+                z = flow.interpolate(self._settled(z), self._noise(prefix, rows), torch.tensor(s.restart_time))
+                hook = _numbered(on_step, block, s.num_steps + restart * s.restart_steps)
+                z = self._denoise(prefix, rows, owner, z, restart_times(s), hook)
+        return self._settled(z)
+
+    def _settled(self, z: Tensor) -> Tensor:
         return z if self.settle is None else self.settle(z)
+
+    def _noise(self, prefix: Prefix, rows: list[int]) -> Tensor:
+        """Fresh noise for a block of each row [R, L, d]."""
+        return self.noise.normal(rows, (self.denoiser.latents_per_block, self.denoiser.latent_dim)).to(prefix.valid.device)
+
+    def _denoise(
+        self,
+        prefix: Prefix,
+        rows: list[int],
+        owner: Tensor,
+        z: Tensor,
+        times: Sequence[float],
+        on_step: Callable[[list[int], int, Tensor], None] | None,
+    ) -> Tensor:
+        """Noisy latents [R, L, d] from the first of the ``times`` to the last."""
+        s, length = self.settings, z.shape[1] + 1
+        visible, positions = prefix.visible(length), prefix.positions(length)
+        groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
+        fresh = self._fresh_noise(rows, len(times) - 1, z)
+        # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
+        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+            velocity = self._velocity(prefix, z, t, visible, positions, groups)
+            x0 = z - t * velocity
+            z = self._advance(z, velocity, t, t_next, fresh[step])
+            if on_step is not None:
+                on_step(rows, step, x0)
+        return z
 
     def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Visibility, positions: Tensor, groups: list[int]) -> Tensor:
         """Guided velocity [R, L, d] at time t."""
@@ -170,12 +212,11 @@ class BlockSampler:
         d = self.denoiser
         return d.latent_std * reward_gradient(self.reward.function, x0 * d.latent_std + d.latent_mean, t)
 
-    def _fresh_noise(self, rows: list[int], shape: tuple[int, ...], device: torch.device) -> Sequence[Tensor | None]:
-        """What every step of an SDE adds but the last, [R, L, d] each; an ODE adds nothing."""
-        steps = self.settings.num_steps
+    def _fresh_noise(self, rows: list[int], steps: int, z: Tensor) -> Sequence[Tensor | None]:
+        """What every step of an SDE adds to ``z`` but the last, [R, L, d] each; an ODE adds nothing."""
         if self.settings.sampler == "ode":
             return [None] * steps
-        return [*self.noise.normal(rows, (steps - 1, *shape)).to(device).unbind(1), None]
+        return [*self.noise.normal(rows, (steps - 1, *z.shape[1:])).to(z.device).unbind(1), None]
 
     def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
         """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
@@ -191,3 +232,10 @@ class BlockSampler:
         variance = (t_next / t) ** 2 * (t**2 - ((1 - t) / (1 - t_next)) ** 2 * t_next**2)
         kept = max(t_next**2 - variance, 0.0) ** 0.5
         return (1 - t_next) * x0 + kept * eps + variance**0.5 * fresh
+
+
+def _numbered(on_step: StepHook | None, block: int, first: int) -> Callable[[list[int], int, Tensor], None] | None:
+    """The hook for a part of a block's steps, whose first is number ``first``."""
+    if on_step is None:
+        return None
+    return lambda rows, step, x0: on_step(rows, block, first + step, x0)

@@ -124,7 +124,7 @@ def _tables(runs: Sequence[RunData]) -> Iterator[str]:
             yield "</details>"
 
 
-_SHOWN_CONTROLS = ("num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale")
+_SHOWN_CONTROLS = ("num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale", "restarts", "reencode")
 
 
 def _table(results: Results) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ladir.config import Config, TrainSettings
 from ladir.inference.rollout import Rollout
+from ladir.inference.sampler import steps_per_block
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, weights_of
@@ -239,10 +240,10 @@ class Planner:
         longest = self.data.longest.question + sample.max_blocks * (latents + 2) + sample.max_answer_tokens + 1
         shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
         lm = self._lm_numel
-        weights = self.element_bytes * lm * (1 if shares else 2)
+        weights = self.element_bytes * lm * ((1 if shares else 2) + int(sample.reencode))
         cache = 2 * rows * longest * self._cache_bytes  # twice: rows that go on are copied
         blocks, mean = self.data.mean.blocks, self.data.mean
-        per_row = blocks * (sample.num_steps * (latents + 1) + latents + 2) + mean.answer + 1
+        per_row = blocks * (steps_per_block(sample) * (latents + 1) + latents + 2) + mean.answer + 1
         flops = 2 * lm * (mean.question + ask.num_trajectories * branches * per_row)
         questions = ask.num_questions or 1000
         capacity = self.machine.gpu_bytes - self.machine.reserve
@@ -256,7 +257,7 @@ class Planner:
             host_per_node=weights * self.machine.ranks_per_node,
             checkpoint=0,
             model_folder=0,
-            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {sample.num_steps} steps",
+            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {steps_per_block(sample)} steps",
             samples=questions,
             tokens=questions * ask.num_trajectories * per_row,
             steps=None,
