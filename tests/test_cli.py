@@ -96,6 +96,9 @@ class FakeReasoner:
         self.tokenizer = build_word_tokenizer(["3", "7", "->", "21"])
         self.asked: dict[str, Any] = {}
 
+    def settings_with(self, **controls: Any) -> SampleSettings:
+        return dataclasses.replace(SampleSettings(), **{name: value for name, value in controls.items() if value is not None})
+
     def generate(self, questions: list[str], on_step: Any = None, **controls: Any) -> list[list[reasoner.Trajectory]]:
         self.asked = controls
         for step, text in enumerate(["9 9", "3 * 7 = 21"] if on_step else []):
@@ -116,9 +119,11 @@ def test_asking_prints_thoughts_and_answer(
     assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
     assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
     controls = ["--spacing", "power", "--spacing-power", "0.5", "--max-answer-tokens", "3", "--sampler", "sde"]
+    controls += ["--restarts", "2", "--restart-time", "0.5", "--restart-steps", "3", "--reencode"]
     assert main(["3 7 -> 21", "--model", str(tmp_path), *controls]) == 0
     capsys.readouterr()
     assert [fake.asked[name] for name in ("spacing", "spacing_power", "max_answer_tokens", "sampler")] == ["power", 0.5, 3, "sde"]
+    assert [fake.asked[name] for name in ("restarts", "restart_time", "restart_steps", "reencode")] == [2, 0.5, 3, True]
     assert main(["what is 3", "--model", str(tmp_path), "--trace"]) == 0
     captured = capsys.readouterr()
     assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
