@@ -17,7 +17,7 @@ from ladir.__main__ import main
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
 from ladir.report.charts import chart_sections
-from ladir.report.figures import denoising_figure, pixels, png
+from ladir.report.figures import denoising_figure, line_figure, pixels, png
 from ladir.report.page import page
 from ladir.report.runs import read_run
 from ladir.report.text import escaped, one_line
@@ -189,6 +189,15 @@ def test_pictures_of_anything_can_be_drawn() -> None:
     for latents in (np.zeros((1, 1)), np.full((3, 2), np.nan), np.random.default_rng(0).standard_normal((30, 2048))):
         figure = denoising_figure(latents, (HOSTILE * 6)[: len(latents)], HOSTILE[2])
         assert pixels(figure).shape[2] == 3 and png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("values", [(12.0, 44.0), (11.7, 12.1, 19.7, 22.7, 29.5, 35.2, 45.5), tuple(range(1, 200))])
+def test_a_logarithmic_axis_is_readable(values: tuple[float, ...]) -> None:
+    figure = line_figure("t", "x", "y", {"a": (values, values, None)}, logarithmic="x")
+    pixels(figure)
+    axis, (low, high) = figure.axes[0].xaxis, figure.axes[0].get_xlim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    assert len([tick for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]) >= 2
 
 
 def test_text_is_shortened_to_a_printable_line() -> None:

@@ -93,13 +93,14 @@ def _logarithmic(axes: Axes, name: str, values: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers, at the ``values`` themselves where these are few."""
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    if 0 < len(values) <= _TICKS:
+    named = 0 < len(values) <= _TICKS
+    if named:
         axis.set_ticks(values)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axis.set_major_formatter(plain)
     low, high = axis.get_view_interval()
-    few = high / max(low, 1e-300) < _DECADE and not values
-    axis.set_minor_formatter(plain if few else NullFormatter())
+    few = high / max(low, 1e-300) < _DECADE
+    axis.set_minor_formatter(plain if few and not named else NullFormatter())
 
 
 def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str) -> Figure:
