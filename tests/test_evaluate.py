@@ -201,7 +201,7 @@ def test_a_row_of_each_stage_is_of_its_own_denoiser_whichever_was_exported(tmp_p
     folder.export.mkdir(parents=True)
     for origin, first, second in ((None, None, folder.model("rollout")), ("0123", folder.model("denoiser"), None)):
         (folder.export / "ladir.json").write_text(json.dumps({"kind": "denoiser", "origin": origin}))
-        assert [stage_folder(folder, second=False), stage_folder(folder, second=True)] == [first, second]
+        assert [stage_folder(folder, stage, snapshot=None) for stage in (False, True)] == [first, second]
 
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 9))

@@ -249,9 +249,9 @@ def patience_at_the_end(world: World, folder: Path) -> list[Any]:
         ToyPhase.save(phase, target, state)
         events.append("written")
 
-    def record(run: Run, outcome: Outcome) -> None:
+    def record(run: Run, outcome: Outcome, snapshot: int | None = None) -> None:
         events.append("recorded")
-        finish(run, outcome)
+        finish(run, outcome, snapshot)
 
     World.wait_at_most = lambda self, minutes: events.append(minutes)  # type: ignore[method-assign]
     Run.finish, phase.save = record, write  # type: ignore[method-assign]
