@@ -183,10 +183,12 @@ class DenoiserBatch(TensorBatch):
 
 @dataclass(frozen=True)
 class _Noise:
-    z0: np.ndarray
-    eps: np.ndarray
-    t: np.ndarray
-    hidden_question: bool
+    """Everything random about a batch of N records with K blocks in all."""
+
+    z0: np.ndarray  # [K, L, d], standardised
+    eps: np.ndarray  # [K, M, L, d]
+    t: np.ndarray  # [K, M]
+    hidden_question: np.ndarray  # bool [N]
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,9 @@ class DenoiserCollator:
             template(len(q), len(r.blocks), latents, self.settings.draws, len(r.answer) if with_answer else None)
             for q, r in zip(questions, records, strict=True)
         ]
-        noises = [self._noise(r, n, training) for r, n in zip(records, numbers, strict=True)]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
-        batch = _assemble(templates, texts, noises, self.pack_tokens)
+        noise = self._noise(records, numbers, training)
+        batch = _assemble(templates, texts, [len(r.blocks) for r in records], noise, self.pack_tokens)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
@@ -242,21 +244,31 @@ class DenoiserCollator:
             **batch,
         )
 
-    def _noise(self, record: LatentRecord, number: int, training: bool) -> _Noise:
-        """Everything random about one sample: posterior draw, noise, timesteps, whether the question is hidden."""
+    def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool) -> _Noise:
+        """Posterior draws, noise, timesteps, and whose question is hidden, each sample's from its own number.
+
+        Only the drawing goes sample by sample; a step as short as a small model's would wait for the rest.
+        """
         s = self.settings
-        rng = generator(self.seed, number)
-        mu = np.asarray(record.mu, dtype=np.float32)
-        eps = rng.standard_normal((len(mu), s.draws, *mu.shape[1:]), dtype=np.float32)
-        if s.timesteps == "uniform":
-            t = rng.random((len(mu), s.draws), dtype=np.float32)
-        else:
-            normal = rng.standard_normal((len(mu), s.draws), dtype=np.float32)
-            t = 1.0 / (1.0 + np.exp(-(s.timestep_mean + s.timestep_std * normal)))
-        hidden = training and rng.random() < s.condition_dropout
+        mu = np.concatenate([np.asarray(record.mu, dtype=np.float32) for record in records])
+        eps = np.empty((len(mu), s.draws, *mu.shape[1:]), dtype=np.float32)
+        t, posterior = np.empty(eps.shape[:2], dtype=np.float32), np.zeros_like(mu)
+        hidden = np.zeros(len(records), dtype=bool)
+        start = 0
+        for row, (record, number) in enumerate(zip(records, numbers, strict=True)):
+            rng, own = generator(self.seed, number), slice(start, start + len(record.mu))
+            start = own.stop
+            rng.standard_normal(dtype=np.float32, out=eps[own])
+            draw = rng.random if s.timesteps == "uniform" else rng.standard_normal
+            draw(dtype=np.float32, out=t[own])
+            hidden[row] = training and rng.random() < s.condition_dropout
+            if s.sample_latents and training:
+                rng.standard_normal(dtype=np.float32, out=posterior[own])
         if s.sample_latents and training:
-            sigma = np.exp(0.5 * np.asarray(record.logvar, dtype=np.float32))
-            mu = mu + sigma * rng.standard_normal(mu.shape, dtype=np.float32)
+            logvar = np.concatenate([np.asarray(record.logvar, dtype=np.float32) for record in records])
+            mu = mu + np.exp(0.5 * logvar) * posterior
+        if s.timesteps != "uniform":
+            t = 1.0 / (1.0 + np.exp(-(s.timestep_mean + s.timestep_std * t)))
         return _Noise((mu - self.mean) / self.std, eps, t, hidden)
 
     def _token_counts(self, records: Sequence[LatentRecord]) -> dict[str, float]:
@@ -280,21 +292,21 @@ def flat_ids(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _assemble(
-    templates: Sequence[Template], texts: Sequence[Sequence[int]], noises: Sequence[_Noise], pack_tokens: int
+    templates: Sequence[Template], texts: Sequence[Sequence[int]], blocks: Sequence[int], noise: _Noise, pack_tokens: int
 ) -> dict[str, Any]:
     """Lay the records' layouts in padded rows and point every token at its input vector."""
     places = place([len(layout) for layout in templates], pack_tokens)
     size = places.rows * places.width
     position, limit, table_index = np.zeros((3, size), np.int64)
     copy = np.full(size, PAD, np.int64)
-    first = _first_rows(texts, noises)
-    for layout, start, rows, noise in zip(templates, places.first.tolist(), first, noises, strict=True):
+    first = _first_rows(texts, blocks, noise)
+    for layout, start, rows, hidden in zip(templates, places.first.tolist(), first, noise.hidden_question, strict=True):
         tokens = slice(start, start + len(layout))
         position[tokens] = layout.position
         limit[tokens] = layout.limit
         copy[tokens] = layout.copy
         table_index[tokens] = rows[layout.source] + layout.index
-        if noise.hidden_question:
+        if hidden:
             table_index[start : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
     shape = (places.rows, places.width)
     rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
@@ -302,9 +314,9 @@ def _assemble(
         "layout": Layout(rows_of[0], rows_of[1], rows_of[2], document=places.documents()),
         "table_index": torch.from_numpy(table_index.reshape(shape)),
         "text_ids": flat_ids(texts),
-        "z0": torch.from_numpy(np.concatenate([noise.z0 for noise in noises])).float(),
-        "eps": torch.from_numpy(np.concatenate([noise.eps for noise in noises])),
-        "t": torch.from_numpy(np.concatenate([noise.t for noise in noises])).float(),
+        "z0": torch.from_numpy(noise.z0).float(),
+        "eps": torch.from_numpy(noise.eps),
+        "t": torch.from_numpy(noise.t).float(),
         **{f"{key}_at": _at(templates, places, pick) for key, pick in _PLACES.items()},
     }
 
@@ -316,14 +328,14 @@ _PLACES: dict[str, Callable[[Template], np.ndarray]] = {
 }
 
 
-def _first_rows(texts: Sequence[Sequence[int]], noises: Sequence[_Noise]) -> np.ndarray:
+def _first_rows(texts: Sequence[Sequence[int]], blocks: Sequence[int], noise: _Noise) -> np.ndarray:
     """First table row [N, 4] of each record's text, marks, clean latents and noisy latents."""
+    draws, latents = noise.eps.shape[1:3]
     text = np.cumsum([0, *map(len, texts)])
-    clean = np.cumsum([0, *(n.z0.shape[0] * n.z0.shape[1] for n in noises)])
-    noisy = np.cumsum([0, *(n.eps[..., 0].size for n in noises)])
+    clean = np.cumsum([0, *blocks]) * latents
     marks = np.full(len(texts), text[-1])
     start = text[-1] + len(Mark)
-    return np.stack([text[:-1], marks, start + clean[:-1], start + clean[-1] + noisy[:-1]], axis=1)
+    return np.stack([text[:-1], marks, start + clean[:-1], start + clean[-1] + clean[:-1] * draws], axis=1)
 
 
 def _at(templates: Sequence[Template], places: Places, pick: Callable[[Template], np.ndarray]) -> Tensor:

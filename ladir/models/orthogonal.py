@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 #: quintic Newton-Schulz coefficients of the reference implementation: fast, singular values end between 0.7 and 1.2
@@ -12,18 +13,19 @@ _EPS = 1e-7
 _ADAMW_RMS = 0.2
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """``matrix`` [m, n] = U S V' with its singular values S brought near 1, by Newton-Schulz steps in its own dtype.
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """``matrices`` [..., m, n] = U S V' with their singular values S brought near 1, by Newton-Schulz steps in their own dtype.
 
     A zero matrix stays zero.
     """
     a, b, c = _COEFFICIENTS
-    wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + _EPS)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)
     for _ in range(_STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if wide is not matrix else x
+    return x.mT if tall else x
 
 
 def step_scale(rows: int, columns: int) -> float:

@@ -6,7 +6,7 @@ also where a CPU only emulates it, and compiles its kernels on first use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,15 @@ class MuonAdamW(torch.optim.AdamW):
         self._copy(step, parts, matrices, back=False)
         if self._sharded:
             dist.all_reduce(whole)
+        ranks = self._world.size if self._sharded else 1
         for number, matrix in enumerate(matrices):
-            if self._sharded and number % self._world.size != self._world.rank:
+            if number % ranks != self._world.rank % ranks:
                 matrix.zero_()
-                continue
-            precise = matrix if device.type == "cpu" else matrix.bfloat16()
-            matrix.copy_(orthogonalised(precise).mul_(step_scale(*matrix.shape)))
+        for alike in _by_shape(matrices[self._world.rank % ranks :: ranks]):
+            together = torch.stack(alike)
+            precise = together if device.type == "cpu" else together.bfloat16()
+            found = orthogonalised(precise).mul_(step_scale(*alike[0].shape))
+            torch._foreach_copy_(alike, list(found.to(together.dtype).unbind()))
         if self._sharded:
             dist.all_reduce(whole)
         self._copy(step, parts, matrices, back=True)
@@ -111,6 +114,14 @@ class MuonAdamW(torch.optim.AdamW):
             mine = step[part.offset : part.offset + part.numel]
             there = matrix.view(-1)[part.start : part.start + part.numel]
             (mine if back else there).copy_(there if back else mine)
+
+
+def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Matrices of one shape together: small ones cost a call, not arithmetic."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        groups.setdefault(matrix.shape, []).append(matrix)
+    return groups.values()
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
