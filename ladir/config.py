@@ -268,6 +268,11 @@ class EvaluateSettings:
         "empty folder, for a container without namespaces that can be thrown away",
         ("namespaces", "limits"),
     )
+    judges: int | None = setting(
+        None,
+        "answers that each rank judges at a time; not set: as many programs as it has threads (task=code, isolation=namespaces), "
+        "else one",
+    )
     split: str = setting("test", "which records are asked", ("validation", "test"))
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")

@@ -106,6 +106,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.questions_per_batch", _COUNT),
     ("evaluate.check_seconds", _COUNT),
     ("evaluate.check_memory_mb", Range(at_least=256)),
+    ("evaluate.judges", _COUNT),
     ("evaluate.voters", _COUNT),
     ("evaluate.snapshot", _COUNT),
     ("evaluate.ar_temperature", _POSITIVE),

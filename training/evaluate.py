@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+import torch
 from rich.console import Console
 
 from ladir.config import Config
@@ -108,18 +110,29 @@ def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[R
     for batch in [batch for batch in batches if not done.issuperset(batch)][run.world.rank :: run.world.size]:
         if run.stop.requested:  # the others see it at the end of their shares
             break
-        log.add(sampling, dict(zip(batch, _answer(task, [records[i] for i in batch], answerer, run.world.rank), strict=True)))
+        answered = _answer(task, judges_of(run.config), [records[i] for i in batch], answerer, run.world.rank)
+        log.add(sampling, dict(zip(batch, answered, strict=True)))
     finished = not run.stop_agreed()
     if finished:
         logger.info("%s: %d questions answered", sampling, len(records))
     return finished
 
 
-def _answer(task: Task, records: Sequence[Record], answerer: Answerer, rank: int) -> list[Answered]:
+def judges_of(config: Config) -> int:
+    """Answers that a rank judges at a time: programs run in processes of their own, the other tasks' checkers do not gain.
+
+    Without namespaces programs share one user's limit on processes: they run one after another unless the setting says else.
+    """
+    settings = config.evaluate
+    alone = settings.task == "code" and settings.isolation == "namespaces"
+    return settings.judges or (torch.get_num_threads() if alone else 1)
+
+
+def _answer(task: Task, judges: int, records: Sequence[Record], answerer: Answerer, rank: int) -> list[Answered]:
     """A batch of questions, answered and judged."""
     start, count = time.perf_counter(), len(records)
     answers = answerer(records)
-    judged = [_judge(task, record, samples) for record, samples in zip(records, answers.samples, strict=True)]
+    judged = judge_samples(task, judges, records, answers.samples)
     cost, reading, elapsed = answers.cost.share(count), answers.reading.share(count), (time.perf_counter() - start) / count
     return [
         Answered(QuestionResult(record.question, trajectories, record.answer), cost, reading, elapsed, rank)
@@ -127,10 +140,19 @@ def _answer(task: Task, records: Sequence[Record], answerer: Answerer, rank: int
     ]
 
 
-def _judge(task: Task, record: Record, samples: Sequence[Sampled]) -> tuple[Trajectory, ...]:
-    """Verdicts on a question's samples; the same one twice is judged once."""
-    verdicts = {sample: judge(task, record, sample.answer, sample.thoughts, sample.stopped) for sample in set(samples)}
-    return tuple(verdicts[sample] for sample in samples)
+def judge_samples(
+    task: Task, judges: int, records: Sequence[Record], samples: Sequence[Sequence[Sampled]]
+) -> list[tuple[Trajectory, ...]]:
+    """Verdicts on every record's samples, ``judges`` at a time; a record's same sample twice is judged once."""
+    asked = list(dict.fromkeys((number, sample) for number, group in enumerate(samples) for sample in group))
+
+    def verdict(key: tuple[int, Sampled]) -> Trajectory:
+        number, sample = key
+        return judge(task, records[number], sample.answer, sample.thoughts, sample.stopped)
+
+    with ThreadPoolExecutor(judges) as judging:
+        verdicts = dict(zip(asked, judging.map(verdict, asked), strict=True))
+    return [tuple(verdicts[number, sample] for sample in group) for number, group in enumerate(samples)]
 
 
 def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None) -> float:

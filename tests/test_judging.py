@@ -1,0 +1,91 @@
+"""Several answers are judged at a time: each gets its own verdict, and programs do not get in one another's way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from ladir.config import Config, EvaluateSettings
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.tasks.code import CodeTask
+from ladir.tasks.sandbox import Limits, run_program
+from training.answerers import Sampled
+from training.evaluate import judge_samples, judges_of
+
+RECORDS = [
+    Record(question, ("a step",), answer, f"y:{line}") for line, (question, answer) in enumerate([("p", "1"), ("q", "2")], 1)
+]
+
+
+class Meeting:
+    """A checker whose verdicts wait for one another; right is what the record says."""
+
+    name = "meeting"
+
+    def __init__(self, together: int) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self._barrier = threading.Barrier(together)
+
+    def correct(self, answer: str, record: Record) -> bool:
+        self.asked.append((record.question, answer))
+        self._barrier.wait(timeout=60)
+        return answer == record.answer
+
+    def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        return None
+
+    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
+        return None
+
+    def canonical(self, answer: str) -> str:
+        return answer
+
+
+def samples(*answers: str) -> list[Sampled]:
+    return [Sampled(answer, ("a thought",)) for answer in answers]
+
+
+def test_answers_are_judged_together_each_once_and_keep_their_order() -> None:
+    task = Meeting(together=4)
+    judged = judge_samples(task, 4, RECORDS, [samples("1", "2", "1"), samples("1", "2")])
+    assert [[trajectory.correct for trajectory in group] for group in judged] == [[True, False, True], [False, True]]
+    assert sorted(task.asked) == [("p", "1"), ("p", "2"), ("q", "1"), ("q", "2")]
+
+
+def test_what_a_checker_raises_is_raised_and_ends_the_rest() -> None:
+    calls: list[str] = []
+
+    class Refusing(Meeting):
+        def correct(self, answer: str, record: Record) -> bool:
+            calls.append(answer)
+            raise ValueError(f"{record.source}: no tests")
+
+    with pytest.raises(ValueError, match="y:1: no tests"):
+        judge_samples(Refusing(1), 1, RECORDS, [samples(*map(str, range(50))), []])
+    assert len(calls) < 50
+
+
+def test_programs_that_run_together_have_their_processes_to_themselves() -> None:
+    limits = Limits(seconds=30.0)
+    try:
+        run_program("", limits)
+    except UnusableError as error:
+        pytest.skip(f"NOT TESTED: {error}")
+    threads = "import threading, time\nall = [threading.Thread(target=time.sleep, args=(1,)) for _ in range(10)]\n"
+    answer = threads + "[thread.start() for thread in all]\n[thread.join() for thread in all]\nnumber = "
+    records = [Record(f"q{n}", ("a step",), "", f"y:{n}", {"tests": f"assert number == {n}"}) for n in range(4)]
+    judged = judge_samples(CodeTask(limits), 8, records, [samples(f"{answer}{n}", f"{answer}{n + 1}") for n in range(4)])
+    assert [[trajectory.correct for trajectory in group] for group in judged] == [[True, False]] * 4
+
+
+def test_programs_take_a_rank_s_threads_where_each_is_alone() -> None:
+    asked = [("code", "namespaces", None), ("code", "limits", None), ("maths", "namespaces", None), ("code", "limits", 3)]
+    found = [
+        judges_of(Config(evaluate=EvaluateSettings(task=task, isolation=isolation, judges=judges)))
+        for task, isolation, judges in asked
+    ]
+    assert found == [torch.get_num_threads(), 1, 1, 3]
