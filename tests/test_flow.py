@@ -68,6 +68,16 @@ def test_the_ends_of_the_path_are_finite(objective: str) -> None:
         assert torch.allclose(flow.to_x0(objective, prediction, z_t, time), z0, atol=1e-4) or t == 1.0
 
 
+def test_predicted_noise_leads_from_pure_noise_to_data() -> None:
+    """A block starts at t = 1, where the noise says nothing of the data: errors of a prediction must not blow up there."""
+    z, steps = draw(2000), 50
+    for step in range(steps):
+        t = torch.tensor(1 - step / steps, dtype=torch.float64)
+        eps = z + (1 - t) * exact_velocity(z, float(t)) + 0.01 * draw(2000, seed=step + 1)
+        z = z - flow.to_velocity("epsilon", eps, z, t) / steps
+    assert abs(z.mean() - MEAN) < 0.15 and abs(z.std() - STD) < 0.1
+
+
 @pytest.mark.parametrize("function", [flow.to_x0, flow.to_velocity])
 def test_unknown_objectives_are_refused(function: Any) -> None:
     with pytest.raises(ValueError, match="unknown objective 'noise'; valid: velocity, x0, epsilon, v"):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 #: below this distance from an end of the path a division is not trusted
 _EDGE = 1e-4
+#: this close to pure noise a predicted noise says nothing of z_0, whose mean (0, standardised) is taken: an error of the
+#: prediction would be a hundred times as large in z_0, and a block starts there
+_BLIND = 0.01
 
 
 def interpolate(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def to_x0(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
     if objective == "x0":
         return prediction
     if objective == "epsilon":
-        return (z_t - t * prediction) / (1 - t).clamp_min(_EDGE)
+        return torch.where(1 - t < _BLIND, 0.0, (z_t - t * prediction) / (1 - t).clamp_min(_EDGE))
     if objective == "v":
         return ((1 - t) * z_t - t * prediction) / ((1 - t) ** 2 + t**2)
     raise ValueError(f"unknown objective {objective!r}; valid: velocity, x0, epsilon, v")
@@ -51,7 +54,7 @@ def to_velocity(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> T
     if objective == "velocity":
         return prediction
     if objective == "epsilon":
-        return (prediction - z_t) / (1 - t).clamp_min(_EDGE)
+        return prediction - to_x0(objective, prediction, z_t, t)
     return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(_EDGE)
 
 
