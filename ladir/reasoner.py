@@ -160,6 +160,7 @@ class Reasoner:
         flat: dict[int, Trajectory] = {}
         for group in sampled:
             flat.update(self._finish(group, settings, noise, thoughts))
+            del group  # and its cache, before the others think on
         for (row, _), texts in sorted(traces.items()):
             flat[row].trace.append(texts)
         ordered = [flat[row] for row in range(len(owner))]
@@ -177,7 +178,7 @@ class Reasoner:
         if settings.reencode and self.encoder is None:
             problems.append("reencode: this model came without the VAE's encoder; export it with sample.reencode=true")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UnusableError("; ".join(problems))
         return settings
 
     def _reencode(self, z: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_thinking_and_answering_from_the_same_cache(guidance: float) -> None:
     @torch.no_grad()
     def run() -> list[tuple[Think, list[list[int]]]]:
         noise = TrajectoryNoise(0, [(str(q), i) for i, q in enumerate(owner.tolist())])
-        groups = BlockSampler(denoiser, settings, noise).think(start(denoiser.backbone, lengths).share(rows), owner)
+        groups = list(BlockSampler(denoiser, settings, noise).think(start(denoiser.backbone, lengths).share(rows), owner))
         uniform = torch.rand(len(owner), 6, generator=torch.Generator().manual_seed(0))
         hidden = [group.prefix.append(new_tokens(group.prefix, 1, 7))[:, 0] for group in groups]
         return [

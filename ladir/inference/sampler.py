@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,15 +102,14 @@ class BlockSampler:
         self.reward = reward
         self.settle = settle
 
-    def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> list[Think]:
-        """All trajectories' blocks, grouped by the number of blocks.
+    def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> Iterator[Think]:
+        """All trajectories' blocks, in groups as they end: a group's cache is let go before the others think on.
 
         ``prefix``: R rows, or 2 R with the unconditional branch behind the conditional one (guidance); ``owner`` [R]: question
         of each row, consecutive.
         """
         rows = list(range(len(owner)))
         blocks: list[Tensor] = []
-        finished: list[Think] = []
         for block in range(self.settings.max_blocks):
             z = self.sample_block(prefix, rows, owner, block, on_step)
             blocks.append(z)
@@ -121,14 +120,13 @@ class BlockSampler:
                 group = (leaving & (stop == ended)).nonzero()[:, 0]
                 if len(group):
                     latents = torch.stack(blocks, 1)[group]
-                    finished.append(Think([rows[i] for i in group.tolist()], latents, prefix.select(group), ended))
+                    yield Think([rows[i] for i in group.tolist()], latents, prefix.select(group), ended)
             keep = (~leaving).nonzero()[:, 0]
             if not len(keep):
                 break
             prefix = prefix.select(self._branches(keep, len(rows), len(prefix)))
             rows, owner = [rows[i] for i in keep.tolist()], owner[keep]
             blocks = [b[keep] for b in blocks]
-        return finished
 
     @staticmethod
     def _branches(keep: Tensor, rows: int, prefix_rows: int) -> Tensor:
@@ -154,7 +152,8 @@ class BlockSampler:
         with prefix.cache.read_only():
             z = self._denoise(prefix, rows, owner, z, step_times(s), _numbered(on_step, block, 0))
             for restart in range(s.restarts):
-                z = flow.interpolate(self._settled(z), self._noise(prefix, rows), torch.tensor(s.restart_time))
+                noise = s.initial_noise * self._noise(prefix, rows)
+                z = flow.interpolate(self._settled(z), noise, torch.tensor(s.restart_time))
                 hook = _numbered(on_step, block, s.num_steps + restart * s.restart_steps)
                 z = self._denoise(prefix, rows, owner, z, restart_times(s), hook)
         return self._settled(z)
