@@ -51,7 +51,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> tuple[bool, Encoder, Path]:
     """Encode in a process that just started; every batch takes a second."""
-    settings = ["data.train=train.jsonl", "latents.records_per_part=3", "latents.batch_size=2"]
+    settings = [f"data.train={folder / 'train.jsonl'}", "latents.records_per_part=3", "latents.batch_size=2"]
     run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", World(0, 1, 0, torch.device("cpu")))
     vae: Any = Encoder(run, stop_in)
     monkeypatch.setattr(encode_latents, "encode_sentences", vae)
@@ -84,7 +84,7 @@ def test_a_stopped_encoding_continues_after_its_last_part(
     assert first.sentences + second.sentences == whole.sentences
     assert (store / "latents.arrow").read_bytes() == (expected / "latents.arrow").read_bytes()
     assert json.loads((store / "stats.json").read_text()) == json.loads((expected / "stats.json").read_text())
-    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "train"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "sources.json", "train"]
 
 
 def test_the_seconds_of_a_stopped_encoding_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
@@ -98,6 +98,17 @@ def test_the_seconds_of_a_stopped_encoding_add_up(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "another")
     encode(tmp_path / "stopped", monkeypatch)
     assert seconds(tmp_path / "stopped") == whole  # of the latents that are there now
+
+
+def test_latents_of_other_records_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+    """As when the run was stopped before the latents were finished, and its data changed."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("one")
+    assert encode(tmp_path, monkeypatch)[1].sentences > 0
+    assert encode(tmp_path, monkeypatch)[1].sentences == 0
+    file.write_text("two")
+    RunFolder(load_config(None, [f"run.folder={tmp_path}"])).outcome_file("latents").unlink()
+    assert encode(tmp_path, monkeypatch)[1].sentences > 0
 
 
 def test_damaged_latents_are_made_again(
@@ -123,4 +134,4 @@ def test_an_encoding_under_way_starts_over_when_the_vae_changes(
     assert finished
     assert vae.sentences == sum(len(record.blocks) for record in records)
     assert LatentStore.open(store).fingerprint == "another"
-    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "train"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "sources.json", "train"]

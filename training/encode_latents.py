@@ -28,11 +28,14 @@ from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases import read_encoded
-from training.runtime.files import write_json
+from training.runtime.files import sha256, write_json
 from training.runtime.job import job
 from training.runtime.run import Outcome, Run
 
 logger = logging.getLogger(__name__)
+
+#: settings of the data that name files
+_FILES = ("train", "validation", "test", "sentences")
 
 
 class Stopwatch:
@@ -59,17 +62,19 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
-    if run.world.broadcast(_is_current(target, watch.mark) if run.world.is_main else False):
+    source = run.world.broadcast(_source(run, path) if run.world.is_main else "")
+    if run.world.broadcast(_is_current(target, watch.mark, source) if run.world.is_main else False):
         return True
     watch.used = True
     records = read_encoded(run.config, path, tokenizer)
-    parts = _parts(run, target, watch.mark, path)
+    parts = _parts(run, target, watch.mark, source)
     if not _encode_parts(run, vae, records, parts, watch):
         return False
     run.world.barrier()
     if run.world.is_main:
         # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
         store = LatentStore.merge([parts / part for part in _part_names(run, len(records))], target)
+        write_json(_sources_file(target), {**_sources(target), name: source})
         shutil.rmtree(parts)
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
@@ -77,10 +82,26 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
     return True
 
 
-def _parts(run: Run, target: Path, mark: str, path: str) -> Path:
+def _source(run: Run, path: str) -> str:
+    """Stands for the records of a file (of a Hub id: its name) as the settings read them."""
+    settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _FILES}
+    facts = [sha256(Path(path)) if Path(path).is_file() else path, settings]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _sources_file(target: Path) -> Path:
+    """Says of which records the latents of every split are."""
+    return target.with_name("sources.json")
+
+
+def _sources(target: Path) -> dict[str, str]:
+    file = _sources_file(target)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _parts(run: Run, target: Path, mark: str, source: str) -> Path:
     """Folder of the parts: another one for other weights, data, ranks or sizes, so that parts never mix."""
-    data, size = dataclasses.asdict(run.config.data), Path(path).stat().st_size if Path(path).is_file() else None
-    facts = [mark, path, size, data, run.world.size, run.config.latents.records_per_part]
+    facts = [mark, source, run.world.size, run.config.latents.records_per_part]
     return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
 
 
@@ -116,10 +137,10 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
     return True
 
 
-def _is_current(folder: Path, mark: str) -> bool:
-    """Whether the folder already holds the latents of this VAE, whole."""
+def _is_current(folder: Path, mark: str, source: str) -> bool:
+    """Whether the folder already holds the latents that this VAE makes of these records, whole."""
     try:
-        return LatentStore.open(folder).fingerprint == mark
+        return LatentStore.open(folder).fingerprint == mark and _sources(folder).get(folder.name) == source
     except FileNotFoundError:
         return False
     except UnusableError as error:  # torn: a copy that was cut off, a disk that filled up
