@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def results(log: AnswerLog) -> dict[int, QuestionResult]:
 
 def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
     whole = open_run(configure(tmp_path / "whole"))
-    log = AnswerLog(whole)
+    log = AnswerLog(whole, RECORDS)
     assert ask(whole, log, TASK, "ladir", RECORDS, Model(whole))
     expected = results(log)
     assert list(expected) == list(range(7))
@@ -82,10 +83,10 @@ def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
 
     config = configure(tmp_path / "stopped")
     first = open_run(config)
-    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     second = open_run(config)
     model = Model(second)
-    log = AnswerLog(second)
+    log = AnswerLog(second, RECORDS)
     assert log.done("ladir") == {0, 1, 2}
     assert ask(second, log, TASK, "ladir", RECORDS, model)
     assert results(log) == expected
@@ -97,32 +98,33 @@ def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
 def test_a_line_torn_by_a_kill_costs_only_its_batch(tmp_path: Path) -> None:
     config = configure(tmp_path)
     first = open_run(config)
-    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     file = next((first.folder.path / "evaluation").rglob("*.jsonl"))
     file.write_bytes(file.read_bytes()[:-20])
     second = open_run(config)
     model = Model(second)
-    assert ask(second, AnswerLog(second), TASK, "ladir", RECORDS, model)
+    assert ask(second, AnswerLog(second, RECORDS), TASK, "ladir", RECORDS, model)
     assert model.asked[:2] == ["question 1", "question 2"]  # in the company they had
-    assert list(AnswerLog(second).read("ladir")) == [0, 1, 2, 3, 4, 5, 6]
+    assert list(AnswerLog(second, RECORDS).read("ladir")) == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("change", ["method", "settings", "model"])
+@pytest.mark.parametrize("change", ["method", "settings", "model", "questions"])
 def test_answers_of_other_settings_models_and_methods_are_not_used(change: str, tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     overrides = ["sample.num_steps=3"] if change == "settings" else []
     second = open_run(configure(tmp_path, *overrides))
     if change == "model":
         second.folder.export.mkdir()
         (second.folder.export / "model.safetensors").write_text("new")
     model = Model(second)
-    ask(second, AnswerLog(second), TASK, "ar" if change == "method" else "ladir", RECORDS, model)
+    records = [replace(record, answer="another") for record in RECORDS] if change == "questions" else RECORDS
+    ask(second, AnswerLog(second, records), TASK, "ar" if change == "method" else "ladir", records, model)
     assert len(model.asked) == 7
 
 
 def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert not ask(first, AnswerLog(first), TASK, "ladir", RECORDS, Model(first, stop_in=2))
-    second = open_run(configure(tmp_path, "evaluate.methods=[ladir,ladir-majority]", "evaluate.voters=10", "evaluate.examples=0"))
-    assert AnswerLog(second).done("ladir") == {0, 1, 2}
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    second = open_run(configure(tmp_path, "evaluate.methods=[ladir,ladir-majority]", "evaluate.voters=10", "evaluate.judges=2"))
+    assert AnswerLog(second, RECORDS).done("ladir") == {0, 1, 2}

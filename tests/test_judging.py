@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
@@ -85,7 +86,9 @@ def test_programs_that_run_together_have_their_processes_to_themselves() -> None
 def test_programs_take_a_rank_s_threads_where_each_is_alone() -> None:
     asked = [("code", "namespaces", None), ("code", "limits", None), ("maths", "namespaces", None), ("code", "limits", 3)]
     found = [
-        judges_of(Config(evaluate=EvaluateSettings(task=task, isolation=isolation, judges=judges)))
+        judges_of(Config(evaluate=EvaluateSettings(task=task, isolation=isolation, judges=judges)), ranks=1)
         for task, isolation, judges in asked
     ]
-    assert found == [torch.get_num_threads(), 1, 1, 3]
+    threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    assert found == [threads, 1, 1, 3]
+    assert judges_of(Config(evaluate=EvaluateSettings(task="code")), ranks=1000) == 1

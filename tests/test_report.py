@@ -16,7 +16,7 @@ import yaml
 from ladir.__main__ import main
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
-from ladir.report.charts import chart_sections
+from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
 from ladir.report.figures import denoising_figure, line_figure, pixels, png
 from ladir.report.page import page
 from ladir.report.runs import read_run
@@ -31,6 +31,17 @@ HOSTILE = [
     "</style></title><!-- &lt; $\\frac{1}{0$ \x00\x1b[31m \u202egnp.exe \ud800",
     "word " * 60,
     "x" * 400,
+]
+
+
+#: file, steps, diversity guidance, snapshot
+EVALUATIONS = [
+    ("results.json", 10, 0.0, None),
+    ("results-num_steps-2.json", 2, 0.0, None),
+    ("results-num_steps-5.json", 5, 0.0, None),
+    ("results-diversity_scale-0.8.json", 10, 0.8, None),
+    ("results-both.json", 5, 0.8, None),
+    ("results-3.json", 10, 0.0, 3),
 ]
 
 
@@ -56,15 +67,14 @@ def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_questions(folder / "generations.jsonl", {"ladir": sanitised(questions())})
-    for steps in (10, 2, 5):
+    for name, steps, diversity, snapshot in EVALUATIONS:
         summary = summarise(questions(), ks=(1, 2))
-        methods = [
-            MethodResult(name, summary, 0.01 * steps, 60.0 * steps) for name in ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])
-        ]
-        file = folder / ("results.json" if steps == 10 else f"results-{steps}.json")
-        write_results(file, methods, task=HOSTILE[0], num_questions=3, num_trajectories=5, seed=3)
-        sample = {"num_steps": steps, "diversity_scale": steps / 10, "guidance_scale": 1.0}
-        file.write_text(json.dumps({**json.loads(file.read_text()), "sample": sample}))
+        minutes = 10 if snapshot is None else snapshot
+        names = ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])
+        methods = [MethodResult(method, summary, 0.01 * (steps + diversity), 60.0 * minutes) for method in names]
+        sample = {"num_steps": steps, "diversity_scale": diversity, "guidance_scale": 1.0}
+        facts = {"num_questions": 3, "num_trajectories": 5, "seed": 3, "snapshot": snapshot, "sample": sample}
+        write_results(folder / name, methods, task=HOSTILE[0], **facts)
     if export:
         tiny_reasoner().save_pretrained(folder / "export")
     return folder
@@ -212,3 +222,11 @@ def test_the_page_is_one_text_without_runs_it_was_not_given(tmp_path: Path) -> N
     sections = chart_sections(runs)
     images = {picture.name: b"" for section in sections for picture in section.pictures}
     assert page(runs, sections, images, [], "").startswith("<!doctype html>")
+
+
+def test_curves_over_a_control_hold_the_others_and_leave_snapshots_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "one", export=False))
+    steps, diversity = _by_control(run, "num_steps", ["pass@1"]), _by_control(run, "diversity_scale", ["pass@1"])
+    assert steps["ladir pass@1"][0] == [2.0, 5.0, 10.0] and diversity["ladir pass@1"][0] == [0.0, 0.8]
+    assert _by_cost([run])["ladir"][0] == pytest.approx([0.02, 0.05, 0.1])
+    assert _by_training(run, ["pass@1"])["ar pass@1"][0] == [3.0, 10.0]

@@ -8,18 +8,19 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ladir.data.records import Record
 from ladir.evaluation.results import QuestionResult, question_from
 from ladir.inference.cost import Cost
 from training.runtime.run import Run
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
-#: settings in them that do not: which answers are shown, and how
-ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples", "evaluate.name")
+#: settings in them that do not: which answers are shown, and how, and how many are judged at a time
+ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples", "evaluate.name", "evaluate.judges")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ def cut(count: int, size: int, ranks: int) -> list[range]:
 class AnswerLog:
     """Folder ``evaluation/<digest>`` of a run: a JSONL file per method and rank, appended to after every batch.
 
-    The digest stands for the settings and the models: answers of other ones are never mixed in.
+    The digest stands for the settings, the questions and the models: answers of other ones are never mixed in.
     """
 
-    def __init__(self, run: Run) -> None:
-        """All ranks together; logs of other settings or models are removed."""
+    def __init__(self, run: Run, records: Sequence[Record]) -> None:
+        """All ranks together; logs of other settings, questions or models are removed."""
         self._run = run
         parent = run.folder.path / "evaluation"
-        self._folder = parent / str(run.world.broadcast(_digest(run) if run.world.is_main else None))
+        self._folder = parent / str(run.world.broadcast(_digest(run, records) if run.world.is_main else None))
         if run.world.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             for other in parent.iterdir():
@@ -103,13 +104,14 @@ class AnswerLog:
             shutil.rmtree(self._folder.parent)
 
 
-def _digest(run: Run) -> str:
-    """A hash of the settings and of the model files' names, sizes and times."""
+def _digest(run: Run, records: Sequence[Record]) -> str:
+    """A hash of the settings, of the questions, and of the model files' names, sizes and times."""
     settings = dataclasses.asdict(run.config)
     for name in ABOUT_ROWS:
         section, key = name.split(".")
         del settings[section][key]
-    digest = hashlib.sha256(json.dumps([settings[name] for name in SECTIONS]).encode())
+    questions = [dataclasses.asdict(record) for record in records]
+    digest = hashlib.sha256(json.dumps([[settings[name] for name in SECTIONS], questions], default=str).encode())
     models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "denoiser", "rollout")]
     for folder in (run.folder.export, *map(run.folder.model, models)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):

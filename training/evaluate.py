@@ -2,13 +2,14 @@
 
 Reads runs/<name>/export, models/ar and models/rollout, writes runs/<name>/results.json and generations.jsonl; with
 evaluate.name=NAME results-NAME.json and generations-NAME.jsonl, for other controls of the same models, with
-evaluate.snapshot=STEP results-STEP.json for models of that training step (train.snapshot_every).  Questions are split over
-the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
+evaluate.snapshot=STEP results-STEP.json (results-NAME-STEP.json) for models of that training step (train.snapshot_every).
+Questions are split over the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,9 @@ def evaluate(run: Run) -> None:
     _check_snapshot(run)
     methods = [method for method in config.evaluate.methods if _is_trained(run, method)]
     records = read_questions_asked(config)
-    log = AnswerLog(run)
+    if not methods:
+        raise FileNotFoundError(f"no model of evaluate.methods={config.evaluate.methods} was trained; name others")
+    log = AnswerLog(run, records)
     samplings = dict.fromkeys(sampling_of(method)[0] for method in methods)
     for model in dict.fromkeys(map(model_of, samplings)):
         if not ask_model(run, log, task, model, [name for name in samplings if model_of(name) == model], records):
@@ -69,8 +72,9 @@ def _check_snapshot(run: Run) -> None:
     step, folder = run.config.evaluate.snapshot, run.folder
     models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in run.config.evaluate.methods if step is not None)
     for phase in [PHASES[model][-1] for model in models if model != "rollout"]:
-        if not folder.model(folder.snapshot(phase, step)).is_dir():
-            kept = sorted(int(path.name.rsplit("-", 1)[1]) for path in folder.model(phase).parent.glob(f"{phase}-*"))
+        if not (folder.model(folder.snapshot(phase, step)).is_dir() and folder.outcome(folder.snapshot(phase, step))):
+            found = [path.name.removeprefix(f"{phase}-") for path in folder.model(phase).parent.glob(f"{phase}-*")]
+            kept = sorted(int(number) for number in found if number.isdecimal())
             raise FileNotFoundError(
                 f"{folder.model(folder.snapshot(phase, step))}: no such snapshot; kept are the steps {kept or 'none'}; set "
                 f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
@@ -105,12 +109,12 @@ def ask_model(run: Run, log: AnswerLog, task: Task, model: str, samplings: Seque
 
 def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[Record], answerer: Answerer) -> bool:
     """Add answers to all questions to the log; False when a signal asked to stop (what is answered is kept)."""
-    done = log.done(sampling)
+    done, judges = log.done(sampling), judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     batches = cut(len(records), run.config.evaluate.questions_per_batch, run.world.size)
     for batch in [batch for batch in batches if not done.issuperset(batch)][run.world.rank :: run.world.size]:
         if run.stop.requested:  # the others see it at the end of their shares
             break
-        answered = _answer(task, judges_of(run.config), [records[i] for i in batch], answerer, run.world.rank)
+        answered = _answer(task, judges, [records[i] for i in batch], answerer, run.world.rank)
         log.add(sampling, dict(zip(batch, answered, strict=True)))
     finished = not run.stop_agreed()
     if finished:
@@ -118,14 +122,15 @@ def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[R
     return finished
 
 
-def judges_of(config: Config) -> int:
-    """Answers that a rank judges at a time: programs run in processes of their own, the other tasks' checkers do not gain.
+def judges_of(config: Config, ranks: int) -> int:
+    """Answers that each of a node's ``ranks`` judges at a time: programs run in processes of their own, the other tasks'
+    checkers do not gain.
 
     Without namespaces programs share one user's limit on processes: they run one after another unless the setting says else.
     """
     settings = config.evaluate
     alone = settings.task == "code" and settings.isolation == "namespaces"
-    return settings.judges or (torch.get_num_threads() if alone else 1)
+    return settings.judges or (max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks)) if alone else 1)
 
 
 def _answer(task: Task, judges: int, records: Sequence[Record], answerer: Answerer, rank: int) -> list[Answered]:
@@ -187,8 +192,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
     settings = run.config.evaluate
-    label = settings.name or ("" if settings.snapshot is None else str(settings.snapshot))
-    suffix = f"-{label}" if label else ""
+    suffix = "".join(f"-{label}" for label in (settings.name, settings.snapshot) if label)
     results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
@@ -200,6 +204,7 @@ def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mappin
         num_trajectories=settings.num_trajectories,
         seed=run.config.run.seed,
         split=settings.split,
+        snapshot=settings.snapshot,
         sample=asdict(run.config.sample),
     )
     console = Console()

@@ -102,15 +102,17 @@ def write_results(
     num_trajectories: int,
     seed: int,
     split: str = "test",
+    snapshot: int | None = None,
     sample: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell.
 
-    ``sample``: the controls of the generation.
+    ``sample``: the controls of the generation; ``snapshot``: the training step of models that are not the finished ones.
     """
     content = {
         "task": task,
         "split": split,
+        "snapshot": snapshot,
         "num_questions": num_questions,
         "num_trajectories": num_trajectories,
         "seed": seed,

@@ -78,7 +78,7 @@ def _pass_curves(runs: Sequence[RunData]) -> Section:
 def _trade_off(runs: Sequence[RunData]) -> Section:
     def pictures() -> Iterator[Picture]:
         for run in runs:
-            curves = _by_control([run], "num_steps", _SHOWN_PASSES[:2])
+            curves = _by_control(run, "num_steps", _SHOWN_PASSES[:2])
             if curves:
                 figure = line_figure(
                     f"{run.name}: accuracy by steps", "denoising steps per block", "solved (%)", curves, "x", True
@@ -131,20 +131,26 @@ def _by_training(run: RunData, figures: Sequence[str]) -> dict[str, Curve]:
     return {label: _curve(found) for label, found in points.items() if len(found) > 1}
 
 
-def _by_control(runs: Sequence[RunData], control: str, figures: Sequence[str]) -> dict[str, Curve]:
+def _by_control(run: RunData, control: str, figures: Sequence[str]) -> dict[str, Curve]:
     """Curves "method figure" over the values of a control, where results with several values are there."""
     points: dict[str, dict[float, tuple[float, float]]] = {}
-    for results in _all_results(runs):
-        value = results.sample.get(control)
-        if value is None:
-            continue
+    for value, results in _varying(run, control):
         for row in _ladir_rows(results):
             for name in figures:
                 if row.get(name) is not None:
                     errors = row.get("standard_errors") or {}
                     label = f"{row['method']} {name.replace('_', ' ')}"
-                    points.setdefault(label, {})[float(value)] = (float(row[name]), float(errors.get(name) or 0.0))
+                    points.setdefault(label, {})[value] = (float(row[name]), float(errors.get(name) or 0.0))
     return {label: _curve(found) for label, found in points.items() if len(found) > 1}
+
+
+def _varying(run: RunData, control: str) -> Iterator[tuple[float, Results]]:
+    """A control's value in every result of the finished models that has the first one's other controls."""
+    first = {name: value for name, value in run.results[0].sample.items() if name != control} if run.results else {}
+    for results in run.results:
+        others = {name: value for name, value in results.sample.items() if name != control}
+        if control in results.sample and others == first and results.content.get("snapshot") is None:
+            yield float(results.sample[control]), results
 
 
 def _curve(points: Mapping[float, tuple[float, float]]) -> Curve:
@@ -153,9 +159,9 @@ def _curve(points: Mapping[float, tuple[float, float]]) -> Curve:
 
 
 def _by_cost(runs: Sequence[RunData]) -> dict[str, Curve]:
-    """pass@1 over seconds per question: a curve for a method of a run (a point where it was evaluated once)."""
+    """pass@1 over seconds per question: a curve for a method of a run, over its numbers of steps (a point where there is one)."""
     points: dict[str, dict[float, tuple[float, float]]] = {}
-    for results in _all_results(runs):
+    for results in (results for run in runs for _, results in _varying(run, "num_steps")):
         for row in results.rows:
             if row.get("seconds_per_question") and row.get("pass@1") is not None:
                 label = row["method"] if len(runs) == 1 else f"{results.run}: {row['method']}"
@@ -168,8 +174,8 @@ def _diversity(runs: Sequence[RunData]) -> Section:
     def pictures() -> Iterator[Picture]:
         for control, name in (("diversity_scale", "diversity guidance"), ("guidance_scale", "classifier-free guidance")):
             for run in runs:
-                counts = _by_control([run], control, ("distinct_correct",))
-                rates = _by_control([run], control, _SHOWN_PASSES)
+                counts = _by_control(run, control, ("distinct_correct",))
+                rates = _by_control(run, control, _SHOWN_PASSES)
                 if counts:
                     title = f"{run.name}: distinct right answers"
                     yield Picture(f"distinct-by-{control}-{run.name}", line_figure(title, name, "per question", counts), title)
@@ -229,11 +235,6 @@ def _training(runs: Sequence[RunData]) -> Section:
     missing = ("Nothing has been trained yet.", f"deepspeed training/train_vae.py --config {config}")
     text = "Losses of each phase, and on held-out samples (dashed, hollow). Everything else is in TensorBoard."
     return _section("Training", text, pictures(), missing)
-
-
-def _all_results(runs: Sequence[RunData]) -> Iterator[Results]:
-    for run in runs:
-        yield from run.results
 
 
 def _ladir_rows(results: Results) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from ladir.evaluation.results import QuestionResult, read_questions, read_result
 
 #: training phases in their order, and what of theirs is drawn
 PHASES = ("base", "vae", "denoiser", "rollout", "ar")
-LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "token", "stop")
-RATES = ("exact", "token_accuracy", "answer_accuracy", "stop_accuracy")
+LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop")
+RATES = ("exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy")
 
 #: steps and values of one metric, by phase and name
 Curves = dict[str, dict[str, tuple[list[float], list[float]]]]

@@ -237,10 +237,11 @@ class Trainer:
             self._log(ahead)
         if self.settings.validate_every and step % self.settings.validate_every == 0 and ahead < 1:
             self.validate()
-        if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
-            self.save()
+        # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
             self._keep("unfinished", step)
+        if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
+            self.save()
 
     def _log(self, fraction: float) -> None:
         """Write what was measured since the last time, if anything."""

@@ -159,7 +159,8 @@ class Run:
             if problem is None:
                 settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
                 write_text(self.folder.config(self.phase), settings)
-                write_text(self.folder.path / "config.yaml", settings)
+                if self.phase != "evaluate" or not (self.folder.path / "config.yaml").is_file():
+                    write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
                 write_json(self.folder.path / "environment.json", environment())
                 self.folder.interrupted.unlink(missing_ok=True)
             return problem
@@ -194,7 +195,10 @@ class Run:
     def _conflict(self) -> str | None:
         """What differs from the settings this phase was started with, where it left work behind."""
         file = self.folder.config(self.phase)
-        has_work = self.folder.outcome_file(self.phase).is_file() or self.folder.checkpoints(self.phase).is_dir()
+        snapshots = self.folder.path.glob(f"outcome-{self.phase}-*.json")
+        has_work = (
+            self.folder.outcome_file(self.phase).is_file() or self.folder.checkpoints(self.phase).is_dir() or any(snapshots)
+        )
         if not file.is_file() or not has_work:
             return None
         old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
@@ -205,8 +209,8 @@ class Run:
         lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
         return (
             f"phase '{self.phase}' of {self.folder.path} was started with other settings:\n{lines}\n"
-            f"Give them back, choose another run.name, or delete {self.folder.checkpoints(self.phase)} and "
-            f"{self.folder.outcome_file(self.phase)} to train this phase anew"
+            f"Give them back, choose another run.name, or delete {self.folder.checkpoints(self.phase)}, "
+            f"{self.folder.outcome_file(self.phase)} and its snapshots' (outcome-{self.phase}-*.json) to train this phase anew"
         )
 
     def interrupt(self) -> None:
