@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ladir.data.batches import ArCollator
+from ladir.data.prompts import ChainText, parse_completion
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from tests.tiny import SHAPES, assert_same_gradients, gradients, tiny_lm
@@ -37,3 +38,16 @@ def test_loss_and_gradients_are_transformers(kind: str, pack_tokens: int) -> Non
     assert_same_gradients(ours, gradients(model), 1e-5)
     assert batch.counts == {"text": 9.0} and batch.num_tokens == 5 + 5 + 2
     assert result["metric/token_accuracy"].tolist() == [right, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "thoughts", "answer"),
+    [
+        ("a\nb\n#### 12", ["a", "b"], "12"),
+        ("a\n#### def f():\n    pass\n#### The answer is f\n#", ["a"], "def f():\n    pass\n#### The answer is f\n#"),
+        ("a is 3. The answer is 4", ["a is 3."], "4"),
+        ("no mark", ["no mark"], ""),
+    ],
+)
+def test_a_completion_s_answer_begins_where_its_first_mark_does(text: str, thoughts: list[str], answer: str) -> None:
+    assert parse_completion(text, ["####", "The answer is"]) == ChainText(thoughts, answer)

@@ -345,3 +345,11 @@ def test_task_judges_records_and_names_those_that_are_no_puzzles() -> None:
         task.correct("1", Record("q", ("b",), "a", "y.jsonl:7", {"numbers": "3 7"}))
     with pytest.raises(ValueError, match="valid: countdown, maths, code"):
         get_task("chess")
+
+
+@pytest.mark.parametrize("gap", [1, 1970, 1990, 2000, 5000])
+def test_what_follows_far_behind_an_answer_counts(gap: int) -> None:
+    answer = "3 + 7 + 12" + " " * gap
+    assert check_answer(answer, [3, 7, 12], 22)
+    assert not check_answer(f"{answer}+ junk 99", [3, 7, 12], 22)
+    assert not check_answer(f"{answer}+ 1", [3, 7, 12], 22)

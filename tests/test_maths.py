@@ -92,6 +92,12 @@ FORMULAS = [
     ("She has 3 boxes, so 36 eggs", "36", True),
     ("She has 36 boxes, so 3 eggs", "36", False),
     ("C", "B", False),
+    ("x >= 5", "x <= 5", False),
+    ("$x \\ge 5$", "x \\le 5", False),
+    ("x >= 5", "5", False),
+    ("6", "x = 5 or x = 6", False),
+    ("x=1, y=2", "x=3, y=2", False),
+    ("Thus, x = 6", "6", True),
 ]
 
 

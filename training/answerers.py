@@ -123,10 +123,13 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                     config.run.seed,
                 )
             prefixes = config.data.answer_prefixes
-            chains = [[parse_completion(decode_text(tokenizer, ids), prefixes) for ids in group] for group in texts]
-            return Answers([[Sampled(c.answer, tuple(c.thoughts)) for c in group] for group in chains], cost)
+            return Answers([[sampled_of(ids, prefixes) for ids in group] for group in texts], cost)
 
         return answer
+
+    def sampled_of(ids: list[int], prefixes: Sequence[str]) -> Sampled:
+        chain = parse_completion(decode_text(tokenizer, ids), prefixes)
+        return Sampled(chain.answer, tuple(chain.thoughts), stopped=len(ids) < config.evaluate.ar_max_tokens)
 
     greedy = answerer(1, 0.0)
     sampled = answerer(config.evaluate.num_trajectories, config.evaluate.ar_temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,11 @@ def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> 
 
 
 def parse_completion(text: str, answer_prefixes: Sequence[str]) -> ChainText:
-    """Reasoning lines and answer of a completion; the answer is empty where none was marked."""
-    reasoning, answer = split_answer(text, answer_prefixes)
+    """Reasoning lines and answer of a completion; the answer is empty where none was marked.
+
+    It begins at the first line that starts as :func:`completion_text` starts it (a program may hold the mark, too), else
+    where a record's would.
+    """
+    begun = re.search(rf"^{re.escape(answer_prefixes[0])}", text, re.MULTILINE) if answer_prefixes else None
+    reasoning, answer = (text[: begun.start()], text[begun.end() :].strip()) if begun else split_answer(text, answer_prefixes)
     return ChainText([line.strip() for line in reasoning.splitlines() if line.strip()], answer or "")

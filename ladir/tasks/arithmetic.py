@@ -71,7 +71,7 @@ def parse_expression(text: str) -> ast.expr | None:
     Unary signs, powers, floor divisions, names, calls, other digits than 0-9, over-long and over-nested texts are not
     expressions.  Never raises.
     """
-    text = text[: _MAX_LENGTH + 1].strip()
+    text = text.strip()
     if len(text) > _MAX_LENGTH or not _ALLOWED.fullmatch(text) or "**" in text or "//" in text:
         return None
     if _depth(text) > _MAX_DEPTH or any(len(digits) > _MAX_DIGITS for digits in _NUMBER.findall(text)):
@@ -104,8 +104,9 @@ def _is_arithmetic(tree: ast.expr) -> bool:
 
 
 def _numbers_of(text: str, limit: int) -> list[int] | None:
-    found = _NUMBER.findall(text[: _MAX_LENGTH + 1])
-    if len(found) > limit or any(len(digits) > _MAX_DIGITS for digits in found):
+    text = text.strip()
+    found = _NUMBER.findall(text[:_MAX_LENGTH])
+    if len(text) > _MAX_LENGTH or len(found) > limit or any(len(digits) > _MAX_DIGITS for digits in found):
         return None
     return sorted(int(digits) for digits in found)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from ladir.data.records import Record
+from ladir.errors import UnusableError
 from ladir.tasks.sandbox import Limits, Outcome, run_program
 
 _MAX_LENGTH = 50_000  # characters of an answer that are looked at
@@ -37,7 +38,7 @@ def assembled(answer: str, record: Record) -> str:
     """
     tests, setup, entry_point = (record.reference.get(name) for name in ("tests", "setup", "entry_point"))
     if not isinstance(tests, str) or not tests.strip():
-        raise ValueError(
+        raise UnusableError(
             f'{record.source}: not a record of the task code: it needs "tests" (a program text that raises where the '
             "answer is wrong); HumanEval's and MBPP's files have them, for others choose evaluate.task=maths"
         )

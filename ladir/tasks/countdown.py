@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ladir.config import CountdownSettings
 from ladir.data.records import Record
+from ladir.errors import UnusableError
 from ladir.tasks.arithmetic import (
     OPERATORS,
     Form,
@@ -174,7 +175,7 @@ def generate(settings: CountdownSettings, seed: int) -> Splits:
     wanted = settings.train + settings.validation + settings.test
     pool = _draw_pool(settings, solver, wanted, rng)
     if len(pool) < wanted:
-        raise ValueError(
+        raise UnusableError(
             f"countdown: {wanted} puzzles are asked for (train + validation + test) but numbers={settings.numbers}, "
             f"max_number={settings.max_number}, max_value={settings.max_value} allow only {len(pool)}; ask for fewer "
             "or raise countdown.max_number or countdown.max_value"
@@ -199,7 +200,7 @@ def _draw_pool(settings: CountdownSettings, solver: Solver, wanted: int, rng: ra
     ``_POOL_FACTOR * wanted`` of them or all there are.
     """
     if settings.numbers < 2 or settings.max_number < 1 or settings.max_value < 1:
-        raise ValueError(
+        raise UnusableError(
             f"countdown: numbers={settings.numbers}, max_number={settings.max_number}, max_value={settings.max_value} "
             "make no puzzle; numbers must be at least 2, the others at least 1"
         )
@@ -325,7 +326,7 @@ class CountdownTask:
 def _puzzle_of(record: Record) -> tuple[list[int], int]:
     numbers, target = record.reference.get("numbers"), record.reference.get("target")
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or type(target) is not int:
-        raise ValueError(
+        raise UnusableError(
             f'{record.source}: not a Countdown record: it needs "numbers" (a list of integers) and "target" (an '
             "integer); write such files with `python -m ladir countdown`, or choose evaluate.task=maths"
         )

@@ -32,6 +32,8 @@ _MATHS = re.compile(
     r"negative|over|divided|half|third|thirds|dozen|hundred|thousand|million|billion|log|sin|cos|tan|factorial|choose|mod|percent)\b",
     re.IGNORECASE,
 )
+# What makes a text with ``=`` more than one equation: "x >= 5", "x = 5 or x = 6", "x = 1, y = 2".
+_SEVERAL = re.compile(r"[<>≤≥≠]|\\(?:[lg]eq?|neq?|lt|gt)\b|[0-9]\s{0,3}(?:;|or\b|and\b|,(?![0-9]{3}(?![0-9])))", re.IGNORECASE)
 _STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\s?\{([^{}]{0,200})\}|\\(?:left|right|[,;!])|\$|\\[()\[\]]")
 _SPACE = re.compile(r"(?<!\w) | (?!\w)")  # between two words or numbers it counts
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
@@ -41,9 +43,10 @@ def plain_number(text: str) -> Fraction | None:
     """The number of a text that holds just one, maybe with a currency, unit or words, or behind the last ``=``, exactly;
     else None.  Thousands separators, ``$``, ``%``, ``a/b`` and ``\\frac`` are understood."""
     text = text[-_MAX_LENGTH:].replace("\\$", "$").replace("\\%", "%").replace("\N{MINUS SIGN}", "-")
-    text = _FRACTION.sub(lambda match: f" {match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-").rpartition("=")[2]
+    text = _FRACTION.sub(lambda match: f" {match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-")
+    equations, _, text = text.rpartition("=")
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1:
+    if len(found) != 1 or _SEVERAL.search(equations):
         return None
     before, number, after = text[: found[0].start()], found[0], text[found[0].end() :]
     rest = f"{before}{number[1] or ''}0{after}"

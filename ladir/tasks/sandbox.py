@@ -2,7 +2,8 @@
 
 ``namespaces`` (Linux 5.12 and newer): no network, no other process, and no file but the interpreter's, read-only, and an
 empty folder in memory.  ``limits`` is for machines that forbid namespaces and can be thrown away themselves (a
-container): the limits, the empty folder and the cleared environment remain, files and network stay within reach.
+container): the limits, the empty folder and the cleared environment remain, files and network stay within reach, and
+a process that has left its program's group goes on.
 Programs are never run as root.
 
 What a program says of itself is not trusted either: it has passed when its runner writes a secret word after the last
@@ -75,8 +76,8 @@ class Outcome:
 def run_program(source: str, limits: Limits, isolation: str = "namespaces") -> Outcome:
     """Run a Python program to its end (standard library only; a file-less module, no arguments, no input).
 
-    Whatever it does ends with it.  ``isolation`` is ``namespaces`` or ``limits``, see the module.  Raises UnusableError
-    where this machine does not permit that isolation.
+    Whatever it does ends with it (``namespaces``).  ``isolation`` is ``namespaces`` or ``limits``, see the module.  Raises
+    UnusableError where this machine does not permit that isolation.
     """
     if len(source) > _MAX_PROGRAM:
         return Outcome(False, "too long")
