@@ -261,11 +261,13 @@ class EvaluateSettings:
     check_seconds: float = setting(
         5.0, "processor time that judging one answer (a program, a formula) may take; beyond it, it is wrong"
     )
-    check_memory_mb: int = setting(1024, "memory that judging one answer may take, in MiB")
+    check_memory_mb: int = setting(
+        1024, "memory of each process that judging one answer takes, in MiB; a program may start 16 at a time"
+    )
     isolation: str = setting(
         "namespaces",
         "how programs are shut in (task=code); namespaces: no network, no files, no other processes; limits: only limits and an "
-        "empty folder, for a container without namespaces that can be thrown away",
+        "empty folder, for a container without namespaces that can be thrown away (what a program detaches may go on in it)",
         ("namespaces", "limits"),
     )
     judges: int | None = setting(

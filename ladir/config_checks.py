@@ -201,6 +201,11 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"sample.guidance_scale={config.sample.guidance_scale:g}: guidance needs a denoiser that has seen hidden "
             "questions; set denoiser.condition_dropout above 0 and retrain, or sample.guidance_scale=1"
         )
+    if config.sample.reencode and config.sample.max_thought_tokens < config.data.max_block_tokens:
+        yield (
+            f"sample.max_thought_tokens={config.sample.max_thought_tokens}: with sample.reencode a longer sentence would be cut "
+            f"short for all that follows; set it to data.max_block_tokens={config.data.max_block_tokens} at least"
+        )
     if config.evaluate.voters is not None and config.evaluate.voters > config.evaluate.num_trajectories:
         yield (
             f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UnusableError(ValueError):
-    """A model, tokenizer or folder that a setting names is missing, torn, or of the wrong kind."""
+    """What a setting names (data, a model, a tokenizer, a folder, a control) is missing, torn, or of the wrong kind."""

@@ -92,6 +92,13 @@ def assert_charts_find(tags: set[str]) -> None:
     assert uncharted <= {"optimizer/epoch", "speed/seconds", "speed/tokens_per_second"}
 
 
+def test_stage_2_has_charts_of_its_own() -> None:
+    names = ("rollout", "rollout_token_accuracy", "rollout_distance", "rollout_other_gold")
+    tags = [dashboard.tag("train", name) for name in names]
+    assert tags == ["losses/rollout", "quality/rollout_token_accuracy", "quality/rollout_distance", "quality/rollout_other_gold"]
+    assert_charts_find({*tags, *(dashboard.tag("validation", name) for name in names)})
+
+
 def test_hyperparameters_are_what_tensorboard_takes() -> None:
     given = {"a": 1, "b": 0.5, "c": "x", "d": None, "e": [1, 2], "f": True}
     assert dashboard.hyperparameters(given) == {"a": 1, "b": 0.5, "c": "x", "d": "None", "e": "[1, 2]", "f": True}

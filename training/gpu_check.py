@@ -38,6 +38,7 @@ NEEDED = (
     "pyarrow",
     "safetensors",
     "matplotlib",
+    "tensorboard",
     "rich",
     "tqdm",
     "psutil",

@@ -152,7 +152,7 @@ class LatentStore:
         """
         stores = [LatentStore.open(part) for part in parts]
         if not stores:
-            raise ValueError(f"{folder}: no parts to merge; encode the training set first")
+            raise UnusableError(f"{folder}: no parts to merge; encode the training set first")
         first = stores[0]
         for store in stores[1:]:
             store.check_fingerprint(first.fingerprint)
@@ -319,12 +319,12 @@ def _checked(row: Mapping[str, Any], place: int, latent_dim: int, latents_per_bl
     for name in ("mu", "logvar"):
         values = np.asarray(row[name], dtype=np.float32).reshape(-1)
         if values.size != expected or expected == 0:
-            raise ValueError(
+            raise UnusableError(
                 f"record {index}: {name} has {values.size} values; {len(row['blocks'])} blocks of {latents_per_block} "
                 f"latents of size {latent_dim} need {expected} (and at least one block)"
             )
         if not math.isfinite(float(np.abs(values).max())):
-            raise ValueError(f"record {index}: {name} is not finite; the VAE's training has diverged, train it again")
+            raise UnusableError(f"record {index}: {name} is not finite; the VAE's training has diverged, train it again")
         checked[name] = values
     return checked
 
@@ -334,7 +334,7 @@ def _without_gaps(rows: Iterable[dict[str, Any]], where: Path) -> Iterator[dict[
     for expected, row in enumerate(rows):
         if row["index"] != expected:
             problem = f"record {expected} is missing" if row["index"] > expected else f"record {row['index']} is there twice"
-            raise ValueError(f"{where.parent}: {problem} among the parts; run training/encode_latents.py again")
+            raise UnusableError(f"{where.parent}: {problem} among the parts; run training/encode_latents.py again")
         yield row
 
 

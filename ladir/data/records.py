@@ -14,6 +14,7 @@ from typing import Any
 from ladir.config import DataSettings
 from ladir.data.blocks import group_sentences, split_answer, split_sentences, strip_calculator
 from ladir.data.formats import Published, read_published
+from ladir.errors import UnusableError
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
         except _Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
     if result.total == 0:
-        raise ValueError(f"{path}: no records in it; write one JSON object per line")
+        raise UnusableError(f"{path}: no records in it; write one JSON object per line")
     return result
 
 
@@ -216,7 +217,7 @@ def _rows(path: str) -> Iterator[_Row]:
         _require(file)
         yield from _parquet_rows(file)
     elif file.exists() or file.suffix in (".json", ".csv", ".txt", ".gz", ".tsv"):
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(_EXTENSIONS)}, Hub ids (name:config:split)")
+        raise UnusableError(f"{path}: unknown kind of file; known: {', '.join(_EXTENSIONS)}, Hub ids (name:config:split)")
     else:
         yield from _hub_rows(path)
 
@@ -236,7 +237,7 @@ def _jsonl_rows(file: Path) -> Iterator[_Row]:
                 if line.strip():
                     yield f"{file}:{number}", lambda line=line: _parse_json(line)  # type: ignore[misc]
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
+            raise UnusableError(
                 f"{file}:{number + 1}: the compressed data are damaged from here on ({error}); copy the file again"
             ) from error
 
@@ -269,7 +270,7 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
                 number += 1
                 yield f"{file}:row {number}", lambda batch=batch, i=i: _parquet_row(batch, i)  # type: ignore[misc]
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file after row {number}: {error}; write it again") from error
+        raise UnusableError(f"{file}: not a readable Parquet file after row {number}: {error}; write it again") from error
 
 
 def _parquet_row(batch: Any, i: int) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _hub_rows(name: str) -> Iterator[_Row]:
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # the Hub client raises many unrelated types
-        raise ValueError(
+        raise UnusableError(
             f"{name}: neither a file ({', '.join(_EXTENSIONS)}) nor a data set that can be loaded "
             f"(name:split or name:config:split): {type(error).__name__}: {error}"
         ) from error

@@ -130,7 +130,9 @@ def _backbone(config: Config, checkpointing: str, device: torch.device, adapters
     lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation=attention)
     if device != _META:
         set_attention(lm, settings.attention, device.type)
-    return with_activation_checkpointing(Backbone(with_lora(lm, settings.lora) if adapters else lm), checkpointing)
+    backbone = Backbone(with_lora(lm, settings.lora) if adapters else lm)
+    backbone.logits_parts = settings.logits_parts
+    return with_activation_checkpointing(backbone, checkpointing)
 
 
 def new_model(config: Config, phase: str, checkpointing: str, device: torch.device) -> nn.Module:

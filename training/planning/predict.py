@@ -235,19 +235,22 @@ class Planner:
         """Answering: both LMs whole on every GPU, keys and values of every trajectory (an upper bound: nothing shared)."""
         config, sample, ask = self.config, self.config.sample, self.config.evaluate
         branches = 2 if sample.guidance_scale != 1 else 1
-        rows = ask.questions_per_batch * ask.num_trajectories * branches
         latents = config.vae.latents_per_block
         longest = self.data.longest.question + sample.max_blocks * (latents + 2) + sample.max_answer_tokens + 1
         shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
         lm = self._lm_numel
         weights = self.element_bytes * lm * ((1 if shares else 2) + int(sample.reencode))
-        cache = 2 * rows * longest * self._cache_bytes  # twice: rows that go on are copied
         blocks, mean = self.data.mean.blocks, self.data.mean
         per_row = blocks * (steps_per_block(sample) * (latents + 1) + latents + 2) + mean.answer + 1
+        trajectory = 2 * branches * longest  # tokens with keys and values; twice: rows that go on are copied
+        if sample.reencode:  # a block's text is written from a cache of its own, then read again
+            trajectory += 2 * (latents + sample.max_thought_tokens)
+            per_row += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
+        cache = ask.questions_per_batch * ask.num_trajectories * trajectory * self._cache_bytes
         flops = 2 * lm * (mean.question + ask.num_trajectories * branches * per_row)
         questions = ask.num_questions or 1000
         capacity = self.machine.gpu_bytes - self.machine.reserve
-        most = max(0, (capacity - weights) // (2 * branches * longest * self._cache_bytes))
+        most = max(0, (capacity - weights) // (trajectory * self._cache_bytes))
         remedy = "" if weights + cache <= capacity else _evaluate_remedy(int(most), ask.num_trajectories)
         return Prediction(
             phase="evaluate",

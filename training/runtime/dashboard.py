@@ -7,7 +7,15 @@ from typing import Any
 
 #: metrics that are no loss, by group; everything else a phase reports is one
 _GROUPS = {
-    "quality": ("exact", "token_accuracy", "answer_accuracy", "stop_accuracy"),
+    "quality": (
+        "exact",
+        "token_accuracy",
+        "answer_accuracy",
+        "stop_accuracy",
+        "rollout_token_accuracy",
+        "rollout_distance",
+        "rollout_other_gold",
+    ),
     "latents": ("active_units", "posterior_std", "latent_std"),
     "optimizer": ("lr", "grad_norm", "skipped_steps", "epoch"),
     "speed": ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds"),
@@ -18,7 +26,7 @@ _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 _CHARTS = {
     "losses": {
         "total": "loss",
-        "cross-entropy": "(reconstruction|text|answer|token)",
+        "cross-entropy": "(reconstruction|text|answer|token|rollout)",
         "KL": "kl",
         "flow": "flow",
         "flow by t": "flow_t.*",
@@ -26,7 +34,8 @@ _CHARTS = {
     },
     "quality": {
         "exactly reconstructed sentences": "exact",
-        "tokens": "(token|answer)_accuracy",
+        "tokens": "(token|answer|rollout_token)_accuracy",
+        "own blocks: distance from the nearest gold ones, share of other gold solutions": "rollout_(distance|other_gold)",
         "stop": "stop_accuracy",
     },
     "latents": {"active units": "active_units", "standard deviations": "(posterior|latent)_std"},

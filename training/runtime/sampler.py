@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ladir.errors import UnusableError
+
 MicroBatch = tuple[list[int], list[int]]
 """(indices of the samples, their numbers in the whole run)"""
 
@@ -38,7 +40,7 @@ class DataOrder:
 
     def __init__(self, num_samples: int, global_batch: int, seed: int) -> None:
         if num_samples < 1:
-            raise ValueError("there are no training samples: check data.train and what was skipped")
+            raise UnusableError("there are no training samples: check data.train and what was skipped")
         self.num_samples, self.global_batch, self.seed = num_samples, global_batch, seed
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
