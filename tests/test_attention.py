@@ -24,7 +24,7 @@ from ladir.config import LoraSettings
 from ladir.data.batches import DenoiserBatch, VaeBatch, VaeCollator
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
-from ladir.layout import Layout
+from ladir.layout import CLEAN, Layout
 from ladir.models import attention
 from ladir.models.attention import BLOCK, CPU, FLASH, FLEX, SHORTEST_SDPA, BlockMasks, attend, block_mask, set_attention
 from ladir.models.backbone import Backbone
@@ -107,6 +107,20 @@ def test_a_block_mask_is_the_dense_mask(seed: int, pack_tokens: int) -> None:
         assert torch.equal(full[:, width:], torch.eye(full.shape[1], dtype=torch.bool)[None, width:].expand(rows, -1, -1))
         squares = full.unflatten(1, (-1, BLOCK)).unflatten(3, (-1, BLOCK)).any(4).any(2)
         assert torch.equal(mask.to_dense()[:, 0] != 0, squares)  # what nobody sees is skipped
+        made = torch_flex.create_block_mask(mask.mask_mod, rows, None, *mask.shape[2:], device="cpu", BLOCK_SIZE=BLOCK)
+        for ours, theirs in zip(mask.as_tuple(flatten=False), made.as_tuple(flatten=False), strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else callable(ours) or ours == theirs
+
+
+def test_a_block_mask_of_many_squares_is_pytorch_s_own() -> None:
+    place = torch.arange(640)
+    copies = torch.stack([torch.where(place < clean, CLEAN, place // 90) for clean in (640, 300, 10)])
+    layout = Layout(place.expand(3, -1), torch.stack([place + 1, place // 2, place - 200]), copies)
+    mask = block_mask(layout)
+    made = torch_flex.create_block_mask(mask.mask_mod, 3, None, 640, 640, device="cpu", BLOCK_SIZE=BLOCK)
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_num_blocks.sum() > 0  # some are seen whole
+    for ours, theirs in zip(mask.as_tuple(flatten=False), made.as_tuple(flatten=False), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else callable(ours) or ours == theirs
 
 
 @settings(max_examples=6, deadline=None)

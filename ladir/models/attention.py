@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -129,7 +129,11 @@ def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> 
 
 
 def block_mask(layout: Layout) -> BlockMask:
-    """The rule of :meth:`Layout.visible` as a BlockMask: squares that nobody sees are skipped by the kernel."""
+    """The rule of :meth:`Layout.visible` as a BlockMask: squares that nobody sees are skipped by the kernel.
+
+    ``layout``'s rows are a multiple of BLOCK wide.  The squares are looked through one strip of queries after another, so that
+    no more of the dense mask than a strip is ever there (``create_block_mask`` makes all of it).
+    """
     fields = (layout.position, layout.limit, layout.copy)
     position, limit, copy = (tensor.to(torch.int32) for tensor in fields)
     document = torch.zeros_like(copy) if layout.document is None else layout.document.to(torch.int32)
@@ -140,7 +144,20 @@ def block_mask(layout: Layout) -> BlockMask:
         return (document[row, other] == document[row, viewer]) & (clean | own) | (viewer == other)
 
     rows, width = copy.shape
-    return create_block_mask(visible, rows, None, width, width, device=copy.device, BLOCK_SIZE=BLOCK)
+    row, other = torch.arange(rows, device=copy.device)[:, None, None], torch.arange(width, device=copy.device)
+    strips = (visible(row, row, viewers[:, None], other).unflatten(-1, (-1, BLOCK)) for viewers in other.split(BLOCK))
+    some, whole = (
+        torch.stack(found, 1) for found in zip(*((strip.any(-1).any(1), strip.all(-1).all(1)) for strip in strips), strict=True)
+    )
+    return BlockMask.from_kv_blocks(
+        *_squares(some & ~whole), *_squares(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(width, width)
+    )
+
+
+def _squares(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """How many squares of each strip are ``marked`` [N, Q, K], and which first: int32 [N, 1, Q] and [N, 1, Q, K]."""
+    order = marked.int().argsort(dim=-1, descending=True, stable=True)
+    return marked.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 @lru_cache(maxsize=1)
