@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[1]
 SMOKE = SIZES["smoke"]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, seconds: float = 280) -> str:
     """Output of a program of this project in a process of its own: it joins a job, as the engine does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -47,6 +47,16 @@ def test_every_row_runs_and_lands_in_the_json_file(tmp_path: Path) -> None:
     assert set(found["scaling"]) == set(SMOKE.scaling)
     assert all(len(row["seconds"]) == len(row["values"]) for row in found["scaling"].values())
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(1800)
+def test_the_ratios_of_the_published_size_are_measured(tmp_path: Path) -> None:
+    """Shown, not asserted: a busy machine is slow, not wrong.  Each row checks that both ways give the same numbers."""
+    arguments = ("--size", "tiny", "--device", "cpu", "--json", str(tmp_path / "tiny.json"))
+    sys.stdout.write(run("training/benchmark.py", *arguments, seconds=1800))
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    assert found["one_pass_m4"] > 0 and found["cached_reasoning"] > 0
 
 
 def test_the_gpu_check_goes_through_all_its_parts_on_a_cpu(tmp_path: Path) -> None:
