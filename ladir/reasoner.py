@@ -204,8 +204,10 @@ class Reasoner:
         ids, lengths = pad_left([bos + encode_text(self.tokenizer, q) for q in questions], self.tokenizer.pad_token_id)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:
-            hidden = self.denoiser.mark(Mark.NULL).expand_as(inputs)
-            inputs, lengths = torch.cat([inputs, hidden]), lengths.repeat(2)
+            places = torch.arange(inputs.shape[1], device=self.device)
+            hidden = places >= (inputs.shape[1] - lengths + len(bos))[:, None]  # <bos> stays
+            free = torch.where(hidden[..., None], self.denoiser.mark(Mark.NULL), inputs)
+            inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths)
         return prefix.share(owner)

@@ -38,11 +38,10 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor]) -> Tensor:
     ).last_hidden_state[0]
 
 
-def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool) -> list[Tensor]:
-    """A question's tokens, each a group; a hidden question is one learned vector at every place."""
-    if hidden:
-        return [denoiser.marks.weight[Mark.NULL][None] for _ in ids]
-    return _text_groups(denoiser, ids)
+def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:
+    """A question's tokens behind ``prefix``, each a group; a hidden question is one learned vector at every place."""
+    null = denoiser.marks.weight[Mark.NULL][None]
+    return [*_text_groups(denoiser, prefix), *([null for _ in ids] if hidden else _text_groups(denoiser, ids))]
 
 
 def _text_groups(denoiser: Denoiser, ids: Sequence[int]) -> list[Tensor]:
@@ -89,23 +88,23 @@ def reference_passes(
     """
     row = label = 0
     for record, is_hidden in zip(records, hidden, strict=True):
-        question, first = [*prefix, *record.question], row
+        question, first = question_groups(denoiser, record.question, is_hidden, prefix), row
         for block in record.blocks:
             for draw in range(batch.t.shape[1]):
-                before = _before(denoiser, question, is_hidden, batch.z0[first:row])
+                before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
                 yield _one_draw(denoiser, before, batch, row, draw, block)
             row += 1
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
-            before = _before(denoiser, question, is_hidden, batch.z0[first:row])
+            before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
             yield _answer_and_stop(denoiser, before, record, labels)
     assert row == len(batch.z0)
 
 
-def _before(denoiser: Denoiser, question: Sequence[int], hidden: bool, z0: Tensor) -> list[Tensor]:
-    """The question and the finished blocks ``z0`` [B, L, d]."""
-    return [*question_groups(denoiser, question, hidden), *(clean_group(denoiser, z) for z in z0)]
+def _clean_groups(denoiser: Denoiser, z0: Tensor) -> list[Tensor]:
+    """The finished blocks ``z0`` [B, L, d]."""
+    return [clean_group(denoiser, z) for z in z0]
 
 
 def _one_draw(

@@ -564,6 +564,22 @@ def test_a_begin_token_is_put_before_the_question_where_there_is_one() -> None:
     assert torch.equal(latents[0], latents[1])
 
 
+def test_a_hidden_question_keeps_its_begin_token() -> None:
+    reasoner = tiny_reasoner(guidance_scale=2.0)
+    reasoner.tokenizer.bos_token = "z"
+    with torch.no_grad():
+        prefix = reasoner._question_prefix(QUESTIONS[:2], torch.tensor([0, 1]), True)
+        latent = torch.zeros(1, 2, 3)
+        for row, question in enumerate(QUESTIONS[:2]):
+            ids = encode_text(reasoner.tokenizer, f"z {question}")
+            groups = question_groups(reasoner.denoiser, ids[1:], True, prefix=ids[:1])
+            expected = plain_forward(reasoner.denoiser.backbone, [*groups, clean_group(reasoner.denoiser, latent[0])])[-1]
+            d, alone = reasoner.denoiser, prefix.select(torch.tensor([row + 2]))
+            marks = [d.mark(mark).expand(1, 1, -1) for mark in (Mark.BOT, Mark.EOT)]
+            found = alone.append(torch.cat([marks[0], d.clean_inputs(latent), marks[1]], dim=1))[0, -1]
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_sampled_tokens_follow_the_softmax() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20000, -1)
     uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))

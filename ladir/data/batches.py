@@ -224,7 +224,7 @@ class DenoiserCollator:
         ]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
         noise = self._noise(records, numbers, training)
-        batch = _assemble(templates, texts, [len(r.blocks) for r in records], noise, self.pack_tokens)
+        batch = _assemble(templates, texts, [len(r.blocks) for r in records], noise, len(self.prefix), self.pack_tokens)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
@@ -292,9 +292,17 @@ def flat_ids(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _assemble(
-    templates: Sequence[Template], texts: Sequence[Sequence[int]], blocks: Sequence[int], noise: _Noise, pack_tokens: int
+    templates: Sequence[Template],
+    texts: Sequence[Sequence[int]],
+    blocks: Sequence[int],
+    noise: _Noise,
+    shown: int,
+    pack_tokens: int,
 ) -> dict[str, Any]:
-    """Lay the records' layouts in padded rows and point every token at its input vector."""
+    """Lay the records' layouts in padded rows and point every token at its input vector.
+
+    ``shown``: the first tokens of a hidden question that stay (its <bos>).
+    """
     places = place([len(layout) for layout in templates], pack_tokens)
     size = places.rows * places.width
     position, limit, table_index = np.zeros((3, size), np.int64)
@@ -307,7 +315,7 @@ def _assemble(
         copy[tokens] = layout.copy
         table_index[tokens] = rows[layout.source] + layout.index
         if hidden:
-            table_index[start : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
+            table_index[start + shown : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
     shape = (places.rows, places.width)
     rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
     return {
