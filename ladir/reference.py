@@ -88,15 +88,17 @@ def reference_passes(
     """
     row = label = 0
     for record, is_hidden in zip(records, hidden, strict=True):
-        question, first = question_groups(denoiser, record.question, is_hidden, prefix), row
+        first = row
         for block in record.blocks:
             for draw in range(batch.t.shape[1]):
+                question = question_groups(denoiser, record.question, is_hidden, prefix)
                 before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
                 yield _one_draw(denoiser, before, batch, row, draw, block)
             row += 1
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
+            question = question_groups(denoiser, record.question, is_hidden, prefix)
             before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
             yield _answer_and_stop(denoiser, before, record, labels)
     assert row == len(batch.z0)

@@ -162,6 +162,22 @@ def test_activations_are_within_a_fifth_of_a_measured_peak(phase: str, variant: 
     assert planned == pytest.approx(actual, rel=0.2)
 
 
+@pytest.mark.parametrize("phase", ["vae", "ar"])
+def test_logits_in_parts_are_planned_as_they_are_measured(phase: str) -> None:
+    config = tiny_config("trained")
+    config.backbone.scratch["vocab_size"] = 8192
+    planned, actual = {}, {}
+    for parts in (1, 6):
+        config.backbone.logits_parts = parts
+        meta = micro_batch(config, phase, LENGTHS, 6, 8192)
+        planned[parts] = trace_training(meta_model(config, phase, "none"), meta).peak_bytes
+        actual[parts] = measured_peak(
+            real_model(config, phase, "none").train(), micro_batch(config, phase, LENGTHS, 6, 8192, "cpu")
+        )
+        assert planned[parts] == pytest.approx(actual[parts], rel=0.2)
+    assert planned[6] < 0.7 * planned[1]
+
+
 def saved_bytes(model: nn.Module, batch: Any) -> int:
     """Bytes of unique storages that autograd keeps between forward and backward, weights and batch left out."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}

@@ -28,6 +28,8 @@ from training.planning.trace import LiveMemory
 
 EOS = 1
 _FIRST_ID = 2  # the ids below are <pad> and <eos>
+#: seconds of a round from which on two are made
+_LONG = 2.5
 
 
 class UnequalError(RuntimeError):
@@ -153,11 +155,18 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def in_turn(self, ways: Mapping[str, Callable[[], Any]], rounds: int | None = None, warm_up: bool = True) -> dict[str, float]:
-        """Median seconds of each way, run one after another in every round, so that a busy machine slows all alike."""
+        """Median seconds of each way, run one after another in every round, so that a busy machine slows all alike.
+
+        Rounds of more than ``_LONG`` seconds average over much by themselves: two of them do.
+        """
         if warm_up:
             for way in ways.values():
                 way()
-        found = [{name: self.seconds(way) for name, way in ways.items()} for _ in range(rounds or self.size.rounds)]
+        found: list[dict[str, float]] = []
+        for number in range(rounds or self.size.rounds):
+            if number >= 2 and sum(found[-1].values()) > _LONG:
+                break
+            found.append({name: self.seconds(way) for name, way in ways.items()})
         return {name: statistics.median(seconds[name] for seconds in found) for name in ways}
 
     def peak_bytes(self, way: Callable[[], Any], known: Iterable[Tensor]) -> int:
