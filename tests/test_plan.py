@@ -175,7 +175,7 @@ def test_logits_in_parts_are_planned_as_they_are_measured(phase: str) -> None:
             real_model(config, phase, "none").train(), micro_batch(config, phase, LENGTHS, 6, 8192, "cpu")
         )
         assert planned[parts] == pytest.approx(actual[parts], rel=0.2)
-    assert planned[6] < 0.7 * planned[1]
+    assert planned[6] < 0.85 * planned[1]
 
 
 def saved_bytes(model: nn.Module, batch: Any) -> int:
