@@ -91,22 +91,20 @@ def reference_passes(
         first = row
         for block in record.blocks:
             for draw in range(batch.t.shape[1]):
-                question = question_groups(denoiser, record.question, is_hidden, prefix)
-                before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
+                before = _before(denoiser, record, is_hidden, prefix, batch.z0[first:row])
                 yield _one_draw(denoiser, before, batch, row, draw, block)
             row += 1
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
-            question = question_groups(denoiser, record.question, is_hidden, prefix)
-            before = [*question, *_clean_groups(denoiser, batch.z0[first:row])]
+            before = _before(denoiser, record, is_hidden, prefix, batch.z0[first:row])
             yield _answer_and_stop(denoiser, before, record, labels)
     assert row == len(batch.z0)
 
 
-def _clean_groups(denoiser: Denoiser, z0: Tensor) -> list[Tensor]:
-    """The finished blocks ``z0`` [B, L, d]."""
-    return [clean_group(denoiser, z) for z in z0]
+def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, prefix: Sequence[int], z0: Tensor) -> list[Tensor]:
+    """The question and the finished blocks ``z0`` [B, L, d]."""
+    return [*question_groups(denoiser, record.question, hidden, prefix), *(clean_group(denoiser, z) for z in z0)]
 
 
 def _one_draw(

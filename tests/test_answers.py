@@ -15,6 +15,7 @@ from ladir.data.records import Record
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
+from tests.toy_task import Judge
 from training.answerers import Answers, Sampled
 from training.answers import AnswerLog
 from training.evaluate import ask
@@ -45,24 +46,6 @@ class Model:
             self.run.stop.requested = True
         self.asked += [record.question for record in records]
         return Answers([[Sampled(f"é {record.question}", ("a", "b"))] for record in records], Cost(2.0, 4, 6))
-
-
-class Judge:
-    """A task without opinions."""
-
-    name = "none"
-
-    def correct(self, answer: str, record: Record) -> bool:
-        return False
-
-    def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
-        return None
-
-    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
-        return None
-
-    def canonical(self, answer: str) -> str:
-        return answer
 
 
 TASK: Task = Judge()

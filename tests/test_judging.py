@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks.code import CodeTask
 from ladir.tasks.sandbox import Limits, run_program
+from tests.toy_task import Judge
 from training.answerers import Sampled
 from training.evaluate import judge_samples, judges_of
 
@@ -22,10 +22,8 @@ RECORDS = [
 ]
 
 
-class Meeting:
+class Meeting(Judge):
     """A checker whose verdicts wait for one another; right is what the record says."""
-
-    name = "meeting"
 
     def __init__(self, together: int) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -35,15 +33,6 @@ class Meeting:
         self.asked.append((record.question, answer))
         self._barrier.wait(timeout=60)
         return answer == record.answer
-
-    def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
-        return None
-
-    def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
-        return None
-
-    def canonical(self, answer: str) -> str:
-        return answer
 
 
 def samples(*answers: str) -> list[Sampled]:

@@ -21,7 +21,7 @@ from ladir.data.rollout import Golds, RolloutCollator
 from ladir.inference.rollout import Rollout
 from ladir.models.ar import ArModel
 from ladir.models.attention import set_attention
-from ladir.models.backbone import DTYPES, Backbone, choose_dtype, with_activation_checkpointing, with_lora
+from ladir.models.backbone import DTYPES, Backbone, choose_dtype, for_training, with_lora
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
@@ -130,9 +130,8 @@ def _backbone(config: Config, checkpointing: str, device: torch.device, adapters
     lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation=attention)
     if device != _META:
         set_attention(lm, settings.attention, device.type)
-    backbone = Backbone(with_lora(lm, settings.lora) if adapters else lm)
-    backbone.logits_parts = settings.logits_parts
-    return with_activation_checkpointing(backbone, checkpointing)
+    planned = replace(settings, activation_checkpointing=checkpointing, compile=False)
+    return for_training(Backbone(with_lora(lm, settings.lora) if adapters else lm), planned)
 
 
 def new_model(config: Config, phase: str, checkpointing: str, device: torch.device) -> nn.Module:

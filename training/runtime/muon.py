@@ -95,11 +95,11 @@ class MuonAdamW(torch.optim.AdamW):
         self._copy(step, parts, matrices, back=False)
         if self._sharded:
             dist.all_reduce(whole)
-        ranks = self._world.size if self._sharded else 1
+        own, ranks = (self._world.rank, self._world.size) if self._sharded else (0, 1)
         for number, matrix in enumerate(matrices):
-            if number % ranks != self._world.rank % ranks:
+            if number % ranks != own:
                 matrix.zero_()
-        for alike in _by_shape(matrices[self._world.rank % ranks :: ranks]):
+        for alike in _by_shape(matrices[own::ranks]):
             together = torch.stack(alike)
             precise = together if device.type == "cpu" else together.bfloat16()
             found = orthogonalised(precise).mul_(step_scale(*alike[0].shape))
