@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,3 +110,19 @@ def test_what_a_machine_lacks_comes_from_wheels_or_is_named(tmp_path: Path, monk
     monkeypatch.setattr("training.gpu_check.NEEDED", ["torch", "ladir_lacks_this"])
     assert complete(tmp_path, tmp_path / "site") == ["ladir_lacks_this"]
     assert not (tmp_path / "site").exists()
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name, version in (("ladir_lacks_this", "1.0"), ("pytest", "0.1")):  # the second is here already, and newer
+        write_wheel(tmp_path, name, version)
+    assert complete(tmp_path, tmp_path / "site") == []
+    assert importlib.util.find_spec("ladir_lacks_this") is not None
+    assert not (tmp_path / "site" / "pytest.py").exists()
+
+
+def write_wheel(folder: Path, name: str, version: str) -> None:
+    """A wheel of one empty module."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")

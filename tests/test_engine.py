@@ -21,7 +21,7 @@ from training.runtime.engine import Engine
 STAGES = [0, 2, 3]
 
 
-def make_engine(world: World, stage: int, dtype: str = "float32", **train: Any) -> Engine:
+def make_engine(world: World, stage: int | str, dtype: str = "float32", **train: Any) -> Engine:
     settings = dataclasses.replace(TrainSettings(), weight_decay=0.0, max_grad_norm=0.0, **train)
     return Engine(ToyModel(optional_head=True), settings, dtype, DeepSpeedSettings(config=f"ds_configs/zero{stage}.json"), world)
 
@@ -63,7 +63,7 @@ STEPS = [[[1, 2], [3, 4]], [[2, 4], [6, 8]], [[2, 6], [3, 5]]]
 """Step 1 uses the odd head, step 2 does not, step 3 only in its second micro batch."""
 
 
-def unused_branch(world: World, stage: int) -> dict[str, Any]:
+def unused_branch(world: World, stage: int | str) -> dict[str, Any]:
     engine, model = make_engine(world, stage, beta1=0.0), ToyModel(optional_head=True)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], betas=(0.0, 0.999), weight_decay=0.0, lr=0.01
@@ -103,7 +103,7 @@ def test_without_the_defence_stale_gradients_are_applied(two_processes: ProcessG
     assert two_processes.run(unused_branch_undefended)[0][1] > 1e-3
 
 
-def averages(world: World, stage: int, dtype: str) -> dict[str, float]:
+def averages(world: World, stage: int | str, dtype: str) -> dict[str, float]:
     engine = make_engine(world, stage, dtype, ema=0.9)
     expected = weights(engine)
     masters_before = None

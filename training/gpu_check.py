@@ -2,8 +2,9 @@
 
     python3 training/gpu_check.py --wheels wheels        (make gpu-check WHEELS=wheels)
 
-Needs Python with a recent torch and transformers.  What else is missing is taken from a folder of wheels (`make wheels` fills
-one, on a machine with network and the same Python version) and put beside the results, never into the machine's own packages.
+Needs Python with a recent torch and transformers.  What is missing or older than in a folder of wheels (`make wheels` fills one,
+on a machine with network and the same Python version) is taken from there and put beside the results, never into the machine's
+own packages.
 Every part is a process of its own; a part that fails or takes too long does not stop the others.  ``--dry`` goes through all
 of it on a CPU with a tiny model.  Ends with status 0 where every part succeeded.
 """
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from packaging.version import parse  # comes with transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,10 +80,8 @@ def parts(dry: bool) -> list[Part]:
 
 
 def complete(wheels: Path, site: Path) -> list[str]:
-    """Install the wheels whose package is missing here into ``site``; what is still missing afterwards."""
-    if not _missing():
-        return []
-    lacking = [str(wheel) for wheel in sorted(wheels.glob("*.whl")) if not _is_installed(wheel.name.split("-")[0])]
+    """Install the wheels whose package is missing here, or older, into ``site``; what is still missing afterwards."""
+    lacking = [str(wheel) for wheel in sorted(wheels.glob("*.whl")) if not _is_installed(*wheel.name.split("-")[:2])]
     if lacking:
         site.mkdir(parents=True, exist_ok=True)
         install = [
@@ -105,12 +106,12 @@ def _missing() -> list[str]:
     return [module for module in NEEDED if importlib.util.find_spec(module) is None]
 
 
-def _is_installed(distribution: str) -> bool:
+def _is_installed(distribution: str, version: str) -> bool:
+    """Whether this version of a distribution, or a newer one, is at hand."""
     try:
-        importlib.metadata.version(distribution)
+        return parse(importlib.metadata.version(distribution)) >= parse(version)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def run_part(name: str, dry: bool) -> dict[str, Any]:
@@ -125,8 +126,11 @@ def run_part(name: str, dry: bool) -> dict[str, Any]:
     device = torch.device("cpu" if dry else "cuda")
     bench = Bench(SIZES["smoke" if dry else "1b"], device)
     if name == "attention":
-        row = training_rows.attention(bench)
-        return {"title": row.title, "ratio": row.ratio, "seconds": row.ours, "dense_seconds": row.obvious, **row.details}
+        rows = training_rows.attention(bench)
+        return {
+            row.key: {"title": row.title, "ratio": row.ratio, "seconds": row.ours, "dense_seconds": row.obvious, **row.details}
+            for row in rows
+        }
     if name == "mfu":
         measured = [*steps.training_steps(bench), steps.encoding(bench), steps.denoising_step(bench)]
         return {step.name: {"mfu": step.mfu, "of_own_shapes": step.of_own_shapes, "seconds": step.seconds} for step in measured}

@@ -255,10 +255,11 @@ def _lacks(setting: str, lm: PreTrainedModel, device_type: str) -> str:
         return f"the model was made with attention_dropout={config.attention_dropout}"
     if importlib.util.find_spec("triton") is None:
         return "triton, which comes with PyTorch for CUDA, is not installed"
-    return _flash_lacks() if setting == "flash" else ""
+    return flash_lacks() if setting == "flash" else ""
 
 
-def _flash_lacks() -> str:
+def flash_lacks() -> str:
+    """Why flash-attn cannot be used in this process; empty where it can."""
     try:
         importlib.import_module("flash_attn")
     except ImportError as error:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from ladir.config import Config
-from ladir.layout import PAD, block_length, template
-from ladir.models.attention import FLEX, BlockMasks, attend, flex
+from ladir.layout import PAD, Layout, block_length, template
+from ladir.models.attention import FLEX, BlockMasks, attend, flash, flash_lacks, flex
 from ladir.reference import reference_passes
 from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
 from training.planning.models import Lengths
@@ -26,6 +26,9 @@ _DENOISER_ROWS = 2
 #: records that make about 4096 tokens, and a few hundred
 _LONG_LAYOUT, _LONG_DRAWS = Lengths(question=512, blocks=32, block=1, answer=32), 21
 _SHORT_LAYOUT = Lengths(question=200, blocks=4, block=1, answer=8)
+
+#: calls of an attention kernel that are timed together: one takes microseconds
+_KERNEL_CALLS = 20
 
 #: what labelled logits stand against
 _FULL = "logits of all positions"
@@ -200,46 +203,93 @@ def _packed(
     )
 
 
-def attention(bench: Bench) -> Row:
-    """FlexAttention against SDPA with a dense mask on a training layout of about 4096 tokens: the kernels alone."""
-    sizes, draws = (_SHORT_LAYOUT, 4) if bench.size.name == "smoke" else (_LONG_LAYOUT, _LONG_DRAWS)
-    layout = bench.denoiser_batch(bench.records([sizes]), draws).layout
+def attention(bench: Bench) -> Iterator[Row]:
+    """The compiled kernels alone against SDPA with a dense mask; flash-attn's where it is installed."""
+    smoke = bench.size.name == "smoke"
+    sizes, draws = (_SHORT_LAYOUT, 4) if smoke else (_LONG_LAYOUT, _LONG_DRAWS)
+    yield _flex_row(bench, bench.denoiser_batch(bench.records([sizes]), draws).layout)
+    if bench.device.type == "cuda" and not flash_lacks():
+        words = bench.token_ids(_gsm8k_like(np.random.default_rng(0), _SENTENCE, bench.size.sentences))
+        yield _flash_row(bench, bench.vae_batch(words, bench.size.pack_tokens).decoder.layout)
+        yield _flash_prefix_row(bench)
+
+
+def _flex_row(bench: Bench, layout: Layout) -> Row:
+    """FlexAttention on a training layout; forward only where there is no backward pass of it."""
     how = attend(layout, FLEX, bench.dtype, BlockMasks())
     mask = how.mask
     assert isinstance(mask, BlockMask)
+    visible = layout.padded_to(how.width).visible()
+    states = _attention_states(bench, 1, how.width, how.width, trained=bench.device.type == "cuda")
+    return _against_dense(
+        bench,
+        "attention",
+        f"FlexAttention, {how.width} tokens",
+        states,
+        visible,
+        lambda query, key, value: flex(nn.Identity(), query, key, value, mask, query.shape[-1] ** -0.5)[0],
+    )
+
+
+def _flash_row(bench: Bench, layout: Layout) -> Row:
+    """flash-attn on packed causal sentences."""
+    rows, width = layout.position.shape
+    return _against_dense(
+        bench,
+        "attention_flash",
+        f"flash-attn, {rows} rows of packed sentences, {width} tokens each",
+        _attention_states(bench, rows, width, width, trained=True),
+        layout.visible(),
+        lambda query, key, value: flash(nn.Identity(), query, key, value, None, query.shape[-1] ** -0.5, documents=layout)[0],
+    )
+
+
+def _flash_prefix_row(bench: Bench) -> Row:
+    """flash-attn on the denoising step of every trajectory: a block sees its whole prefix and itself."""
+    size = bench.size
+    block = size.latents + 1
+    seen = size.lengths.question + (size.lengths.blocks - 1) * block_length(size.latents) + block
+    states = _attention_states(bench, size.trajectories, block, seen, trained=False)
+    return _against_dense(
+        bench,
+        "attention_flash_prefix",
+        f"flash-attn, {size.trajectories} blocks of {block} tokens that see {seen}",
+        states,
+        torch.ones(size.trajectories, block, seen, dtype=torch.bool, device=bench.device),
+        lambda query, key, value: flash(nn.Identity(), query, key, value, None, query.shape[-1] ** -0.5)[0],
+    )
+
+
+def _attention_states(bench: Bench, rows: int, queries: int, keys: int, trained: bool) -> list[Tensor]:
+    """Random query [rows, heads, queries, head], key and value [rows, kv heads, keys, head] of the size's model."""
     scratch, generator = bench.size.scratch, torch.Generator().manual_seed(0)
     head = scratch["hidden_size"] // scratch["num_attention_heads"]
-    heads = [scratch["num_attention_heads"], *[scratch["num_key_value_heads"]] * 2]
-    shapes = [(1, count, how.width, head) for count in heads]
+    shapes = [(rows, scratch["num_attention_heads"], queries, head), *[(rows, scratch["num_key_value_heads"], keys, head)] * 2]
     states = [torch.randn(shape, generator=generator).to(bench.device, bench.dtype) for shape in shapes]
-    trains = bench.device.type == "cuda"  # FlexAttention has no backward pass elsewhere
-    for tensor in states:
-        tensor.requires_grad_(trains)
-    query, key, value = states
-    visible, scaling = layout.padded_to(how.width).visible()[:, None], head**-0.5
+    return [tensor.requires_grad_(trained) for tensor in states]
 
-    def run(kernel: Callable[[], Tensor]) -> Tensor:
-        output = kernel()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(output.sum(), states)]) if trains else output
 
-    def flexed() -> Tensor:
-        return flex(nn.Identity(), query, key, value, mask, scaling)[0]
+def _against_dense(
+    bench: Bench, key: str, title: str, states: list[Tensor], visible: Tensor, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Row:
+    """A kernel that gives [N, T, heads, head] beside SDPA with the mask ``visible`` [N, T, keys], forward and backward."""
 
-    def dense() -> Tensor:
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2)
+    def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], enable_gqa=True).transpose(1, 2)
 
-    bench.check_equal("FlexAttention", run(flexed), run(dense))
-    seconds = bench.in_turn({"ours": lambda: run(flexed), "obvious": lambda: run(dense)})
-    title = f"FlexAttention, {how.width} tokens"
-    return Row(
-        "attention",
-        title,
-        "SDPA, dense mask",
-        seconds["ours"],
-        seconds["obvious"],
-        details={"visible": float(visible.float().mean())},
-    )
+    def run(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        output = attention(*states)
+        if not states[0].requires_grad:
+            return output
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(output.sum(), states)])
+
+    bench.check_equal(title, run(kernel), run(dense))
+    ways = {
+        name: lambda attention=attention: [run(attention) for _ in range(_KERNEL_CALLS)]
+        for name, attention in (("ours", kernel), ("obvious", dense))
+    }
+    ours, obvious = (seconds / _KERNEL_CALLS for seconds in bench.in_turn(ways).values())
+    return Row(key, title, "SDPA, dense mask", ours, obvious, details={"visible": float(visible.float().mean())})
 
 
 def _gradient(loss: Tensor, states: Tensor) -> Tensor:

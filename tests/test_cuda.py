@@ -1,0 +1,133 @@
+"""The same code on a CUDA device: engines, resuming, sampling.  Its results are those of a CPU; nothing waits for the device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ladir.inference.cache import Prefix
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.reasoner import Reasoner
+from tests.distributed import ProcessGroup
+from tests.test_engine import averages, unused_branch
+from tests.test_loop import assert_identical, run_with, toy_settings
+from tests.test_reasoner import QUESTIONS, assert_same, tiny_reasoner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: what runs on CUDA, and there is no GPU here"),
+]
+
+
+@pytest.mark.parametrize("config", ["0", "2", "3", "3_offload"])
+def test_an_engine_steps_as_plain_pytorch_on_a_cpu(one_process: ProcessGroup, config: str) -> None:
+    """Offloaded state is stepped by DeepSpeed's own kernel, which it compiles first."""
+    [result] = one_process.run(unused_branch, config, timeout=280)
+    assert result["moved"][0] > 1e-3 and result["moved"][2] > 1e-3
+    assert result["moved"][1] == 0.0
+    assert max(result["gaps"]) < 1e-5
+    for ours, reference in result["norms"]:
+        assert ours == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", ["0", "3"])
+def test_averaged_weights_equal_a_reference(one_process: ProcessGroup, config: str) -> None:
+    [result] = one_process.run(averages, config, "bfloat16")
+    assert result["gap"] < 2e-2 and result["distance"] > 5e-3 and result["loss_gap"] < 2e-2 and result["restored"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_continues_exactly(one_process: ProcessGroup, tmp_path: Path, optimizer: str) -> None:
+    settings = toy_settings(max_steps=9, ema=0.9, validate_every=4, micro_batch=2, optimizer=optimizer)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    one_process.run(run_with, whole, 3, "bfloat16", settings)
+    [outcome] = one_process.run(run_with, parts, 3, "bfloat16", settings, 23)
+    assert outcome.status == "interrupted"
+    one_process.run(run_with, parts, 3, "bfloat16", settings)
+    assert_identical(parts, whole)
+
+
+def on_cuda(reasoner: Reasoner) -> Reasoner:
+    assert reasoner.encoder is not None
+    vae = reasoner.encoder.cuda()
+    return Reasoner(reasoner.denoiser.cuda(), vae.thought_decoder, reasoner.tokenizer, reasoner.settings, vae)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {},
+        {"guidance_scale": 2.0, "diversity_scale": 0.5, "sampler": "sde"},
+        {"restarts": 1, "reencode": True, "spacing": "cosine"},
+    ],
+    ids=lambda controls: "-".join(controls) or "plain",
+)
+def test_trajectories_are_those_of_a_cpu(attention: str, controls: dict[str, Any]) -> None:
+    ours, theirs = (
+        made.generate(QUESTIONS, num_trajectories=4, seed=3)
+        for made in (on_cuda(tiny_reasoner(attention=attention, **controls)), tiny_reasoner(attention=attention, **controls))
+    )
+    for one, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        one.latents = one.latents.cpu()
+        assert_same(one, other, atol=1e-4)
+
+
+def unwaiting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, which fails where it waits for the device."""
+
+    def strict(*args: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return strict
+
+
+@torch.no_grad()
+def a_block(**controls: Any) -> tuple[BlockSampler, Prefix, Tensor]:
+    """A sampler, the shared prefix of a question of 20 tokens, and which question each of 6 trajectories answers."""
+    reasoner = on_cuda(tiny_reasoner(**controls))
+    owner = torch.zeros(6, dtype=torch.int64, device="cuda")
+    prefix = reasoner._question_prefix([" ".join("abcdefghijklmnopqrst")], owner, reasoner.settings.guidance_scale != 1.0)
+    noise = TrajectoryNoise(0, [("question", row) for row in range(6)])
+    return BlockSampler(reasoner.denoiser, reasoner.settings, noise), prefix, owner
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("controls", [{}, {"sampler": "sde", "guidance_scale": 2.0}], ids=["plain", "guided-sde"])
+def test_no_denoising_step_waits_for_the_device(controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, prefix, owner = a_block(**controls)
+    for name in ("_velocity", "_advance"):
+        monkeypatch.setattr(sampler, name, unwaiting(getattr(sampler, name)))
+    assert torch.isfinite(sampler.sample_block(prefix, list(range(6)), owner, 0, None)).all()
+
+
+@torch.no_grad()
+def test_a_denoising_step_can_be_captured_as_a_graph() -> None:
+    sampler, prefix, _ = a_block()
+    shape = (6, sampler.denoiser.latents_per_block, sampler.denoiser.latent_dim)
+    z = torch.zeros(shape, device="cuda")
+    visible, positions = prefix.visible(shape[1] + 1), prefix.positions(shape[1] + 1)
+
+    def step() -> Tensor:
+        return sampler._velocity(prefix, z, 0.5, visible, positions, [])
+
+    with prefix.cache.read_only():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        z.normal_()
+        graph.replay()
+        assert torch.allclose(captured, step(), atol=1e-6)
