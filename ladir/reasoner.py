@@ -18,6 +18,7 @@ from ladir.data.prompts import bos_ids
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
+from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, steps_per_block
 from ladir.layout import Mark
@@ -63,6 +64,7 @@ class Reasoner:
         self.thought_decoder = thought_decoder
         self.tokenizer = tokenizer
         self.settings = settings or SampleSettings()
+        self.graphs = Graphs()
 
     @classmethod
     def from_pretrained(
@@ -156,7 +158,7 @@ class Reasoner:
         hook = self._trace_hook(traces, on_step) if on_step is not None else None
         reward = Reward(reward_fn, reward_scale) if reward_fn is not None else None
         settle = self._reencode if settings.reencode else None
-        sampled = BlockSampler(self.denoiser, settings, noise, reward, settle).think(prefix, owner, hook)
+        sampled = BlockSampler(self.denoiser, settings, noise, reward, settle, self.graphs).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
             flat.update(self._finish(group, settings, noise, thoughts))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ladir.inference.cache import Prefix
+from ladir.inference.cost import count_cost
+from ladir.inference.graphs import Graphs
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
 from ladir.reasoner import Reasoner
 from tests.distributed import ProcessGroup
@@ -71,7 +73,7 @@ def on_cuda(reasoner: Reasoner) -> Reasoner:
 )
 def test_trajectories_are_those_of_a_cpu(attention: str, controls: dict[str, Any]) -> None:
     ours, theirs = (
-        made.generate(QUESTIONS, num_trajectories=4, seed=3)
+        made.generate(QUESTIONS, num_trajectories=4, num_steps=6, seed=3)
         for made in (on_cuda(tiny_reasoner(attention=attention, **controls)), tiny_reasoner(attention=attention, **controls))
     )
     for one, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
@@ -106,28 +108,28 @@ def a_block(**controls: Any) -> tuple[BlockSampler, Prefix, Tensor]:
 @pytest.mark.parametrize("controls", [{}, {"sampler": "sde", "guidance_scale": 2.0}], ids=["plain", "guided-sde"])
 def test_no_denoising_step_waits_for_the_device(controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, prefix, owner = a_block(**controls)
-    for name in ("_velocity", "_advance"):
+    for name in ("_velocity", "_bent", "_advance"):
         monkeypatch.setattr(sampler, name, unwaiting(getattr(sampler, name)))
     assert torch.isfinite(sampler.sample_block(prefix, list(range(6)), owner, 0, None)).all()
 
 
 @torch.no_grad()
-def test_a_denoising_step_can_be_captured_as_a_graph() -> None:
-    sampler, prefix, _ = a_block()
-    shape = (6, sampler.denoiser.latents_per_block, sampler.denoiser.latent_dim)
-    z = torch.zeros(shape, device="cuda")
-    visible, positions = prefix.visible(shape[1] + 1), prefix.positions(shape[1] + 1)
-
-    def step() -> Tensor:
-        return sampler._velocity(prefix, z, 0.5, visible, positions, [])
-
-    with prefix.cache.read_only():
-        with torch.cuda.stream(torch.cuda.Stream()):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        z.normal_()
-        graph.replay()
-        assert torch.allclose(captured, step(), atol=1e-6)
+@pytest.mark.parametrize(
+    "controls",
+    [{}, {"sampler": "sde", "guidance_scale": 2.0, "diversity_scale": 0.5}, {"restarts": 1, "restart_steps": 5}],
+    ids=["plain", "guided-sde", "restarts"],
+)
+def test_replayed_steps_equal_plain_ones_and_cost_as_much(controls: dict[str, Any]) -> None:
+    found = []
+    for graphs in (Graphs(), None):
+        sampler, prefix, owner = a_block(num_steps=6, **controls)
+        sampler.graphs = graphs
+        with count_cost(sampler.denoiser, graphs=graphs) as cost:
+            blocks = []
+            for block in range(3):
+                blocks.append(sampler.sample_block(prefix, list(range(6)), owner, block, None))
+                sampler.append_block(prefix, blocks[-1])
+        found.append((torch.stack(blocks), cost.passes, cost.flops))
+    (ours, *counts), (theirs, *expected) = found
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert counts == expected

@@ -14,6 +14,7 @@ from torch import Tensor
 from ladir.config import SampleSettings
 from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
+from ladir.inference.graphs import Graphs, can_capture
 from ladir.inference.guidance import Reward, classifier_free, diversity_force, reward_gradient
 from ladir.layout import Mark
 from ladir.models import flow
@@ -95,12 +96,15 @@ class BlockSampler:
         noise: TrajectoryNoise,
         reward: Reward | None = None,
         settle: Settle | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
+        """``graphs``: steps are captured and replayed where they can be."""
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
         self.reward = reward
         self.settle = settle
+        self.graphs = graphs if can_capture(denoiser) else None
 
     def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> Iterator[Think]:
         """All trajectories' blocks, in groups as they end: a group's cache is let go before the others think on.
@@ -179,30 +183,39 @@ class BlockSampler:
         visible, positions = prefix.visible(length), prefix.positions(length)
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
         fresh = self._fresh_noise(rows, len(times) - 1, z)
+
+        def eager(z: Tensor, time: Tensor) -> Tensor:
+            return self._velocity(prefix, z, time, visible, positions)
+
+        velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(times) - 1)
         # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
         for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-            velocity = self._velocity(prefix, z, t, visible, positions, groups)
+            velocity = self._bent(velocity_at(z, torch.full((), t, device=z.device)), z, t, groups)
             x0 = z - t * velocity
             z = self._advance(z, velocity, t, t_next, fresh[step])
             if on_step is not None:
                 on_step(rows, step, x0)
         return z
 
-    def _velocity(self, prefix: Prefix, z: Tensor, t: float, visible: Visibility, positions: Tensor, groups: list[int]) -> Tensor:
-        """Guided velocity [R, L, d] at time t."""
-        d, s = self.denoiser, self.settings
+    def _velocity(self, prefix: Prefix, z: Tensor, time: Tensor, visible: Visibility, positions: Tensor) -> Tensor:
+        """The network's velocity [R, L, d] at ``time`` (a scalar), of both branches where there are two."""
+        d = self.denoiser
         branches = len(prefix) // len(z)
         inputs = z.repeat(branches, 1, 1)
-        time = torch.full((len(inputs),), t, device=z.device)
-        prediction = d.denoise_step(inputs, time, visible, positions, prefix.cache)
-        velocity = flow.to_velocity(d.settings.objective, prediction, inputs, time[:, None, None])
+        times = time.expand(len(inputs))
+        prediction = d.denoise_step(inputs, times, visible, positions, prefix.cache)
+        velocity = flow.to_velocity(d.settings.objective, prediction, inputs, times[:, None, None])
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)
-            velocity = classifier_free(conditional, unconditional, s.guidance_scale)
+            velocity = classifier_free(conditional, unconditional, self.settings.guidance_scale)
+        return velocity
+
+    def _bent(self, velocity: Tensor, z: Tensor, t: float, groups: list[int]) -> Tensor:
+        """``velocity`` [R, L, d] at ``z`` and time t, drawn by the reward and away from a question's other trajectories."""
         if self.reward is not None:
             velocity = velocity - self.reward.scale * t * self._reward_gradient(z - t * velocity, t)
-        if s.diversity_scale:
-            velocity = velocity - s.diversity_scale * t * diversity_force(z, groups)
+        if self.settings.diversity_scale:
+            velocity = velocity - self.settings.diversity_scale * t * diversity_force(z, groups)
         return velocity
 
     def _reward_gradient(self, x0: Tensor, t: float) -> Tensor:

@@ -162,7 +162,7 @@ def _squares(marked: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)  # else it is compiled anew for the second and the third shape
 
 
 def flex(

@@ -42,13 +42,18 @@ def choose_dtype(setting: str, device_type: str) -> str:
     return "bfloat16" if able else "float32"
 
 
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether an engine has split this parameter over its ranks and gathers it for each use."""
+    return hasattr(parameter, "all_gather")
+
+
 @contextmanager
 def whole(parameter: nn.Parameter) -> Iterator[None]:
     """Inside, a parameter that an engine has split over its ranks is there in full, to be read (by all ranks together).
 
     Split parameters bring the two methods used here; any other parameter is whole already.
     """
-    if not hasattr(parameter, "all_gather"):
+    if not is_split(parameter):
         yield
         return
     split: Any = parameter

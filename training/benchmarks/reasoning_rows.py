@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ladir.config import SampleSettings
 from ladir.inference.cache import Prefix
+from ladir.inference.graphs import Graphs
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
 from ladir.layout import block_length
 from ladir.models.denoiser import Denoiser
@@ -51,7 +52,7 @@ class Reasoning:
 
         lengths = torch.tensor([self.question.shape[1]], device=self.bench.device)
         prefix = Prefix.start(self.denoiser.backbone, self.question, lengths)[0].share(self.owner)
-        sampler = BlockSampler(self.denoiser, self.settings, self._noise())
+        sampler = BlockSampler(self.denoiser, self.settings, self._noise(), graphs=Graphs())
         [group] = sampler.think(prefix, self.owner, watch)
         return group.latents
 

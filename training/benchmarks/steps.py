@@ -9,6 +9,7 @@ import torch
 
 from ladir.config import SampleSettings
 from ladir.inference.cache import Prefix
+from ladir.inference.graphs import Graphs
 from ladir.inference.rollout import Rollout
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
 from ladir.models.vae import encode_sentences
@@ -66,17 +67,19 @@ def encoding(bench: Bench) -> Utilisation:
 
 @torch.no_grad()
 def denoising_step(bench: Bench) -> Utilisation:
-    """One Euler step of all trajectories of one question behind its cache."""
+    """Euler steps of all trajectories of one question behind its cache: one; on CUDA a block's, which are replayed."""
     model, size = bench.denoiser().eval(), bench.size
     [ids] = bench.token_ids([size.lengths.question])
     question = model.backbone.embed(torch.tensor([ids], device=bench.device))
     owner = torch.zeros(size.trajectories, dtype=torch.int64, device=bench.device)
     rows = list(range(size.trajectories))
     prefix = Prefix.start(model.backbone, question, torch.tensor([len(ids)], device=bench.device))[0].share(owner)
-    sampler = BlockSampler(model, SampleSettings(num_steps=1), TrajectoryNoise(0, [("question", i) for i in rows]))
+    settings = SampleSettings(num_steps=size.steps if bench.device.type == "cuda" else 1)
 
-    def step() -> None:
-        sampler.sample_block(prefix, rows, owner, 0, None)
+    def steps(graphs: Graphs | None) -> None:
+        noise = TrajectoryNoise(0, [("question", i) for i in rows])
+        with torch.no_grad():
+            BlockSampler(model, settings, noise, graphs=graphs).sample_block(prefix, rows, owner, 0, None)
 
-    with torch.no_grad():
-        return utilisation(bench, "denoising_step", model, step, step)
+    name = "denoising_step" if settings.num_steps == 1 else f"{settings.num_steps}_denoising_steps"
+    return utilisation(bench, name, model, lambda: steps(Graphs()), lambda: steps(None))

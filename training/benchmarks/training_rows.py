@@ -23,8 +23,8 @@ from training.planning.models import Lengths
 _SENTENCE, _QUESTION, _ANSWER, _BLOCKS = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3), (2, 6)
 #: a denoiser's sample is longer than a sentence, and so are its rows
 _DENOISER_ROWS = 2
-#: records that make about 4096 tokens, and a few hundred
-_LONG_LAYOUT, _LONG_DRAWS = Lengths(question=512, blocks=32, block=1, answer=32), 21
+#: records that make about 4096 tokens (so many in a micro batch), and a few hundred
+_LONG_LAYOUT, _LONG_DRAWS, _LONG_ROWS = Lengths(question=512, blocks=32, block=1, answer=32), 21, 4
 _SHORT_LAYOUT = Lengths(question=200, blocks=4, block=1, answer=8)
 
 #: calls of an attention kernel that are timed together: one takes microseconds
@@ -206,8 +206,8 @@ def _packed(
 def attention(bench: Bench) -> Iterator[Row]:
     """The compiled kernels alone against SDPA with a dense mask; flash-attn's where it is installed."""
     smoke = bench.size.name == "smoke"
-    sizes, draws = (_SHORT_LAYOUT, 4) if smoke else (_LONG_LAYOUT, _LONG_DRAWS)
-    yield _flex_row(bench, bench.denoiser_batch(bench.records([sizes]), draws).layout)
+    sizes, draws, rows = (_SHORT_LAYOUT, 4, 2) if smoke else (_LONG_LAYOUT, _LONG_DRAWS, _LONG_ROWS)
+    yield _flex_row(bench, bench.denoiser_batch(bench.records([sizes] * rows), draws).layout)
     if bench.device.type == "cuda" and not flash_lacks():
         words = bench.token_ids(_gsm8k_like(np.random.default_rng(0), _SENTENCE, bench.size.sentences))
         yield _flash_row(bench, bench.vae_batch(words, bench.size.pack_tokens).decoder.layout)
@@ -220,11 +220,12 @@ def _flex_row(bench: Bench, layout: Layout) -> Row:
     mask = how.mask
     assert isinstance(mask, BlockMask)
     visible = layout.padded_to(how.width).visible()
-    states = _attention_states(bench, 1, how.width, how.width, trained=bench.device.type == "cuda")
+    rows = len(layout.position)
+    states = _attention_states(bench, rows, how.width, how.width, trained=bench.device.type == "cuda")
     return _against_dense(
         bench,
         "attention",
-        f"FlexAttention, {how.width} tokens",
+        f"FlexAttention, {rows} rows of {how.width} tokens",
         states,
         visible,
         lambda query, key, value: flex(nn.Identity(), query, key, value, mask, query.shape[-1] ** -0.5)[0],
