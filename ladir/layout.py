@@ -47,8 +47,10 @@ class Source(IntEnum):
 class Layout:
     """Attention structure of a batch; fields are int64 tensors [N, T] (N rows of T tokens).
 
-    ``document`` None: a row is one sample.  ``boundaries``, only where every document is ordinary causal text: int32 [D + 1],
-    where documents (and stretches of padding) begin among the N * T tokens, and the end; ``longest`` of them, in tokens.
+    A sample's tokens lie together: first its clean ones, in the order of their positions from 0 on, then copy after copy.
+    ``document`` None: a row is one sample, at its start.  ``boundaries``, only where every document is ordinary causal text:
+    int32 [D + 1], where documents (and stretches of padding) begin among the N * T tokens, and the end; ``longest`` of them, in
+    tokens.
     """
 
     position: Tensor
@@ -90,6 +92,25 @@ class Layout:
             seen &= self.document[:, :, None] == self.document[:, None, :]
         return seen | itself
 
+    def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:meth:`visible` as two stretches of the viewer's row, int64 [N, T] each: start, end, own start, own end.
+
+        Token i sees ``start <= j < end`` of its sample's clean tokens and ``own_start <= j < own_end`` of its copy's (itself, where
+        it is in none).
+        """
+        place = torch.arange(self.copy.shape[1], device=self.copy.device).expand_as(self.copy)
+        alone = torch.where(self.copy >= 0, self.copy, -1 - place)
+        begins = _differs_from_before(alone)
+        start = torch.zeros_like(place)
+        if self.document is not None:
+            begins_sample = _differs_from_before(self.document)
+            begins = begins | begins_sample
+            start = (place * begins_sample).cummax(1).values
+        own_start = (place * begins).cummax(1).values
+        next_start = F.pad(torch.where(begins, place, place.shape[1])[:, 1:], (0, 1), value=place.shape[1])
+        own_end = next_start.flip(1).cummin(1).values.flip(1)
+        return start, start + self.limit, own_start, own_end
+
     def padded_to(self, width: int) -> Layout:
         """The same rows with padding behind them, ``width`` tokens each."""
         more = (0, width - self.position.shape[1])
@@ -99,6 +120,11 @@ class Layout:
             copy=F.pad(self.copy, more, value=PAD),
             document=None if self.document is None else F.pad(self.document, more, value=-1),
         )
+
+
+def _differs_from_before(values: Tensor) -> Tensor:
+    """Which of [N, T] are not what stands before them in their row; the first ones are not."""
+    return F.pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
 
 
 @dataclass(frozen=True)

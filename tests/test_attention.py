@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import PreTrainedModel
 
-from ladir.config import LoraSettings
+from ladir.config import DenoiserSettings, LoraSettings
 from ladir.data.batches import DenoiserBatch, VaeBatch, VaeCollator
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
-from ladir.layout import CLEAN, Layout
+from ladir.layout import Layout
 from ladir.models import attention
 from ladir.models.attention import BLOCK, CPU, FLASH, FLEX, SHORTEST_SDPA, BlockMasks, attend, block_mask, set_attention
 from ladir.models.backbone import Backbone
@@ -119,12 +119,18 @@ def test_a_block_mask_is_the_dense_mask(seed: int, pack_tokens: int) -> None:
 
 
 def test_a_block_mask_of_many_squares_is_pytorch_s_own() -> None:
-    place = torch.arange(640)
-    copies = torch.stack([torch.where(place < clean, CLEAN, place // 90) for clean in (640, 300, 10)])
-    layout = Layout(place.expand(3, -1), torch.stack([place + 1, place // 2, place - 200]), copies)
-    mask = block_mask(layout)
-    assert mask.full_kv_num_blocks is not None and mask.full_kv_num_blocks.sum() > 0  # some are seen whole
-    assert_pytorch_makes(mask)
+    """Long samples, one to a row and two: some squares are seen whole, and some by two stretches that meet."""
+    [record] = random_records(1, seed=3)
+    record = replace(record, question=[5] * 300)
+    collate = replace(collator(tiny_denoiser(tiny_lm(), draws=50)), settings=DenoiserSettings(draws=50, condition_dropout=0.0))
+    for pack_tokens in (0, 4000):
+        layout = replace(collate, pack_tokens=pack_tokens)([record, replace(record, question=[5] * 40)], [0, 1]).layout
+        width = -(-layout.copy.shape[1] // BLOCK) * BLOCK
+        mask = block_mask(layout.padded_to(width))
+        full = torch_flex.create_mask(mask.mask_mod, len(layout.copy), 1, width, width, device="cpu")[:, 0]
+        assert torch.equal(full, layout.padded_to(width).visible())
+        assert mask.full_kv_num_blocks is not None and mask.full_kv_num_blocks.sum() > 0
+        assert_pytorch_makes(mask)
 
 
 @settings(max_examples=6, deadline=None)

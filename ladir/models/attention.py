@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ladir.errors import UnusableError
-from ladir.layout import CLEAN, Layout
+from ladir.layout import Layout
 from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, has_plain_attention
 
 logger = logging.getLogger(__name__)
@@ -131,24 +131,23 @@ def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> 
 def block_mask(layout: Layout) -> BlockMask:
     """The rule of :meth:`Layout.visible` as a BlockMask: squares that nobody sees are skipped by the kernel.
 
-    ``layout``'s rows are a multiple of BLOCK wide.  The squares are looked through one strip of queries after another, so that
-    no more of the dense mask than a strip is ever there (``create_block_mask`` makes all of it).
+    ``layout``'s rows are a multiple of BLOCK wide.  The rule goes by :meth:`Layout.spans`: in a square that is seen in part the
+    kernel reads four numbers per query and none per key, and the dense mask is never there (``create_block_mask`` makes it).
     """
-    fields = (layout.position, layout.limit, layout.copy)
-    position, limit, copy = (tensor.to(torch.int32) for tensor in fields)
-    document = torch.zeros_like(copy) if layout.document is None else layout.document.to(torch.int32)
+    start, end, own_start, own_end = (bound.to(torch.int32) for bound in layout.spans())
 
     def visible(row: Tensor, _head: Tensor, viewer: Tensor, other: Tensor) -> Tensor:
-        clean = (copy[row, other] == CLEAN) & (position[row, other] < limit[row, viewer])
-        own = (copy[row, other] == copy[row, viewer]) & (copy[row, viewer] >= 0)
-        return (document[row, other] == document[row, viewer]) & (clean | own) | (viewer == other)
+        clean = (other >= start[row, viewer]) & (other < end[row, viewer])
+        own = (other >= own_start[row, viewer]) & (other < own_end[row, viewer])
+        return clean | own
 
-    rows, width = copy.shape
-    row, other = torch.arange(rows, device=copy.device)[:, None, None], torch.arange(width, device=copy.device)
-    strips = (visible(row, row, viewers[:, None], other).unflatten(-1, (-1, BLOCK)) for viewers in other.split(BLOCK))
-    some, whole = (
-        torch.stack(found, 1) for found in zip(*((strip.any(-1).any(1), strip.all(-1).all(1)) for strip in strips), strict=True)
-    )
+    width = start.shape[1]
+    left = torch.arange(0, width, BLOCK, dtype=torch.int32, device=start.device)  # of every square of keys
+    bounds = [bound[..., None].clamp(left, left + BLOCK) for bound in (start, end, own_start, own_end)]
+    clean, own = (bounds[1] - bounds[0]).clamp_min(0), (bounds[3] - bounds[2]).clamp_min(0)
+    both = (torch.minimum(bounds[1], bounds[3]) - torch.maximum(bounds[0], bounds[2])).clamp_min(0)
+    seen = (clean + own - both).unflatten(1, (-1, BLOCK))  # keys of the square, by viewer: [N, Q, BLOCK, K]
+    some, whole = (seen > 0).any(2), (seen == BLOCK).all(2)
     return BlockMask.from_kv_blocks(
         *_squares(some & ~whole), *_squares(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(width, width)
     )

@@ -55,8 +55,8 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("denoiser-lora", "denoiser", 16, "ds_configs/zero2.json", 4),
-        Case("vae-lora", "vae", 16, "ds_configs/zero2.json", 64),
+        Case("denoiser-lora", "denoiser", 16, "ds_configs/zero2.json", 16),
+        Case("vae-lora", "vae", 16, "ds_configs/zero2.json", 256),
         Case("denoiser-full-offload", "denoiser", 0, "ds_configs/zero3_offload.json", 4),
         Case("vae-full-offload", "vae", 0, "ds_configs/zero3_offload.json", 64),
     )

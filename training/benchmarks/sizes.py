@@ -148,7 +148,7 @@ _SIZES = (
         lengths=Lengths(question=128, blocks=8, block=22, answer=32),
         latents=4,
         latent_dim=512,
-        records=16,
+        records=32,
         rollouts=12,
         sentences=256,
         encoded=1024,
