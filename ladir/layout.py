@@ -95,8 +95,8 @@ class Layout:
     def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """:meth:`visible` as two stretches of the viewer's row, int64 [N, T] each: start, end, own start, own end.
 
-        Token i sees ``start <= j < end`` of its sample's clean tokens and ``own_start <= j < own_end`` of its copy's (itself, where
-        it is in none).
+        Token i sees ``start <= j < end`` of its sample's clean tokens and ``own_start <= j < own_end`` of its copy's (itself,
+        where it is in none).
         """
         place = torch.arange(self.copy.shape[1], device=self.copy.device).expand_as(self.copy)
         alone = torch.where(self.copy >= 0, self.copy, -1 - place)
