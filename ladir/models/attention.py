@@ -39,8 +39,8 @@ CPU = "ladir_cpu"
 #: queries from which on SDPA is the faster one (docs/log.md)
 SHORTEST_SDPA = 256
 
-#: narrower rows go through SDPA: padding them to a multiple of BLOCK would cost more than their dense mask
-NARROWEST_FLEX = 2 * BLOCK
+#: narrower rows go through SDPA: on an H200 their dense mask costs less than padding, and skipping squares gains nothing
+NARROWEST_FLEX = 4 * BLOCK
 #: the compiled kernels multiply tiles of this many rows and columns at least
 SMALLEST_HEAD = 16
 _CACHED_MASKS = 16
@@ -161,7 +161,7 @@ def _squares(marked: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)  # else it is compiled anew for the second and the third shape
+    return torch.compile(flex_attention)
 
 
 def flex(
