@@ -274,6 +274,41 @@ def test_flash_reads_a_cached_prefix_in_both_directions(kind: str, padded: bool)
     assert calls == ([] if padded else [("whole", False, 3)] * 6)
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(0, 2**32), st.sampled_from([0, 60, 10000]), st.sampled_from(sorted(SHAPES)), st.sampled_from(["sdpa", CPU, FLASH])
+)
+def test_every_kernel_gives_the_losses_and_gradients_of_eager_attention(
+    seed: int, pack_tokens: int, kind: str, name: str
+) -> None:
+    with flash_stand_in():
+        denoisers = (tiny_denoiser(tiny_lm(kind, attention=kernel), draws=2) for kernel in (name, "eager"))
+        assert_same(*denoisers, denoiser_batch(seed, pack_tokens))
+        assert_same(vae_with(name), vae_with("eager"), vae_batch(tiny_vae(), seed, pack_tokens))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 60, 10000]),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from(["sdpa", FLEX, FLASH]),
+)
+def test_in_bfloat16_no_kernel_is_much_further_from_the_truth_than_eager_attention(
+    seed: int, pack_tokens: int, kind: str, name: str
+) -> None:
+    layouts = [denoiser_batch(seed, pack_tokens).layout, vae_batch(tiny_vae(), seed, pack_tokens).encoder.layout]
+    for layout in layouts:
+        inputs = torch.randn(*layout.copy.shape, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ways = ((name, torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float64))
+        with flash_stand_in(), plain_flex():
+            results = [
+                outputs_and_gradients(Backbone(tiny_lm(kind, attention=n, dtype=d)), inputs.to(d), layout, layout.copy >= -1)
+                for n, d in ways
+            ]
+        assert_close(*results)
+
+
 # --- the setting -------------------------------------------------------------------------------------------------------
 
 

@@ -133,7 +133,10 @@ def run_part(name: str, dry: bool) -> dict[str, Any]:
         }
     if name == "mfu":
         measured = [*steps.training_steps(bench), steps.encoding(bench), steps.denoising_step(bench)]
-        return {step.name: {"mfu": step.mfu, "of_own_shapes": step.of_own_shapes, "seconds": step.seconds} for step in measured}
+        return {
+            step.name: {"mfu": step.mfu, "of_own_shapes": step.of_own_shapes, "seconds": step.seconds, "peak": step.peak}
+            for step in measured
+        }
     size = SIZES["smoke" if dry else "8b"]
     return large.measure(large.CASES[name], size, start(size.config(device.type).deepspeed))
 

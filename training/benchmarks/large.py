@@ -94,7 +94,7 @@ def predict(config: Config, phase: str) -> Prediction:
 
 
 def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
-    """Train a few steps of ``case``; GiB where a key says so, memory measured on CUDA only."""
+    """Train a few steps of ``case``; GiB where a key says so, memory measured on CUDA only; ``peak`` in FLOP/s."""
     device = world.device
     config = case.config(size, device.type)
     layers = fitting_layers(config, case.phase, int(_HOST_SHARE * psutil.virtual_memory().available))
@@ -123,6 +123,7 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
         step()
     seconds = statistics.median(bench.seconds(step) for _ in range(_TIMED_STEPS))
     measured = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    peak = measured_peak(device, bench.dtype, bench.now)
     return {
         "layers": layers,
         "of_layers": all_layers,
@@ -132,5 +133,6 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
         "predicted_host_gib": predicted.host_per_node / 2**30,
         "seconds": seconds,
         "tokens_per_second": batch.num_tokens / seconds,
-        "mfu": count.flops / seconds / measured_peak(device, bench.dtype, bench.now),
+        "mfu": count.flops / seconds / peak,
+        "peak": peak,
     }
