@@ -25,7 +25,7 @@ _SENTENCE, _QUESTION, _ANSWER, _BLOCKS = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3), (
 _DENOISER_ROWS = 2
 #: records that make about 4096 tokens (so many in a micro batch), and a few hundred
 _LONG_LAYOUT, _LONG_DRAWS, _LONG_ROWS = Lengths(question=512, blocks=32, block=1, answer=32), 21, 4
-_SHORT_LAYOUT = Lengths(question=200, blocks=4, block=1, answer=8)
+_SHORT_LAYOUT = Lengths(question=460, blocks=4, block=1, answer=8)
 
 #: calls of an attention kernel that are timed together: one takes microseconds
 _KERNEL_CALLS = 20
