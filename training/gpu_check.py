@@ -76,7 +76,7 @@ def parts(dry: bool) -> list[Part]:
         ]
     names = {"attention": 100, "mfu": 150, "denoiser-lora": 120, "vae-lora": 120, "denoiser-full-offload": 150}
     names["vae-full-offload"] = 150
-    return [Part("tests", 150, tests), *(Part(name, limit, (own, "--part", name)) for name, limit in names.items())]
+    return [Part("tests", 240, tests), *(Part(name, limit, (own, "--part", name)) for name, limit in names.items())]
 
 
 def complete(wheels: Path, site: Path) -> list[str]:
