@@ -21,8 +21,8 @@ WHEELS ?= wheels
 
 # What a machine with PyTorch and transformers may lack: pure Python, or small.
 WHEEL_NAMES := deepspeed hjson py-cpuinfo ninja msgpack einops pydantic pydantic-core annotated-types typing-inspection \
-	omegaconf antlr4-python3-runtime datasets dill multiprocess xxhash transformers peft accelerate rich tqdm psutil pytest pytest-timeout \
-	pluggy iniconfig hypothesis sortedcontainers matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil \
+	omegaconf antlr4-python3-runtime datasets dill multiprocess xxhash transformers peft accelerate rich tqdm psutil \
+	pytest pytest-timeout pluggy iniconfig hypothesis sortedcontainers matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil \
 	pillow pyarrow tensorboard absl-py grpcio markdown protobuf werkzeug tensorboard-data-server
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge

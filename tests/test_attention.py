@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import PreTrainedModel
 
-from ladir.config import DenoiserSettings, LoraSettings
+from ladir.config import LoraSettings
 from ladir.data.batches import DenoiserBatch, VaeBatch, VaeCollator
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
@@ -122,7 +122,7 @@ def test_a_block_mask_of_many_squares_is_pytorch_s_own() -> None:
     """Long samples, one to a row and two: some squares are seen whole, and some by two stretches that meet."""
     [record] = random_records(1, seed=3)
     record = replace(record, question=[5] * 300)
-    collate = replace(collator(tiny_denoiser(tiny_lm(), draws=50)), settings=DenoiserSettings(draws=50, condition_dropout=0.0))
+    collate = collator(tiny_denoiser(tiny_lm(), draws=50), condition_dropout=0.0)
     for pack_tokens in (0, 4000):
         layout = replace(collate, pack_tokens=pack_tokens)([record, replace(record, question=[5] * 40)], [0, 1]).layout
         width = -(-layout.copy.shape[1] // BLOCK) * BLOCK
@@ -410,7 +410,8 @@ def outputs_and_gradients(backbone: Backbone, inputs: Tensor, layout: Layout, re
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("name", [FLEX, FLASH])
-def test_compiled_kernels_equal_eager_attention(name: str) -> None:
+def test_compiled_kernels_equal_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "NARROWEST_FLEX", 2 * BLOCK)
     if name == FLASH:
         pytest.importorskip("flash_attn", reason="NOT TESTED: flash-attn is not installed")
     for seed, pack_tokens in enumerate((0, 600, 10000)):
@@ -425,7 +426,8 @@ def test_compiled_kernels_equal_eager_attention(name: str) -> None:
 
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_flex_is_compiled_a_few_times_whatever_the_shapes() -> None:
+def test_flex_is_compiled_a_few_times_whatever_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "NARROWEST_FLEX", 2 * BLOCK)
     backbone = gpu_lm(FLEX, torch.bfloat16)
     attention._compiled_flex.cache_clear()
     torch._dynamo.reset()
@@ -435,4 +437,4 @@ def test_flex_is_compiled_a_few_times_whatever_the_shapes() -> None:
         inputs = torch.randn(*layout.copy.shape, 128, device="cuda", dtype=torch.bfloat16)
         outputs_and_gradients(backbone, inputs, layout, layout.copy >= -1)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-    assert compiled <= 5, f"{compiled} graphs for 12 shapes"
+    assert compiled <= 4, f"{compiled} graphs for 12 shapes"

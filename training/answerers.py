@@ -93,7 +93,7 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
 
     def answer(records: Sequence[Record]) -> Answers:
         questions = [record.question for record in records]
-        with count_cost(*reasoner.answering(), graphs=reasoner.graphs) as cost:
+        with count_cost(*reasoner.answering()) as cost, reasoner.graphs.counted(cost):
             groups = reasoner.generate(questions, seed=config.run.seed, thoughts=False, **controls)
         with count_cost(reasoner.thought_decoder.backbone, reasoner.thought_decoder.from_latent) as reading:
             reasoner.read_thoughts([trajectory for group in groups for trajectory in group])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ladir.inference.graphs import Graphs
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 
@@ -33,11 +32,8 @@ class Cost:
 
 
 @contextmanager
-def count_cost(*models: nn.Module, graphs: Graphs | None = None) -> Iterator[Cost]:
-    """Inside, the time, every pass of the models' LMs and every linear layer count; the time is there at the end.
-
-    ``graphs``: what replays the models' passes, whose repetitions count as well.
-    """
+def count_cost(*models: nn.Module) -> Iterator[Cost]:
+    """Inside, the time, every pass of the models' LMs and every linear layer count; the time is there at the end."""
     cost = Cost()
 
     def linear(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -49,23 +45,7 @@ def count_cost(*models: nn.Module, graphs: Graphs | None = None) -> Iterator[Cos
         cost.passes += len(arguments[0])
         cost.flops += attention_flops(backbone, *arguments)
 
-    def captured() -> Callable[[], Callable[[], None]]:
-        before = replace(cost)
-
-        def end() -> Callable[[], None]:
-            passes, flops = cost.passes - before.passes, cost.flops - before.flops
-
-            def again() -> None:
-                cost.passes += passes
-                cost.flops += flops
-
-            return again
-
-        return end
-
     with ExitStack() as hooks:
-        if graphs is not None:
-            hooks.enter_context(graphs.observed(captured))
         for module in {id(module): module for model in models for module in model.modules()}.values():
             if isinstance(module, nn.Linear):
                 hooks.callback(module.register_forward_pre_hook(linear).remove)

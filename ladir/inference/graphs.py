@@ -4,41 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ladir.inference.cost import Cost
 from ladir.models.backbone import is_split
 from ladir.models.denoiser import Denoiser
 
 #: latents [R, L, d] and time (a scalar) to velocity [R, L, d]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-#: called when a capture begins; what it returns, when it ends; and what that returns, at every repetition of what was captured
-Observer = Callable[[], Callable[[], Callable[[], None]]]
-
 #: steps of a block from which on capturing one (it costs about as much as a step) pays
 _WORTH_CAPTURING = 4
 
 
 class Graphs:
-    """Captures a block's denoising step and replays it; ``observers`` are told, for modules' hooks do not run in a replay."""
+    """Captures a block's denoising step and replays it."""
 
     def __init__(self) -> None:
-        self._observers: list[Observer] = []
+        self._costs: list[Cost] = []
 
     @contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Inside, ``observer`` is told of captures and repetitions."""
-        self._observers.append(observer)
+    def counted(self, cost: Cost) -> Iterator[None]:
+        """Inside, ``cost`` grows with every replay as it does with the step itself, which hooks count: a replay runs none."""
+        self._costs.append(cost)
         try:
             yield
         finally:
-            self._observers.remove(observer)
+            self._costs.pop()
 
     def replayed(self, velocity: Velocity, steps: int) -> Velocity:
         """The same function, whose shapes and other inputs stay as they are for ``steps`` calls, for CUDA tensors."""
-        return _Replayed(velocity, self._observers) if steps >= _WORTH_CAPTURING else velocity
+        return _Replayed(velocity, self._costs) if steps >= _WORTH_CAPTURING else velocity
 
 
 def can_capture(denoiser: Denoiser) -> bool:
@@ -50,8 +49,8 @@ def can_capture(denoiser: Denoiser) -> bool:
 class _Replayed:
     """The first call runs as it is (libraries set themselves up), the second is captured, all from then on are replayed."""
 
-    def __init__(self, velocity: Velocity, observers: list[Observer]) -> None:
-        self._velocity, self._observers = velocity, observers
+    def __init__(self, velocity: Velocity, costs: list[Cost]) -> None:
+        self._velocity, self._costs = velocity, costs
         self._calls = 0
         self._graph = torch.cuda.CUDAGraph()
 
@@ -65,13 +64,14 @@ class _Replayed:
         else:
             self._z.copy_(z)
             self._time.copy_(time)
-            for repeat in self._repeats:
-                repeat()
+            for cost, passes, flops in self._each:
+                cost.passes += passes
+                cost.flops += flops
         self._graph.replay()
         return self._output
 
     def _capture(self, z: Tensor, time: Tensor) -> None:
-        ends = [begin() for begin in self._observers]
+        before = [replace(cost) for cost in self._costs]
         self._z, self._time = z.clone(), time.clone()
         stream = torch.cuda.Stream(z.device)
         stream.wait_stream(torch.cuda.current_stream(z.device))
@@ -83,4 +83,4 @@ class _Replayed:
             finally:
                 self._graph.capture_end()
         torch.cuda.current_stream(z.device).wait_stream(stream)
-        self._repeats = [end() for end in ends]
+        self._each = [(c, c.passes - b.passes, c.flops - b.flops) for c, b in zip(self._costs, before, strict=True)]

@@ -75,11 +75,11 @@ def denoising_step(bench: Bench) -> Utilisation:
     rows = list(range(size.trajectories))
     prefix = Prefix.start(model.backbone, question, torch.tensor([len(ids)], device=bench.device))[0].share(owner)
     settings = SampleSettings(num_steps=size.steps if bench.device.type == "cuda" else 1)
+    noise = TrajectoryNoise(0, [("question", i) for i in rows])
+    replayed, plain = (BlockSampler(model, settings, noise, graphs=graphs) for graphs in (Graphs(), None))
 
-    def steps(graphs: Graphs | None) -> None:
-        noise = TrajectoryNoise(0, [("question", i) for i in rows])
-        with torch.no_grad():
-            BlockSampler(model, settings, noise, graphs=graphs).sample_block(prefix, rows, owner, 0, None)
+    def steps(sampler: BlockSampler) -> None:
+        sampler.sample_block(prefix, rows, owner, 0, None)
 
     name = "denoising_step" if settings.num_steps == 1 else f"{settings.num_steps}_denoising_steps"
-    return utilisation(bench, name, model, lambda: steps(Graphs()), lambda: steps(None))
+    return utilisation(bench, name, model, lambda: steps(replayed), lambda: steps(plain))
