@@ -22,8 +22,10 @@ STAGES = [0, 2, 3]
 
 
 def make_engine(world: World, stage: int | str, dtype: str = "float32", **train: Any) -> Engine:
+    """``stage``: of ZeRO, the rest of a name in ds_configs/, or a file of its own."""
     settings = dataclasses.replace(TrainSettings(), weight_decay=0.0, max_grad_norm=0.0, **train)
-    return Engine(ToyModel(optional_head=True), settings, dtype, DeepSpeedSettings(config=f"ds_configs/zero{stage}.json"), world)
+    file = str(stage) if str(stage).endswith(".json") else f"ds_configs/zero{stage}.json"
+    return Engine(ToyModel(optional_head=True), settings, dtype, DeepSpeedSettings(config=file), world)
 
 
 def weights(engine: Engine, ema: bool = False) -> dict[str, Tensor]:
@@ -75,7 +77,8 @@ def unused_branch(world: World, stage: int | str) -> dict[str, Any]:
         after = weights(engine)
         moved.append(float((after["odd_head.weight"] - before["odd_head.weight"]).abs().max()))
         gaps.append(max(float((after[name] - value.detach()).abs().max()) for name, value in model.state_dict().items()))
-    return {"moved": moved, "gaps": gaps, "norms": norms}
+    saving = engine._engine._config.zero_config.memory_efficient_linear
+    return {"moved": moved, "gaps": gaps, "norms": norms, "saving": saving}
 
 
 def assert_like_the_reference(result: dict[str, Any]) -> None:
@@ -102,6 +105,20 @@ def unused_branch_undefended(world: World) -> list[float]:
 def test_a_parameter_without_gradient_keeps_its_value(two_processes: ProcessGroup, stage: int) -> None:
     for result in two_processes.run(unused_branch, stage):
         assert_like_the_reference(result)
+
+
+@pytest.mark.parametrize("threshold", [0, 239, 240])
+def test_weights_that_zero_3_releases_between_uses_are_not_kept_for_the_backward_pass(
+    two_processes: ProcessGroup, tmp_path: Path, threshold: int
+) -> None:
+    config = json.loads(Path("ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    largest = max(parameter.numel() for parameter in ToyModel().parameters())
+    for result in two_processes.run(unused_branch, str(file)):
+        assert_like_the_reference(result)
+        assert result["saving"] == (threshold < largest)
 
 
 def test_without_the_defence_stale_gradients_are_applied(two_processes: ProcessGroup) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from training.runtime.ds_config import zero_stage
+from training.runtime.ds_config import PERSISTENCE_THRESHOLD, zero_stage
 from training.runtime.muon import BUCKET, layer_matrices
 
 FP32 = 4
@@ -20,7 +20,7 @@ _ADAMW_TENSORS, _MUON_TENSORS = 3, 2
 
 # DeepSpeed's own values where a configuration is silent.
 _DEFAULTS = {
-    "stage3_param_persistence_threshold": 100_000,
+    "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "reduce_bucket_size": 500_000_000,

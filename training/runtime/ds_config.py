@@ -12,6 +12,9 @@ from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+#: elements up to which ZeRO-3 keeps a weight whole, where the file does not say (DeepSpeed's own value)
+PERSISTENCE_THRESHOLD = 100_000
+
 OURS = {
     "train_batch_size": "<phase>.train.global_batch",
     "train_micro_batch_size_per_gpu": "<phase>.train.micro_batch",
