@@ -41,7 +41,9 @@ def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", [[], ["backbone.lora.rank=4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "variant", [[], ["backbone.lora.rank=4"], ["data.validation=null"]], ids=["full", "lora", "nothing-held-out"]
+)
 def test_every_phase_shows_its_samples_on_two_ranks(
     two_processes: ProcessGroup, one_process: ProcessGroup, tmp_path: Path, variant: list[str]
 ) -> None:
@@ -54,6 +56,7 @@ def test_every_phase_shows_its_samples_on_two_ranks(
         (sample,) = events[phase].Tensors("samples/text_summary")
         text = sample.tensor_proto.string_val[0].decode()
         assert titles in text and text.count("\n") == SHOWN + 1
+        assert ("(trained on)" in text) == ("data.validation=null" in variant)
     assert {"latents/mean", "latents/posterior_standard_deviation"} <= set(events["vae"].Tags()["histograms"])
     assert {"latents/meant", "latents/generated"} <= set(events["denoiser"].Tags()["histograms"])
     (picture,) = events["denoiser"].Images("denoising/block_1")
@@ -68,7 +71,8 @@ def test_every_phase_shows_its_samples_on_two_ranks(
     ):
         tags = set(events[phase].Tags()["scalars"])
         general = {"optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps", "speed/mfu", "speed/data_wait"}
-        assert names | general | {"speed/tokens_per_second_per_device", "speed/memory_gib", "validation/loss"} <= tags
+        assert names | general | {"speed/tokens_per_second_per_device", "speed/memory_gib"} <= tags
+        assert ("validation/loss" in tags) == ("data.validation=null" not in variant)
         assert all(0 < event.value < 2 for event in events[phase].Scalars("speed/mfu"))
         assert_charts_find(tags)
 

@@ -116,7 +116,7 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
         weights={"reconstruction": 1.0, "kl": config.vae.beta},
         validation=Samples(held_out, collator) if held_out else None,
         write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
-        show=vae_samples(config, tokenizer, held_out),
+        show=vae_samples(config, tokenizer, held_out, sentences),
     )
 
 
@@ -140,7 +140,7 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
         weights=denoiser_weights(config.denoiser),
         validation=Samples(validation, collator) if validation is not None else None,
         write=lambda target, state: save_denoiser(model, target, state),
-        show=denoiser_samples(config, tokenizer, validation, vae) if validation is not None else None,
+        show=denoiser_samples(config, tokenizer, validation, store, vae),
     )
 
 
@@ -195,7 +195,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         weights={"text": 1.0},
         validation=Samples(chain_pairs(tokenizer, held_out, prefix), collator) if held_out else None,
         write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state),
-        show=ar_samples(config, tokenizer, held_out),
+        show=ar_samples(config, tokenizer, held_out, records),
     )
 
 

@@ -35,7 +35,7 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
     recompute = config.backbone.activation_checkpointing != "none"
     teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher")
     collator = RolloutCollator(teacher, settings, seed=derive(config.run.seed, "rollout"))
-    show = denoiser_samples(config, tokenizer, validation, folder.model("vae")) if validation is not None else None
+    show = denoiser_samples(config, tokenizer, validation, store, folder.model("vae"))
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)

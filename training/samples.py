@@ -1,5 +1,6 @@
 """What a phase shows when it is validated: samples as text, distributions of latents, a block forming out of noise.
 
+Held-out samples, where there are any; else the first of those that are trained on, and the column's title says so.
 All ranks run the models, on the same samples, since sharded weights need every rank; rank 0 alone decodes latents and writes.
 """
 
@@ -32,9 +33,11 @@ Show = Callable[[object, Telemetry, int], None]
 _HISTOGRAM_SENTENCES = 256
 
 
-def vae_samples(config: Config, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[list[int]]) -> Show | None:
-    """Held-out sentences beside what comes back of them; distributions of the posterior."""
-    shown = sentences[:_HISTOGRAM_SENTENCES]
+def vae_samples(
+    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[list[int]], trained: Sequence[list[int]]
+) -> Show | None:
+    """Sentences beside what comes back of them; distributions of the posterior."""
+    shown, title = (held_out or trained)[:_HISTOGRAM_SENTENCES], _title("sentence", bool(held_out))
     count = _wanted(config, len(shown))
     if not count:
         return None
@@ -48,13 +51,16 @@ def vae_samples(config: Config, tokenizer: PreTrainedTokenizerBase, sentences: S
         if len(mean) > 1:
             telemetry.histogram("latents/variance_of_means_by_element", mean.var(0), step)
         pairs = [(decode_text(tokenizer, ids), text) for ids, text in zip(shown, texts, strict=False)]
-        telemetry.text("samples", markdown_table(("sentence", "reconstructed"), pairs), step)
+        telemetry.text("samples", markdown_table((title, "reconstructed"), pairs), step)
 
     return show
 
 
-def ar_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> Show | None:
-    """Held-out questions with the AR model's greedy completions."""
+def ar_samples(
+    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Record], trained: Sequence[Record]
+) -> Show | None:
+    """Questions with the AR model's greedy completions."""
+    records, title = held_out or trained, _title("question", bool(held_out))
     shown = records[: _wanted(config, len(records))]
     if not shown:
         return None
@@ -69,13 +75,16 @@ def ar_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequ
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
             for record, ids in zip(shown, completions, strict=True)
         ]
-        telemetry.text("samples", markdown_table(("question", "reference", "completion"), rows), step)
+        telemetry.text("samples", markdown_table((title, "reference", "completion"), rows), step)
 
     return show
 
 
-def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records: LatentStore, vae: Path) -> Show | None:
-    """Held-out questions with thoughts and answers; latents made and meant; the first question's blocks step by step."""
+def denoiser_samples(
+    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: LatentStore | None, trained: LatentStore, vae: Path
+) -> Show | None:
+    """Questions with thoughts and answers; latents made and meant; the first question's blocks step by step."""
+    records, title = held_out or trained, _title("question", bool(held_out))
     shown = [records[i] for i in range(_wanted(config, len(records)))]
     if not shown:
         return None
@@ -97,7 +106,7 @@ def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
-        telemetry.text("samples", markdown_table(("question", "reference", "thoughts and answer"), rows), step)
+        telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
         from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
 
         for number, block in enumerate(traces[0].blocks, start=1):
@@ -109,6 +118,10 @@ def denoiser_samples(config: Config, tokenizer: PreTrainedTokenizerBase, records
 
 def _wanted(config: Config, available: int) -> int:
     return min(config.telemetry.samples, available) if config.telemetry.tensorboard else 0
+
+
+def _title(what: str, held_out: bool) -> str:
+    return what if held_out else f"{what} (trained on)"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

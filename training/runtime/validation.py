@@ -7,7 +7,7 @@ import torch
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
 from training.runtime.meters import LossSums, Meters
-from training.runtime.phase import Phase, ValidationHook
+from training.runtime.phase import Phase, SampleSource, ValidationHook
 from training.runtime.sampler import MicroBatch
 from training.runtime.telemetry import Telemetry
 
@@ -15,29 +15,31 @@ from training.runtime.telemetry import Telemetry
 def validate(engine: Engine, phase: Phase, most: int, micro: int, telemetry: Telemetry, step: int) -> dict[str, float]:
     """Mean loss per term over the first ``most`` validation samples, on all ranks alike; empty without such.
 
-    Sample n has number n, so the noise is the same each time.  Then the phase's ``on_validate``, where it has one.
+    Sample n has number n, so the noise is the same each time.  Then the phase's ``on_validate``, where it has one: what that
+    shows need not be held out.
     """
-    source, world = phase.validation, engine.world
-    if source is None:
-        return {}
+    with engine.averaged_weights():
+        averages = {} if phase.validation is None else _averages(engine, phase, phase.validation, most, micro)
+        _phase_hook(engine, phase, telemetry, step)
+    return averages
+
+
+def _averages(engine: Engine, phase: Phase, source: SampleSource, most: int, micro: int) -> dict[str, float]:
+    world = engine.world
     sums, counts = LossSums(phase.weights, world.device), dict.fromkeys(phase.weights, 0.0)
     meters = Meters(phase.weights)
-    with engine.averaged_weights():
-        for (indices, numbers), real in share(min(most, source.num_samples), micro, world):
-            batch = source.collate(indices, numbers, training=False)
-            outputs = engine.evaluate(batch)
-            if real:
-                sums.add(outputs)
-                meters.add_metrics(outputs)
-                for term in counts:
-                    counts[term] += batch.counts.get(term, 0)
-        total = world.sum(torch.cat([sums.stacked().cpu(), torch.tensor(list(counts.values()), dtype=torch.float64)]))
-        terms, values = list(counts), total.tolist()
-        meters.add_losses(
-            dict(zip(terms, values[: len(terms)], strict=True)), dict(zip(terms, values[len(terms) :], strict=True))
-        )
-        meters.collect(world)
-        _phase_hook(engine, phase, telemetry, step)
+    for (indices, numbers), real in share(min(most, source.num_samples), micro, world):
+        batch = source.collate(indices, numbers, training=False)
+        outputs = engine.evaluate(batch)
+        if real:
+            sums.add(outputs)
+            meters.add_metrics(outputs)
+            for term in counts:
+                counts[term] += batch.counts.get(term, 0)
+    total = world.sum(torch.cat([sums.stacked().cpu(), torch.tensor(list(counts.values()), dtype=torch.float64)]))
+    terms, values = list(counts), total.tolist()
+    meters.add_losses(dict(zip(terms, values[: len(terms)], strict=True)), dict(zip(terms, values[len(terms) :], strict=True)))
+    meters.collect(world)
     return meters.averages()
 
 
