@@ -6,8 +6,9 @@ All ranks run the models, on the same samples, since sharded weights need every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ from ladir.report.traces import LatentRecorder
 from ladir.tokens import decode_text
 from training.runtime.telemetry import Telemetry
 
+SamplesT = TypeVar("SamplesT", bound=Sized)
+
 #: shows samples of a model under training: (model, telemetry, step)
 Show = Callable[[object, Telemetry, int], None]
 
@@ -37,7 +40,8 @@ def vae_samples(
     config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[list[int]], trained: Sequence[list[int]]
 ) -> Show | None:
     """Sentences beside what comes back of them; distributions of the posterior."""
-    shown, title = (held_out or trained)[:_HISTOGRAM_SENTENCES], _title("sentence", bool(held_out))
+    sentences, title = _chosen("sentence", held_out, trained)
+    shown = sentences[:_HISTOGRAM_SENTENCES]
     count = _wanted(config, len(shown))
     if not count:
         return None
@@ -60,7 +64,7 @@ def ar_samples(
     config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Record], trained: Sequence[Record]
 ) -> Show | None:
     """Questions with the AR model's greedy completions."""
-    records, title = held_out or trained, _title("question", bool(held_out))
+    records, title = _chosen("question", held_out, trained)
     shown = records[: _wanted(config, len(records))]
     if not shown:
         return None
@@ -84,7 +88,7 @@ def denoiser_samples(
     config: Config, tokenizer: PreTrainedTokenizerBase, held_out: LatentStore | None, trained: LatentStore, vae: Path
 ) -> Show | None:
     """Questions with thoughts and answers; latents made and meant; the first question's blocks step by step."""
-    records, title = held_out or trained, _title("question", bool(held_out))
+    records, title = _chosen("question", held_out, trained)
     shown = [records[i] for i in range(_wanted(config, len(records)))]
     if not shown:
         return None
@@ -120,8 +124,9 @@ def _wanted(config: Config, available: int) -> int:
     return min(config.telemetry.samples, available) if config.telemetry.tensorboard else 0
 
 
-def _title(what: str, held_out: bool) -> str:
-    return what if held_out else f"{what} (trained on)"
+def _chosen(what: str, held_out: SamplesT | None, trained: SamplesT) -> tuple[SamplesT, str]:
+    """Which samples are shown, and the title of their column."""
+    return (held_out, what) if held_out else (trained, f"{what} (trained on)")
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
