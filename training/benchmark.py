@@ -22,6 +22,7 @@ from training.benchmarks import reasoning_rows, scaling, steps, training_rows, z
 from training.benchmarks.report import Measured, Results, as_json, plot, show
 from training.benchmarks.setup import Bench, released
 from training.benchmarks.sizes import SIZES
+from training.runtime.distributed import run_as_program
 from training.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -103,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

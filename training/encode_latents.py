@@ -28,6 +28,7 @@ from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases import read_encoded
+from training.runtime.distributed import run_as_program
 from training.runtime.files import sha256, write_json
 from training.runtime.job import job
 from training.runtime.run import Outcome, Run
@@ -192,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

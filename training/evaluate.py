@@ -37,6 +37,7 @@ from ladir.tokens import load_tokenizer
 from training.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
 from training.answers import Answered, AnswerLog, cut
 from training.phases import read_encoded
+from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder
 
@@ -220,4 +221,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -14,6 +14,7 @@ from ladir.errors import UnusableError
 from ladir.models.folders import assemble_export
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
+from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.run import RunFolder
 
@@ -47,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,6 @@ def run_part(name: str, dry: bool) -> dict[str, Any]:
 
 def _run_parts(names: Sequence[str], dry: bool, folder: Path) -> None:
     """What a child process does: measure, and leave a file for each part."""
-    sys.path.insert(0, str(ROOT))
     for name in names:
         (folder / f"{name}.json").write_text(json.dumps(run_part(name, dry), indent=1), encoding="utf-8")
 
@@ -199,8 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.part:
-        _run_parts(arguments.part.split(","), arguments.dry, folder)
-        return 0
+        sys.path.insert(0, str(ROOT))
+        from training.runtime.distributed import run_as_program  # what it imports is there in a child process
+
+        run_as_program(partial(_run_parts, arguments.part.split(","), arguments.dry, folder))
     site = folder / "site"
     missing = complete(arguments.wheels, site)
     if missing:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.phases import ar_phase
+from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -22,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

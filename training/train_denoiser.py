@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from training.phases import denoiser_phase
 from training.rollout_phase import rollout_phase
+from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -27,4 +28,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.phases import vae_phase
+from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -21,4 +22,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)
