@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ladir.config import LoraSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.data.latents import LatentRecord
+from ladir.data.randomness import Streams, generator
 from ladir.layout import CLEAN, PAD
 from ladir.models import flow
 from ladir.models.backbone import Backbone
@@ -300,6 +301,16 @@ def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str) -> None:
 
 
 # --- randomness and splitting ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(-5, 2**64 - 1), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5))
+def test_a_stream_that_is_wound_on_draws_what_a_new_generator_does(seed: int, numbers: list[int]) -> None:
+    streams = Streams(seed)
+    for number in numbers:
+        wound, new = streams.at(number), generator(seed, number)
+        for rng in (wound, new):
+            rng.integers(0, 7)  # leaves half a word over, which must not reach the next number
+        assert np.array_equal(wound.standard_normal(3, dtype=np.float32), new.standard_normal(3, dtype=np.float32))
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:

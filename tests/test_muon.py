@@ -32,14 +32,22 @@ def test_singular_values_come_near_one_and_directions_stay(rows: int, columns: i
     least = min(rows, columns)
     values = 0.2 + torch.rand(least, generator=generator, dtype=torch.float64)
     matrix = u[:, :least] * values @ v[:, :least].T
-    result = u[:, :least].T @ orthogonalised(matrix) @ v[:, :least]
+    result = u[:, :least].T @ orthogonalised(matrix[None])[0] @ v[:, :least]
     assert torch.allclose(result, torch.diag(result.diagonal()), atol=1e-9)
     assert result.diagonal().min() > 0.3 and result.diagonal().max() < 1.3
-    assert torch.allclose(orthogonalised(3 * matrix), orthogonalised(matrix), atol=1e-5)
+    assert torch.allclose(orthogonalised(3 * matrix[None]), orthogonalised(matrix[None]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 96, 96), (5, 64, 24), (3, 24, 64)])
+def test_bfloat16_steps_in_the_same_direction(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rounded, exact = orthogonalised(matrices.bfloat16()).float(), orthogonalised(matrices)
+    assert torch.linalg.matrix_norm(rounded, 2).max() < 1.3
+    assert torch.cosine_similarity(rounded.flatten(1), exact.flatten(1)).min() > 0.99
 
 
 def test_nothing_moves_where_there_is_no_gradient() -> None:
-    assert orthogonalised(torch.zeros(3, 5)).abs().max() == 0
+    assert orthogonalised(torch.zeros(1, 3, 5)).abs().max() == 0
 
 
 def model() -> Denoiser:
@@ -95,7 +103,7 @@ def reference_steps(steps: range) -> dict[str, Tensor]:
                 momenta[name] = MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad
                 ahead = MOMENTUM * momenta[name] + (1 - MOMENTUM) * parameter.grad
                 parameter *= 1 - LR * DECAY
-                parameter -= LR * step_scale(*parameter.shape) * orthogonalised(ahead)
+                parameter -= LR * step_scale(*parameter.shape) * orthogonalised(ahead[None])[0]
         trained.zero_grad()
     return {name: value.detach() for name, value in trained.state_dict().items()}
 

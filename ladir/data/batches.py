@@ -1,6 +1,6 @@
 """Collators: samples to the tensors of one micro batch.
 
-All randomness of a sample comes from ``randomness.generator(seed, number)``, ``number`` being its place in the run, so a
+All randomness of a sample comes from ``randomness.Streams(seed).at(number)``, ``number`` being its place in the run, so a
 batch is the same however it is split over ranks and micro batches.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
-from ladir.data.randomness import generator
+from ladir.data.randomness import Streams
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ class VaeCollator:
         extra = np.zeros_like(posterior)
         read: list[Sequence[int]] = list(sentences)
         if training:
+            streams = Streams(self.seed)
             for i, number in enumerate(numbers):
-                rng = generator(self.seed, number)
+                rng = streams.at(number)
                 rng.standard_normal(dtype=np.float32, out=posterior[i])
                 if s.latent_noise:
                     extra[i] = s.latent_noise * rng.standard_normal(shape, dtype=np.float32)
@@ -254,9 +255,9 @@ class DenoiserCollator:
         eps = np.empty((len(mu), s.draws, *mu.shape[1:]), dtype=np.float32)
         t, posterior = np.empty(eps.shape[:2], dtype=np.float32), np.zeros_like(mu)
         hidden = np.zeros(len(records), dtype=bool)
-        start = 0
+        start, streams = 0, Streams(self.seed)
         for row, (record, number) in enumerate(zip(records, numbers, strict=True)):
-            rng, own = generator(self.seed, number), slice(start, start + len(record.mu))
+            rng, own = streams.at(number), slice(start, start + len(record.mu))
             start = own.stop
             rng.standard_normal(dtype=np.float32, out=eps[own])
             draw = rng.random if s.timesteps == "uniform" else rng.standard_normal

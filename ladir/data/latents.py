@@ -12,8 +12,10 @@ import math
 import os
 import shutil
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ class LatentStore:
         self.mean = torch.tensor(stats.mean, dtype=torch.float32)
         self.std = torch.tensor(stats.std, dtype=torch.float32)
         self._chunks = [_Chunk(batch) for batch in table.to_batches()]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
+        self._starts = list(accumulate((len(chunk) for chunk in self._chunks), initial=0))
 
     @staticmethod
     def write(
@@ -194,18 +196,18 @@ class LatentStore:
             )
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> LatentRecord:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: record {index} of {len(self)}")
-        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._chunks[chunk].record(index - int(self._starts[chunk]), self.latents_per_block, self.latent_dim)
+        chunk = bisect_right(self._starts, index) - 1
+        return self._chunks[chunk].record(index - self._starts[chunk], self.latents_per_block, self.latent_dim)
 
     def same_question(self) -> list[list[int]]:
         """Which records have the same question: the places of each group of several."""
         groups: dict[bytes, list[int]] = {}
-        for start, chunk in zip(self._starts.tolist(), self._chunks, strict=False):
+        for start, chunk in zip(self._starts, self._chunks, strict=False):
             for i in range(len(chunk)):
                 groups.setdefault(chunk.question(i), []).append(start + i)
         return [group for group in groups.values() if len(group) > 1]

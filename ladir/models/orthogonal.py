@@ -14,7 +14,7 @@ _ADAMW_RMS = 0.2
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """``matrices`` [..., m, n] = U S V' with their singular values S brought near 1, by Newton-Schulz steps in their own dtype.
+    """``matrices`` [N, m, n] = U S V' with their singular values S brought near 1, by Newton-Schulz steps in their own dtype.
 
     A zero matrix stays zero.
     """
@@ -24,7 +24,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)
     for _ in range(_STEPS):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 

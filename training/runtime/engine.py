@@ -51,7 +51,7 @@ class Engine:
             # DeepSpeed's own linear layer keeps no weight for the backward pass, which would live on after its release.  Where
             # none is released it saves nothing, and costs a small model a tenth of its step in Python.
             config["zero_optimization"].setdefault("memory_efficient_linear", False)
-        optimizer = _make_optimizer(model, train, config, world)
+        optimizer = _make_optimizer(model, train, config, torch_dtype, world)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self.partitions = partitions_of(self._engine, self._names, world.rank)
         self._optimizer: torch.optim.Optimizer = optimizer
@@ -289,7 +289,9 @@ def _weights_stay_whole(model: nn.Module, zero: dict[str, Any]) -> bool:
     return all(getattr(parameter, "ds_numel", parameter.numel()) <= threshold for parameter in model.parameters())
 
 
-def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, Any], world: World) -> torch.optim.Optimizer:
+def _make_optimizer(
+    model: nn.Module, train: TrainSettings, config: dict[str, Any], dtype: torch.dtype, world: World
+) -> torch.optim.Optimizer:
     """AdamW or Muon, with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads AdamW's state."""
     muon = train.optimizer == "muon"
     orthogonal = layer_matrices(model) if muon else set()
@@ -312,7 +314,9 @@ def _make_optimizer(model: nn.Module, train: TrainSettings, config: dict[str, An
         config.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
         steps = [group["params"] is sorted_out["orthogonal"] for group in groups]
         groups = [{**group, "orthogonal": step} for group, step in zip(groups, steps, strict=True)]
-        return MuonAdamW(groups, world, train.momentum, fused=True, **arguments)
+        # The original computes in bfloat16 throughout; a CPU may only emulate it, and then does not train in it either.
+        precision = dtype if world.device.type == "cpu" else torch.bfloat16
+        return MuonAdamW(groups, world, train.momentum, precision, fused=True, **arguments)
     if world.device.type == "cuda" and config.get("zero_optimization", {}).get("offload_optimizer"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -43,10 +43,12 @@ class MuonAdamW(torch.optim.AdamW):
     Until :meth:`place` has said what lies where in their masters, those groups do not move.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], world: World, momentum: float, **arguments: Any) -> None:
-        """``arguments``: AdamW's."""
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], world: World, momentum: float, precision: torch.dtype, **arguments: Any
+    ) -> None:
+        """``precision``: what Newton-Schulz computes in; ``arguments``: AdamW's."""
         super().__init__([dict(group) for group in groups], **arguments)
-        self._world, self._momentum = world, momentum
+        self._world, self._momentum, self._precision = world, momentum, precision
         self._parts: dict[int, list[Part]] = {}
         self._sharded = False
 
@@ -100,10 +102,8 @@ class MuonAdamW(torch.optim.AdamW):
             if number % ranks != own:
                 matrix.zero_()
         for alike in _by_shape(matrices[own::ranks]):
-            together = torch.stack(alike)
-            precise = together if device.type == "cpu" else together.bfloat16()
-            found = orthogonalised(precise).mul_(step_scale(*alike[0].shape))
-            torch._foreach_copy_(alike, list(found.to(together.dtype).unbind()))
+            found = orthogonalised(torch.stack(alike).to(self._precision)).mul_(step_scale(*alike[0].shape))
+            torch._foreach_copy_(alike, list(found.float().unbind()))
         if self._sharded:
             dist.all_reduce(whole)
         self._copy(step, parts, matrices, back=True)
