@@ -175,14 +175,14 @@ def test_tracks_run_side_by_side_and_a_failure_in_one_lets_the_other_save(
 
 def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
     for ranks, parts in ((1, 5), (2, 4), (4, 4)):
-        built, _ = demo(tmp_path, ranks=ranks)
+        built, _ = demo(tmp_path, "rollout.train.max_seconds=30", ranks=ranks)
         for phase, seconds in {"base": 100.0, "vae": 20.0, "latents": 3.5}.items():
             write_json(built.folder.outcome_file(phase), {**OUTCOME, "seconds": seconds})
         plan = built.plan()
         assert len(plan) == parts
         stages = {stage.name: stage for part in plan for track in part for stage in track}
         assert "ar.train.max_seconds=100.0" in stages["ar"].command()
-        assert "denoiser.train.max_seconds=76.5" in stages["denoiser"].command()
+        assert "denoiser.train.max_seconds=46.5" in stages["denoiser"].command()
         assert all("deepspeed.launcher.runner" in stage.command() for stage in stages.values() if stage.trains)
         counts = [stages[name].command()[4] for name in ("base", "evaluate", "vae", "denoiser", "ar")]
         assert counts == [str(ranks)] * 2 + [str(max(1, ranks // 2))] * 3

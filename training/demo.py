@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes that train at the same time (default: 2)")
     parser.add_argument(
-        "--seconds", type=float, default=600.0, help="that LaDiR and the AR baseline train for, each (default: 600)"
+        "--seconds", type=float, default=580.0, help="that LaDiR and the AR baseline train for, each (default: 580)"
     )
 
 
