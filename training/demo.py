@@ -177,12 +177,14 @@ class Demo:
             write_json(self.record_file, self.record)
 
     def _stop(self, lanes: Sequence[Lane]) -> None:
-        """Let all jobs save and stop."""
+        """Let all jobs save and stop; the saving counts, too."""
         running = [lane.job for lane in lanes if lane.job is not None]
-        for lane in lanes:
-            self._charge(lane)
-        with ThreadPoolExecutor() as stopping:
-            list(stopping.map(Job.stop, running))
+        try:
+            with ThreadPoolExecutor() as stopping:
+                list(stopping.map(Job.stop, running))
+        finally:
+            for lane in lanes:
+                self._charge(lane)
 
     def _watched(self, lane: Lane) -> list[Text]:
         """A lane's stage and the last line it wrote."""
