@@ -33,7 +33,7 @@ _STYLE = {
     "text.parse_math": False,  # a dollar sign in somebody's text is no formula
 }
 #: told apart by people who see colours differently, too (Okabe and Ito)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#999999")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#999999", "#7b3294")
 _MARKERS = "osD^vPX*"
 _FEW = 12  # a curve of fewer points shows them
 _TICKS = 6  # values of an axis that are all named
