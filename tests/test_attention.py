@@ -405,7 +405,9 @@ def outputs_and_gradients(backbone: Backbone, inputs: Tensor, layout: Layout, re
     inputs = inputs.detach().requires_grad_()
     hidden = backbone(inputs, layout, layout.position)[real]
     weights = [p for p in backbone.parameters() if p.ndim == 2 and p.requires_grad]
-    used = torch.autograd.grad(hidden.double().square().mean(), [inputs, *weights], allow_unused=True)
+    # The mean square of what a norm has made is nearly constant: its gradient would be little more than rounding.
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(hidden.device)
+    used = torch.autograd.grad((hidden.double() * direction).mean(), [inputs, *weights], allow_unused=True)
     return [hidden.detach(), *(g for g in used if g is not None)]
 
 

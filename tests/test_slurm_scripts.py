@@ -55,7 +55,8 @@ def test_settings_name_run_folder_signal_and_the_phases_a_configuration_needs() 
     assert (first, second) == (str(ROOT / "runs" / "x"), "USR1")
     phases = settings("--phases", "configs/demo.yaml").stdout.splitlines()[2:]
     base = "train_ar ar.phase=base ar.from_scratch=true"
-    assert phases == [base, "train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate"]
+    denoiser = ["train_denoiser", "train_denoiser stage=rollout"]
+    assert phases == [base, "train_vae", "encode_latents", *denoiser, "train_ar", "export", "evaluate"]
     phases = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]").stdout.splitlines()[2:]
     assert phases == ["train_vae", "encode_latents", "train_denoiser", "train_denoiser stage=rollout", "export", "evaluate"]
     assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in phases)
