@@ -287,7 +287,7 @@ def test_every_kernel_gives_the_losses_and_gradients_of_eager_attention(
         assert_same(vae_with(name), vae_with("eager"), vae_batch(tiny_vae(), seed, pack_tokens))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)  # of random cases one in 300 is beyond the bound by chance
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([0, 60, 10000]),
@@ -299,13 +299,12 @@ def test_in_bfloat16_no_kernel_is_much_further_from_the_truth_than_eager_attenti
 ) -> None:
     layouts = [denoiser_batch(seed, pack_tokens).layout, vae_batch(tiny_vae(), seed, pack_tokens).encoder.layout]
     for layout in layouts:
-        inputs = torch.randn(*layout.copy.shape, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        # Several inputs: the errors of one, of a few tokens, differ by more than the bound now and then, by chance.
+        shape = (8, *layout.copy.shape, 16)
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         ways = ((name, torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float64))
         with flash_stand_in(), plain_flex():
-            results = [
-                outputs_and_gradients(Backbone(tiny_lm(kind, attention=n, dtype=d)), inputs.to(d), layout, layout.copy >= -1)
-                for n, d in ways
-            ]
+            results = [together(Backbone(tiny_lm(kind, attention=n, dtype=d)), inputs.to(d), layout) for n, d in ways]
         assert_close(*results)
 
 
@@ -399,6 +398,12 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) 
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         wrong, allowed = (float((x.double() - truth).norm() / truth.norm()) for x in (one, other))
         assert wrong <= 3 * allowed + 1e-4
+
+
+def together(backbone: Backbone, inputs: Tensor, layout: Layout) -> list[Tensor]:
+    """Outputs and gradients for each of several inputs, stacked."""
+    each = [outputs_and_gradients(backbone, one, layout, layout.copy >= -1) for one in inputs]
+    return [torch.stack(same) for same in zip(*each, strict=True)]
 
 
 def outputs_and_gradients(backbone: Backbone, inputs: Tensor, layout: Layout, real: Tensor) -> list[Tensor]:

@@ -91,8 +91,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _orthogonalise(self, step: Tensor, parts: Sequence[Part]) -> None:
         """Replace these matrices' elements of ``step``; sharded ones are put together and shared out to be worked on."""
-        device = self._world.device
-        whole = torch.zeros(sum(part.whole for part in parts), device=device)
+        whole = torch.zeros(sum(part.whole for part in parts), device=self._world.device)
         matrices = [flat.view(part.shape) for part, flat in zip(parts, whole.split([p.whole for p in parts]), strict=True)]
         self._copy(step, parts, matrices, back=False)
         if self._sharded:
