@@ -32,7 +32,7 @@ BROWSER_PACKAGES := chromium-headless-shell fonts-dejavu-core
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^# /!q;s/^# //p' Makefile
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m training.demo --ranks $(RANKS) --config configs/demo.yaml run.seed=$(SEED) \

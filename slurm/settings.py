@@ -7,6 +7,7 @@ first argument also the phases of the whole chain, one a line.  Errors go to std
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ladir.config import Config
@@ -19,9 +20,20 @@ def phases(config: Config) -> list[str]:
     own = Path(config.run.folder) / config.run.name / "models" / "base"
     wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
     base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch and wanted else []
-    baseline = ["train_ar"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
+    again = " ar.copy_fraction=0" if base else ""  # the sentences to repeat are for the base LM
+    baseline = [f"train_ar{again}"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
     second = ["train_denoiser stage=rollout"] if config.rollout.enabled else []
     return [*base, "train_vae", "encode_latents", "train_denoiser", *second, *baseline, "export", "evaluate"]
+
+
+def missing(config: Config) -> list[str]:
+    """What the whole chain reads and the configuration does not name."""
+    names = {"train": "every phase reads it", config.evaluate.split: "the last phase, evaluate, asks its questions"}
+    return [
+        f"data.{name} is not set: {why}; name it, or say in PHASES which phases to run"
+        for name, why in names.items()
+        if getattr(config.data, name) is None
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -31,11 +43,17 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
-        sys.stderr.writelines(f"error: {line}\n" for line in error.errors)
-        return 2
+        return _refused(error.errors)
+    if chain and (lacking := missing(config)):
+        return _refused(lacking)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *(phases(config) if chain else [])]) + "\n")
     return 0
+
+
+def _refused(errors: Iterable[str]) -> int:
+    sys.stderr.writelines(f"error: {line}\n" for line in errors)
+    return 2
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ asks_for_gpus ${options[@]+"${options[@]}"} ||
 
 python=${VENV:-.venv}/bin/python
 [ -x "$python" ] || python=python3
-answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py --phases "$config" "$@") || exit 2
+chain=--phases
+[ -z "${PHASES:-}" ] || chain=
+answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py ${chain:+"$chain"} "$config" "$@") || exit 2
 mapfile -t lines <<<"$answer"
 run_folder=${lines[0]} stop_signal=${lines[1]}
 if [ -n "${PHASES:-}" ]; then

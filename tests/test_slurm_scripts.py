@@ -56,10 +56,23 @@ def test_settings_name_run_folder_signal_and_the_phases_a_configuration_needs() 
     phases = settings("--phases", "configs/demo.yaml").stdout.splitlines()[2:]
     base = "train_ar ar.phase=base ar.from_scratch=true"
     denoiser = ["train_denoiser", "train_denoiser stage=rollout"]
-    assert phases == [base, "train_vae", "encode_latents", *denoiser, "train_ar", "export", "evaluate"]
+    assert phases == [base, "train_vae", "encode_latents", *denoiser, "train_ar ar.copy_fraction=0", "export", "evaluate"]
     phases = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]").stdout.splitlines()[2:]
     assert phases == ["train_vae", "encode_latents", "train_denoiser", "train_denoiser stage=rollout", "export", "evaluate"]
     assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in phases)
+
+
+def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_beginning() -> None:
+    result = settings("--phases", "configs/gsm8k.yaml", "data.test=null", "data.train=null")
+    assert result.returncode == 2
+    assert [line.split(" is")[0] for line in result.stderr.splitlines()] == ["error: data.train", "error: data.test"]
+    assert settings("configs/gsm8k.yaml", "data.test=null").returncode == 0  # one phase alone
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_names_what_its_chain_reads(config: Path) -> None:
+    result = settings("--phases", str(config))
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_settings_report_every_error_in_a_line_of_its_own() -> None:
