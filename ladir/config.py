@@ -93,7 +93,9 @@ class DataSettings:
     output_field: str = setting("output", "name of the reasoning chain's field")
     answer_field: str = setting("answer", "name of the explicit answer's field, used where a record has it")
     answer_prefixes: list[str] = setting(
-        ["####", "The answer is"], "literal text that starts the final answer; the last occurrence counts"
+        ["####", "The answer is"],
+        "literal text that starts the final answer; the last occurrence counts (beside an explicit answer only where one "
+        "sentence or that answer follows); the AR baseline writes the first",
     )
     sentences_per_block: int = setting(1, "sentences in one block; 0: the whole chain is one block")
     strip_calculator: bool = setting(True, "remove GSM8K's <<...>> calculator annotations from the reasoning")
@@ -249,8 +251,8 @@ class SampleSettings:
         "read every finished block as text and encode that again: what follows reads latents as the VAE makes them; the export "
         "then holds the VAE's encoder, too",
     )
-    max_blocks: int = setting(16, "blocks after which the answer is forced")
-    max_answer_tokens: int = setting(64, "longest answer, in tokens")
+    max_blocks: int = setting(32, "blocks after which the answer is forced; below data.max_blocks long chains are cut short")
+    max_answer_tokens: int = setting(128, "longest answer, in tokens; below data.max_answer_tokens long ones are cut short")
     max_thought_tokens: int = setting(64, "longest text of a decoded block, in tokens")
     answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
 

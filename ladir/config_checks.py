@@ -173,6 +173,8 @@ def _text_errors(config: Config) -> Iterator[str]:
         yield f"run.name={name!r}: must be the name of one folder; put the path before it into run.folder"
     if any(mark in config.evaluate.name for mark in "/\\\0"):
         yield f"evaluate.name={config.evaluate.name!r}: must be a part of a file's name, without a path"
+    if not config.data.answer_prefixes:
+        yield "data.answer_prefixes=[]: the AR baseline writes its answers behind the first of them; name at least one"
     if any(not prefix.strip() for prefix in config.data.answer_prefixes):
         yield "data.answer_prefixes: an empty prefix would match everywhere; remove it"
     data = config.data
@@ -196,6 +198,17 @@ def _combination_errors(config: Config) -> Iterator[str]:
         yield "ar.from_scratch=true: a new LM brings no tokenizer; set backbone.tokenizer"
     if backbone.lora.rank > 0 and not backbone.lora.targets:
         yield "backbone.lora.targets is empty, so no layer would get an adapter; name some, or set backbone.lora.rank=0"
+    if config.denoiser.timestep_features % 2:
+        yield (
+            f"denoiser.timestep_features={config.denoiser.timestep_features}: must be even, every frequency has a sine and a "
+            "cosine"
+        )
+    largest = "max_value" if config.countdown.max_target is None else "max_target"
+    if config.countdown.min_target > getattr(config.countdown, largest):
+        yield (
+            f"countdown.min_target={config.countdown.min_target}: no target is left up to countdown.{largest}="
+            f"{getattr(config.countdown, largest)}; lower the one or raise the other"
+        )
     if config.sample.guidance_scale != 1 and config.denoiser.condition_dropout == 0:
         yield (
             f"sample.guidance_scale={config.sample.guidance_scale:g}: guidance needs a denoiser that has seen hidden "

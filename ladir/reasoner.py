@@ -22,8 +22,10 @@ from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, steps_per_block
 from ladir.layout import Mark
+from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
+from ladir.models.store import settings_of
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.tokens import decode_text, encode_text, load_tokenizer
 
@@ -45,6 +47,43 @@ class Trajectory:
     num_steps: int
     stopped: bool
     trace: list[list[str]] = field(default_factory=list)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; not given: CUDA where there is one.  UnusableError for one that this machine does not have."""
+    try:
+        usable = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=usable)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch without CUDA asserts
+        raise UnusableError(
+            f"device {str(device)!r} cannot be used; valid: cpu, and cuda or cuda:N for each GPU that PyTorch sees "
+            f"(here {torch.cuda.device_count()})"
+        ) from error
+    return usable
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """ValueError for a single text in place of several; UnusableError for an empty question or one that is no Unicode text."""
+    if isinstance(questions, str):
+        raise ValueError("questions must be a list of texts, not one text, whose characters would be answered one by one")
+    for number, question in enumerate(questions, start=1):
+        if not question.strip():
+            raise UnusableError(f"question {number} is empty")
+        try:
+            question.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UnusableError(
+                f"question {number} holds half a surrogate pair at character {error.start}, as text does that was not UTF-8; "
+                "write it in UTF-8"
+            ) from error
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """A dtype as ``backbone.dtype`` names it.  UnusableError for one that the models do not run in."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name not in (None, "auto", *DTYPES):
+        raise UnusableError(f"dtype {name!r} is not supported; valid: auto, {', '.join(DTYPES)} (as text or torch dtype)")
+    return name
 
 
 class Reasoner:
@@ -72,19 +111,21 @@ class Reasoner:
         folder: str | Path,
         device: str | torch.device | None = None,
         attention: str = "auto",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         denoiser: str | Path | None = None,
     ) -> Reasoner:
-        """Load an export folder.  Raises ValueError naming what is missing when it is none.
+        """Load an export folder.
 
-        ``device`` defaults to CUDA where there is one; ``dtype`` to the one it was saved in (float32 where the device only
-        emulates bfloat16).  ``denoiser``: the model folder of another denoiser, trained on the same latents, that takes the
-        export's place.
+        Raises UnusableError naming what is missing, damaged or of another version, and for a device or dtype that cannot be used.
+
+        ``device`` defaults to CUDA where there is one; ``dtype`` (float32, bfloat16, or auto: the faster one) to the one it was
+        saved in (float32 where the device only emulates bfloat16).  ``denoiser``: the model folder of another denoiser, trained
+        on the same latents, that takes the export's place.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, thought_decoder, sample, encoder = load_export(folder, device, attention, dtype, denoiser)
+        device = usable_device(device)
+        model, thought_decoder, sample, encoder = load_export(folder, device, attention, _dtype_name(dtype), denoiser)
         tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
-        return cls(model, thought_decoder, tokenizer, SampleSettings(**sample), encoder)
+        return cls(model, thought_decoder, tokenizer, settings_of(SampleSettings, sample, folder), encoder)
 
     @property
     def device(self) -> torch.device:
@@ -125,8 +166,8 @@ class Reasoner:
         :attr:`Trajectory.latents`); every step moves along its gradient, weighted by ``reward_scale * t`` as the diversity
         guidance is.  A row is a trajectory of any question: the function must treat them one by one.
 
-        Raises ValueError for an empty question and for controls that make no sense, all of them at once; UnusableError where the
-        latents did not stay finite.
+        Raises ValueError for questions that are none (:func:`check_questions`) and for controls that make no sense, all of them
+        at once; UnusableError where the latents did not stay finite.
         """
         settings = self.settings_with(
             num_steps=num_steps,
@@ -146,9 +187,7 @@ class Reasoner:
         )
         if num_trajectories < 1:
             raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
-        empty = next((i for i, question in enumerate(questions) if not question.strip()), None)
-        if empty is not None:
-            raise ValueError(f"question {empty + 1} is empty")
+        check_questions(questions)
         if not questions:
             return []
         noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(num_trajectories)])
@@ -272,7 +311,10 @@ class Reasoner:
         return hook
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the export folder: the denoiser's LM in Hugging Face's layout, our heads, ``vae/``, the tokenizer."""
+        """Write the export folder: the denoiser's LM in Hugging Face's layout, our heads, ``vae/``, the tokenizer.
+
+        A model that is there already is replaced; UnusableError where ``folder`` holds anything else.
+        """
         save_denoiser(self.denoiser, folder, sample=asdict(self.settings))
         save_thought_decoder(self.thought_decoder, Path(folder) / "vae", shared=self.denoiser.backbone)
         if self.encoder is not None:

@@ -148,6 +148,9 @@ def test_all_errors_are_reported_at_once_with_place_and_closest_name(tmp_path: P
         ("deepspeed.step_timeout_minutes=0", "above 0"),
         ("plan.samples=0", "at least 1"),
         ("data.answer_prefixes=['']", "empty prefix"),
+        ("data.answer_prefixes=[]", "name at least one"),
+        ("denoiser.timestep_features=7", "even"),
+        ("countdown.min_target=101", "countdown.max_value=100"),
         ("evaluate.methods=[ar,ar]", "twice"),
     ],
 )
@@ -169,6 +172,7 @@ def test_a_wrong_value_is_refused(override: str, part: str) -> None:
         (["sample.guidance_scale=4", "denoiser.condition_dropout=0"], "condition_dropout above 0"),
         (["ar.copy_fraction=0.1"], "data.sentences"),
         (["data.output_field=input"], "a record needs a field for each"),
+        (["countdown.min_target=50", "countdown.max_target=40"], "countdown.max_target=40"),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused(overrides: list[str], part: str) -> None:
@@ -247,6 +251,13 @@ def test_values_lists_every_setting() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     load_config(str(path))
+
+
+@pytest.mark.parametrize("path", [None, *sorted(CONFIGS.glob("*.yaml"))], ids=lambda path: path.stem if path else "defaults")
+def test_what_may_be_trained_on_may_be_generated(path: Path | None) -> None:
+    config = load_config(None if path is None else str(path))
+    assert config.sample.max_blocks >= config.data.max_blocks
+    assert config.sample.max_answer_tokens >= config.data.max_answer_tokens
 
 
 def test_some_configurations_are_shipped() -> None:

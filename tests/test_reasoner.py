@@ -711,6 +711,36 @@ def test_an_export_is_a_hugging_face_folder(tmp_path: Path) -> None:
     assert saved == asdict(SETTINGS)
 
 
+def test_nothing_but_a_model_is_written_over(tmp_path: Path) -> None:
+    parts = trained(tmp_path, *VARIANTS["lora"])
+    save_denoiser(parts.denoiser, tmp_path / "denoiser")
+    save_vae(parts.vae, tmp_path / "vae", base=str(parts.base))
+    reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), SETTINGS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
+        with pytest.raises(UnusableError, match=f"{place.name} is no model folder .* delete"):
+            reasoner.save_pretrained(place)
+        with pytest.raises(UnusableError, match=f"{place.name} is no model folder .* delete"):
+            assemble_export(tmp_path / "denoiser", tmp_path / "vae", reasoner.tokenizer, place, SETTINGS)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    (tmp_path / "export").mkdir()
+    for _ in range(2):  # an empty folder, then its own export
+        reasoner.save_pretrained(tmp_path / "export")
+        assemble_export(tmp_path / "denoiser", tmp_path / "vae", reasoner.tokenizer, tmp_path / "export", SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "denoiser", "export", "mine", "vae"]
+
+
+def test_questions_that_are_none_are_named() -> None:
+    reasoner = tiny_reasoner()
+    with pytest.raises(ValueError, match="must be a list of texts, not one text"):
+        reasoner.generate("a b c")
+    with pytest.raises(UnusableError, match="question 2 holds half a surrogate pair at character 2"):
+        reasoner.generate(["a", "b \udcff"])
+    with pytest.raises(UnusableError, match="question 1 is empty"):
+        reasoner.generate([" "])
+
+
 def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing is no denoiser folder"):
         Reasoner.from_pretrained(tmp_path / "nothing")

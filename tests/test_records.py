@@ -52,6 +52,33 @@ def test_explicit_answer_wins_and_the_written_one_leaves_the_reasoning(tmp_path:
     assert records[0].reference["answer"] == " three "
 
 
+@pytest.mark.parametrize(
+    ("output", "answer", "blocks"),
+    [
+        (
+            "Outline.\n#### Step 1\nAdd 3 and 4.\n#### Step 2\nDouble: 14.\nDone, so 14.",
+            "14",
+            ("Outline.", "#### Step 1", "Add 3 and 4.", "#### Step 2", "Double: 14.", "Done, so 14."),
+        ),
+        (
+            "The answer is what we seek. Add 3 and 4: 7. Double it: 14.",
+            "14",
+            ("The answer is what we seek.", "Add 3 and 4: 7.", "Double it: 14."),
+        ),
+        ("#### Sum\nAdd 3 and 4: 7.\n#### 7", "7", ("#### Sum", "Add 3 and 4: 7.")),
+        ("Double it. The answer is: 14.", "fourteen", ("Double it.",)),
+        ("Write it.\n####\ndef f():\n    return 1", "def f():\n    return 1\n", ("Write it.",)),
+        ("Write it.\n####", "x", ("Write it.",)),
+    ],
+)
+def test_a_mark_within_the_reasoning_cuts_nothing_off_where_the_answer_is_given(
+    tmp_path: Path, output: str, answer: str, blocks: tuple[str, ...]
+) -> None:
+    row = {"input": "q", "output": output, "answer": answer}
+    (record,) = read_records(write_lines(tmp_path / "a.jsonl", [json.dumps(row).encode()]), DataSettings()).records
+    assert (record.blocks, record.answer) == (blocks, answer.strip())
+
+
 def test_a_chain_called_answer_is_a_chain(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "One. Two.\n#### 12", "prompt": "p"}
     path = write_lines(tmp_path / "a.jsonl", [json.dumps(row).encode()])

@@ -16,10 +16,12 @@ import yaml
 from ladir.__main__ import main
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
+from ladir.inference.decode import decode_thoughts
+from ladir.report import traces
 from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
 from ladir.report.figures import denoising_figure, line_figure, pixels, png
 from ladir.report.page import page
-from ladir.report.runs import read_run
+from ladir.report.runs import read_run, read_runs
 from ladir.report.text import escaped, one_line
 from ladir.report.traces import trace_questions
 from tests.browser import Browser, browser
@@ -195,6 +197,24 @@ def test_traces_are_the_trajectories_of_the_same_seed() -> None:
             np.testing.assert_allclose(block.latents[-1], ((latents - mean) / std).flatten(), atol=1e-5)
 
 
+def test_steps_are_decoded_a_few_at_a_time_and_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = trace_questions(tiny_reasoner(), QUESTIONS, 2, seed=5)
+    rows: list[int] = []
+
+    def counted(decoder: Any, tokenizer: Any, z: Any, max_tokens: int) -> list[str]:
+        rows.append(len(z))
+        return decode_thoughts(decoder, tokenizer, z, max_tokens)
+
+    monkeypatch.setattr(traces, "_ROWS", 4)
+    monkeypatch.setattr(traces, "decode_thoughts", counted)
+    in_parts = trace_questions(tiny_reasoner(), QUESTIONS, 2, seed=5)
+    blocks = [block for one in at_once for trajectory in one for block in trajectory.blocks]
+    assert max(rows) == 4 and sum(rows) == sum(len(block.texts) for block in blocks)  # each step once
+    for ours, theirs in zip(itertools.chain(*in_parts), itertools.chain(*at_once), strict=True):
+        assert [block.texts for block in ours.blocks] == [block.texts for block in theirs.blocks]
+        assert all(np.array_equal(a.latents, b.latents) for a, b in zip(ours.blocks, theirs.blocks, strict=True))
+
+
 def test_pictures_of_anything_can_be_drawn() -> None:
     for latents in (np.zeros((1, 1)), np.full((3, 2), np.nan), np.random.default_rng(0).standard_normal((30, 2048))):
         figure = denoising_figure(latents, (HOSTILE * 6)[: len(latents)], HOSTILE[2])
@@ -222,6 +242,23 @@ def test_the_page_is_one_text_without_runs_it_was_not_given(tmp_path: Path) -> N
     sections = chart_sections(runs)
     images = {picture.name: b"" for section in sections for picture in section.pictures}
     assert page(runs, sections, images, [], "").startswith("<!doctype html>")
+
+
+def test_runs_whose_folders_share_a_name_keep_their_own_pictures(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / parent / "demo", export=False) for parent in ("one", "two")]
+    runs = read_runs([*folders, make_run(tmp_path / "alone", export=False)])
+    assert [run.name for run in runs] == ["one/demo", "two/demo", "alone"]
+    assert [{results.run for results in run.results} for run in runs] == [{"one/demo"}, {"two/demo"}, {"alone"}]
+    names = [picture.name for section in chart_sections(runs) for picture in section.pictures]
+    assert len(set(names)) == len(names)
+    assert [run.name for run in read_runs([folders[0], folders[0]])] == ["demo", "demo"]  # one and the same
+
+
+def test_a_run_is_reported_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "."]) == 0
+    assert f"{tmp_path}-whole-chain" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_curves_over_a_control_hold_the_others_and_leave_snapshots_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from ladir.config_loader import load_config
 from ladir.data.randomness import derive
+from ladir.inference.decode import decode_thoughts
 from ladir.models.metrics import flow_by_time, vae_metrics
+from ladir.report import traces
+from ladir.report.traces import LatentRecorder
 from ladir.tasks import countdown
+from ladir.tokens import decode_text
 from tests.distributed import ProcessGroup
 from tests.test_phases import BUILDERS, configure, make_base
+from tests.test_reasoner import tokenizer, undecided
+from tests.tiny import random_records, tiny_denoiser, tiny_lm, tiny_vae
+from training import samples
 from training.encode_latents import encode
 from training.runtime import dashboard
 from training.runtime.distributed import World
@@ -75,6 +84,51 @@ def test_every_phase_shows_its_samples_on_two_ranks(
         assert ("validation/loss" in tags) == ("data.validation=null" not in variant)
         assert all(0 < event.value < 2 for event in events[phase].Scalars("speed/mfu"))
         assert_charts_find(tags)
+
+
+class Shown:
+    """A TensorBoard that counts."""
+
+    shows_samples = True
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.images: list[str] = []
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """Not looked at."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self.texts.append(text)
+
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        self.images.append(name)
+
+
+def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of the first question's blocks, which are drawn, and the finished blocks of the others."""
+    settings = ["sample.num_steps=5", "sample.max_blocks=3", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
+    config = load_config(None, [*settings, "telemetry.samples=3"])
+    records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
+    model, decoder, words, shown = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder, tokenizer(), Shown()
+    recorder = LatentRecorder.without_vae(model, words, config.sample)
+    recorded = recorder.record([decode_text(words, record.question) for record in records], 1, config.run.seed)
+    first, *others = [only for (only,) in recorder.read(recorded, decoder)]
+    rows: list[int] = []
+
+    def counted(decoder: Any, tokenizer: Any, z: torch.Tensor, max_tokens: int) -> list[str]:
+        rows.append(len(z))
+        return decode_thoughts(decoder, tokenizer, z, max_tokens)
+
+    monkeypatch.setattr(samples, "load_thought_decoder", lambda *arguments: decoder)
+    monkeypatch.setattr(traces, "decode_thoughts", counted)
+    show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"))  # type: ignore[arg-type]
+    show(model, shown, 1)
+    assert sum(rows) == 5 * len(first.blocks) + sum(len(trace.blocks) for trace in others)
+    assert len(shown.images) == len(first.blocks)
+    (table,) = shown.texts
+    lines = [samples._cell("\n".join([*trace.thoughts, trace.answer])) for trace in (first, *others)]
+    assert [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]] == lines
 
 
 def write_puzzles(folder: Path) -> None:

@@ -23,7 +23,7 @@ from ladir.models.ar import ArModel
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
 from ladir.models.vae import Vae, encode_sentences
-from ladir.report.traces import LatentRecorder
+from ladir.report.traces import LatentRecorder, finished_blocks
 from ladir.tokens import decode_text
 from training.runtime.telemetry import Telemetry
 
@@ -105,7 +105,10 @@ def denoiser_samples(
         telemetry.histogram("latents/meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
         telemetry.histogram("latents/generated", (latents - mean) / std, step)
-        traces = [only for (only,) in recorder.read(recorded, load_thought_decoder(vae, config.backbone, torch.device("cpu")))]
+        decoder = load_thought_decoder(vae, config.backbone, torch.device("cpu"))
+        # Only the first question's steps are drawn, and the other ranks wait while they are decoded.
+        wanted = [recorded[0], *map(finished_blocks, recorded[1:])]
+        traces = [only for (only,) in recorder.read(wanted, decoder)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)

@@ -75,13 +75,14 @@ def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
-    from ladir.reasoner import Reasoner
+    from ladir.reasoner import Reasoner, check_questions
 
     disable_progress_bar()
     if arguments.trajectories < 1:
         raise ValueError(f"--trajectories {arguments.trajectories}: must be at least 1")
     if not Path(arguments.model).is_dir():
         raise ValueError(f"--model {arguments.model}: no such folder; training/export.py writes runs/<name>/export")
+    check_questions(arguments.question)
     reasoner = Reasoner.from_pretrained(arguments.model, device=arguments.device)
     _warn_of_unknown_words(reasoner, arguments.question)
     with _shown_live(arguments, reasoner) if arguments.trace else nullcontext() as on_step:

@@ -13,7 +13,7 @@ from ladir.evaluation.results import QuestionResult
 from ladir.report.charts import chart_sections
 from ladir.report.figures import denoising_figure, png
 from ladir.report.page import TracedQuestion, page
-from ladir.report.runs import RunData, read_run
+from ladir.report.runs import RunData, read_runs
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,7 +30,11 @@ def run(argv: Sequence[str]) -> int:
     for name in ("questions", "trajectories"):
         if getattr(arguments, name) < (name == "trajectories"):
             raise ValueError(f"--{name} {getattr(arguments, name)}: too few")
-    runs = [read_run(folder) for folder in arguments.runs]
+    if arguments.device is not None:
+        from ladir.reasoner import usable_device
+
+        usable_device(arguments.device)
+    runs = read_runs(arguments.runs)
     out = Path(arguments.out) if arguments.out else runs[0].path / "report"
     out.mkdir(parents=True, exist_ok=True)
     sections = chart_sections(runs)

@@ -150,7 +150,9 @@ def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str
     # A data set may call its chain "answer" (GSM8K does): then there is no explicit answer beside it.
     has_explicit = settings.answer_field not in (settings.input_field, settings.output_field)
     if has_explicit and row.get(settings.answer_field) is not None:
-        answer = _text(row, settings.answer_field, "the answer (data.answer_field)").strip()
+        written, answer = answer, _text(row, settings.answer_field, "the answer (data.answer_field)").strip()
+        if written is not None and not _closes(written, answer):
+            reasoning = output.strip()
     if answer is None:
         prefixes = " or ".join(repr(prefix) for prefix in settings.answer_prefixes)
         raise _Refused(
@@ -158,6 +160,18 @@ def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str
             f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes",
         )
     return question, reasoning, answer
+
+
+def _closes(text: str, answer: str) -> bool:
+    """Whether what follows the last mark of an answer is no more than one: a single sentence, or the record's own ``answer``.
+
+    Else the mark is part of the reasoning (a heading, a formulation), and to cut there would lose steps.
+    """
+    return len(split_sentences(text)) <= 1 or _bare(text) == _bare(answer)
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).rstrip(".!")
 
 
 def _published(row: Mapping[str, Any]) -> Published | None:

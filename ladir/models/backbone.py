@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -251,7 +252,7 @@ def load_lm(
             use_safetensors=True,
             device_map={"": onto} if onto is not None and onto.type != "cpu" else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UnusableError(
             f"the LM {name!r} cannot be loaded: {error}; set backbone.name_or_path to a folder written by save_pretrained "
             "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id. Weights must be safetensors; "

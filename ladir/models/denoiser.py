@@ -37,7 +37,7 @@ class TokenHead(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """``forward`` gives the training losses; ``predict``, ``block_inputs`` and the heads serve the sampler."""
+    """``forward`` gives the training losses; ``denoise_step``, ``clean_inputs``, marks and heads serve the sampler."""
 
     latent_mean: Tensor
     latent_std: Tensor

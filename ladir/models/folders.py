@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -31,13 +31,19 @@ from ladir.models.store import (
     State,
     load_heads,
     load_settings,
+    load_tensors,
+    names_damage,
     own_state,
+    refuse_foreign,
+    replace_folder,
     save_model,
+    settings_of,
     without_adapters,
 )
 from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
 
 _ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DECODER_HEAD = "from_latent."
 #: of an export: the encoding half of the VAE, as a VAE's folder without decoder
 _ENCODER_FOLDER = "vae_encoder"
@@ -110,7 +116,7 @@ def save_vae_encoder(vae: Vae, export: str | Path) -> None:
 def load_latent_maps(folder: str | Path) -> LatentMaps:
     """The linear maps of a trained VAE, without its LMs.  ValueError when the folder is not whole."""
     load_settings(folder, "vae")
-    weights = load_file(Path(folder) / HEADS_FILE)
+    weights = load_tensors(Path(folder) / HEADS_FILE)
     maps = []
     for name in ("from_latent", "to_mean"):
         size_out, size_in = weights[f"{name}.weight"].shape
@@ -125,7 +131,7 @@ def load_vae(folder: str | Path, backbone: BackboneSettings, device: torch.devic
     ``encoder_only`` leaves out a decoder of its own: half the memory where nothing is decoded.
     """
     saved = load_settings(folder, "vae")
-    settings = VaeSettings(**saved["settings"])
+    settings = settings_of(VaeSettings, saved["settings"], folder)
     encoder = load_backbone(Path(folder) / "encoder", backbone, device)
     decoder = None
     if encoder_only:
@@ -158,10 +164,13 @@ def load_backbone(folder: str | Path, settings: BackboneSettings, device: torch.
         return Backbone(load_lm(settings, device.type, str(folder), onto))
     from peft import PeftConfig, PeftModel
 
-    base = load_lm(settings, device.type, PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, onto)
+    with names_damage(Path(folder) / _ADAPTER_FILE):
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = load_lm(settings, device.type, name, onto)
     # PEFT reads adapters to the first GPU unless it is told.
     place = {} if trainable else {"torch_device": str(base.device)}
-    adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=False, **place)
+    with names_damage(Path(folder) / _ADAPTER_WEIGHTS):
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=False, **place)
     return Backbone(adapted)
 
 
@@ -201,7 +210,7 @@ def _denoiser(folder: str | Path, backbone: Backbone) -> tuple[Denoiser, dict[st
     """The denoiser of a folder around its LM, and what was saved with it."""
     saved = load_settings(folder, "denoiser")
     d = saved["latent_dim"]
-    settings = DenoiserSettings(**saved["settings"])
+    settings = settings_of(DenoiserSettings, saved["settings"], folder)
     denoiser = Denoiser(backbone, settings, saved["latents_per_block"], torch.zeros(d), torch.ones(d))
     load_heads(denoiser, folder)
     return denoiser, saved
@@ -216,11 +225,12 @@ def load_export(
     """
     sample = load_settings(folder, "denoiser")["sample"]  # names the folder where it is none, before any file is missed
     source = Path(other or folder)
+    load_settings(source, "denoiser")
     settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(source, device))
     denoiser, _ = load_denoiser(source, settings, device)
     decoder = Path(folder) / "vae"
     saved = load_settings(decoder, "thought_decoder")
-    weights = load_file(decoder / HEADS_FILE)
+    weights = load_tensors(decoder / HEADS_FILE)
     from_latent = nn.Linear(denoiser.latent_dim, denoiser.backbone.hidden_size)
     from_latent.load_state_dict({name.removeprefix(_DECODER_HEAD): value for name, value in weights.items()})
     if saved["shared"]:
@@ -234,7 +244,7 @@ def load_export(
 
 def _dtype_here(folder: Path, device: torch.device) -> str:
     """The dtype of a folder's heads, as a setting's value; float32 where ``device`` only emulates bfloat16."""
-    dtype = load_file(folder / HEADS_FILE)["marks.weight"].dtype
+    dtype = load_tensors(folder / HEADS_FILE)["marks.weight"].dtype
     return choose_dtype("auto", device.type) if dtype == torch.bfloat16 else "float32"
 
 
@@ -245,8 +255,13 @@ def assemble_export(
     folder: str | Path,
     sample: SampleSettings,
 ) -> None:
-    """Make an export folder from trained model folders by copying files; no weights but our heads are read."""
+    """Make an export folder from trained model folders by copying files; no weights but our heads are read.
+
+    An export that is there already is replaced; UnusableError where ``folder`` holds anything else, and for parts that are no
+    model folders or damaged.
+    """
     final = Path(folder)
+    refuse_foreign(final)
     aside = final.with_name(final.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     load_settings(denoiser_folder, "denoiser")
@@ -256,8 +271,7 @@ def assemble_export(
     if sample.reencode:
         shutil.copytree(vae_folder, aside / _ENCODER_FOLDER, ignore=shutil.ignore_patterns("decoder"))
     tokenizer.save_pretrained(str(aside))
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    replace_folder(aside, final)
 
 
 def _export_thought_decoder(vae_folder: Path, export: Path) -> None:
@@ -271,7 +285,7 @@ def _export_thought_decoder(vae_folder: Path, export: Path) -> None:
         for file in _lm_files(source):
             shutil.copy2(file, target)
         base = None
-    heads = load_file(vae_folder / HEADS_FILE)
+    heads = load_tensors(vae_folder / HEADS_FILE)
     save_file({n: t for n, t in heads.items() if n.startswith(_DECODER_HEAD)}, target / HEADS_FILE)
     _update_settings(target, kind="thought_decoder", base=base, shared=shared)
 

@@ -7,16 +7,20 @@ fill.  All files are safetensors and JSON.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ladir.config import DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
 from ladir.models.backbone import Backbone
 
@@ -25,6 +29,7 @@ HEADS_FILE = "heads.safetensors"
 _SHARD_BYTES = 4 * 2**30
 
 State = Iterable[tuple[str, Tensor]]
+SettingsT = TypeVar("SettingsT", SampleSettings, VaeSettings, DenoiserSettings)
 
 
 class ShardWriter:
@@ -82,9 +87,11 @@ def save_model(
 
     ``lms`` maps a name prefix (``"backbone.lm."``) to its backbone and the subfolder it goes to (``""``: the folder itself);
     names under a ``skip`` prefix are left out; everything else goes to ``heads.safetensors``.  ``settings`` becomes
-    ``ladir.json``, written last: a folder that has it is whole.
+    ``ladir.json``, written last: a folder that has it is whole.  A model that is there already is replaced; UnusableError where
+    ``folder`` holds anything else.
     """
     final = Path(folder)
+    refuse_foreign(final)
     aside = final.with_name(final.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -100,8 +107,30 @@ def save_model(
         writer.close()
     save_file(heads, aside / HEADS_FILE)
     (aside / SETTINGS_FILE).write_text(json.dumps(dict(settings), indent=1))
-    shutil.rmtree(final, ignore_errors=True)
+    replace_folder(aside, final)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """UnusableError where a model written to ``folder`` would take the place of files that are no model of ours."""
+    ours = folder.is_dir() and ((folder / SETTINGS_FILE).is_file() or not any(folder.iterdir()))
+    if folder.exists() and not ours:
+        raise UnusableError(
+            f"{folder} is no model folder ({SETTINGS_FILE} is missing), and writing a model there would delete what it holds; "
+            "name a folder that is new or empty, or move this one away"
+        )
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Give ``aside`` the name ``final``.
+
+    What has it is renamed before it is deleted: a deletion that is cut short leaves no folder that looks foreign.
+    """
+    old = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
     aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _LmWriter:
@@ -163,19 +192,51 @@ def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
         raise UnusableError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first")
-    settings = json.loads(path.read_text())
+    with names_damage(path):
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
     if settings.get("kind") != kind:
         raise UnusableError(f"{folder} holds a {settings.get('kind')!r}, not a {kind!r}")
-    return dict(settings)
+    return settings
+
+
+@contextmanager
+def names_damage(path: Path) -> Iterator[None]:
+    """What reading a torn or missing file raises inside becomes an UnusableError that names ``path`` and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UnusableError(f"{path} cannot be read ({error}); copy it again, or train or export it anew") from error
+
+
+def settings_of(group: type[SettingsT], values: Mapping[str, Any], folder: str | Path) -> SettingsT:
+    """Settings that a model folder was saved with.  UnusableError names those that this version does not know."""
+    unknown = sorted(values.keys() - {entry.name for entry in dataclasses.fields(group)})
+    if unknown:
+        raise UnusableError(
+            f"{Path(folder) / SETTINGS_FILE}: unknown settings {', '.join(unknown)}: another version of ladir wrote it; "
+            "install that one, or train or export the model anew with this one"
+        )
+    return group(**values)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.  UnusableError names one that is missing or cut short."""
+    with names_damage(file):
+        return load_file(file)
 
 
 def load_heads(module: nn.Module, folder: str | Path) -> None:
-    """Copy ``heads.safetensors`` into a module; every head must be there and none left over."""
-    state = load_file(Path(folder) / HEADS_FILE)
-    missing, unexpected = module.load_state_dict(state, strict=False)
+    """Copy ``heads.safetensors`` into a module.  UnusableError where it is damaged or its heads are not just the module's."""
+    file = Path(folder) / HEADS_FILE
+    state = load_tensors(file)
+    remedy = f"it belongs to another {SETTINGS_FILE}: copy the folder again, or train or export it anew"
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # lists the tensors of another size
+        raise UnusableError(f"{file} does not fit ({error}); {remedy}") from error
     absent = [name for name in missing if not _belongs_to_lm(name)]
     if absent or unexpected:
-        raise ValueError(f"{folder}/{HEADS_FILE} does not fit: missing {absent}, unexpected {list(unexpected)}")
+        raise UnusableError(f"{file} does not fit: missing {absent}, unexpected {list(unexpected)}; {remedy}")
 
 
 def _belongs_to_lm(name: str) -> bool:
@@ -183,7 +244,7 @@ def _belongs_to_lm(name: str) -> bool:
 
 
 def folder_fingerprint(folder: str | Path, kind: str = "vae") -> str:
-    """A hash of the weight files in a model folder (16 hex digits) and of the base they stand on; loads no model."""
+    """A hash (16 hex digits) of the weight files in a model folder and of its base's name, not its weights; loads no model."""
     digest = hashlib.sha256(json.dumps(load_settings(folder, kind).get("base")).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):
         digest.update(str(file.relative_to(folder)).encode())

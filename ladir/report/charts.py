@@ -205,7 +205,8 @@ def _granularity(runs: Sequence[RunData]) -> Section:
             yield Picture("block-granularity", figure, "pass@k against sentences per block")
 
     text = "One sentence, several, or the whole chain as one block of thought tokens."
-    other = runs[0].path.with_name(f"{runs[0].name}-whole-chain")
+    folder = runs[0].path if runs[0].path.name else runs[0].path.resolve()  # "." has no name
+    other = folder.with_name(f"{folder.name}-whole-chain")
     command = (
         f"# train a second run with data.sentences_per_block=0 run.name={other.name}, evaluate it, then\n"
         f"python -m ladir report {runs[0].path} {other}"

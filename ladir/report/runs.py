@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Results:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as far as it has come."""
+    """A run as far as it has come; ``name``: its folder's, with its parents' before it where a report has another such run."""
 
     name: str
     path: Path
@@ -84,6 +84,24 @@ def read_run(folder: str | Path) -> RunData:
         ],
         questions=_questions(generations) if generations.is_file() else {},
     )
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunData]:
+    """Several run folders, each under a name of its own: where two share one, the names of their parents stand before it."""
+    runs = [read_run(folder) for folder in folders]
+    paths = [run.path.resolve() for run in runs]
+    return [_named(run, _own_name(path, set(paths) - {path})) for run, path in zip(runs, paths, strict=True)]
+
+
+def _own_name(path: Path, others: set[Path]) -> str:
+    """The shortest end of ``path`` that no other one has."""
+    ends = (path.parts[-length:] for length in range(1, len(path.parts)))
+    own = ("/".join(end) for end in ends if all(other.parts[-len(end) :] != end for other in others))
+    return next(own, str(path))
+
+
+def _named(run: RunData, name: str) -> RunData:
+    return replace(run, name=name, results=[replace(results, run=name) for results in run.results])
 
 
 def _results(run: str, file: Path, config: Mapping[str, Any]) -> Results:

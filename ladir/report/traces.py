@@ -16,6 +16,9 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner, Trajectory
 
+#: blocks decoded at a time: an 8B LM's keys and values of so many short texts are about half a GiB in bfloat16
+_ROWS = 64
+
 
 @dataclass(frozen=True)
 class BlockTrace:
@@ -42,7 +45,7 @@ class TrajectoryTrace:
 class LatentRecorder(Reasoner):
     """A reasoner that keeps latents instead of decoding them: in place of a text stands the number under which they are kept.
 
-    So every rank can think while one alone holds the decoder, and all texts are decoded in one batch.
+    So every rank can think while one alone holds the decoder, and what is decoded afterwards is a choice.
     """
 
     @classmethod
@@ -66,18 +69,28 @@ class LatentRecorder(Reasoner):
         return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
 
     def read(self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder) -> list[list[TrajectoryTrace]]:
-        """What :meth:`record` kept, decoded by ``decoder``."""
-        z = torch.stack(self._kept)
-        texts = decode_thoughts(
-            decoder, self.tokenizer, z.to(decoder.from_latent.weight.device), self.settings.max_thought_tokens
-        )
-        flat = ((z - self.denoiser.latent_mean.cpu()) / self.denoiser.latent_std.cpu()).flatten(1).numpy()
+        """The steps in the traces of what :meth:`record` gave, decoded by ``decoder``, ``_ROWS`` at a time."""
+        mean, std = self.denoiser.latent_mean.cpu(), self.denoiser.latent_std.cpu()
+        numbers = [number for one in recorded for trajectory in one for block in trajectory.trace for number in block]
+        texts: dict[str, str] = {}
+        for start in range(0, len(numbers), _ROWS):
+            part = numbers[start : start + _ROWS]
+            z = self._latents(part).to(decoder.from_latent.weight.device)
+            texts.update(zip(part, decode_thoughts(decoder, self.tokenizer, z, self.settings.max_thought_tokens), strict=True))
 
-        def block(numbers: Sequence[str]) -> BlockTrace:
-            places = [int(number) for number in numbers]
-            return BlockTrace(flat[places], [texts[place] for place in places])
+        def block(steps: Sequence[str]) -> BlockTrace:
+            return BlockTrace(((self._latents(steps) - mean) / std).flatten(1).numpy(), [texts[number] for number in steps])
 
         return [[TrajectoryTrace([block(b) for b in t.trace], t.answer, t.stopped) for t in one] for one in recorded]
+
+    def _latents(self, numbers: Sequence[str]) -> Tensor:
+        """Kept latents [K, L, d] (not standardised), on the CPU."""
+        return torch.stack([self._kept[int(number)] for number in numbers])
+
+
+def finished_blocks(recorded: Sequence[Trajectory]) -> list[Trajectory]:
+    """Recorded trajectories without the steps before the last one of every block, which need not be decoded then."""
+    return [replace(trajectory, trace=[steps[-1:] for steps in trajectory.trace]) for trajectory in recorded]
 
 
 def _keep_all(trajectory: int, block: int, step: int, text: str) -> None:
