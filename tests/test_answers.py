@@ -12,6 +12,7 @@ import torch
 from ladir.config import Config
 from ladir.config_loader import load_config
 from ladir.data.records import Record
+from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
@@ -111,3 +112,22 @@ def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:
     assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
     second = open_run(configure(tmp_path, "evaluate.methods=[ladir,ladir-majority]", "evaluate.voters=10", "evaluate.judges=2"))
     assert AnswerLog(second, RECORDS).done("ladir") == {0, 1, 2}
+
+
+def test_a_table_is_not_made_of_a_part_of_the_answers(tmp_path: Path) -> None:
+    run = open_run(configure(tmp_path))
+    log = AnswerLog(run, RECORDS)
+    assert not ask(run, log, TASK, "ladir", RECORDS, Model(run, stop_in=2))
+    with pytest.raises(UnusableError, match=r"3 of 7 answers of ladir .* start the same command again"):
+        log.read("ladir")
+
+
+@pytest.mark.parametrize("other", ["evaluate.name=more-steps", "evaluate.snapshot=100"])
+def test_an_evaluation_by_another_name_leaves_the_answers_of_a_stopped_one(other: str, tmp_path: Path) -> None:
+    first = open_run(configure(tmp_path))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    second = open_run(configure(tmp_path, other, "sample.num_steps=3"))
+    log = AnswerLog(second, RECORDS)
+    assert ask(second, log, TASK, "ladir", RECORDS, Model(second))
+    log.remove()
+    assert AnswerLog(first, RECORDS).done("ladir") == {0, 1, 2}

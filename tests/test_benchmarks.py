@@ -62,8 +62,10 @@ def test_the_ratios_of_the_published_size_are_measured(tmp_path: Path) -> None:
 
 
 def test_the_gpu_check_goes_through_all_its_parts_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "of-an-earlier-run.json").write_text("{}")
     output = run("training/gpu_check.py", "--dry", "--out", str(tmp_path))
     assert "tests: done" in output
+    assert "of-an-earlier-run" not in output
     for name in ("attention", "mfu", *CASES):
         assert json.loads((tmp_path / f"{name}.json").read_text())
         assert f"{name}: {{" in output

@@ -220,3 +220,12 @@ def test_nothing_is_pickled(one_process: ProcessGroup, finished: Path, tmp_path:
     files = [path for folder in (finished, tmp_path) for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     suffixes = {path.suffix for path in files}
     assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ""}
+
+
+def test_what_a_cut_off_save_left_goes_with_the_next_one(two_processes: ProcessGroup, finished: Path, copy: Path) -> None:
+    unfinish(copy)
+    torn = checkpoints(copy)[0].parent / ".step-00000137.tmp"
+    torn.mkdir()
+    two_processes.run(run_with, copy, 3, "float32", SETTINGS)
+    assert not torn.exists()
+    assert_identical(copy, finished)

@@ -78,6 +78,7 @@ def test_a_stopped_encoding_continues_after_its_last_part(
     assert not store.exists()
     assert seconds(tmp_path / "stopped") is None
     (next(store.parent.glob("train.parts-*")) / ".000000003-00000.torn").mkdir()  # left by a process that was killed
+    (store.parent / ".train.torn").mkdir()  # by one that was killed while it merged
     finished, second, store = encode(tmp_path / "stopped", monkeypatch)
     assert finished
     assert 0 < first.sentences < whole.sentences

@@ -14,7 +14,6 @@ from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
-from ladir.models.folders import assemble_export
 from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
@@ -22,7 +21,7 @@ from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
 from training.encode_latents import encode
 from training.evaluate import evaluate
-from training.export import last_denoiser
+from training.export import export, last_denoiser
 from training.phases import denoiser_phase, vae_phase
 from training.rollout_phase import rollout_phase
 from training.runtime.distributed import World
@@ -67,19 +66,27 @@ def configure(folder: Path, sentences_per_block: int) -> Config:
 def chain(world: World, folder: Path, sentences_per_block: int) -> dict[str, Any]:
     """All phases; what the training records look like and what came out."""
     config = configure(folder, sentences_per_block)
-    run_folder, tokenizer = RunFolder(config), load_tokenizer(config.backbone)
+    run_folder = RunFolder(config)
     for phase, build in (("vae", vae_phase), ("latents", None), ("denoiser", denoiser_phase), ("rollout", rollout_phase)):
         with open_run(config, phase, world) as run:
             if build is not None:
                 train(run, build(config, world))
             else:
                 assert encode(run)
-    denoiser = last_denoiser(run_folder)
-    assemble_export(denoiser, run_folder.model("vae"), tokenizer, run_folder.export, config.sample)
+    with open_run(config, "export", world) as run:
+        export(run)
+        made = (run_folder.export / "ladir.json").stat().st_mtime_ns
+        export(run)  # finds it there, and an evaluation under way keeps its answers
+        assert (run_folder.export / "ladir.json").stat().st_mtime_ns == made
+        run.config.sample.num_steps += 1
+        export(run)
+        assert (run_folder.export / "ladir.json").stat().st_mtime_ns > made
+        run.config.sample.num_steps -= 1
     with open_run(config, "evaluate", world) as run:
         evaluate(run)
     store = LatentStore.open(run_folder.latents / "train")
-    return {"exported": denoiser.name, "blocks": [[len(block) for block in store[i].blocks] for i in range(len(store))]}
+    blocks = [[len(block) for block in store[i].blocks] for i in range(len(store))]
+    return {"exported": last_denoiser(run_folder).name, "blocks": blocks}
 
 
 def make_base(world: World, folder: Path) -> None:

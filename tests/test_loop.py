@@ -342,3 +342,41 @@ def test_a_rank_that_hangs_or_dies_ends_the_others(two_processes: ProcessGroup, 
     assert re.search(r"rank 0, step [23] \(.*\), samples \[\[", message) and "step_timeout_minutes" in message
     assert re.search(r"Now rank 1 does not answer, last seen in step [12] \(.*\), samples \[\[\d+, ", message)
     assert not die or (other is not None and "died" in other)
+
+
+def test_a_row_counts_the_tokens_that_were_trained_on(one_process: ProcessGroup, tmp_path: Path) -> None:
+    """Also the last one, of fewer steps than ``log_every``: the samples after it were only read."""
+    one_process.run(run_with, tmp_path, 3, "float32", toy_settings(max_steps=5, log_every=2))
+    rows = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
+    starts = [0.0, *(row["seconds"] for row in rows)]
+    tokens = [row["tokens_per_second"] * (row["seconds"] - start) for row, start in zip(rows, starts, strict=False)]
+    assert tokens == pytest.approx([96, 96, 48])  # 8 samples of 6 a step
+
+
+def raise_in_validation(world: World, folder: Path) -> str:
+    """Rank 0 fails while it shows samples; what every rank raises."""
+    phase = ToyPhase()
+
+    def show(model: object, telemetry: object, step: int) -> None:
+        if world.is_main:
+            raise ArithmeticError("no such picture")
+
+    phase.on_validate = show  # type: ignore[attr-defined]
+    config = toy_config(folder, 3, ema=0.9)
+    config.deepspeed.timeout_minutes = 0.3
+    try:
+        with open_run(config, "ar", world) as run:
+            train(run, phase)
+    except (ArithmeticError, RankLostError) as error:
+        return type(error).__name__
+    return ""
+
+
+def test_an_error_while_one_rank_shows_samples_is_the_one_that_is_told(tmp_path: Path) -> None:
+    """Averaged weights are not swapped back then, which would wait for the others and end in an error about them."""
+    group = ProcessGroup(2)
+    try:
+        assert group.run(raise_in_validation, tmp_path) == ["ArithmeticError", "RankLostError"]
+    finally:
+        group.close()

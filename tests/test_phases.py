@@ -188,9 +188,9 @@ def test_two_ranks_of_zero3_train_what_one_process_trains(
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def build_denoiser(world: World, folder: Path, name: str) -> str:
+def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -> str:
     try:
-        with open_run(configure(folder, name, 0, 8, []), "denoiser", world) as run:
+        with open_run(configure(folder, name, 0, 8, settings), "denoiser", world) as run:
             denoiser_phase(run.config, world)
     except UnusableError as error:
         return str(error)
@@ -201,7 +201,7 @@ def test_latents_of_another_vae_are_refused(one_process: ProcessGroup, folder: P
     shutil.copytree(folder / "encoded", folder / "changed")
     heads = folder / "changed" / "models" / "vae" / "heads.safetensors"
     save_file({name: value + 1 for name, value in load_file(heads).items()}, heads)
-    (message,) = one_process.run(build_denoiser, folder, "changed")
+    (message,) = one_process.run(build_denoiser, folder, "changed", [])
     assert "these latents were made by the VAE" in message and "encode_latents.py again" in message
 
 
@@ -216,3 +216,14 @@ def test_an_encoding_stopped_on_one_rank_continues_on_both(two_processes: Proces
     for index in range(len(one)):
         assert one[index].question == two[index].question and one[index].blocks == two[index].blocks
         torch.testing.assert_close(one[index].mu, two[index].mu, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_latents_of_another_vae_are_refused_and_those_of_no_validation_are_not_read(
+    one_process: ProcessGroup, folder: Path
+) -> None:
+    shutil.copytree(folder / "encoded", folder / "mixed")
+    stats = folder / "mixed" / "latents" / "validation" / "stats.json"
+    stats.write_text(json.dumps({**json.loads(stats.read_text()), "fingerprint": "of another"}))
+    (message,) = one_process.run(build_denoiser, folder, "mixed", [])
+    assert f"{stats.parent}: these latents were made by the VAE of another" in message
+    assert one_process.run(build_denoiser, folder, "mixed", ["data.validation=null"]) == [""]

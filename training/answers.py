@@ -9,10 +9,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ladir.config import EvaluateSettings
 from ladir.data.records import Record
+from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, question_from
 from ladir.inference.cost import Cost
 from training.runtime.run import Run
@@ -48,16 +51,21 @@ def cut(count: int, size: int, ranks: int) -> list[range]:
     return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
+def label(settings: EvaluateSettings) -> str:
+    """What tells the results of one evaluation of a run from another's: its name, and the snapshot it asks."""
+    return "".join(f"-{part}" for part in (settings.name, settings.snapshot) if part)
+
+
 class AnswerLog:
-    """Folder ``evaluation/<digest>`` of a run: a JSONL file per method and rank, appended to after every batch.
+    """Folder ``evaluation/answers<label>/<digest>`` of a run: a JSONL file per method and rank, appended to after every batch.
 
     The digest stands for the settings, the questions and the models: answers of other ones are never mixed in.
     """
 
     def __init__(self, run: Run, records: Sequence[Record]) -> None:
-        """All ranks together; logs of other settings, questions or models are removed."""
-        self._run = run
-        parent = run.folder.path / "evaluation"
+        """All ranks together; logs of other settings, questions or models under the same label are removed."""
+        self._run, self._count = run, len(records)
+        parent = run.folder.path / "evaluation" / f"answers{label(run.config.evaluate)}"
         self._folder = parent / str(run.world.broadcast(_digest(run, records) if run.world.is_main else None))
         if run.world.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +80,16 @@ class AnswerLog:
         return set(self._run.world.broadcast(done))
 
     def read(self, method: str) -> dict[int, Answered]:
-        """All answers so far, by the question's index."""
+        """All answers, by the question's index.  UnusableError where some are not there."""
         found: dict[int, Answered] = {}
         for row in self._rows(method):
             cost, reading = Cost(**row["cost"]), Cost(**row["reading"])
             found[int(row["index"])] = Answered(question_from(row["result"]), cost, reading, row["elapsed"], row["rank"])
+        if len(found) != self._count:
+            raise UnusableError(
+                f"{self._folder}: {len(found)} of {self._count} answers of {method} can be read; where other nodes wrote them "
+                "the file system may show them late: start the same command again"
+            )
         return dict(sorted(found.items()))
 
     def _rows(self, method: str) -> Iterator[dict[str, Any]]:
@@ -102,6 +115,8 @@ class AnswerLog:
         self._run.world.barrier()
         if self._run.world.is_main:
             shutil.rmtree(self._folder.parent)
+            with suppress(OSError):  # another evaluation's answers are in it
+                self._folder.parent.parent.rmdir()
 
 
 def _digest(run: Run, records: Sequence[Record]) -> str:

@@ -31,7 +31,7 @@ from training.phases import read_encoded
 from training.runtime.distributed import run_as_program
 from training.runtime.files import sha256, write_json
 from training.runtime.job import job
-from training.runtime.run import Outcome, Run
+from training.runtime.run import Outcome, Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
     """
     target = run.folder.latents / name
     source = run.world.broadcast(_source(run, path) if run.world.is_main else "")
-    if run.world.broadcast(_is_current(target, watch.mark, source) if run.world.is_main else False):
+    if run.world.broadcast(_is_current(run.folder, name, watch.mark, source) if run.world.is_main else False):
         return True
     watch.used = True
     records = read_encoded(run.config, path, tokenizer)
@@ -73,9 +73,11 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
         return False
     run.world.barrier()
     if run.world.is_main:
+        for torn in target.parent.glob(f".{name}.*"):  # of a process that was killed while it merged
+            shutil.rmtree(torn)
         # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
         store = LatentStore.merge([parts / part for part in _part_names(run, len(records))], target)
-        write_json(_sources_file(target), {**_sources(target), name: source})
+        write_json(run.folder.sources, {**_sources(run.folder), name: source})
         shutil.rmtree(parts)
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
@@ -90,14 +92,9 @@ def _source(run: Run, path: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _sources_file(target: Path) -> Path:
+def _sources(folder: RunFolder) -> dict[str, str]:
     """Says of which records the latents of every split are."""
-    return target.with_name("sources.json")
-
-
-def _sources(target: Path) -> dict[str, str]:
-    file = _sources_file(target)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return json.loads(folder.sources.read_text(encoding="utf-8")) if folder.sources.is_file() else {}
 
 
 def _parts(run: Run, target: Path, mark: str, source: str) -> Path:
@@ -138,10 +135,10 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
     return True
 
 
-def _is_current(folder: Path, mark: str, source: str) -> bool:
-    """Whether the folder already holds the latents that this VAE makes of these records, whole."""
+def _is_current(folder: RunFolder, name: str, mark: str, source: str) -> bool:
+    """Whether the latents ``name`` are already those that this VAE makes of these records, whole."""
     try:
-        return LatentStore.open(folder).fingerprint == mark and _sources(folder).get(folder.name) == source
+        return LatentStore.open(folder.latents / name).fingerprint == mark and _sources(folder).get(name) == source
     except FileNotFoundError:
         return False
     except UnusableError as error:  # torn: a copy that was cut off, a disk that filled up

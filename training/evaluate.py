@@ -35,7 +35,7 @@ from ladir.evaluation.voting import elections
 from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
 from training.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
-from training.answers import Answered, AnswerLog, cut
+from training.answers import Answered, AnswerLog, cut, label
 from training.phases import read_encoded
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
@@ -192,8 +192,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 
 def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
-    settings = run.config.evaluate
-    suffix = "".join(f"-{label}" for label in (settings.name, settings.snapshot) if label)
+    settings, suffix = run.config.evaluate, label(run.config.evaluate)
     results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)

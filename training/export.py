@@ -6,17 +6,22 @@ CPU node.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from ladir.config import Config
 from ladir.errors import UnusableError
 from ladir.models.folders import assemble_export
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.runtime.distributed import run_as_program
+from training.runtime.files import write_json
 from training.runtime.job import job
-from training.runtime.run import RunFolder
+from training.runtime.run import Run, RunFolder, environment
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +39,42 @@ def last_denoiser(folder: RunFolder) -> Path:
     return second
 
 
+def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
+    """What the export is made of."""
+    tokenizer = config.backbone.tokenizer or config.backbone.name_or_path
+    return {
+        "code": environment()["commit"],
+        "denoiser": [str(denoiser), folder_fingerprint(denoiser, "denoiser")],
+        "vae": folder_fingerprint(folder.model("vae")),
+        "tokenizer": tokenizer,
+        "sample": asdict(config.sample),
+    }
+
+
+def is_current(folder: RunFolder, made_of: dict[str, Any]) -> bool:
+    """Whether the export is there and made of just that: writing it anew would cost an evaluation under way its answers."""
+    file = folder.inputs("export")
+    return folder.export.is_dir() and file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made_of
+
+
+def export(run: Run) -> None:
+    """Write the export, unless it is there as it would be."""
+    folder = run.folder
+    denoiser = last_denoiser(folder)
+    made_of = parts(run.config, folder, denoiser)
+    if not is_current(folder, made_of):
+        tokenizer = load_tokenizer(run.config.backbone)
+        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample)
+        write_json(folder.inputs("export"), made_of)
+    ask = f'python -m ladir "question" --model {folder.export}'
+    logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "export") as run:
         if run.world.is_main:
-            tokenizer = load_tokenizer(run.config.backbone)
-            folder = run.folder
-            denoiser = last_denoiser(folder)
-            assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample)
-            ask = f'python -m ladir "question" --model {folder.export}'
-            logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
+            export(run)
         run.world.barrier()
 
 

@@ -151,6 +151,8 @@ def _run_parts(names: Sequence[str], dry: bool, folder: Path) -> None:
 def check(dry: bool, folder: Path, site: Path) -> bool:
     """Run all parts; their results lie in ``folder``.  Returns whether all succeeded."""
     start, succeeded = time.monotonic(), True
+    for earlier in folder.glob("*.json"):
+        earlier.unlink()
     paths = [str(ROOT), *([str(site)] if site.is_dir() else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
     for part in parts(dry):

@@ -124,7 +124,7 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
-    store, validation = stored_latents(folder, world)
+    store, validation = stored_latents(config, folder, world)
     vae = folder.model("vae")
     with sharded_init(config, config.denoiser.train, world):
         backbone = build_backbone(config.backbone, world.device.type)
@@ -144,12 +144,15 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     )
 
 
-def stored_latents(folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
+def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
     """The latents of training and validation records (None where there are none), made by the run's own VAE."""
     store = LatentStore.open(folder.latents / "train")
     store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
-    held_out = folder.latents / "validation"
-    return store, LatentStore.open(held_out) if held_out.is_dir() else None
+    if config.data.validation is None or not (folder.latents / "validation").is_dir():
+        return store, None
+    held_out = LatentStore.open(folder.latents / "validation")
+    held_out.check_fingerprint(store.fingerprint)
+    return store, held_out
 
 
 def denoiser_collator(

@@ -27,7 +27,7 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
     settings = config.rollout
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
-    store, validation = stored_latents(folder, world)
+    store, validation = stored_latents(config, folder, world)
     origin = world.broadcast(folder_fingerprint(folder.model("denoiser"), "denoiser") if world.is_main else None)
     with sharded_init(config, settings.train, world):
         source = folder.model("denoiser")

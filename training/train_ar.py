@@ -18,7 +18,7 @@ from training.runtime.loop import train
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: config.ar.phase) as run:
-        if run.outcome is None:
+        if not run.is_finished():
             train(run, ar_phase(run.config, run.world))
 
 

@@ -25,6 +25,7 @@ from training.runtime.files import publish_folder, sha256, sync_file, write_json
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+_NAMED = "step-"
 T = TypeVar("T")
 
 
@@ -39,12 +40,13 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
     :class:`CheckpointError` on all ranks when any of them fails; the older checkpoints are then untouched.
     """
     world = engine.world
-    target = folder / f"step-{state['step']:08d}"
+    target = folder / f"{_NAMED}{state['step']:08d}"
     aside = folder / f".{target.name}.tmp"
 
     def prepare() -> None:
         if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            for torn in folder.glob(f".{_NAMED}*.tmp"):  # of any step: one process group at a time works here
+                shutil.rmtree(torn, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def write_shard() -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 def steps_in(folder: Path) -> list[Path]:
     """Folders of the checkpoints under ``folder``, newest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+    return sorted(folder.glob(_NAMED + "[0-9]" * 8), reverse=True)
 
 
 def find(folder: Path, world: World) -> Path | None:

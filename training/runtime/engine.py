@@ -123,10 +123,8 @@ class Engine:
             yield
             return
         self._swap(self.ema)
-        try:
-            yield
-        finally:
-            self._swap(self.ema)
+        yield  # after an error the engine is not used again, and swapping back would wait for ranks that are elsewhere
+        self._swap(self.ema)
 
     @torch.no_grad()
     def _swap(self, others: list[Tensor]) -> None:

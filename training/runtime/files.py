@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from safetensors import SafetensorError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def lacks_room(error: Exception) -> bool:
+    """Whether a file could not be written for want of space, quota or write access to the disk."""
+    if isinstance(error, SafetensorError):  # has the number in its text only
+        return any(f"os error {number})" in str(error) for number in _NO_ROOM)
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def sync_file(path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ladir.config import Config
@@ -16,6 +17,7 @@ from ladir.models.backbone import choose_dtype
 from training.runtime.checkpoint import CheckpointError
 from training.runtime.distributed import LaunchError, RankLostError, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError, check_compile
+from training.runtime.files import lacks_room
 from training.runtime.loop import NonFiniteError
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
@@ -54,5 +56,10 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
             yield run
     except USER_ERRORS as error:
         logger.error("%s", error)
+        raise SystemExit(2) from error
+    except (OSError, SafetensorError) as error:
+        if not lacks_room(error):
+            raise
+        logger.error("%s: make room in %s, then start the same command again", error, config.run.folder)
         raise SystemExit(2) from error
     stop()

@@ -87,6 +87,7 @@ class Trainer:
         self._checkpoints = run.folder.checkpoints(run.phase)
         self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
         self._counts: dict[str, float] = {}
+        self._window = {"tokens": 0.0, "wait": 0.0}
         self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
         self._sample_ids: list[list[int]] = []
         self._first = True
@@ -171,8 +172,7 @@ class Trainer:
         values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
         *counts, tokens, wait, stops, seconds = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
         self._counts = dict(zip(self.phase.weights, counts, strict=True))
-        self._interval["tokens"] += tokens
-        self._interval["wait"] += wait / self.world.size
+        self._window = {"tokens": tokens, "wait": wait / self.world.size}  # counted once it is trained on
         self.progress.seconds = seconds
         return stops > 0
 
@@ -232,6 +232,8 @@ class Trainer:
             self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
+        for name, amount in self._window.items():
+            self._interval[name] += amount
         self._unlogged = (lr, gradient_norm)
         if step % self.settings.log_every == 0:
             self._log(ahead)

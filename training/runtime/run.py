@@ -27,6 +27,7 @@ import yaml
 from ladir.config import Config, TrainSettings
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, try_lock, write_json, write_text
+from training.runtime.inputs import input_digests
 from training.runtime.preemption import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ LOCK_SECONDS = 120.0
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
     "data.test", "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention",
-    "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "rollout.enabled",
+    "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
+    "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
@@ -55,7 +57,7 @@ SECTIONS = {
 
 
 class RunConflict(RuntimeError):
-    """The run folder holds the work of other settings."""
+    """The run folder holds the work of other settings, data or models."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class RunFolder:
         self.path = Path(config.run.folder) / config.run.name
         self.metrics = self.path / "metrics.jsonl"
         self.latents = self.path / "latents"
+        self.sources = self.latents / "sources.json"
         self.export = self.path / "export"
         self.interrupted = self.path / INTERRUPTED
 
@@ -111,6 +114,10 @@ class RunFolder:
     def config(self, phase: str) -> Path:
         """The settings a phase was started with."""
         return self.path / f"config-{phase}.yaml"
+
+    def inputs(self, phase: str) -> Path:
+        """What a phase was started on, the export is made of: hashes of data and models, by name."""
+        return self.path / f"inputs-{phase}.json"
 
     def outcome_file(self, phase: str) -> Path:
         """Its presence says that a phase is finished."""
@@ -145,6 +152,13 @@ class Run:
         found = self.world.broadcast(dataclasses.asdict(done) if (done := self.folder.outcome(self.phase)) else None)
         return Outcome(**found) if found else None
 
+    def is_finished(self) -> bool:
+        """Whether this phase's model is there, and a line of the log says so; on all ranks alike."""
+        done = self.outcome
+        if done is not None:
+            logger.info("phase %s is already finished (%d steps)", self.phase, done.steps)
+        return done is not None
+
     def prepare(self) -> None:
         """Make the folder, refuse a conflict, record settings and environment (rank 0; the others wait)."""
         problem = self._prepare() if self.world.is_main else None
@@ -155,10 +169,15 @@ class Run:
     def _prepare(self) -> str | None:
         try:
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            problem = self._occupied() or self._conflict()
+            if problem := self._occupied():
+                return problem
+            inputs, problem = self._read_inputs()
+            problem = problem or self._conflict(inputs)
             if problem is None:
                 settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
                 write_text(self.folder.config(self.phase), settings)
+                if inputs and not (self._has_work() and self.folder.inputs(self.phase).is_file()):
+                    write_json(self.folder.inputs(self.phase), inputs)
                 if self.phase != "evaluate" or not (self.folder.path / "config.yaml").is_file():
                     write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
                 write_json(self.folder.path / "environment.json", environment())
@@ -166,6 +185,13 @@ class Run:
             return problem
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
+
+    def _read_inputs(self) -> tuple[dict[str, str], str | None]:
+        """Hashes of what the phase is begun on, now that no other job writes it; or what cannot be read."""
+        try:
+            return input_digests(self.config, self.phase, self.folder), None
+        except (OSError, ValueError) as error:
+            return {}, f"what phase '{self.phase}' is begun on cannot be read: {error}"
 
     def _occupied(self) -> str | None:
         """Keep other jobs out, which would write the same files; or who keeps us out for longer than a job takes to die."""
@@ -192,26 +218,35 @@ class Run:
             self._lock.close()
             self._lock = None
 
-    def _conflict(self) -> str | None:
-        """What differs from the settings this phase was started with, where it left work behind."""
+    def _conflict(self, inputs: dict[str, str]) -> str | None:
+        """What differs from the settings and ``inputs`` this phase was started with, where it left work behind."""
         file = self.folder.config(self.phase)
-        snapshots = self.folder.path.glob(f"outcome-{self.phase}-*.json")
-        has_work = (
-            self.folder.outcome_file(self.phase).is_file() or self.folder.checkpoints(self.phase).is_dir() or any(snapshots)
-        )
-        if not file.is_file() or not has_work:
+        if not file.is_file() or not self._has_work():
             return None
         old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
         new = relevant_settings(dataclasses.asdict(self.config), self.phase)
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if not changed:
+        lines = [f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+        lines += [f"  {name}: is not what it was (its content has changed)" for name in self._changed_inputs(inputs)]
+        if not lines:
             return None
-        lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+        listed = "\n".join(lines)
         return (
-            f"phase '{self.phase}' of {self.folder.path} was started with other settings:\n{lines}\n"
+            f"phase '{self.phase}' of {self.folder.path} was started with other settings or inputs:\n{listed}\n"
             f"Give them back, choose another run.name, or delete {self.folder.checkpoints(self.phase)}, "
             f"{self.folder.outcome_file(self.phase)} and its snapshots' (outcome-{self.phase}-*.json) to train this phase anew"
         )
+
+    def _has_work(self) -> bool:
+        """Whether the phase left something behind that another start would use."""
+        snapshots = self.folder.path.glob(f"outcome-{self.phase}-*.json")
+        return self.folder.outcome_file(self.phase).is_file() or self.folder.checkpoints(self.phase).is_dir() or any(snapshots)
+
+    def _changed_inputs(self, inputs: dict[str, str]) -> list[str]:
+        """Names of what the phase was started on and has another content now; what is gone is not missed by a finished phase."""
+        file = self.folder.inputs(self.phase)
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return sorted(name for name in before.keys() & inputs.keys() if before[name] != inputs[name])
 
     def interrupt(self) -> None:
         """Leave the mark by which a batch script knows that the job should be queued again."""

@@ -85,8 +85,11 @@ class Telemetry:
         if not self._active:
             return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with locked(self._file), self._file.open("a", encoding="utf-8") as file:  # another phase may replace it meanwhile
-            file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
+        try:
+            with locked(self._file), self._file.open("a", encoding="utf-8") as file:  # another phase may replace it meanwhile
+                file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
+        except OSError as error:  # the training is worth more than its record
+            logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(dashboard.tag(kind, name), value, step)
