@@ -78,6 +78,11 @@ def chain(world: World, folder: Path, sentences_per_block: int) -> dict[str, Any
         made = (run_folder.export / "ladir.json").stat().st_mtime_ns
         export(run)  # finds it there, and an evaluation under way keeps its answers
         assert (run_folder.export / "ladir.json").stat().st_mtime_ns == made
+        whole = (run_folder.export / "heads.safetensors").read_bytes()
+        (run_folder.export / "heads.safetensors").write_bytes(whole[:-1])
+        export(run)  # mends what was cut off
+        assert (run_folder.export / "heads.safetensors").read_bytes() == whole
+        made = (run_folder.export / "ladir.json").stat().st_mtime_ns
         run.config.sample.num_steps += 1
         export(run)
         assert (run_folder.export / "ladir.json").stat().st_mtime_ns > made

@@ -52,9 +52,14 @@ def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
 
 
 def is_current(folder: RunFolder, made_of: dict[str, Any]) -> bool:
-    """Whether the export is there and made of just that: writing it anew would cost an evaluation under way its answers."""
+    """Whether the export is there, whole and made of just that: a new one would cost an evaluation under way its answers."""
     file = folder.inputs("export")
-    return folder.export.is_dir() and file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made_of
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == {**made_of, "files": _sizes(folder.export)}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file, by name: what a copy that was cut off has not."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def export(run: Run) -> None:
@@ -65,7 +70,7 @@ def export(run: Run) -> None:
     if not is_current(folder, made_of):
         tokenizer = load_tokenizer(run.config.backbone)
         assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample)
-        write_json(folder.inputs("export"), made_of)
+        write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
     ask = f'python -m ladir "question" --model {folder.export}'
     logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
 
