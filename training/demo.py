@@ -29,7 +29,7 @@ from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of
-from training.runtime.files import write_json
+from training.runtime.files import read_json, write_json
 from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
@@ -84,7 +84,7 @@ class Demo:
         self.folder = RunFolder(config)
         self.logs = self.folder.path / "logs"
         self.record_file = self.folder.path / "demo.json"
-        self.record: dict[str, dict[str, Any]] = _read_json(self.record_file)
+        self.record: dict[str, dict[str, Any]] = read_json(self.record_file)
         given = [*(["--config", arguments.config] if arguments.config else []), *arguments.overrides]
         self.settings = [*given, "run.exclusive=false"]  # the baseline trains beside LaDiR
 
@@ -321,10 +321,6 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases import read_encoded
 from training.runtime.distributed import run_as_program
-from training.runtime.files import sha256, write_json
+from training.runtime.files import read_json, sha256, write_json
 from training.runtime.job import job
 from training.runtime.run import Outcome, Run, RunFolder
 
@@ -45,8 +45,7 @@ class Stopwatch:
     def __init__(self, folder: Path, mark: str) -> None:
         """Goes on from what was noted for the VAE with the fingerprint ``mark``."""
         self._file, self.mark = folder / "seconds.json", mark
-        noted = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
-        self._before = float(noted.get(mark, 0.0))
+        self._before = float(read_json(self._file).get(mark, 0.0))
         self._start = time.perf_counter()
         self.used = False
 
@@ -77,7 +76,7 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
             shutil.rmtree(torn)
         # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
         store = LatentStore.merge([parts / part for part in _part_names(run, len(records))], target)
-        write_json(run.folder.sources, {**_sources(run.folder), name: source})
+        write_json(run.folder.sources, {**read_json(run.folder.sources), name: source})
         shutil.rmtree(parts)
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
@@ -90,11 +89,6 @@ def _source(run: Run, path: str) -> str:
     settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _FILES}
     facts = [sha256(Path(path)) if Path(path).is_file() else path, settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _sources(folder: RunFolder) -> dict[str, str]:
-    """Says of which records the latents of every split are."""
-    return json.loads(folder.sources.read_text(encoding="utf-8")) if folder.sources.is_file() else {}
 
 
 def _parts(run: Run, target: Path, mark: str, source: str) -> Path:
@@ -138,7 +132,7 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
 def _is_current(folder: RunFolder, name: str, mark: str, source: str) -> bool:
     """Whether the latents ``name`` are already those that this VAE makes of these records, whole."""
     try:
-        return LatentStore.open(folder.latents / name).fingerprint == mark and _sources(folder).get(name) == source
+        return LatentStore.open(folder.latents / name).fingerprint == mark and read_json(folder.sources).get(name) == source
     except FileNotFoundError:
         return False
     except UnusableError as error:  # torn: a copy that was cut off, a disk that filled up

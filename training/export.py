@@ -6,7 +6,6 @@ CPU node.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from ladir.models.folders import assemble_export
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.runtime.distributed import run_as_program
-from training.runtime.files import write_json
+from training.runtime.files import read_json, write_json
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder, environment
 
@@ -53,8 +52,7 @@ def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
 
 def is_current(folder: RunFolder, made_of: dict[str, Any]) -> bool:
     """Whether the export is there, whole and made of just that: a new one would cost an evaluation under way its answers."""
-    file = folder.inputs("export")
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == {**made_of, "files": _sizes(folder.export)}
+    return read_json(folder.inputs("export")) == {**made_of, "files": _sizes(folder.export)}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from training.runtime.loop import train
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: config.ar.phase) as run:
-        if not run.is_finished():
+        if run.already_finished() is None:
             train(run, ar_phase(run.config, run.world))
 
 

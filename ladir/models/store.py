@@ -245,7 +245,16 @@ def _belongs_to_lm(name: str) -> bool:
 
 def folder_fingerprint(folder: str | Path, kind: str = "vae") -> str:
     """A hash (16 hex digits) of the weight files in a model folder and of its base's name, not its weights; loads no model."""
-    digest = hashlib.sha256(json.dumps(load_settings(folder, kind).get("base")).encode())
+    return _fingerprint(folder, load_settings(folder, kind).get("base"))
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """The same of any folder's weight files alone."""
+    return _fingerprint(folder, None)
+
+
+def _fingerprint(folder: str | Path, base: str | None) -> str:
+    digest = hashlib.sha256(json.dumps(base).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as opened:

@@ -54,6 +54,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty where the file is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def try_lock(path: Path, owner: str) -> TextIO | None:
     """An open file that keeps other processes out until it is closed or this process ends, however; None where another has it.
 

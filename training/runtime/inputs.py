@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ladir.config import Config
-from training.runtime.files import sha256
+from ladir.models.store import weights_fingerprint
+from training.runtime.files import read_json, sha256
 
 if TYPE_CHECKING:
     from training.runtime.run import RunFolder
@@ -19,15 +20,15 @@ def input_digests(config: Config, phase: str, folder: RunFolder) -> dict[str, st
 
     Data sets and models by other names (on the Hub, in other folders) are as good as their names, which are settings.
     """
-    data, base = config.data, folder.model("base")
-    reads_base = phase != "base" and config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == base
+    data, base, name = config.data, folder.model("base"), config.backbone.name_or_path
+    reads_base = name is not None and Path(name) == base and phase in {"vae", "denoiser", config.ar.phase} - {"base"}
     files = {
         "vae": {"data.train": data.train, "data.sentences": data.sentences},
         config.ar.phase: {"data.train": data.train},
     }.get(phase, {})
     found = {
         **{name: _file(Path(path)) for name, path in files.items() if path is not None},
-        "models/base": _weights(base) if reads_base and phase in ("vae", "denoiser", config.ar.phase) else None,
+        "models/base": _weights(base) if reads_base else None,
         "latents/train": _latents(folder) if phase in ("denoiser", "rollout") else None,
         "models/denoiser": _weights(folder.model("denoiser")) if phase == "rollout" else None,
     }
@@ -39,9 +40,7 @@ def _file(path: Path) -> str | None:
 
 
 def _weights(folder: Path) -> str | None:
-    files = sorted(folder.rglob("*.safetensors"))
-    digests = [[str(file.relative_to(folder)), sha256(file)] for file in files]
-    return _short(digests) if files else None
+    return weights_fingerprint(folder) if any(folder.rglob("*.safetensors")) else None
 
 
 def _latents(folder: RunFolder) -> str | None:
@@ -49,9 +48,5 @@ def _latents(folder: RunFolder) -> str | None:
     stats = folder.latents / "train" / "stats.json"
     if not stats.is_file():
         return None
-    sources = json.loads(folder.sources.read_text(encoding="utf-8")) if folder.sources.is_file() else {}
-    return _short([json.loads(stats.read_text(encoding="utf-8"))["fingerprint"], sources.get("train")])
-
-
-def _short(facts: object) -> str:
+    facts = [read_json(stats)["fingerprint"], read_json(folder.sources).get("train")]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

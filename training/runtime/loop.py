@@ -43,9 +43,8 @@ def train(run: Run, phase: Phase) -> Outcome:
     :class:`NonFiniteError`, :class:`~training.runtime.checkpoint.CheckpointError`,
     :class:`~training.runtime.distributed.RankLostError` and ValueError (settings).
     """
-    done = run.outcome
+    done = run.already_finished()
     if done is not None:
-        logger.info("phase %s is already finished (%d steps)", run.phase, done.steps)
         return done
     trainer = Trainer(run, phase)
     trainer.resume()

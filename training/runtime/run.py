@@ -26,7 +26,7 @@ import yaml
 
 from ladir.config import Config, TrainSettings
 from training.runtime.distributed import World
-from training.runtime.files import publish_folder, try_lock, write_json, write_text
+from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import StopRequest
 
@@ -86,6 +86,7 @@ class RunFolder:
         self.path = Path(config.run.folder) / config.run.name
         self.metrics = self.path / "metrics.jsonl"
         self.latents = self.path / "latents"
+        #: says of which records the latents of every split are
         self.sources = self.latents / "sources.json"
         self.export = self.path / "export"
         self.interrupted = self.path / INTERRUPTED
@@ -152,12 +153,12 @@ class Run:
         found = self.world.broadcast(dataclasses.asdict(done) if (done := self.folder.outcome(self.phase)) else None)
         return Outcome(**found) if found else None
 
-    def is_finished(self) -> bool:
-        """Whether this phase's model is there, and a line of the log says so; on all ranks alike."""
+    def already_finished(self) -> Outcome | None:
+        """:attr:`outcome`, and where there is one a line of the log says so."""
         done = self.outcome
         if done is not None:
             logger.info("phase %s is already finished (%d steps)", self.phase, done.steps)
-        return done is not None
+        return done
 
     def prepare(self) -> None:
         """Make the folder, refuse a conflict, record settings and environment (rank 0; the others wait)."""
@@ -244,8 +245,7 @@ class Run:
 
     def _changed_inputs(self, inputs: dict[str, str]) -> list[str]:
         """Names of what the phase was started on and has another content now; what is gone is not missed by a finished phase."""
-        file = self.folder.inputs(self.phase)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = read_json(self.folder.inputs(self.phase))
         return sorted(name for name in before.keys() & inputs.keys() if before[name] != inputs[name])
 
     def interrupt(self) -> None:
