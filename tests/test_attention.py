@@ -384,9 +384,9 @@ def test_compiled_layers_give_the_same_losses_and_gradients() -> None:
 # --- the compiled kernels ----------------------------------------------------------------------------------------------
 
 
-def gpu_lm(name: str, dtype: torch.dtype) -> Backbone:
+def gpu_lm(name: str, dtype: torch.dtype, head: int = 32) -> Backbone:
     """Heads of 32: the kernels take none below 16."""
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 4 * head, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     return Backbone(tiny_lm(attention=name, dtype=dtype, max_position_embeddings=2048, **shape).cuda())
 
 
@@ -418,8 +418,8 @@ def outputs_and_gradients(backbone: Backbone, inputs: Tensor, layout: Layout, re
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("name", [FLEX, FLASH])
-def test_compiled_kernels_equal_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "head"), [(FLEX, 32), (FLEX, 64), (FLASH, 32)])
+def test_compiled_kernels_equal_eager_attention(name: str, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "NARROWEST_FLEX", 2 * BLOCK)
     if name == FLASH:
         pytest.importorskip("flash_attn", reason="NOT TESTED: flash-attn is not installed")
@@ -427,9 +427,10 @@ def test_compiled_kernels_equal_eager_attention(name: str, monkeypatch: pytest.M
         layouts = [denoiser_batch(seed, pack_tokens, count=40).layout, vae_batch(tiny_vae(), seed, pack_tokens).encoder.layout]
         for layout in (layout.to("cuda") for layout in layouts):
             real = layout.copy >= -1
-            inputs = torch.randn(*layout.copy.shape, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+            shape = (*layout.copy.shape, 4 * head)
+            inputs = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
             ways = ((name, torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float64))
-            results = [outputs_and_gradients(gpu_lm(n, d), inputs.to(d), layout, real) for n, d in ways]
+            results = [outputs_and_gradients(gpu_lm(n, d, head), inputs.to(d), layout, real) for n, d in ways]
             assert_close(*results)
 
 

@@ -39,10 +39,16 @@ CPU = "ladir_cpu"
 #: queries from which on SDPA is the faster one (docs/log.md)
 SHORTEST_SDPA = 256
 
-#: narrower rows go through SDPA: on an H200 their dense mask costs less than padding, and skipping squares gains nothing
-NARROWEST_FLEX = 4 * BLOCK
+#: narrower rows go through SDPA: on an H200 their dense mask costs less than padding and few squares to skip
+NARROWEST_FLEX = 8 * BLOCK
 #: the compiled kernels multiply tiles of this many rows and columns at least
 SMALLEST_HEAD = 16
+#: tiles of FlexAttention's kernels by head size, where an H200 is much faster with them than with PyTorch's choice: that one's
+#: forward kernel for heads of 64 runs out of registers (three times as long)
+_TILES = {
+    64: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64,
+         "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4, "bwd_num_stages": 3}
+}  # fmt: skip
 _CACHED_MASKS = 16
 
 
@@ -133,12 +139,16 @@ def block_mask(layout: Layout) -> BlockMask:
 
     ``layout``'s rows are a multiple of BLOCK wide.  The rule goes by :meth:`Layout.spans`: in a square that is seen in part the
     kernel reads four numbers per query and none per key, and the dense mask is never there (``create_block_mask`` makes it).
+    It asks for the distance from a stretch's middle, in floats (exact up to 2^23 tokens), of which a GPU compares twice as many.
     """
     start, end, own_start, own_end = (bound.to(torch.int32) for bound in layout.spans())
+    middle, half = (start + end - 1) / 2, (end - start) / 2
+    own_middle, own_half = (own_start + own_end - 1) / 2, (own_end - own_start) / 2
 
     def visible(row: Tensor, _head: Tensor, viewer: Tensor, other: Tensor) -> Tensor:
-        clean = (other >= start[row, viewer]) & (other < end[row, viewer])
-        own = (other >= own_start[row, viewer]) & (other < own_end[row, viewer])
+        place = other.to(torch.float32)
+        clean = (place - middle[row, viewer]).abs() < half[row, viewer]
+        own = (place - own_middle[row, viewer]).abs() < own_half[row, viewer]
         return clean | own
 
     width = start.shape[1]
@@ -180,7 +190,9 @@ def flex(
     """
     run = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
     grouped = query.shape[1] != key.shape[1]
-    output = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    # Rows are whole squares, which kernels compiled for any width cannot know: they would check the bounds of every load.
+    options = {"IS_DIVISIBLE": True, **_TILES.get(query.shape[-1], {})}
+    output = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
     return output.transpose(1, 2).contiguous(), None
 
 
