@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
 from ladir.config_loader import load_config
 from tests.distributed import ProcessGroup
+from training.benchmarks.large import CASES, predict, with_layers
+from training.benchmarks.sizes import SIZES
 from training.plan import main
-from training.planning.memory import Zero, checkpoint_bytes, holdings, weights_of
+from training.planning.memory import Zero, checkpoint_bytes, holdings, taking_in, weights_of
 from training.planning.models import Lengths, lm_config, meta_model, micro_batch
+from training.planning.predict import GIB
 from training.planning.trace import trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
@@ -339,3 +342,27 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert optimizer.host == plain.gradients + plain.optimizer and optimizer.weights == plain.weights
     assert everything.host == plain.gradients + plain.optimizer + plain.weights + plain.frozen
     assert everything.weights == everything.frozen == everything.optimizer == 0
+
+
+def test_taking_a_gradient_in_costs_what_was_seen() -> None:
+    """The largest of an 8B model, offloaded, on an H200: fp32 twice (2004 MiB each), and 1907 MiB in fp64 for the norm."""
+    numel = 128_256 * 4096
+    offload, plain = (read_ds_config(f"ds_configs/{name}.json") for name in ("zero3_offload", "zero3"))
+    assert taking_in(numel, Zero.of(offload, 1, 2)) // 2**20 == 2004 + 2004 + 1907
+    assert taking_in(numel, Zero.of(plain, 4, 2)) == numel
+    assert taking_in(numel, Zero.of(plain, 4, 4)) == 0
+    assert taking_in(numel, Zero.of(read_ds_config("ds_configs/zero2.json"), 1, 2)) == 0
+
+
+def test_a_pass_holds_what_its_gradients_need_on_their_way() -> None:
+    config = tiny_config()
+    model, batch = meta_model(config, "denoiser", "none"), micro_batch(config, "denoiser", LENGTHS, 2, VOCAB)
+    largest = max(p.numel() for p in model.parameters())
+    without = trace_training(model, batch).peak_bytes
+    assert 0 < trace_training(model, batch, lambda numel: 1000 * numel).peak_bytes - 1000 * largest < without
+
+
+@pytest.mark.parametrize(("case", "measured"), [("denoiser-full-offload", 9.09), ("vae-full-offload", 10.30)])
+def test_three_offloaded_layers_of_8b_take_what_an_h200_measured(case: str, measured: float) -> None:
+    config = with_layers(CASES[case].config(SIZES["8b"], "cuda"), 3)
+    assert predict(config, CASES[case].phase).peak / GIB == pytest.approx(measured, rel=0.06)

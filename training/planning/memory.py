@@ -17,6 +17,8 @@ from training.runtime.muon import BUCKET, layer_matrices
 FP32 = 4
 #: a master weight with AdamW's two moments, or with Muon's momentum
 _ADAMW_TENSORS, _MUON_TENSORS = 3, 2
+#: elements of an offloaded gradient whose norm DeepSpeed takes at a time, in fp64
+_NORM_ELEMENTS, _FP64 = 250_000_000, 8
 
 # DeepSpeed's own values where a configuration is silent.
 _DEFAULTS = {
@@ -168,7 +170,9 @@ def _stage3(trained: Sequence[Weight], frozen: Sequence[Weight], zero: Zero, ave
     size, ranks = zero.element_bytes, zero.world_size
     mine = sum(part(w.numel, ranks) for w in trained)
     everything = [*trained, *frozen]
-    largest = max(w.numel for w in everything)
+    # The limit on live weights is one on prefetching: that ends with the weight that passes it, what a module needs is fetched in
+    # any case, and what is used again soon is kept.
+    largest = sum(sorted((w.numel for w in everything), reverse=True)[:3])
     state = Holdings(
         weights=size * (mine + _persistent(trained, zero)),
         frozen=size * (sum(part(w.numel, ranks) for w in frozen) + _persistent(frozen, zero)),
@@ -202,6 +206,18 @@ def _offloaded(state: Holdings, zero: Zero) -> Holdings:
     if zero.offload_optimizer:
         values["step"] = 0  # done on the CPU
     return Holdings(**values)
+
+
+def taking_in(numel: int, zero: Zero) -> int:
+    """Bytes on the GPU, beside a complete gradient of ``numel`` elements, while DeepSpeed takes it into its own buffers.
+
+    ZeRO-3 makes this rank's part fp32.  Where the optimizer is offloaded it copies that to the host and back, for its norm.
+    """
+    if zero.stage != 3:
+        return 0
+    mine = part(numel, zero.world_size)
+    copies = (zero.element_bytes < FP32) + zero.offload_optimizer
+    return FP32 * mine * copies + _FP64 * min(mine, _NORM_ELEMENTS) * zero.offload_optimizer
 
 
 def checkpoint_bytes(weights: Sequence[Weight], averaged: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,9 @@ from ladir.inference.rollout import Rollout
 from ladir.inference.sampler import steps_per_block
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
-from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, weights_of
+from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, taking_in, weights_of
 from training.planning.models import PHASES, DataSize, Lengths, data_size, lm_config, meta_model, micro_batch
-from training.planning.trace import Pass, trace_inference, trace_long_rollout, trace_training
+from training.planning.trace import Pass, TakingIn, at_no_cost, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import read_ds_config
 from training.runtime.sampler import micro_batch_size
 
@@ -83,7 +83,7 @@ class Planner:
         self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int], nn.Module] = {}
-        self._peaks: dict[tuple[str, str, int, int], int] = {}
+        self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
 
     def predictions(self) -> Iterator[Prediction]:
         """All phases in the order in which they run."""
@@ -120,7 +120,7 @@ class Planner:
         return Prediction(
             phase=phase,
             holdings=held,
-            activations=self._activations(phase, config, micro),
+            activations=self._activations(phase, config, micro, zero),
             capacity=machine.gpu_bytes - machine.reserve,
             host_per_node=held.host * machine.ranks_per_node,
             checkpoint=checkpoint_bytes(weights, train.ema > 0),
@@ -144,11 +144,11 @@ class Planner:
             self._models[key] = meta_model(config, phase, key[1])
         return self._models[key]
 
-    def _activations(self, phase: str, config: Config, micro: int) -> int:
+    def _activations(self, phase: str, config: Config, micro: int, zero: Zero) -> int:
         """Peak bytes of a pass over ``micro`` of the longest records."""
-        key = (phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
+        key = (zero, phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
         if key not in self._peaks:
-            self._peaks[key] = self._trace(phase, config, self.data.longest, micro).peak_bytes
+            self._peaks[key] = self._trace(phase, config, self.data.longest, micro, partial(taking_in, zero=zero)).peak_bytes
         return self._peaks[key]
 
     def _flops(self, phase: str, config: Config) -> int:
@@ -157,7 +157,7 @@ class Planner:
         plain.backbone.activation_checkpointing = "none"
         return self._trace(phase, plain, self.data.mean, 1).flops
 
-    def _trace(self, phase: str, config: Config, lengths: Lengths, count: int) -> Pass:
+    def _trace(self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost) -> Pass:
         """A pass over ``count`` records of these sizes."""
         model = self._model(phase, config)
 
@@ -165,8 +165,8 @@ class Planner:
             return micro_batch(config, phase, replace(lengths, blocks=blocks), count, int(self.architecture.vocab_size))
 
         if isinstance(model, Rollout):
-            return trace_long_rollout(model, batch_of, lengths.blocks)
-        return trace_training(model, batch_of(lengths.blocks))
+            return trace_long_rollout(model, batch_of, lengths.blocks, taken)
+        return trace_training(model, batch_of(lengths.blocks), taken)
 
     def _tokens(self, phase: str) -> int:
         return int(micro_batch(self.config, phase, self.data.mean, 1, int(self.architecture.vocab_size)).num_tokens)

@@ -17,7 +17,7 @@ _ROWS = (
     ("moving average", lambda p: p.holdings.average),
     ("communication buffers", lambda p: p.holdings.buckets),
     ("gathered weights", lambda p: p.holdings.gathered),
-    ("activations", lambda p: p.activations),
+    ("activations, gradients", lambda p: p.activations),
     ("for a moment in the step", lambda p: p.holdings.step),
 )
 

@@ -65,6 +65,10 @@ class LiveMemory(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self.live -= size
 
+    def beside(self, size: int) -> None:
+        """So many bytes more are alive for a moment."""
+        self.peak = max(self.peak, self.live + size)
+
 
 @contextmanager
 def fused_attention(add_flops: Callable[[int], None]) -> Iterator[None]:
@@ -113,21 +117,30 @@ class Pass:
     flops: int
 
 
-def trace_training(model: nn.Module, batch: Any) -> Pass:
+#: bytes that the engine has for a moment, beside a complete gradient of so many elements
+TakingIn = Callable[[int], int]
+
+
+def at_no_cost(numel: int) -> int:
+    """Nothing beside it."""
+    return 0
+
+
+def trace_training(model: nn.Module, batch: Any, taking_in: TakingIn = at_no_cost) -> Pass:
     """Forward and backward of ``model(batch)``, each weight's gradient given up as soon as it is complete.
 
     That is what the engine does: it moves a gradient into its own buffers the moment autograd has it.
     """
     model.train()
     memory = LiveMemory(_device(model), _known(model, batch))
-    with _gradients_given_up(model), memory, _fused(model, memory):
+    with _gradients_given_up(model, memory, taking_in), memory, _fused(model, memory):
         outputs = model(batch)
         losses = [value for name, value in outputs.items() if not name.startswith("metric/")]
         torch.stack(losses).sum().backward()
     return Pass(memory.peak, memory.flops)
 
 
-def trace_rollout(model: Rollout, batch: Any) -> Pass:
+def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) -> Pass:
     """As :func:`trace_training`, from rollouts of one and two Euler steps: every further step costs the same again.
 
     A step without gradient stores nothing and costs the forward pass alone, a third.
@@ -137,7 +150,7 @@ def trace_rollout(model: Rollout, batch: Any) -> Pass:
     passes = []
     for steps in (1, 2):
         model.settings = replace(settings, num_steps=steps, gradient_steps=None)
-        passes.append(trace_training(model, batch))
+        passes.append(trace_training(model, batch, taking_in))
     model.settings = settings
     one, two = passes
     more, forward = max(with_gradient - 1, 0), settings.num_steps - max(with_gradient, 1)
@@ -145,14 +158,14 @@ def trace_rollout(model: Rollout, batch: Any) -> Pass:
     return Pass(one.peak_bytes + more * (two.peak_bytes - one.peak_bytes), one.flops + more * flops + forward * flops // 3)
 
 
-def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: int) -> Pass:
+def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: int, taking_in: TakingIn = at_no_cost) -> Pass:
     """As :func:`trace_rollout` of ``batch_of(blocks)``; records of many blocks are extrapolated from shorter ones.
 
     Every block adds as many passes, over a prefix that is longer by one block: bytes and FLOPs are quadratic in the blocks.
     """
     if blocks <= _TRACED_BLOCKS[-1]:
-        return trace_rollout(model, batch_of(blocks))
-    passes = [trace_rollout(model, batch_of(count)) for count in _TRACED_BLOCKS]
+        return trace_rollout(model, batch_of(blocks), taking_in)
+    passes = [trace_rollout(model, batch_of(count), taking_in) for count in _TRACED_BLOCKS]
     weights = _lagrange(_TRACED_BLOCKS, blocks)
     peak = sum(weight * found.peak_bytes for weight, found in zip(weights, passes, strict=True))
     flops = sum(weight * found.flops for weight, found in zip(weights, passes, strict=True))
@@ -196,8 +209,9 @@ def _known(model: nn.Module, batch: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _gradients_given_up(model: nn.Module) -> Iterator[None]:
+def _gradients_given_up(model: nn.Module, memory: LiveMemory, taking_in: TakingIn) -> Iterator[None]:
     def give_up(parameter: Tensor) -> None:
+        memory.beside(taking_in(parameter.numel()))
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(give_up) for p in model.parameters() if p.requires_grad]
