@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ NEEDED = (
 
 _TOTAL_SECONDS = 580.0
 _LEAST_SECONDS = 15.0
+_TEST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,26 @@ class Part:
     arguments: tuple[str, ...]
 
 
-def parts(dry: bool) -> list[Part]:
-    """Everything, the most telling first."""
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+def parts(dry: bool) -> tuple[list[list[Part]], list[Part]]:
+    """Rows of parts that run beside one another, then parts that have the machine to themselves: their times are compared.
+
+    The tests and the offloaded steps wait for the same compiler, for a minute.
+    """
     own = str(Path(__file__).resolve())
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations", "10")
     if dry:
         every = "attention,mfu,denoiser-lora,vae-lora,denoiser-full-offload,vae-full-offload"
-        return [
-            Part("tests", 120, (*tests, "--collect-only", "tests/test_attention.py")),
-            Part("all", 300, (own, "--dry", "--part", every)),
-        ]
-    names = {"attention": 100, "mfu": 150, "denoiser-lora": 120, "vae-lora": 120, "denoiser-full-offload": 150}
-    names["vae-full-offload"] = 150
-    return [Part("tests", 240, tests), *(Part(name, limit, (own, "--part", name)) for name, limit in names.items())]
+        collect = Part("tests", 120, (*tests, "--collect-only", "tests/test_attention.py"))
+        return [[collect]], [Part("all", 300, (own, "--dry", "--part", every))]
+
+    def measured(name: str, seconds: float) -> Part:
+        return Part(name, seconds, (own, "--part", name))
+
+    workers = ("-n", str(_TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
+    files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
+    offloaded = [measured("denoiser-full-offload", 180), measured("vae-full-offload", 150)]
+    then = [measured("attention", 120), measured("mfu", 150), measured("denoiser-lora", 120), measured("vae-lora", 120)]
+    return [[Part("tests", 240, (*tests, *workers, *files))], offloaded], then
 
 
 def complete(wheels: Path, site: Path) -> list[str]:
@@ -150,20 +159,30 @@ def _run_parts(names: Sequence[str], dry: bool, folder: Path) -> None:
 
 def check(dry: bool, folder: Path, site: Path) -> bool:
     """Run all parts; their results lie in ``folder``.  Returns whether all succeeded."""
-    start, succeeded = time.monotonic(), True
+    start = time.monotonic()
     for earlier in folder.glob("*.json"):
         earlier.unlink()
     paths = [str(ROOT), *([str(site)] if site.is_dir() else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-    for part in parts(dry):
-        left = _TOTAL_SECONDS - (time.monotonic() - start)
-        begin = time.monotonic()
-        status = _run(part, min(part.seconds, left), folder, environment) if left > _LEAST_SECONDS else "no time left"
-        succeeded &= status == "done"
-        _say(f"{part.name}: {status} ({time.monotonic() - begin:.0f} s)")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _TEST_WORKERS)))
+
+    def in_turn(row: Sequence[Part]) -> bool:
+        succeeded = True
+        for part in row:
+            begin = time.monotonic()
+            left = _TOTAL_SECONDS - (begin - start)
+            status = _run(part, min(part.seconds, left), folder, environment) if left > _LEAST_SECONDS else "no time left"
+            succeeded &= status == "done"
+            _say(f"{part.name}: {status} ({time.monotonic() - begin:.0f} s)")
+        return succeeded
+
+    beside, then = parts(dry)
+    with ThreadPoolExecutor() as rows:
+        found = list(rows.map(in_turn, beside))
+    found.append(in_turn(then))
     for result in sorted(folder.glob("*.json")):
         _say(f"{result.stem}: {json.dumps(json.loads(result.read_text(encoding='utf-8')))}")
-    return succeeded
+    return all(found)
 
 
 def _run(part: Part, seconds: float, folder: Path, environment: dict[str, str]) -> str:

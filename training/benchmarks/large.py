@@ -24,8 +24,9 @@ from training.runtime.ds_config import read_ds_config
 from training.runtime.engine import Engine
 from training.runtime.utilisation import counted_flops, measured_peak
 
-#: share of the host's free memory that offloaded state may take
-_HOST_SHARE = 0.8
+#: share of the host's free memory that offloaded state may take, and most layers: what a GPU holds does not grow with them then,
+#: and setting up the host's memory takes most of the time
+_HOST_SHARE, _OFFLOADED_LAYERS = 0.8, 3
 _TIMED_STEPS = 3
 
 
@@ -98,6 +99,8 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     device = world.device
     config = case.config(size, device.type)
     layers = fitting_layers(config, case.phase, int(_HOST_SHARE * psutil.virtual_memory().available))
+    if host_bytes(config, case.phase, layers):
+        layers = min(layers, _OFFLOADED_LAYERS)
     all_layers = int(config.backbone.scratch["num_hidden_layers"])
     config = with_layers(config, layers)
     predicted = predict(config, case.phase)

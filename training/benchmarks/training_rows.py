@@ -10,11 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from ladir.config import Config
 from ladir.layout import PAD, Layout, block_length, template
-from ladir.models.attention import FLEX, BlockMasks, attend, flash, flash_lacks, flex
+from ladir.models.attention import BLOCK, BlockMasks, flash, flash_lacks, flex
 from ladir.reference import reference_passes
 from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
 from training.planning.models import Lengths
@@ -23,9 +22,18 @@ from training.planning.models import Lengths
 _SENTENCE, _QUESTION, _ANSWER, _BLOCKS = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3), (2, 6)
 #: a denoiser's sample is longer than a sentence, and so are its rows
 _DENOISER_ROWS = 2
-#: records that make about 4096 tokens (so many in a micro batch), and a few hundred
-_LONG_LAYOUT, _LONG_DRAWS, _LONG_ROWS = Lengths(question=512, blocks=32, block=1, answer=32), 21, 4
-_SHORT_LAYOUT = Lengths(question=460, blocks=4, block=1, answer=8)
+#: (record, draws, rows) whose rows are FlexAttention's: of about 4096 tokens; of other lengths, as many tokens in all; for a CPU.
+#: The first shape has a kernel of its own, the others share one, in the end for rows as long as the first ones.
+_LONG, _LONG_DRAWS = Lengths(question=512, blocks=32, block=1, answer=32), 21
+_FLEX_ROWS = (
+    (_LONG, _LONG_DRAWS, 4),
+    (Lengths(question=128, blocks=8, block=1, answer=32), 4, 44),
+    (Lengths(question=128, blocks=14, block=1, answer=32), 4, 26),
+    (Lengths(question=128, blocks=40, block=1, answer=32), 4, 13),
+    (Lengths(question=128, blocks=80, block=1, answer=32), 4, 7),
+    (_LONG, _LONG_DRAWS, 3),
+)
+_SMOKE_FLEX_ROWS = ((Lengths(question=460, blocks=4, block=1, answer=8), 4, 2),)
 
 #: calls of an attention kernel that are timed together: one takes microseconds
 _KERNEL_CALLS = 20
@@ -205,29 +213,27 @@ def _packed(
 
 def attention(bench: Bench) -> Iterator[Row]:
     """The compiled kernels alone against SDPA with a dense mask; flash-attn's where it is installed."""
-    smoke = bench.size.name == "smoke"
-    sizes, draws, rows = (_SHORT_LAYOUT, 4, 2) if smoke else (_LONG_LAYOUT, _LONG_DRAWS, _LONG_ROWS)
-    yield _flex_row(bench, bench.denoiser_batch(bench.records([sizes] * rows), draws).layout)
+    for number, (sizes, draws, rows) in enumerate(_SMOKE_FLEX_ROWS if bench.size.name == "smoke" else _FLEX_ROWS):
+        layout = bench.denoiser_batch(bench.records([sizes] * rows), draws).layout
+        with released():
+            yield _flex_row(bench, f"attention_{number}" if number else "attention", layout)
     if bench.device.type == "cuda" and not flash_lacks():
         words = bench.token_ids(_gsm8k_like(np.random.default_rng(0), _SENTENCE, bench.size.sentences))
         yield _flash_row(bench, bench.vae_batch(words, bench.size.pack_tokens).decoder.layout)
         yield _flash_prefix_row(bench)
 
 
-def _flex_row(bench: Bench, layout: Layout) -> Row:
-    """FlexAttention on a training layout; forward only where there is no backward pass of it."""
-    how = attend(layout, FLEX, bench.dtype, BlockMasks())
-    mask = how.mask
-    assert isinstance(mask, BlockMask)
-    visible = layout.padded_to(how.width).visible()
-    rows = len(layout.position)
-    states = _attention_states(bench, rows, how.width, how.width, trained=bench.device.type == "cuda")
+def _flex_row(bench: Bench, key: str, layout: Layout) -> Row:
+    """FlexAttention on a training layout, also a narrow one; forward only where there is no backward pass of it."""
+    rows, length = layout.position.shape
+    width = -(-length // BLOCK) * BLOCK
+    mask = BlockMasks()(layout, width)
     return _against_dense(
         bench,
-        "attention",
-        f"FlexAttention, {rows} rows of {how.width} tokens",
-        states,
-        visible,
+        key,
+        f"FlexAttention, {rows} rows of {width} tokens",
+        _attention_states(bench, rows, width, width, trained=bench.device.type == "cuda"),
+        layout.padded_to(width).visible(),
         lambda query, key, value: flex(nn.Identity(), query, key, value, mask, query.shape[-1] ** -0.5)[0],
     )
 
@@ -262,12 +268,15 @@ def _flash_prefix_row(bench: Bench) -> Row:
 
 
 def _attention_states(bench: Bench, rows: int, queries: int, keys: int, trained: bool) -> list[Tensor]:
-    """Random query [rows, heads, queries, head], key and value [rows, kv heads, keys, head] of the size's model."""
-    scratch, generator = bench.size.scratch, torch.Generator().manual_seed(0)
+    """Random query [rows, heads, queries, head], key and value [rows, kv heads, keys, head] of the size's model.
+
+    A token's heads lie together, as the layers make them.
+    """
+    scratch, generator = bench.size.scratch, torch.Generator(bench.device).manual_seed(0)
     head = scratch["hidden_size"] // scratch["num_attention_heads"]
-    shapes = [(rows, scratch["num_attention_heads"], queries, head), *[(rows, scratch["num_key_value_heads"], keys, head)] * 2]
-    states = [torch.randn(shape, generator=generator).to(bench.device, bench.dtype) for shape in shapes]
-    return [tensor.requires_grad_(trained) for tensor in states]
+    shapes = [(rows, queries, scratch["num_attention_heads"], head), *[(rows, keys, scratch["num_key_value_heads"], head)] * 2]
+    states = [torch.randn(shape, generator=generator, device=bench.device, dtype=bench.dtype) for shape in shapes]
+    return [tensor.transpose(1, 2).requires_grad_(trained) for tensor in states]
 
 
 def _against_dense(
