@@ -176,6 +176,14 @@ class DenoiserSettings:
     timestep_mean: float = setting(0.0, "mean of logit(t) (timesteps=logit_normal); positive: towards noise")
     timestep_std: float = setting(1.0, "standard deviation of logit(t) (timesteps=logit_normal)")
     draws: int = setting(4, "noise draws M per block and step")
+    span: int = setting(
+        1, "blocks that are denoised together, each at a noise level of its own: a block sees the next ones of its span form"
+    )
+    independent_levels: float = setting(
+        0.5,
+        "share of a span's noisy copies whose blocks draw their levels independently; in the others the blocks before a random "
+        "one are finished and those behind it noise (span above 1)",
+    )
     flow_weight: float = setting(5.0, "weight of the flow loss")
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
@@ -198,6 +206,7 @@ class RolloutSettings:
     )
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy through the model's own blocks")
     num_steps: int = setting(10, "Euler steps per block")
+    lag: int = setting(2, "steps by which a block of a span starts after the one before it (denoiser.span above 1)")
     gradient_steps: int | None = setting(None, "last steps of a block that carry gradient; not set: all")
     last_blocks: int | None = setting(None, "blocks of a record, counted from its end, that are the model's own; not set: all")
     own_context: float = setting(
@@ -225,6 +234,11 @@ class ArSettings:
 @dataclass
 class SampleSettings:
     num_steps: int = setting(10, "Euler steps per block")
+    lag: int = setting(
+        2,
+        "steps by which a block of a span starts after the one before it (denoiser.span above 1); 0: all together; num_steps: "
+        "one after another",
+    )
     sampler: str = setting("ode", "ode: deterministic; sde: fresh noise at every step", ("ode", "sde"))
     spacing: str = setting(
         "uniform",

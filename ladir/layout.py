@@ -1,11 +1,12 @@
 """The block layout: which token stands where in one training pass, and what it may see.
 
-Clean stream:  ``question [<BOT> z*L <EOT>]*B <SOA> answer``; noisy stream: ``[<BOT> z~*L]`` for every block and draw, at the
-same positions as the clean block.  Everything attention needs is a few integers per token:
+Clean stream:  ``question [<BOT> z*L <EOT>]*B <SOA> answer``; noisy stream: ``[<BOT> z~*L]*J`` for every span of J blocks and
+draw, at the same positions as the clean blocks (J is 1 but where blocks are denoised together; a record's last span may reach
+beyond its last block).  Everything attention needs is a few integers per token:
 
 * ``position`` - rotary position; for clean tokens also their order in the clean stream,
 * ``limit``    - a clean token is visible when its position is below the viewer's limit,
-* ``copy``     - which noisy copy a token belongs to (``CLEAN`` and ``PAD`` are negative); a copy sees itself,
+* ``copy``     - which noisy copy of a span a token belongs to (``CLEAN`` and ``PAD`` are negative); a copy sees itself,
 * ``document`` - which sample a token belongs to, where several lie in one row: nothing is seen across samples.
 """
 
@@ -154,29 +155,40 @@ def block_length(latents: int) -> int:
     return latents + 2
 
 
-@lru_cache(maxsize=4096)
-def template(question: int, blocks: int, latents: int, draws: int, answer: int | None) -> Template:
-    """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies each.
+def num_spans(blocks: int, span: int) -> int:
+    """Spans of ``span`` blocks that hold ``blocks`` blocks; the last one may have room for more."""
+    return -(-blocks // span)
 
-    ``answer`` is the answer's token count; ``None`` leaves out the answer and the last clean block, which only the answer
-    and the last stop decision need.  Text tokens are indexed question first, then answer.
+
+def span_offsets(span: int, latents: int) -> np.ndarray:
+    """Positions of a noisy copy's tokens [J * (L + 1)], from the start of its first block on: <EOT>s have no noisy copy."""
+    return (np.arange(span)[:, None] * block_length(latents) + np.arange(latents + 1)).ravel()
+
+
+@lru_cache(maxsize=4096)
+def template(question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1) -> Template:
+    """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies of each span.
+
+    ``answer`` is the answer's token count; ``None`` leaves out the answer and the clean blocks of the last span, which only the
+    answer and the stop decisions need.  Text tokens are indexed question first, then answer.
     """
-    clean_blocks = blocks if answer is not None else blocks - 1
+    spans = num_spans(blocks, span)
+    clean_blocks = blocks if answer is not None else (spans - 1) * span
     parts = [_text(question, start=0, first_index=0)]
     parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
     if answer is not None:
         parts.append(_answer(question, blocks, latents, answer))
-    parts += [_noisy_block(b, m, question, latents, draws) for b in range(blocks) for m in range(draws)]
+    parts += [_noisy_span(first, m, question, latents, draws, span) for first in range(0, blocks, span) for m in range(draws)]
     position, limit, copy, source, index = np.concatenate(parts, axis=1)
     clean_end = question + clean_blocks * block_length(latents)
-    is_noisy = source == Source.NOISY_LATENT
+    noisy = np.flatnonzero(source == Source.NOISY_LATENT)
     return Template(
         position=position,
         limit=limit,
         copy=copy,
         source=source,
         index=index,
-        noisy=np.flatnonzero(is_noisy),
+        noisy=noisy[np.argsort(index[noisy])],
         ends=question + (np.arange(clean_blocks) + 1) * block_length(latents) - 1,
         answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
         question_length=question,
@@ -210,11 +222,14 @@ def _answer(question: int, blocks: int, latents: int, answer: int) -> np.ndarray
     return np.concatenate([mark, text], axis=1)
 
 
-def _noisy_block(block: int, draw: int, question: int, latents: int, draws: int) -> np.ndarray:
-    """<BOT> z~*L at the clean block's positions: sees the clean stream before the block, and itself."""
-    start = question + block * block_length(latents)
-    copy = block * draws + draw
-    source = np.array([Source.MARK, *[Source.NOISY_LATENT] * latents])
-    index = np.array([Mark.BOT, *range(copy * latents, (copy + 1) * latents)])
-    position = np.arange(start, start + latents + 1)
-    return _rows(position, np.full_like(position, start), copy, source, index)
+def _noisy_span(first: int, draw: int, question: int, latents: int, draws: int, span: int) -> np.ndarray:
+    """<BOT> z~*L of every block of a span: all of them see the clean stream before block ``first``, and each other."""
+    start = question + first * block_length(latents)
+    parts = []
+    for block in range(first, first + span):
+        noisy = (block * draws + draw) * latents
+        source = [Source.MARK, *[Source.NOISY_LATENT] * latents]
+        parts.append(np.array([source, [Mark.BOT, *range(noisy, noisy + latents)]]))
+    source, index = np.concatenate(parts, axis=1)
+    position = start + span_offsets(span, latents)
+    return _rows(position, np.full_like(position, start), first // span * draws + draw, source, index)

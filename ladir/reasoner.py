@@ -20,8 +20,8 @@ from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
-from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, steps_per_block
-from ladir.layout import Mark
+from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, passes_per_span
+from ladir.layout import Mark, num_spans
 from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
@@ -37,7 +37,7 @@ TraceHook = Callable[[int, int, int, str], None]
 class Trajectory:
     """One line of thought and its answer.
 
-    ``thoughts``: text per block; ``latents`` fp32 [B, L, d] (not standardised); ``num_steps``: denoising steps taken;
+    ``thoughts``: text per block; ``latents`` fp32 [B, L, d] (not standardised); ``num_steps``: forward passes that denoised them;
     ``stopped``: whether the stop head ended it (else the limit on blocks did); ``trace``: text per block and step, if asked.
     """
 
@@ -153,6 +153,7 @@ class Reasoner:
         restart_time: float | None = None,
         restart_steps: int | None = None,
         reencode: bool | None = None,
+        lag: int | None = None,
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
     ) -> list[list[Trajectory]]:
@@ -184,6 +185,7 @@ class Reasoner:
             restart_time=restart_time,
             restart_steps=restart_steps,
             reencode=reencode,
+            lag=lag,
         )
         if num_trajectories < 1:
             raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
@@ -202,8 +204,9 @@ class Reasoner:
         for group in sampled:
             flat.update(self._finish(group, settings, noise, thoughts))
             del group  # and its cache, before the others think on
-        for (row, _), texts in sorted(traces.items()):
-            flat[row].trace.append(texts)
+        for (row, block), texts in sorted(traces.items()):
+            if block < len(flat[row].thoughts):  # a span may reach beyond the last block
+                flat[row].trace.append(texts)
         ordered = [flat[row] for row in range(len(owner))]
         return [ordered[i : i + num_trajectories] for i in range(0, len(ordered), num_trajectories)]
 
@@ -260,7 +263,7 @@ class Reasoner:
         hidden = group.prefix.append(soa)[:, 0]
         answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
         latents = self._plain(group.latents)
-        blocks = latents.shape[1]
+        blocks, span = latents.shape[1], self.denoiser.settings.span
         # Block by block: no more rows at once than there are trajectories.
         texts = [self.decode_latents(latents[:, b]) if thoughts else [""] * len(latents) for b in range(blocks)]
         return {
@@ -268,7 +271,7 @@ class Reasoner:
                 answer=decode_text(self.tokenizer, answers[i]),
                 thoughts=[text[i] for text in texts],
                 latents=latents[i].cpu(),
-                num_steps=steps_per_block(settings) * blocks,
+                num_steps=passes_per_span(settings, span) * num_spans(blocks, span),
                 stopped=group.stopped,
             )
             for i, row in enumerate(group.rows)

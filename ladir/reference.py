@@ -21,8 +21,8 @@ from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 
 
-def plain_forward(backbone: Backbone, groups: Sequence[Tensor]) -> Tensor:
-    """Hidden states [T, H] of one sequence given as groups of input vectors [n, H].
+def plain_forward(backbone: Backbone, groups: Sequence[Tensor], positions: Sequence[int] | None = None) -> Tensor:
+    """Hidden states [T, H] of one sequence given as groups of input vectors [n, H], at ``positions`` (not given: 0, 1, ...).
 
     A token sees its own group and the groups before it; a group of one is an ordinary causal token.
     """
@@ -31,11 +31,11 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor]) -> Tensor:
     later = group[None, :] > group[:, None]
     mask = torch.zeros(later.shape, dtype=inputs.dtype, device=inputs.device)
     mask = mask.masked_fill(later, torch.finfo(inputs.dtype).min)
-    positions = torch.arange(len(group), device=inputs.device)[None]
+    places = torch.tensor([*(range(len(group)) if positions is None else positions)], device=inputs.device)[None]
     decoder = backbone.base.get_decoder()
-    return decoder(
-        inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=positions, use_cache=False
-    ).last_hidden_state[0]
+    return decoder(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=places, use_cache=False).last_hidden_state[
+        0
+    ]
 
 
 def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:
@@ -62,6 +62,19 @@ def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor) -> Tensor:
     return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors + denoiser.time_embedding(t[None])])
 
 
+def span_hidden(denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor) -> Tensor:
+    """Hidden states [J, L, H] at a span's noisy latents [J, L, d], each block at its t [J], behind what is ``before``.
+
+    Between two blocks a position is left out, where a finished block has its <EOT>.
+    """
+    span, latents = z_t.shape[:2]
+    start = sum(map(len, before))
+    noisy = torch.cat([noisy_group(denoiser, z, time) for z, time in zip(z_t, t, strict=True)])
+    places = [start + block * (latents + 2) + offset for block in range(span) for offset in range(latents + 1)]
+    hidden = plain_forward(denoiser.backbone, [*before, noisy], [*range(start), *places])[start:]
+    return hidden.unflatten(0, (span, latents + 1))[:, 1:]
+
+
 def objective_target(objective: str, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What is predicted, by name."""
     return {"velocity": eps - z0, "x0": z0, "epsilon": eps, "v": (1 - t) * eps - t * z0}[objective]
@@ -81,25 +94,26 @@ def reference_losses(
 def reference_passes(
     denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], prefix: Sequence[int] = ()
 ) -> Iterator[dict[str, Tensor]]:
-    """Losses of one forward per block and draw for the flow, then of one per record for answer and stop.
+    """Losses of one forward per span and draw for the flow, then of one per record for answer and stop.
 
     Nothing is shared between them: a caller may go backward after each.  ``hidden``: whose question is hidden; only the numbers
     drawn (``z0``, ``eps``, ``t``) and the answers' labels are taken from the batch.
     """
-    row = label = 0
+    first = label = 0
+    span = denoiser.settings.span
     for record, is_hidden in zip(records, hidden, strict=True):
-        first = row
-        for block in record.blocks:
+        for start in range(0, len(record.blocks), span):
             for draw in range(batch.t.shape[1]):
-                before = _before(denoiser, record, is_hidden, prefix, batch.z0[first:row])
-                yield _one_draw(denoiser, before, batch, row, draw, block)
-            row += 1
+                before = _before(denoiser, record, is_hidden, prefix, batch.z0[first : first + start])
+                rows = slice(first + start, first + start + span)
+                yield _one_draw(denoiser, before, batch, rows, draw, record.blocks[start : start + span])
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
-            before = _before(denoiser, record, is_hidden, prefix, batch.z0[first:row])
+            before = _before(denoiser, record, is_hidden, prefix, batch.z0[first : first + len(record.blocks)])
             yield _answer_and_stop(denoiser, before, record, labels)
-    assert row == len(batch.z0)
+        first += start + span
+    assert first == len(batch.z0)
 
 
 def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, prefix: Sequence[int], z0: Tensor) -> list[Tensor]:
@@ -108,18 +122,23 @@ def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, prefix: Sequ
 
 
 def _one_draw(
-    denoiser: Denoiser, before: list[Tensor], batch: DenoiserBatch, row: int, draw: int, block: Sequence[int]
+    denoiser: Denoiser, before: list[Tensor], batch: DenoiserBatch, rows: slice, draw: int, blocks: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Flow loss (and token loss) of one noisy copy of one block behind what is before it."""
-    z0, eps, t = batch.z0[row], batch.eps[row, draw], batch.t[row, draw]
-    z_t = (1 - t) * z0 + t * eps
-    hidden = plain_forward(denoiser.backbone, [*before, noisy_group(denoiser, z_t, t)])[-len(z0) :]
+    """Flow loss (and token loss) of one noisy copy of one span, whose own blocks are ``blocks``, behind what is before it."""
+    z0, eps, t = batch.z0[rows], batch.eps[rows, draw], batch.t[rows, draw]
+    times = t[:, None, None]
+    hidden = span_hidden(denoiser, before, (1 - times) * z0 + times * eps, t)
     prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
-    losses = {"flow": (prediction - objective_target(denoiser.settings.objective, z0, eps, t)).square().sum()}
+    wanted = objective_target(denoiser.settings.objective, z0, eps, times)
+    noisy = [place for place, time in enumerate(t.tolist()) if time > 0]
+    losses = {"flow": (prediction - wanted)[noisy].square().sum()}
     if denoiser.token_head is not None:
-        labels = torch.tensor(block[: denoiser.settings.token_positions], device=hidden.device)
-        logits = denoiser.token_head(hidden[None, None], len(labels))[0, 0].float()
-        losses["token"] = F.cross_entropy(logits, labels, reduction="sum")
+        losses["token"] = torch.zeros((), dtype=denoiser.dtype, device=hidden.device)
+        for place in noisy:
+            if place < len(blocks):
+                labels = torch.tensor(blocks[place][: denoiser.settings.token_positions], device=hidden.device)
+                logits = denoiser.token_head(hidden[place][None, None], len(labels))[0, 0].float()
+                losses["token"] = losses["token"] + F.cross_entropy(logits, labels, reduction="sum")
     return losses
 
 
@@ -148,7 +167,7 @@ def reference_blocks(
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents [R, B, L, d] of ``settings.max_blocks`` blocks per trajectory by Euler steps of the ODE, all trajectories in one
-    batch, the whole sequence run anew at every step.
+    batch, the whole sequence run anew at every step; for models of single blocks (span 1).
 
     ``question`` [R, P, H]: input vectors of every trajectory's question, all of one length; ``on_step(block, step)`` is called
     after every step.

@@ -64,6 +64,7 @@ def on_cuda(reasoner: Reasoner) -> Reasoner:
         {},
         {"guidance_scale": 2.0, "diversity_scale": 0.5, "sampler": "sde"},
         {"restarts": 1, "reencode": True, "spacing": "cosine"},
+        {"span": 2},
     ],
     ids=lambda controls: "-".join(controls) or "plain",
 )
@@ -106,14 +107,19 @@ def test_no_denoising_step_waits_for_the_device(controls: dict[str, Any], monkey
     sampler, prefix, owner = a_block(**controls)
     for name in ("_velocity", "_bent", "_advance"):
         monkeypatch.setattr(sampler, name, unwaiting(getattr(sampler, name)))
-    assert torch.isfinite(sampler.sample_block(prefix, list(range(6)), owner, 0, None)).all()
+    assert torch.isfinite(sampler.sample_span(prefix, list(range(6)), owner, 0, None)).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "controls",
-    [{}, {"sampler": "sde", "guidance_scale": 2.0, "diversity_scale": 0.5}, {"restarts": 1, "restart_steps": 5}],
-    ids=["plain", "guided-sde", "restarts"],
+    [
+        {},
+        {"sampler": "sde", "guidance_scale": 2.0, "diversity_scale": 0.5},
+        {"restarts": 1, "restart_steps": 5},
+        {"span": 2},
+    ],
+    ids=["plain", "guided-sde", "restarts", "span"],
 )
 def test_replayed_steps_equal_plain_ones_and_cost_as_much(controls: dict[str, Any]) -> None:
     found = []
@@ -122,11 +128,12 @@ def test_replayed_steps_equal_plain_ones_and_cost_as_much(controls: dict[str, An
         sampler, prefix, owner = a_block(num_steps=6, **controls)
         sampler.graphs = taken
         with count_cost(sampler.denoiser) as cost, graphs.counted(cost):
-            blocks = []
-            for block in range(3):
-                blocks.append(sampler.sample_block(prefix, list(range(6)), owner, block, None))
-                sampler.append_block(prefix, blocks[-1])
-        found.append((torch.stack(blocks), cost.passes, cost.flops))
+            spans = []
+            for number in range(3):
+                spans.append(sampler.sample_span(prefix, list(range(6)), owner, number, None))
+                for block in spans[-1].unbind(1):
+                    sampler.append_block(prefix, block)
+        found.append((torch.stack(spans), cost.passes, cost.flops))
     (ours, *counts), (theirs, *expected) = found
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert counts == expected

@@ -81,9 +81,10 @@ def assert_one_pass_is_the_reference(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_one_pass_equals_one_forward_per_block_and_draw(kind: str, attention: str) -> None:
-    denoiser = tiny_denoiser(tiny_lm(kind, attention=attention), draws=2, token_weight=0.5)
-    records = random_records(4, seed=1, max_blocks=3)
-    assert_one_pass_is_the_reference(denoiser, records, range(4), condition_dropout=0.5, sample_latents=True)
+    for span in (1, 2):
+        denoiser = tiny_denoiser(tiny_lm(kind, attention=attention), draws=2, token_weight=0.5, span=span)
+        records = random_records(4, seed=1, max_blocks=3)
+        assert_one_pass_is_the_reference(denoiser, records, range(4), condition_dropout=0.5, sample_latents=True)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -94,10 +95,18 @@ def test_every_objective_equals_the_reference(objective: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32), st.booleans(), st.sampled_from(sorted(SHAPES))
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.sampled_from(sorted(SHAPES)),
+    st.integers(1, 3),
 )
-def test_random_layouts_equal_the_reference(latents: int, draws: int, count: int, seed: int, answer: bool, kind: str) -> None:
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2)
+def test_random_layouts_equal_the_reference(
+    latents: int, draws: int, count: int, seed: int, answer: bool, kind: str, span: int
+) -> None:
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5)
     records = random_records(count, seed=seed, latents=latents)
     first = (seed % 100) * 16 + (0 if answer else 8)
     numbers = range(first, first + count)
@@ -196,8 +205,10 @@ def differs(before: Tensor, after: Tensor) -> Tensor:
 class Case:
     """Records with 3 and 1 blocks (the second is padded), two draws; rows 0..2 are the blocks of the first."""
 
-    def __init__(self, attention: str = "eager", **changes: Any) -> None:
-        self.denoiser = tiny_denoiser(tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0)
+    def __init__(self, attention: str = "eager", span: int = 1, **changes: Any) -> None:
+        self.denoiser = tiny_denoiser(
+            tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0, span=span
+        )
         rng = np.random.default_rng(0)
         zeros = [torch.from_numpy(rng.standard_normal((count, 2, 3), dtype=np.float32)) for count in (3, 1)]
         self.records = [
@@ -210,8 +221,8 @@ class Case:
     def effect(self, **changes: Tensor) -> dict[str, list[Any]]:
         """What a changed batch changes: noisy [K][M], stop per <EOT> (rows 0..2, then 3), answer per label."""
         after = outputs(self.denoiser, replace(self.batch, **cast(Any, changes)))
-        noisy = differs(self.before.noisy.flatten(0, 1), after.noisy.flatten(0, 1)).view(4, 2)
-        token = differs(self.before.token.flatten(0, 1), after.token.flatten(0, 1)).view(4, 2)
+        noisy = differs(self.before.noisy.flatten(0, 1), after.noisy.flatten(0, 1)).view(-1, 2)
+        token = differs(self.before.token.flatten(0, 1), after.token.flatten(0, 1)).view(-1, 2)
         assert torch.equal(noisy, token)
         return {
             "noisy": noisy.tolist(),
@@ -230,6 +241,21 @@ def test_noise_and_time_reach_their_own_copy_alone(attention: str) -> None:
     for name, tensor in (("eps", case.batch.eps), ("t", case.batch.t)):
         effect = case.effect(**{name: perturbed(tensor, (1, 0))})
         assert effect == {**SILENT, "noisy": [NO, [True, False], NO, NO]}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_noise_and_time_reach_the_whole_copy_of_their_span(attention: str) -> None:
+    """Rows 0..3 are the first record's spans of two blocks (there is no fourth block), 4 and 5 the second record's."""
+    case = Case(attention, span=2, independent_levels=1.0)
+    nothing = [NO] * 6
+    for name, tensor in (("eps", case.batch.eps), ("t", case.batch.t)):
+        for place in (0, 1, 3, 5):
+            effect = case.effect(**{name: perturbed(tensor, (place, 0))})
+            first = place - place % 2
+            copies = [[True, False] if row in (first, first + 1) else NO for row in range(6)]
+            assert effect == {**SILENT, "noisy": copies}
+    behind = case.effect(z0=perturbed(case.batch.z0, 3))  # a block that the record does not have is in its noisy copies only
+    assert behind == {**SILENT, "noisy": [*nothing[:2], YES, YES, *nothing[4:]]}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -283,10 +309,11 @@ def test_what_padding_holds_changes_nothing() -> None:
     assert case.effect(table_index=table) == SILENT
 
 
+@pytest.mark.parametrize("span", [1, 2])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str) -> None:
+def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str, span: int) -> None:
     """Every token's input vector is moved in turn; the rule is transitive, so layers widen nothing."""
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2)
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, span=span)
     layout = collator(denoiser)(random_records(2, seed=6), [0, 1]).layout
     visible, width = layout.visible(), layout.copy.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -377,6 +404,34 @@ def test_timesteps_follow_their_distribution() -> None:
     logits = torch.logit(normal.flatten())
     assert float(logits.mean()) == pytest.approx(1.0, abs=0.06)
     assert float(logits.std()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_levels_of_a_span_are_independent_or_ordered() -> None:
+    """Three blocks in spans of two: the second span's own block may be the one that is drawn, the place behind it may not."""
+    denoiser = tiny_denoiser(tiny_lm(), draws=40, span=2, token_weight=0.5)
+    record = LatentRecord([5], [[6], [7, 8], [9]], [10], torch.ones(3, 2, 3), torch.zeros(3, 2, 3))
+    for share in (0.0, 0.25, 1.0):
+        batch = collator(denoiser, independent_levels=share)([record] * 50, list(range(50)))
+        first, second, third, behind = batch.t.view(50, 4, 40).unbind(1)
+        ordered = (first == 0) | (second == 1)
+        assert float(ordered.float().mean()) == pytest.approx(1 - share, abs=0.04)
+        assert float(((first == 0) & (second < 1)).float().mean()) == pytest.approx((1 - share) / 2, abs=0.04)
+        assert float((behind == 1).float().mean()) == pytest.approx(1 - share, abs=0.04)
+        assert bool((third > 0).all()) and bool((behind > 0).all())
+        assert batch.counts["flow"] == 6 * int((batch.t > 0).sum())
+        tokens = torch.tensor([1, 2, 1, 0])[None, :, None] * (batch.t.view(50, 4, 40) > 0)
+        assert batch.counts["token"] == int(tokens.sum())
+        assert float(batch.z0.view(50, 4, 6)[:, 3].abs().max()) == 0.0
+
+
+def test_nothing_is_learned_from_a_finished_block() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, span=2, token_weight=0.5)
+    batch = collator(denoiser)(random_records(4, seed=14), [0, 1, 2, 3])
+    assert (batch.t == 0).any()
+    finished = replace(batch, t=torch.zeros_like(batch.t))
+    losses = denoiser(finished)
+    assert float(losses["flow"].detach()) == 0.0 == float(losses["token"].detach())
+    assert all(float(losses[f"metric/flow_t{low}"][1]) == 0 for low in ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"))
 
 
 def test_the_answer_is_part_of_every_nth_step_only() -> None:

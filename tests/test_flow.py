@@ -119,7 +119,7 @@ class GaussianSampler(BlockSampler):
         """z at t = 1 and after every step."""
         path = [z]
         times = torch.linspace(1.0, 0.0, self.settings.num_steps + 1).tolist()
-        fresh = self._fresh_noise(list(range(len(z))), self.settings.num_steps, z)
+        [fresh] = self._fresh_noise(list(range(len(z))), self.settings.num_steps, z[:, None])
         for (t, t_next), noise in zip(itertools.pairwise(times), fresh, strict=True):
             path.append(self._advance(path[-1], exact_velocity(path[-1], t), t, t_next, noise))
         return path
@@ -160,7 +160,7 @@ def test_a_perfect_network_reaches_the_data_in_any_number_of_steps(sampler: str)
     for steps in (1, 2, 7):
         gaussian = GaussianSampler(SampleSettings(num_steps=steps, sampler=sampler), 6)
         z = draw(6, 2, 3, seed=5)
-        fresh = gaussian._fresh_noise(list(range(6)), gaussian.settings.num_steps, z)
+        [fresh] = gaussian._fresh_noise(list(range(6)), gaussian.settings.num_steps, z[:, None])
         for (t, t_next), noise in zip(itertools.pairwise(torch.linspace(1.0, 0.0, steps + 1).tolist()), fresh, strict=True):
             z = gaussian._advance(z, (z - z0) / t, t, t_next, noise)
         assert torch.allclose(z, z0, atol=1e-10)

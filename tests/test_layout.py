@@ -20,7 +20,9 @@ SHAPE = st.tuples(
     st.integers(1, 3),  # latents
     st.integers(1, 3),  # draws
     st.none() | st.integers(1, 3),  # answer tokens
+    st.integers(1, 3),  # blocks of a span
 )
+Shape = tuple[int, int, int, int, int | None, int]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Token:
     place: int  # position in the clean stream
     block: int | None = None
     draw: int | None = None
+    span: int | None = None
 
 
-def written_out(question: int, blocks: int, latents: int, draws: int, answer: int | None) -> list[Token]:
-    """``question [<BOT> z*L <EOT>]*B <SOA> answer`` and the noisy copies at the same positions."""
+def written_out(question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1) -> list[Token]:
+    """``question [<BOT> z*L <EOT>]*B <SOA> answer`` and the noisy copies of every span at the same positions."""
     clean: list[Token] = []
     noisy: list[Token] = []
 
@@ -42,49 +45,48 @@ def written_out(question: int, blocks: int, latents: int, draws: int, answer: in
 
     for _ in range(question):
         add("question")
-    for block in range(blocks):
+    for block in range(-(-blocks // span) * span):  # the last span may reach beyond the last block
         for draw in range(draws):
             for offset, kind in enumerate(["BOT", *["latent"] * latents]):
-                noisy.append(Token(kind, "noisy", len(clean) + offset, block, draw))
-        if block == blocks - 1 and answer is None:
-            break
-        for kind in ["BOT", *["latent"] * latents, "EOT"]:
+                noisy.append(Token(kind, "noisy", question + block * (latents + 2) + offset, block, draw, block // span))
+        needed = block < blocks if answer is not None else block // span < (blocks - 1) // span
+        for kind in ["BOT", *["latent"] * latents, "EOT"] if needed else []:
             add(kind, block)
     if answer is not None:
         add("SOA")
         for _ in range(answer):
             add("answer")
-    return clean + sorted(noisy, key=lambda token: (token.block, token.draw, token.place))
+    return clean + sorted(noisy, key=lambda token: (token.span, token.draw, token.place))
 
 
-def sees(viewer: Token, other: Token) -> bool:
+def sees(viewer: Token, other: Token, span: int = 1) -> bool:
     """The design: a clean token sees the clean tokens before it and its own block; a noisy token sees the question, the
-    clean blocks before its block, and its own copy; nothing clean sees anything noisy."""
+    clean blocks before its span, and its own copy; nothing clean sees anything noisy."""
     if viewer.stream == "clean":
         own_block = viewer.block is not None and viewer.block == other.block
         return other.stream == "clean" and (other.place <= viewer.place or own_block)
     if other.stream == "noisy":
-        return (viewer.block, viewer.draw) == (other.block, other.draw)
-    assert viewer.block is not None
-    return other.kind == "question" or (other.block is not None and other.block < viewer.block)
+        return (viewer.span, viewer.draw) == (other.span, other.draw)
+    assert viewer.span is not None
+    return other.kind == "question" or (other.block is not None and other.block < viewer.span * span)
 
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPE)
-def test_visibility_is_the_written_out_rule(shape: tuple[int, int, int, int, int | None]) -> None:
+def test_visibility_is_the_written_out_rule(shape: Shape) -> None:
     expected = written_out(*shape)
     layout = template(*shape)
     assert len(layout) == len(expected)
     assert layout.position.tolist() == [token.place for token in expected]
     batch = Layout(*(torch.from_numpy(a)[None] for a in (layout.position, layout.limit, layout.copy)))
-    rule = [[sees(viewer, other) for other in expected] for viewer in expected]
+    rule = [[sees(viewer, other, shape[-1]) for other in expected] for viewer in expected]
     assert batch.visible()[0].tolist() == rule
 
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPE)
-def test_sources_and_places_of_the_losses(shape: tuple[int, int, int, int, int | None]) -> None:
-    question, blocks, latents, draws, _ = shape
+def test_sources_and_places_of_the_losses(shape: Shape) -> None:
+    question, blocks, latents, draws, _, span = shape
     layout, expected = template(*shape), written_out(*shape)
     places = {kind: [i for i, token in enumerate(expected) if token.kind == kind] for kind in ("BOT", "EOT", "SOA", "answer")}
     for i, token in enumerate(expected):
@@ -95,10 +97,12 @@ def test_sources_and_places_of_the_losses(shape: tuple[int, int, int, int, int |
     for source, stream in ((Source.CLEAN_LATENT, "clean"), (Source.NOISY_LATENT, "noisy")):
         at = np.flatnonzero(layout.source == source)
         assert at.tolist() == [i for i, token in enumerate(expected) if (token.kind, token.stream) == ("latent", stream)]
-        assert layout.index[at].tolist() == list(range(len(at)))
+        assert sorted(layout.index[at]) == list(range(len(at)))
     assert layout.index[text].tolist() == list(range(len(text)))
     noisy = [expected[i] for i in layout.noisy]
-    assert [(t.block, t.draw) for t in noisy] == [(b, m) for b in range(blocks) for m in range(draws) for _ in range(latents)]
+    numbered = range(-(-blocks // span) * span)
+    assert [(t.block, t.draw) for t in noisy] == [(b, m) for b in numbered for m in range(draws) for _ in range(latents)]
+    assert layout.index[layout.noisy].tolist() == list(range(len(noisy)))
     assert layout.ends.tolist() == places["EOT"]
     assert layout.answer.tolist() == places["SOA"] + places["answer"]
     assert layout.question_length == question

@@ -197,9 +197,10 @@ def saved_bytes(model: nn.Module, batch: Any) -> int:
     return size
 
 
-@pytest.mark.parametrize("gradient_steps", [None, 2])
-def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None) -> None:
+@pytest.mark.parametrize(("gradient_steps", "span"), [(None, 1), (2, 1), (2, 2)])
+def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None, span: int) -> None:
     config = tiny_config(attention="sdpa")
+    config.denoiser.span, config.rollout.lag = span, 1
     config.rollout.num_steps, config.rollout.gradient_steps = 5, gradient_steps
     model, batch = meta_model(config, "rollout", "full"), micro_batch(config, "rollout", LENGTHS, 2, VOCAB)
     predicted, traced = trace_rollout(model, batch), trace_training(model, batch)  # type: ignore[arg-type]
@@ -209,16 +210,17 @@ def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None) 
     assert predicted.flops == pytest.approx(traced.flops, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_rollout_of_many_blocks_is_predicted_from_short_records(checkpointing: str) -> None:
+@pytest.mark.parametrize(("checkpointing", "span"), [("none", 1), ("full", 1), ("full", 2)])
+def test_a_rollout_of_many_blocks_is_predicted_from_short_records(checkpointing: str, span: int) -> None:
     config = tiny_config(attention="sdpa")
-    config.rollout.num_steps = 2
+    config.rollout.num_steps, config.denoiser.span = 2, span
     model = meta_model(config, "rollout", checkpointing)
 
     def batch_of(blocks: int) -> Any:
         return micro_batch(config, "rollout", dataclasses.replace(LENGTHS, blocks=blocks), 2, VOCAB)
 
-    predicted, traced = trace_long_rollout(model, batch_of, 9), trace_rollout(model, batch_of(9))  # type: ignore[arg-type]
+    blocks = 10 if span == 2 else 9
+    predicted, traced = trace_long_rollout(model, batch_of, blocks), trace_rollout(model, batch_of(blocks))  # type: ignore[arg-type]
     assert predicted.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.05)
     assert predicted.flops == pytest.approx(traced.flops, rel=0.01)
 

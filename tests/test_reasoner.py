@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -20,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
 from ladir.inference.guidance import diversity_force, reward_gradient
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise, step_times
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise, staggered, step_times
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone, build_backbone
@@ -28,7 +30,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.folders import assemble_export, load_export, new_vae, save_denoiser, save_vae
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
-from ladir.reference import clean_group, noisy_group, plain_forward, question_groups
+from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
 from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
 
@@ -52,8 +54,10 @@ def undecided(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def tiny_reasoner(kind: str = "llama", attention: str = "eager", objective: str = "velocity", **controls: Any) -> Reasoner:
-    denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), objective=objective))
+def tiny_reasoner(
+    kind: str = "llama", attention: str = "eager", objective: str = "velocity", span: int = 1, **controls: Any
+) -> Reasoner:
+    denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), objective=objective, span=span))
     vae = tiny_vae(kind)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
 
@@ -69,19 +73,16 @@ class PlainTrajectory:
     answer: list[int]
 
 
-def plain_velocity(reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: float, hidden: bool) -> Tensor:
-    """The network's velocity for one noisy block, from the whole sequence."""
+def plain_velocity(reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: list[float], hidden: bool) -> Tensor:
+    """The network's velocity for a noisy span [J, L, d], from the whole sequence."""
     d = reasoner.denoiser
     clean = [clean_group(d, block) for block in blocks]
-    time = torch.tensor(t)
-    states = plain_forward(d.backbone, [*question_groups(d, ids, hidden), *clean, noisy_group(d, z, time)])
-    prediction = d.latent_out(states[-len(z) :]).float()
-    return flow.to_velocity(d.settings.objective, prediction, z, time)
+    times = torch.tensor(t)
+    prediction = d.latent_out(span_hidden(d, [*question_groups(d, ids, hidden), *clean], z, times)).float()
+    return flow.to_velocity(d.settings.objective, prediction, z, times[:, None, None])
 
 
-def plain_step(
-    settings: SampleSettings, z: Tensor, velocity: Tensor, t: float, s: float, noise: TrajectoryNoise, row: int
-) -> Tensor:
+def plain_step(settings: SampleSettings, z: Tensor, velocity: Tensor, t: float, s: float, fresh: Tensor) -> Tensor:
     """Euler, or a draw from z_s given z_t and x0 by Bayes' rule."""
     if settings.sampler == "ode":
         return z + (s - t) * velocity
@@ -91,7 +92,7 @@ def plain_step(
     likelihood = t**2 - a**2 * s**2
     variance = 1 / (1 / s**2 + a**2 / likelihood)
     mean = variance * ((1 - s) * x0 / s**2 + a * z / likelihood)
-    return mean + variance**0.5 * noise.normal([row], tuple(z.shape))[0]
+    return mean + variance**0.5 * fresh
 
 
 def plain_time(settings: SampleSettings, step: int, steps: int) -> float:
@@ -104,33 +105,43 @@ def plain_time(settings: SampleSettings, step: int, steps: int) -> float:
     ]
 
 
-def plain_block(
+def plain_span(
     reasoner: Reasoner, ids: list[int], before: list[list[Tensor]], noise: TrajectoryNoise, rows: list[int]
-) -> list[list[Tensor]]:
-    """One block of every trajectory of a question, in lockstep (diversity needs the others): x0 per step, then z."""
+) -> list[list[list[Tensor]]]:
+    """One span of every trajectory of a question, in lockstep (diversity needs the others): per block x0 per step, then z."""
     s, d = reasoner.settings, reasoner.denoiser
-    shape = (d.latents_per_block, d.latent_dim)
+    size = d.settings.span
+    shape = (size, d.latents_per_block, d.latent_dim)
     zs = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
-    paths: list[list[Tensor]] = [[] for _ in rows]
+    paths: list[list[list[Tensor]]] = [[[] for _ in range(size)] for _ in rows]
     for attempt in range(1 + s.restarts):
-        times = [plain_time(s, step, s.num_steps) for step in range(s.num_steps + 1)]
+        steps = s.restart_steps if attempt else s.num_steps
+        times = [(s.restart_time if attempt else 1.0) * plain_time(s, step, steps) for step in range(steps + 1)]
         if attempt:
-            times = [s.restart_time * plain_time(s, step, s.restart_steps) for step in range(s.restart_steps + 1)]
-            fresh = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
-            zs = [(1 - s.restart_time) * z + s.restart_time * eps for z, eps in zip(zs, fresh, strict=True)]
-        for t, t_next in itertools.pairwise(times):
+            again = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
+            zs = [(1 - s.restart_time) * z + s.restart_time * eps for z, eps in zip(zs, again, strict=True)]
+        inner = (size, steps - 1 if s.sampler == "sde" else 0, *shape[1:])
+        fresh = [torch.cat([noise.normal([row], inner)[0], torch.zeros(size, 1, *shape[1:])], dim=1) for row in rows]
+        lag = min(s.lag, steps)
+        for number in range(steps + lag * (size - 1)):
+            taken = [number - lag * block for block in range(size)]
+            now = [times[min(max(step, 0), steps)] for step in taken]
             force = diversity_force(torch.stack(zs), [len(zs)])
-            for i, row in enumerate(rows):
-                velocity = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=False)
+            moved = [z.clone() for z in zs]
+            for i in range(len(rows)):
+                velocity = plain_velocity(reasoner, ids, before[i], zs[i], now, hidden=False)
                 if s.guidance_scale != 1.0:
-                    free = plain_velocity(reasoner, ids, before[i], zs[i], t, hidden=True)
+                    free = plain_velocity(reasoner, ids, before[i], zs[i], now, hidden=True)
                     velocity = free + s.guidance_scale * (velocity - free)
-                velocity = velocity - s.diversity_scale * t * force[i]
-                paths[i].append(zs[i] - t * velocity)
-                zs[i] = plain_step(s, zs[i], velocity, t, t_next, noise, row)
-        if s.reencode:
-            zs = [plain_reencoded(reasoner, z) for z in zs]
-    return [[*path, z] for path, z in zip(paths, zs, strict=True)]
+                for block, step in enumerate(taken):
+                    if 0 <= step < steps:
+                        z, t, t_next = zs[i][block], times[step], times[step + 1]
+                        bent = velocity[block] - s.diversity_scale * t * force[i][block]
+                        paths[i][block].append(z - t * bent)
+                        z = plain_step(s, z, bent, t, t_next, fresh[i][block, min(step, inner[1])])
+                        moved[i][block] = plain_reencoded(reasoner, z) if s.reencode and step == steps - 1 else z
+            zs = moved
+    return [[[*path, z] for path, z in zip(paths[i], zs[i], strict=True)] for i in range(len(rows))]
 
 
 def plain_reencoded(reasoner: Reasoner, z: Tensor) -> Tensor:
@@ -165,10 +176,13 @@ def plain_generate(reasoner: Reasoner, question: str, count: int, seed: int) -> 
     noise = TrajectoryNoise(seed, [(question, i) for i in range(count)])
     found = [PlainTrajectory([], [], False, []) for _ in range(count)]
     alive = list(range(count))
-    for _ in range(s.max_blocks):
+    for block in range(s.max_blocks):
         if not alive:
             break
-        for row, path in zip(alive, plain_block(reasoner, ids, [found[r].blocks for r in alive], noise, alive), strict=True):
+        if block % d.settings.span == 0:
+            spans = dict(zip(alive, plain_span(reasoner, ids, [found[r].blocks for r in alive], noise, alive), strict=True))
+        for row in alive:
+            path = spans[row][block % d.settings.span]
             found[row].path.append(path[:-1])
             found[row].blocks.append(path[-1])
             groups = [*question_groups(d, ids, hidden=False), *(clean_group(d, block) for block in found[row].blocks)]
@@ -192,23 +206,27 @@ def assert_cached_is_plain(reasoner: Reasoner, questions: Sequence[str], count: 
         for i, plain in enumerate(plain_generate(reasoner, question, count, seed)):
             ours = answers[q][i]
             assert ours.stopped == plain.stopped
-            controls = reasoner.settings
-            per_block = controls.num_steps + controls.restarts * controls.restart_steps
-            assert ours.num_steps == per_block * len(plain.blocks) == len(estimates[q * count + i])
-            assert torch.allclose(standard(reasoner, ours), torch.stack(plain.blocks), atol=1e-4)
+            controls, span = reasoner.settings, reasoner.denoiser.settings.span
+            rounds = [controls.num_steps, *[controls.restart_steps] * controls.restarts]
+            passes = sum(steps + min(controls.lag, steps) * (span - 1) for steps in rounds)
+            assert ours.num_steps == passes * -(-len(plain.blocks) // span)
             path = torch.stack([torch.stack(block) for block in plain.path])
-            assert torch.allclose(torch.stack(estimates[q * count + i]).view_as(path), path, atol=1e-4)
+            seen = [torch.stack(steps) for _, steps in sorted(estimates[q * count + i].items())][: len(plain.blocks)]
+            assert torch.allclose(torch.stack(seen), path, atol=1e-4)
+            assert torch.allclose(standard(reasoner, ours), torch.stack(plain.blocks), atol=1e-4)
             assert ours.answer == decode_text(reasoner.tokenizer, plain.answer)
     return [trajectory for group in answers for trajectory in group]
 
 
-def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int) -> list[list[Tensor]]:
-    """The estimate of the clean latents after every step, per trajectory, from the sampler's hook."""
-    seen: list[list[Tensor]] = [[] for _ in range(len(questions) * count)]
+def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int) -> list[dict[int, list[Tensor]]]:
+    """The estimate of the clean latents after every step of every block, per trajectory, from the sampler's hook."""
+    seen: list[dict[int, list[Tensor]]] = [{} for _ in range(len(questions) * count)]
 
-    def hook(rows: list[int], _block: int, _step: int, x0: Tensor) -> None:
+    def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
         for row, estimate in zip(rows, x0, strict=True):
-            seen[row].append(estimate)
+            steps = seen[row].setdefault(block, [])
+            assert step == len(steps)
+            steps.append(estimate)
 
     noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(count)])
     owner = torch.arange(len(questions)).repeat_interleave(count)
@@ -222,7 +240,8 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str) -> None:
-    assert_cached_is_plain(tiny_reasoner(kind, attention), QUESTIONS, 2)
+    for span in (1, 2):
+        assert_cached_is_plain(tiny_reasoner(kind, attention, span=span), QUESTIONS, 2)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +260,9 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"restarts": 2, "restart_time": 0.6, "restart_steps": 2, "reencode": True, "sampler": "sde", "spacing": "cosine"},
         {"restarts": 1, "reencode": True, "initial_noise": 0.7, "guidance_scale": 1.5, "diversity_scale": 0.5},
         {"spacing": "power", "spacing_power": 0.5, "sampler": "sde"},
+        {"span": 2, "lag": 0, "diversity_scale": 0.5},
+        {"span": 3, "lag": 1, "max_blocks": 4, "sampler": "sde", "guidance_scale": 2.0},
+        {"span": 2, "lag": 9, "reencode": True, "restarts": 1, "restart_steps": 2},
     ],
     ids=lambda controls: "-".join(controls),
 )
@@ -284,7 +306,9 @@ def assert_same(ours: Trajectory, theirs: Trajectory, atol: float = 1e-5) -> Non
 
 
 @pytest.mark.parametrize(
-    "controls", [{}, {"guidance_scale": 2.0, "sampler": "sde", "spacing": "cosine"}], ids=["plain", "guided-sde"]
+    "controls",
+    [{}, {"guidance_scale": 2.0, "sampler": "sde", "spacing": "cosine"}, {"span": 2}],
+    ids=["plain", "guided-sde", "span"],
 )
 def test_a_trajectory_is_the_same_in_any_batch(controls: dict[str, Any]) -> None:
     reasoner = tiny_reasoner(**controls)
@@ -531,19 +555,48 @@ def test_thoughts_can_be_read_afterwards() -> None:
     reasoner.read_thoughts([])
 
 
+@pytest.mark.parametrize("span", [1, 2])
 @pytest.mark.parametrize("sampler", ["ode", "sde"])
-def test_the_trace_shows_every_step_of_every_block(sampler: str) -> None:
-    reasoner = tiny_reasoner(sampler=sampler)
+def test_the_trace_shows_every_step_of_every_block(sampler: str, span: int) -> None:
+    """Of blocks behind a trajectory's last one, which its last span has, nothing is left in the trace."""
+    reasoner = tiny_reasoner(sampler=sampler, span=span)
     calls: list[tuple[int, int, int, str]] = []
     answers = reasoner.generate(QUESTIONS, 2, on_step=lambda *call: calls.append(call))
     flat = list(itertools.chain(*answers))
     for row, trajectory in enumerate(flat):
-        own = [call for call in calls if call[0] == row]
+        called = [call for call in calls if call[0] == row]
+        assert max(block for _, block, *_ in called) < -(-len(trajectory.thoughts) // span) * span
+        own = sorted(call for call in called if call[1] < len(trajectory.thoughts))
         assert [(block, step) for _, block, step, _ in own] == [(b, s) for b in range(len(trajectory.thoughts)) for s in range(3)]
         assert [text for *_, text in own] == list(itertools.chain(*trajectory.trace))
         assert [texts[-1] for texts in trajectory.trace] == trajectory.thoughts
     for one, other in zip(flat, itertools.chain(*reasoner.generate(QUESTIONS, 2)), strict=True):
         assert_same(one, other, atol=0.0)  # watching changes nothing
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 8))
+def test_every_block_of_a_span_takes_all_steps_in_its_turn(steps: int, span: int, lag: int) -> None:
+    times = step_times(SampleSettings(num_steps=steps))
+    schedule = staggered(times, span, lag)
+    for block, column in enumerate(zip(*schedule, strict=True)):
+        start = min(lag, steps) * block
+        assert list(column[start : start + steps + 1]) == times
+        assert set(column[:start]) <= {1.0} and set(column[start + steps :]) == {0.0}
+    assert [row for row in schedule if row[-1] == 0.0] == [[0.0] * span]  # no pass in which nothing moves
+
+
+@pytest.mark.parametrize("lag", [0, 1, 9])
+def test_blocks_that_form_together_share_their_passes(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasoner = tiny_reasoner(span=2, lag=lag, restarts=1, restart_steps=2, max_blocks=3)
+    with torch.no_grad():
+        reasoner.denoiser.stop_head.bias.fill_(-1e4)
+    calls: list[int] = []
+    step = Denoiser.denoise_step
+    monkeypatch.setattr(Denoiser, "denoise_step", lambda *args: calls.append(1) or step(*args))
+    [[trajectory]] = reasoner.generate(["a b"], 1)
+    passes = {0: 3 + 2, 1: 4 + 3, 9: 6 + 4}[lag]
+    assert trajectory.num_steps == len(calls) == 2 * passes
+    assert len(trajectory.latents) == 3
 
 
 def test_a_begin_token_is_put_before_the_question_where_there_is_one() -> None:

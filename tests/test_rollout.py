@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from ladir.inference.rollout import Rollout
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.denoiser import Denoiser
-from ladir.reference import clean_group, noisy_group, plain_forward, question_groups
+from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
 from tests.distributed import ProcessGroup
 from tests.tiny import (
     SHAPES,
@@ -69,18 +68,26 @@ def with_golds(records: Sequence[LatentRecord], seed: int) -> list[Golds]:
 # --- the reference -----------------------------------------------------------------------------------------------------
 
 
-def own_block(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor], noise: Tensor) -> Tensor:
-    """One block [L, d] from noise, a whole forward pass per Euler step."""
-    z = noise
-    gradient = rollout.num_steps if rollout.gradient_steps is None else rollout.gradient_steps
-    times = torch.linspace(1.0, 0.0, rollout.num_steps + 1).tolist()
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-        with nullcontext() if rollout.num_steps - step <= gradient else torch.no_grad():
-            now = torch.tensor(t)
-            hidden = plain_forward(denoiser.backbone, [*before, noisy_group(denoiser, z, now)])[-len(z) :]
+def own_span(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor], start: Tensor, given: list[bool]) -> Tensor:
+    """A span [J, L, d] from ``start``, a whole forward pass per Euler step; blocks that are ``given`` are finished."""
+    steps, lag = rollout.num_steps, min(rollout.lag, rollout.num_steps)
+    gradient = steps if rollout.gradient_steps is None else rollout.gradient_steps
+    times = torch.linspace(1.0, 0.0, steps + 1).tolist()
+    blocks = list(start)
+    for number in range(steps + lag * (len(blocks) - 1)):
+        taken = [number - lag * block for block in range(len(blocks))]
+        now = torch.tensor([0.0 if true else times[min(max(n, 0), steps)] for n, true in zip(taken, given, strict=True)])
+        with nullcontext() if any(0 <= steps - 1 - step < gradient for step in taken) else torch.no_grad():
+            hidden = span_hidden(denoiser, before, torch.stack(blocks), now)
             prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
-            z = z + (t_next - t) * flow.to_velocity(denoiser.settings.objective, prediction, z, now)
-    return z
+            for block, step in enumerate(taken):
+                if given[block] or not 0 <= step < steps:
+                    continue
+                z, t = blocks[block], now[block]
+                velocity = flow.to_velocity(denoiser.settings.objective, prediction[block], z, t)
+                moved = z + (times[step + 1] - times[step]) * velocity
+                blocks[block] = moved if steps - step <= gradient else moved.detach()
+    return torch.stack(blocks)
 
 
 def nearest(z: Tensor, golds: Tensor, rollout: RolloutSettings) -> int:
@@ -96,9 +103,15 @@ def one_record(
     count = batch.blocks[row]
     ids = batch.question_ids[row, -int(batch.question_lengths[row]) :].tolist()
     groups, blocks, stop = question_groups(denoiser, ids, False), [], torch.tensor(0.0)
+    size = denoiser.settings.span
     for block in range(count):
-        true = block < count - (rollout.last_blocks or count)
-        z = batch.gold[row, 0, block] if true else own_block(denoiser, rollout, groups, batch.noise[row, block])
+        if block % size == 0:
+            given = [place < count - (rollout.last_blocks or count) for place in range(block, block + size)]
+            places = slice(block, block + size)
+            span = torch.where(torch.tensor(given)[:, None, None], batch.gold[row, 0, places], batch.noise[row, places])
+            if not all(given):
+                span = own_span(denoiser, rollout, groups, span, given)
+        z = span[block % size]
         groups = [*groups, clean_group(denoiser, z)]
         hidden = plain_forward(denoiser.backbone, groups)
         stop = stop + F.binary_cross_entropy_with_logits(
@@ -119,13 +132,15 @@ def flow_behind(denoiser: Denoiser, batch: RolloutBatch, row: int, context: Tens
     """The flow loss of a record whose earlier blocks are ``context``, one forward per block and draw."""
     ids = batch.question_ids[row, -int(batch.question_lengths[row]) :].tolist()
     groups, loss = question_groups(denoiser, ids, False), torch.tensor(0.0)
-    for block in range(batch.blocks[row]):
-        z0 = batch.gold[row, chosen, block]
-        for eps, t in zip(batch.teacher.eps[first + block], batch.teacher.t[first + block], strict=True):
-            z_t = (1 - t) * z0 + t * eps
-            hidden = plain_forward(denoiser.backbone, [*groups, noisy_group(denoiser, z_t, t)])[-len(z0) :]
-            loss = loss + (denoiser.predict(hidden) - flow.target(denoiser.settings.objective, z0, eps, t)).square().sum()
-        groups = [*groups, clean_group(denoiser, context[block])]
+    size, teacher = denoiser.settings.span, batch.teacher
+    for start in range(0, batch.blocks[row], size):
+        z0, rows = batch.gold[row, chosen, start : start + size], slice(first + start, first + start + size)
+        for eps, t in zip(teacher.eps[rows].unbind(1), teacher.t[rows].unbind(1), strict=True):
+            times = t[:, None, None]
+            hidden = span_hidden(denoiser, groups, (1 - times) * z0 + times * eps, t)
+            wanted = flow.target(denoiser.settings.objective, z0, eps, times)
+            loss = loss + ((denoiser.predict(hidden) - wanted).square() * (times > 0)).sum()
+        groups = [*groups, *(clean_group(denoiser, z) for z in context[start : start + size])]
     return loss
 
 
@@ -140,7 +155,7 @@ def reference(denoiser: Denoiser, rollout: RolloutSettings, batch: RolloutBatch)
             losses[name] = losses[name] + value
         if batch.own_context:
             losses["flow"] = losses["flow"] + flow_behind(denoiser, batch, row, z.detach(), chosen, first)
-        first += batch.blocks[row]
+        first += -(-batch.blocks[row] // denoiser.settings.span) * denoiser.settings.span
     return losses
 
 
@@ -172,13 +187,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradient of one step": {"gradient_steps": 1},
     "no gradient": {"gradient_steps": 0},
     "one step, louder": {"num_steps": 1, "initial_noise": 2.0},
+    "all together": {"lag": 0, "gradient_steps": 1},
+    "one after another": {"lag": 9, "last_blocks": 2},
 }
 
 
+@pytest.mark.parametrize("span", [1, 2, 3])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_gradients_are_those_of_whole_forward_passes(variant: str, recompute: bool) -> None:
-    denoiser = tiny_denoiser(tiny_lm(), draws=2, token_weight=0.5, objective="x0")
+def test_losses_and_gradients_are_those_of_whole_forward_passes(variant: str, recompute: bool, span: int) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, token_weight=0.5, objective="x0", span=span)
     if recompute:
         denoiser.backbone.enable_activation_checkpointing()
     assert_rollout_is_the_reference(denoiser, rollout_settings(**VARIANTS[variant]), recompute, seed=1, count=4)
@@ -193,9 +211,12 @@ def test_losses_and_gradients_are_those_of_whole_forward_passes(variant: str, re
     st.sampled_from(["velocity", "x0", "epsilon", "v"]),
     st.sampled_from(sorted(VARIANTS)),
     st.booleans(),
+    st.integers(1, 3),
 )
-def test_random_shapes(seed: int, count: int, latents: int, kind: str, objective: str, variant: str, recompute: bool) -> None:
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=1, objective=objective)
+def test_random_shapes(
+    seed: int, count: int, latents: int, kind: str, objective: str, variant: str, recompute: bool, span: int
+) -> None:
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=1, objective=objective, span=span)
     rollout = rollout_settings(**{"num_steps": 2, **VARIANTS[variant]})
     if objective == "epsilon":
         rollout = dataclasses.replace(rollout, gradient_steps=0)  # it divides by 1 - t: a step from t = 1 amplifies rounding
@@ -256,7 +277,9 @@ def test_nothing_but_the_latents_is_kept_per_step_where_passes_are_recomputed() 
 
 def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, Any]) -> dict[str, Tensor]:
     """Weights after two steps on four records, which the ranks share: in the first step one has all the long ones."""
-    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32, num_hidden_layers=1), draws=1, objective="x0")
+    changes = {**changes}
+    span = changes.pop("span", 1)
+    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32, num_hidden_layers=1), draws=1, objective="x0", span=span)
     if recompute:
         denoiser.backbone.enable_activation_checkpointing()
     rollout = rollout_settings(**changes)
@@ -278,7 +301,14 @@ def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, An
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("recompute", "changes"), [(False, {"num_steps": 2}), (True, {"num_steps": 2, "own_context": 1.0})])
+@pytest.mark.parametrize(
+    ("recompute", "changes"),
+    [
+        (False, {"num_steps": 2}),
+        (True, {"num_steps": 2, "own_context": 1.0}),
+        (True, {"num_steps": 2, "span": 2, "lag": 1, "gradient_steps": 1, "last_blocks": 1}),
+    ],
+)
 def test_two_ranks_of_zero3_train_what_one_process_trains(
     one_process: ProcessGroup, two_processes: ProcessGroup, recompute: bool, changes: dict[str, Any], tmp_path: Path
 ) -> None:

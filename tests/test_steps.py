@@ -49,7 +49,7 @@ def test_a_denoising_step_waits_for_nothing_and_keeps_its_shapes(controls: dict[
     prefix = prefix.share(torch.cat([owner + 2 * branch for branch in range(branches)]))
     sampler = BlockSampler(denoiser, settings, TrajectoryNoise(0, [("", i) for i in range(5)]))
     with Operators() as operators:
-        sampler.sample_block(prefix, list(range(5)), owner, 0, lambda *_: operators.steps.append([]))
+        sampler.sample_span(prefix, list(range(5)), owner, 0, lambda *_: operators.steps.append([]))
     _, *middle, last, after = operators.steps
     assert not after and len(middle) == 3
     for step in (*middle, last):

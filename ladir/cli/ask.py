@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: options that :meth:`ladir.reasoner.Reasoner.generate` takes under the same names
 _CONTROLS = (
     "num_steps",
+    "lag",
     "sampler",
     "spacing",
     "spacing_power",
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trajectories", type=int, default=1, metavar="N", help="answers per question")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--num-steps", type=int, help="Euler steps per block")
+    parser.add_argument("--lag", type=int, help="steps by which a block starts after the one before it, where they form together")
     parser.add_argument("--sampler", choices=("ode", "sde"), help="deterministic, or fresh noise at every step")
     parser.add_argument("--spacing", choices=("uniform", "cosine", "power"), help="times of the steps (cosine: short near noise)")
     parser.add_argument("--spacing-power", type=float, help="exponent of --spacing power; above 1: short near the finished block")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.data.randomness import Streams
-from ladir.layout import PAD, Layout, Mark, Source, Template, template
+from ladir.layout import PAD, Layout, Mark, Source, Template, num_spans, template
 
 if TYPE_CHECKING:
     from ladir.data.latents import LatentRecord
@@ -163,6 +163,8 @@ class ArCollator:
 class DenoiserBatch(TensorBatch):
     """One training pass over all blocks and draws (K blocks in the batch, M draws, L latents of size d, N x T tokens).
 
+    The K blocks are those of every record's spans: where its last span has room, blocks of zeros stand behind a record's last
+    one.  A block with t = 0 is finished: others in its span see it, nothing is learned from it.
     ``table_index`` [N, T] says which row of [text | marks | clean latents | noisy latents] is a token's input vector;
     ``*_at`` are indices into the N*T flattened tokens.
     """
@@ -188,7 +190,7 @@ class _Noise:
 
     z0: np.ndarray  # [K, L, d], standardised
     eps: np.ndarray  # [K, M, L, d]
-    t: np.ndarray  # [K, M]
+    t: np.ndarray  # [K, M], 0 where the block is finished
     hidden_question: np.ndarray  # bool [N]
 
 
@@ -218,30 +220,32 @@ class DenoiserCollator:
         if with_answer is None:
             with_answer = not training or step % self.settings.answer_every == 0
         questions = [[*self.prefix, *record.question] for record in records]
-        latents = records[0].mu.shape[1]
+        latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
         templates = [
-            template(len(q), len(r.blocks), latents, self.settings.draws, len(r.answer) if with_answer else None)
+            template(len(q), len(r.blocks), latents, draws, len(r.answer) if with_answer else None, span)
             for q, r in zip(questions, records, strict=True)
         ]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
         noise = self._noise(records, numbers, training)
-        batch = _assemble(templates, texts, [len(r.blocks) for r in records], noise, len(self.prefix), self.pack_tokens)
+        blocks = [num_spans(len(r.blocks), span) * span for r in records]
+        batch = _assemble(templates, texts, blocks, noise, len(self.prefix), self.pack_tokens)
+        block_tokens = self._block_tokens(records)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
             batch["end_at"] = batch["end_at"][:0]
         return DenoiserBatch(
             counts={
-                "flow": float(batch["eps"].numel()),
+                "flow": float((noise.t > 0).sum() * noise.z0[0].size),
                 "answer": float(sum(map(len, answers))),
                 "stop": float(sum(map(len, stops))),
-                **self._token_counts(records),
+                **self._token_counts(block_tokens, noise.t),
             },
             num_tokens=sum(map(len, templates)),
             sample_ids=list(numbers),
             answer_labels=flat_ids(answers),
             stop_labels=flat_ids(stops),
-            block_tokens=self._block_tokens(records),
+            block_tokens=block_tokens,
             **batch,
         )
 
@@ -251,37 +255,61 @@ class DenoiserCollator:
         Only the drawing goes sample by sample; a step as short as a small model's would wait for the rest.
         """
         s = self.settings
-        mu = np.concatenate([np.asarray(record.mu, dtype=np.float32) for record in records])
-        eps = np.empty((len(mu), s.draws, *mu.shape[1:]), dtype=np.float32)
-        t, posterior = np.empty(eps.shape[:2], dtype=np.float32), np.zeros_like(mu)
+        sizes = [num_spans(len(record.mu), s.span) * s.span for record in records]
+        shape = (sum(sizes), *records[0].mu.shape[1:])
+        sampled = s.sample_latents and training
+        mu, spread, posterior = np.zeros((3, *shape), dtype=np.float32)
+        eps = np.empty((shape[0], s.draws, *shape[1:]), dtype=np.float32)
+        t = np.empty(eps.shape[:2], dtype=np.float32)
+        split = np.empty((shape[0] // s.span, s.draws, 2), dtype=np.float32)
+        real = np.zeros(shape[0], dtype=bool)
         hidden = np.zeros(len(records), dtype=bool)
         start, streams = 0, Streams(self.seed)
-        for row, (record, number) in enumerate(zip(records, numbers, strict=True)):
-            rng, own = streams.at(number), slice(start, start + len(record.mu))
+        for row, (record, number, size) in enumerate(zip(records, numbers, sizes, strict=True)):
+            rng, own, true = streams.at(number), slice(start, start + size), slice(start, start + len(record.mu))
             start = own.stop
+            mu[true], real[true] = record.mu, True
             rng.standard_normal(dtype=np.float32, out=eps[own])
             draw = rng.random if s.timesteps == "uniform" else rng.standard_normal
             draw(dtype=np.float32, out=t[own])
             hidden[row] = training and rng.random() < s.condition_dropout
-            if s.sample_latents and training:
-                rng.standard_normal(dtype=np.float32, out=posterior[own])
-        if s.sample_latents and training:
-            logvar = np.concatenate([np.asarray(record.logvar, dtype=np.float32) for record in records])
-            mu = mu + np.exp(0.5 * logvar) * posterior
+            if sampled:
+                spread[true] = np.exp(0.5 * np.asarray(record.logvar, dtype=np.float32))
+                rng.standard_normal(dtype=np.float32, out=posterior[true])
+            if s.span > 1:
+                rng.random(dtype=np.float32, out=split[own.start // s.span : own.stop // s.span])
+        mu += spread * posterior
         if s.timesteps != "uniform":
             t = 1.0 / (1.0 + np.exp(-(s.timestep_mean + s.timestep_std * t)))
-        return _Noise((mu - self.mean) / self.std, eps, t, hidden)
+        if s.span > 1:
+            t = self._levels(t, split, real)
+        return _Noise(np.where(real[:, None, None], (mu - self.mean) / self.std, 0.0), eps, t, hidden)
 
-    def _token_counts(self, records: Sequence[LatentRecord]) -> dict[str, float]:
+    def _levels(self, t: np.ndarray, split: np.ndarray, real: np.ndarray) -> np.ndarray:
+        """Noise levels [K, M] of spans: as drawn, ``t`` [K, M], in the share of copies that ``independent_levels`` says.
+
+        In the others one of the span's real blocks is drawn: those before it are finished, those behind it noise, as where one is
+        denoised after another.  ``split`` [K / J, M, 2] uniform; ``real`` [K]: the block is one of the record's.
+        """
+        span = self.settings.span
+        at = (split[..., 1] * real.reshape(-1, 1, span).sum(-1)).astype(np.int64)[:, None]
+        ordered = (split[..., 0] >= self.settings.independent_levels)[:, None]
+        place, levels = np.arange(span)[None, :, None], t.reshape(-1, span, t.shape[1])
+        levels = np.where(ordered & (place < at), 0.0, np.where(ordered & (place > at), 1.0, levels))
+        return levels.reshape(t.shape).astype(np.float32)
+
+    def _token_counts(self, block_tokens: Tensor, t: np.ndarray) -> dict[str, float]:
         if not self.settings.token_weight:
             return {}
-        limit = self.settings.token_positions
-        tokens = sum(min(len(block), limit) for record in records for block in record.blocks)
-        return {"token": float(tokens * self.settings.draws)}
+        labels = (block_tokens != IGNORE).sum(1).numpy()
+        return {"token": float((labels[:, None] * (t > 0)).sum())}
 
     def _block_tokens(self, records: Sequence[LatentRecord]) -> Tensor:
         """Labels [K, P] for the auxiliary token head; P = 0 without it."""
-        rows = [block[: self.settings.token_positions] for record in records for block in record.blocks]
+        span, limit = self.settings.span, self.settings.token_positions
+        rows: list[Sequence[int]] = []
+        for record in records:
+            rows += [block[:limit] for block in record.blocks] + [()] * (-len(record.blocks) % span)
         if not self.settings.token_weight:
             return torch.empty(len(rows), 0, dtype=torch.int64)
         return pad_right(rows, IGNORE)

@@ -17,6 +17,7 @@ from ladir.data.batches import DenoiserBatch, DenoiserCollator, TensorBatch, pad
 from ladir.data.latents import LatentRecord, LatentStore
 from ladir.data.packing import IGNORE
 from ladir.data.randomness import derive, generator
+from ladir.layout import num_spans
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class GoldStore:
 class RolloutBatch(TensorBatch):
     """R records of up to B blocks with up to C gold solutions each (the first is the record's own), answers of up to A tokens.
 
-    ``blocks``: their true numbers of blocks, descending.  ``own_context``: the flow loss of ``teacher``, the ordinary batch of
-    the same records, stands behind the model's own blocks instead of the true ones.
+    B is a multiple of the span; there are zeros behind a record's last block.  ``blocks``: their true numbers of blocks,
+    descending.  ``own_context``: the flow loss of ``teacher``, the ordinary batch of the same records, stands behind the model's
+    own blocks instead of the true ones.
     """
 
     teacher: DenoiserBatch
@@ -86,6 +88,7 @@ class RolloutCollator:
         golds, numbers = [golds[i] for i in order], [numbers[i] for i in order]
         records = [entry.record for entry in golds]
         blocks = [len(record.blocks) for record in records]
+        most = self._padded(blocks[0])
         own_context = training and self._own_context(numbers[0] // self.teacher.samples_per_step)
         # Behind its own blocks the answer and the end are learned from the rollout itself.
         teacher = self.teacher(records, numbers, training, with_answer=False if own_context else None)
@@ -104,9 +107,9 @@ class RolloutCollator:
             question_ids=question_ids,
             question_lengths=lengths,
             num_blocks=torch.tensor(blocks),
-            noise=self._noise(records, numbers),
-            block_at=torch.tensor([row * blocks[0] + b for row, count in enumerate(blocks) for b in range(count)]),
-            **self._gold(golds, blocks[0]),
+            noise=self._noise(records, numbers, most),
+            block_at=torch.tensor([row * most + b for row, count in enumerate(blocks) for b in range(self._padded(count))]),
+            **self._gold(golds, most),
         )
 
     def _own_context(self, step: int) -> bool:
@@ -115,15 +118,22 @@ class RolloutCollator:
 
     def _tokens(self, record: LatentRecord) -> int:
         """Tokens that run through the model in a record's rollout."""
+        s, span = self.settings, self.teacher.settings.span
         count, latents = record.mu.shape[:2]
-        own = min(count, self.settings.last_blocks or count)
-        generated = own * self.settings.num_steps * (latents + 1) + count * (latents + 2)
+        spans = num_spans(count, span) - (count - min(count, s.last_blocks or count)) // span
+        passes = s.num_steps + min(s.lag, s.num_steps) * (span - 1)
+        generated = spans * passes * span * (latents + 1) + count * (latents + 2)
         return len(self.teacher.prefix) + len(record.question) + generated + 1 + len(record.answer)
 
-    def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int]) -> Tensor:
-        noise = np.zeros((len(records), *records[0].mu.shape), dtype=np.float32)
+    def _padded(self, blocks: int) -> int:
+        """Blocks of the spans that hold so many."""
+        return num_spans(blocks, self.teacher.settings.span) * self.teacher.settings.span
+
+    def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int], most: int) -> Tensor:
+        noise = np.zeros((len(records), most, *records[0].mu.shape[1:]), dtype=np.float32)
         for row, record, number in zip(noise, records, numbers, strict=True):
-            row[: len(record.blocks)] = generator(self.seed, number).standard_normal(tuple(record.mu.shape), dtype=np.float32)
+            size = self._padded(len(record.blocks))
+            generator(self.seed, number).standard_normal(dtype=np.float32, out=row[:size])
         return self.settings.initial_noise * torch.from_numpy(noise)
 
     def _gold(self, golds: Sequence[Golds], most_blocks: int) -> dict[str, Tensor]:

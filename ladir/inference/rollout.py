@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ladir.config import RolloutSettings
 from ladir.data.packing import IGNORE
 from ladir.data.rollout import RolloutBatch
-from ladir.layout import Mark, block_length
+from ladir.inference.sampler import staggered
+from ladir.layout import Mark, block_length, span_offsets
 from ladir.models import flow
 from ladir.models.attention import left_padded
 from ladir.models.backbone import Backbone
@@ -146,6 +147,7 @@ class Rollout(nn.Module):
         """
         thoughts = self._think(batch)
         own = torch.stack(thoughts.latents, dim=1).detach()
+        own = F.pad(own, (0, 0, 0, 0, 0, batch.gold.shape[2] - own.shape[1]))
         chosen, distance = self._nearest(own, batch)
         loss, right = self._answer(thoughts.past, batch, chosen)
         losses = self._teacher_losses(batch, own, chosen)
@@ -160,30 +162,40 @@ class Rollout(nn.Module):
         }
 
     def _rounds(self, blocks: Sequence[int]) -> list[int]:
-        """Per round what some rank has to do: 0 nothing, 1 add a true block, 2 denoise one and add it."""
-        last = self._own_blocks
-        mine = [2 if any(b < count <= b + last for count in blocks) else int(b < blocks[0]) for b in range(self.max_blocks)]
+        """Per span what some rank has to do: 0 nothing, 1 add true blocks, 2 denoise some and add them."""
+        last, span = self._own_blocks, self.denoiser.settings.span
+        mine = [
+            2 if any(first < count < first + span + last for count in blocks) else int(first < blocks[0])
+            for first in range(0, self.max_blocks, span)
+        ]
         rounds = list(self._agree(mine)) if self._agree is not None else mine
         return [work for work in rounds if work]
 
     def _think(self, batch: RolloutBatch) -> _Thoughts:
         """Every record's true number of blocks, the last ones its own, all rows at once."""
-        rows = len(batch.blocks)
         thoughts = _Thoughts(self._question(batch))
-        for block, work in enumerate(self._rounds(batch.blocks)):
-            active = sum(count > block for count in batch.blocks)
-            own = self._own(batch, thoughts, block) if work == 2 else batch.noise[:0, 0]
-            true = batch.gold[: max(active, 1) - len(own), 0, min(block, batch.blocks[0] - 1)]
-            z = torch.cat([true, own])
-            stop, chunk = self._append(thoughts.past, batch, z, block)
-            if not active:
-                thoughts.anchor = thoughts.anchor + 0.0 * stop.sum()
-                continue
-            thoughts.past.chunks.append(chunk)
-            thoughts.latents.append(F.pad(z, (0, 0, 0, 0, 0, rows - active)))
-            ends = (batch.num_blocks[:active] == block + 1).float()
-            thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
+        span = self.denoiser.settings.span
+        for number, work in enumerate(self._rounds(batch.blocks)):
+            first = number * span
+            own = self._own(batch, thoughts, first) if work == 2 else batch.noise[:0, :span]
+            active = sum(count > first for count in batch.blocks)
+            z = torch.cat([_span(batch.gold[: max(active, 1) - len(own), 0], first, span), own])
+            for place in range(span):
+                self._add(batch, thoughts, z[:, place], first + place)
         return thoughts
+
+    def _add(self, batch: RolloutBatch, thoughts: _Thoughts, z: Tensor, block: int) -> None:
+        """Finished blocks ``z`` [n, L, d] to the past of those rows that have so many; where none has, row 0 runs along."""
+        active = sum(count > block for count in batch.blocks)
+        z = z[: max(active, 1)]
+        stop, chunk = self._append(thoughts.past, batch, z, block)
+        if not active:
+            thoughts.anchor = thoughts.anchor + 0.0 * stop.sum()
+            return
+        thoughts.past.chunks.append(chunk)
+        thoughts.latents.append(F.pad(z, (0, 0, 0, 0, 0, len(batch.blocks) - active)))
+        ends = (batch.num_blocks[:active] == block + 1).float()
+        thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
 
     def _question(self, batch: RolloutBatch) -> Past:
         """The past that begins with the questions."""
@@ -194,37 +206,55 @@ class Rollout(nn.Module):
         past.chunks.append(replace(chunk, valid=valid))
         return past
 
-    def _own(self, batch: RolloutBatch, thoughts: _Thoughts, block: int) -> Tensor:
-        """Latents [n, L, d] of this block of the n active rows that denoise it: the last of the active ones.
+    def _own(self, batch: RolloutBatch, thoughts: _Thoughts, first: int) -> Tensor:
+        """Latents [n, J, L, d] of a span of the n active rows that have own blocks in it: the last of the active ones.
 
         Where there is none, row 0 runs along and only its (zero) gradient is kept.
         """
-        active, true = (sum(count > limit for count in batch.blocks) for limit in (block, block + self._own_blocks))
-        if active > true:
-            return self._denoise(thoughts.past, batch, slice(true, active), block)
-        z = self._denoise(thoughts.past, batch, slice(0, 1), block)
-        thoughts.anchor = thoughts.anchor + 0.0 * z.sum()
-        return z[:0]
+        span = self.denoiser.settings.span
+        limits = (first, first + span + self._own_blocks - 1)
+        active, true = (sum(count > limit for count in batch.blocks) for limit in limits)
+        rows = slice(true, active) if active > true else slice(0, 1)
+        places = first + torch.arange(span, device=batch.num_blocks.device)
+        given = places < batch.num_blocks[rows, None] - self._own_blocks
+        z = self._denoise(thoughts, batch, rows, first, given & (active > true))
+        return z if active > true else z[:0]
 
-    def _positions(self, batch: RolloutBatch, rows: slice, block: int | Tensor, length: int) -> Tensor:
-        """Rotary positions [n, length] of tokens from the start of a row's block ``block`` on."""
+    def _positions(self, batch: RolloutBatch, rows: slice, block: int | Tensor, offsets: Tensor) -> Tensor:
+        """Rotary positions [n, T] of tokens at ``offsets`` [T] from the start of a row's block ``block`` on."""
         start = batch.question_lengths[rows] + block * block_length(self.denoiser.latents_per_block)
-        return start[:, None] + torch.arange(length, device=start.device)
+        return start[:, None] + offsets
 
-    def _denoise(self, past: Past, batch: RolloutBatch, rows: slice, block: int) -> Tensor:
-        """One block [n, L, d] from noise to t = 0 in Euler steps of the ODE; the last ``gradient_steps`` carry gradient."""
-        d, steps = self.denoiser, self.settings.num_steps
-        length = d.latents_per_block + 1
-        visible = past.visible(rows, _all_see_all(length, batch.noise.device))
-        positions = self._positions(batch, rows, block, length)
-        z = batch.noise[rows, min(block, batch.noise.shape[1] - 1)]
-        gradient = steps if self.settings.gradient_steps is None else self.settings.gradient_steps
-        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
-        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-            with nullcontext() if step >= steps - gradient else torch.no_grad():
-                time = torch.full((len(z),), t, device=z.device)
-                prediction = past.read(rows, _predict(d, time, visible, positions), z)
-                z = z + (t_next - t) * flow.to_velocity(d.settings.objective, prediction, z, time[:, None, None])
+    def _denoise(self, thoughts: _Thoughts, batch: RolloutBatch, rows: slice, first: int, given: Tensor) -> Tensor:
+        """A span [n, J, L, d] from noise to t = 0 in Euler steps of the ODE; those ``given`` [n, J] are true and finished.
+
+        A block's last ``gradient_steps`` carry gradient.
+        """
+        d, s, device = self.denoiser, self.settings, batch.noise.device
+        span, steps, lag = d.settings.span, s.num_steps, min(s.lag, s.num_steps)
+        learned = steps - (steps if s.gradient_steps is None else s.gradient_steps)  # the first such step
+        offsets = torch.from_numpy(span_offsets(span, d.latents_per_block)).to(device)
+        visible = thoughts.past.visible(rows, _all_see_all(len(offsets), device))
+        positions = self._positions(batch, rows, first, offsets)
+        true = given[..., None, None]
+        z = torch.where(true, _span(batch.gold[rows, 0], first, span), _span(batch.noise[rows], first, span))
+        schedule = staggered(torch.linspace(1.0, 0.0, steps + 1).tolist(), span, lag)
+        times = torch.tensor(schedule, device=device)
+        for number, (before, after) in enumerate(itertools.pairwise(schedule)):
+            taken = [number - lag * block for block in range(span)]
+            blocks = list(z.unbind(1))  # here, so that finished ones keep the gradient that they have
+            learns = any(learned <= step < steps for step in taken)
+            with nullcontext() if learns else torch.no_grad():
+                t = times[number].masked_fill(given, 0.0)
+                prediction = thoughts.past.read(rows, _predict(d, t, visible, positions), z)
+                velocity = flow.to_velocity(d.settings.objective, prediction, z, t[..., None, None])
+                for block, step in enumerate(taken):
+                    if 0 <= step < steps:
+                        moved = blocks[block] + (after[block] - before[block]) * velocity[:, block]
+                        blocks[block] = moved if step >= learned else moved.detach()
+            z = torch.where(true, z, torch.stack(blocks, 1))
+            if learns:  # ranks whose blocks here are all true go backward through this pass as well
+                thoughts.anchor = thoughts.anchor + 0.0 * prediction.sum()
         return z
 
     def _append(self, past: Past, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, Chunk]:
@@ -233,7 +263,7 @@ class Rollout(nn.Module):
         bot, eot = (d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT))
         inputs = torch.cat([bot, d.clean_inputs(z), eot], dim=1)
         length = inputs.shape[1]
-        positions = self._positions(batch, rows, block, length)
+        positions = self._positions(batch, rows, block, torch.arange(length, device=z.device))
         hidden, chunk = past.extend(rows, inputs, positions, _all_see_all(length, z.device))
         return d.stop_logit(hidden[:, -1]), chunk
 
@@ -256,7 +286,7 @@ class Rollout(nn.Module):
         soa = d.mark(Mark.SOA).expand(len(ids), 1, -1)
         inputs = torch.cat([soa, d.backbone.embed(ids)], dim=1)
         length = inputs.shape[1]
-        positions = self._positions(batch, everyone, batch.num_blocks, length)
+        positions = self._positions(batch, everyone, batch.num_blocks, torch.arange(length, device=ids.device))
         hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril())
         losses, right = d.backbone.label_losses(hidden.flatten(0, 1), labels.flatten())
         labelled = labels != IGNORE
@@ -277,6 +307,12 @@ class Rollout(nn.Module):
 def _predict(denoiser: Denoiser, time: Tensor, visible: Tensor, positions: Tensor) -> Callable[[Cache, Tensor], Tensor]:
     """The network's prediction at ``time``, as a function of cache and noisy latents."""
     return lambda cache, z: denoiser.denoise_step(z, time, visible, positions, cache)
+
+
+def _span(blocks: Tensor, first: int, span: int) -> Tensor:
+    """The span from block ``first`` on, [n, J, L, d] of [n, B, L, d]; the last one, where there are no more."""
+    first = min(first, blocks.shape[1] - span)
+    return blocks[:, first : first + span]
 
 
 def _all_see_all(length: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
 from ladir.inference.graphs import Graphs, can_capture
 from ladir.inference.guidance import Reward, classifier_free, diversity_force, reward_gradient
-from ladir.layout import Mark
+from ladir.layout import Mark, span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
@@ -38,9 +38,22 @@ def restart_times(settings: SampleSettings) -> list[float]:
     return [settings.restart_time * t for t in _spaced(settings, settings.restart_steps)]
 
 
+def staggered(times: Sequence[float], span: int, lag: int) -> list[list[float]]:
+    """Times [passes + 1][span]: every block of a span takes all the ``times``, each ``lag`` passes after the one before it."""
+    last = len(times) - 1
+    lag = min(lag, last)
+    return [[times[min(max(n - lag * block, 0), last)] for block in range(span)] for n in range(last + lag * (span - 1) + 1)]
+
+
 def steps_per_block(settings: SampleSettings) -> int:
     """Denoising steps of a block, its restarts included."""
     return settings.num_steps + settings.restarts * settings.restart_steps
+
+
+def passes_per_span(settings: SampleSettings, span: int) -> int:
+    """Forward passes in which a span's blocks take their steps, restarts included."""
+    rounds = [settings.num_steps, *[settings.restart_steps] * settings.restarts]
+    return sum(steps + min(settings.lag, steps) * (span - 1) for steps in rounds)
 
 
 def _spaced(settings: SampleSettings, steps: int) -> list[float]:
@@ -114,12 +127,13 @@ class BlockSampler:
         """
         rows = list(range(len(owner)))
         blocks: list[Tensor] = []
-        for block in range(self.settings.max_blocks):
-            z = self.sample_block(prefix, rows, owner, block, on_step)
-            blocks.append(z)
-            stop = self.append_block(prefix, z) > 0
-            last = block + 1 == self.settings.max_blocks
-            leaving = torch.ones_like(stop) if last else stop
+        limit, size = self.settings.max_blocks, self.denoiser.settings.span
+        for block in range(limit):
+            if block % size == 0:
+                span = self.sample_span(prefix, rows, owner, block, on_step)
+            blocks.append(span[:, block % size])
+            stop = self.append_block(prefix, blocks[-1]) > 0
+            leaving = torch.ones_like(stop) if block + 1 == limit else stop
             for ended in (True, False):
                 group = (leaving & (stop == ended)).nonzero()[:, 0]
                 if len(group):
@@ -129,7 +143,7 @@ class BlockSampler:
             if not len(keep):
                 break
             prefix = prefix.select(self._branches(keep, len(rows), len(prefix)))
-            rows, owner = [rows[i] for i in keep.tolist()], owner[keep]
+            rows, owner, span = [rows[i] for i in keep.tolist()], owner[keep], span[keep]
             blocks = [b[keep] for b in blocks]
 
     @staticmethod
@@ -145,29 +159,32 @@ class BlockSampler:
         hidden = prefix.append(inputs.repeat(len(prefix) // len(z), 1, 1))
         return d.stop_logit(hidden[: len(z), -1])
 
-    def sample_block(self, prefix: Prefix, rows: list[int], owner: Tensor, block: int, on_step: StepHook | None) -> Tensor:
-        """One block [R, L, d] per row, from noise to t = 0, then from ``restart_time`` again as often as asked.
+    def sample_span(self, prefix: Prefix, rows: list[int], owner: Tensor, first: int, on_step: StepHook | None) -> Tensor:
+        """A span of blocks [R, J, L, d] per row, from block ``first`` on.
 
-        A restart noises the finished block afresh: errors that estimates drag along are forgotten, what is sure of the block is
+        They go from noise to t = 0, then from ``restart_time`` again as often as asked.
+        A block starts ``lag`` passes after the one before it; finished ones stay in the span, where the others see them.
+        A restart noises the finished span afresh: errors that estimates drag along are forgotten, what is sure of a block is
         found again (Xu et al. 2023, "Restart sampling for improving generative processes", here on the straight path).
         """
         s = self.settings
         z = s.initial_noise * self._noise(prefix, rows)
         with prefix.cache.read_only():
-            z = self._denoise(prefix, rows, owner, z, step_times(s), _numbered(on_step, block, 0))
+            z = self._denoise(prefix, rows, owner, z, step_times(s), _numbered(on_step, first, 0))
             for restart in range(s.restarts):
                 noise = s.initial_noise * self._noise(prefix, rows)
-                z = flow.interpolate(self._settled(z), noise, torch.tensor(s.restart_time))
-                hook = _numbered(on_step, block, s.num_steps + restart * s.restart_steps)
+                z = flow.interpolate(z, noise, torch.tensor(s.restart_time))
+                hook = _numbered(on_step, first, s.num_steps + restart * s.restart_steps)
                 z = self._denoise(prefix, rows, owner, z, restart_times(s), hook)
-        return self._settled(z)
+        return z
 
     def _settled(self, z: Tensor) -> Tensor:
         return z if self.settle is None else self.settle(z)
 
     def _noise(self, prefix: Prefix, rows: list[int]) -> Tensor:
-        """Fresh noise for a block of each row [R, L, d]."""
-        return self.noise.normal(rows, (self.denoiser.latents_per_block, self.denoiser.latent_dim)).to(prefix.valid.device)
+        """Fresh noise for a span of each row [R, J, L, d]."""
+        d = self.denoiser
+        return self.noise.normal(rows, (d.settings.span, d.latents_per_block, d.latent_dim)).to(prefix.valid.device)
 
     def _denoise(
         self,
@@ -176,47 +193,58 @@ class BlockSampler:
         owner: Tensor,
         z: Tensor,
         times: Sequence[float],
-        on_step: Callable[[list[int], int, Tensor], None] | None,
+        on_step: StepHook | None,
     ) -> Tensor:
-        """Noisy latents [R, L, d] from the first of the ``times`` to the last."""
-        s, length = self.settings, z.shape[1] + 1
-        visible, positions = prefix.visible(length), prefix.positions(length)
+        """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before."""
+        s, span, steps = self.settings, z.shape[1], len(times) - 1
+        schedule = staggered(times, span, s.lag)
+        now = torch.tensor(schedule, device=z.device)
+        offsets = torch.from_numpy(span_offsets(span, z.shape[2])).to(z.device)
+        visible, positions = prefix.visible(len(offsets)), prefix.next_position[:, None] + offsets
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
-        fresh = self._fresh_noise(rows, len(times) - 1, z)
+        fresh = self._fresh_noise(rows, steps, z)
 
-        def eager(z: Tensor, time: Tensor) -> Tensor:
-            return self._velocity(prefix, z, time, visible, positions)
+        def eager(z: Tensor, times: Tensor) -> Tensor:
+            return self._velocity(prefix, z, times, visible, positions)
 
-        velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(times) - 1)
-        # Nothing in the loop waits for the device or copies to it; shapes are the same at every step.
-        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-            velocity = self._bent(velocity_at(z, torch.full((), t, device=z.device)), z, t, groups)
-            x0 = z - t * velocity
-            z = self._advance(z, velocity, t, t_next, fresh[step])
+        velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(schedule) - 1)
+        # Nothing in the loop waits for the device or copies to it (settling apart); shapes are the same at every pass.
+        for number, (before, after) in enumerate(itertools.pairwise(schedule)):
+            velocity = velocity_at(z, now[number])
+            force = diversity_force(z, groups) if s.diversity_scale else None
+            blocks, estimates = list(z.unbind(1)), []
+            for block, (t, t_next) in enumerate(zip(before, after, strict=True)):
+                step = number - min(s.lag, steps) * block
+                if 0 <= step < steps:
+                    bent = self._bent(velocity[:, block], blocks[block], t, None if force is None else force[:, block])
+                    estimates.append((block, step, blocks[block] - t * bent))
+                    blocks[block] = self._advance(blocks[block], bent, t, t_next, fresh[block][step])
+                    if step == steps - 1:
+                        blocks[block] = self._settled(blocks[block])
+            z = torch.stack(blocks, 1)
             if on_step is not None:
-                on_step(rows, step, x0)
+                for block, step, x0 in estimates:
+                    on_step(rows, block, step, x0)
         return z
 
-    def _velocity(self, prefix: Prefix, z: Tensor, time: Tensor, visible: Visibility, positions: Tensor) -> Tensor:
-        """The network's velocity [R, L, d] at ``time`` (a scalar), of both branches where there are two."""
+    def _velocity(self, prefix: Prefix, z: Tensor, times: Tensor, visible: Visibility, positions: Tensor) -> Tensor:
+        """The network's velocity [R, J, L, d] at every block's time [J], of both branches where there are two."""
         d = self.denoiser
         branches = len(prefix) // len(z)
-        inputs = z.repeat(branches, 1, 1)
-        times = time.expand(len(inputs))
-        prediction = d.denoise_step(inputs, times, visible, positions, prefix.cache)
-        velocity = flow.to_velocity(d.settings.objective, prediction, inputs, times[:, None, None])
+        inputs = z.repeat(branches, 1, 1, 1)
+        t = times.expand(len(inputs), -1)
+        prediction = d.denoise_step(inputs, t, visible, positions, prefix.cache)
+        velocity = flow.to_velocity(d.settings.objective, prediction, inputs, t[..., None, None])
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)
             velocity = classifier_free(conditional, unconditional, self.settings.guidance_scale)
         return velocity
 
-    def _bent(self, velocity: Tensor, z: Tensor, t: float, groups: list[int]) -> Tensor:
-        """``velocity`` [R, L, d] at ``z`` and time t, drawn by the reward and away from a question's other trajectories."""
+    def _bent(self, velocity: Tensor, z: Tensor, t: float, force: Tensor | None) -> Tensor:
+        """``velocity`` [R, L, d] at a block ``z`` and time t, drawn by the reward and by ``force``, away from its neighbours."""
         if self.reward is not None:
             velocity = velocity - self.reward.scale * t * self._reward_gradient(z - t * velocity, t)
-        if self.settings.diversity_scale:
-            velocity = velocity - self.settings.diversity_scale * t * diversity_force(z, groups)
-        return velocity
+        return velocity if force is None else velocity - self.settings.diversity_scale * t * force
 
     def _reward_gradient(self, x0: Tensor, t: float) -> Tensor:
         """Gradient of the reward with respect to standardised latents ``x0`` [R, L, d]; the function sees them unstandardised."""
@@ -224,11 +252,13 @@ class BlockSampler:
         d = self.denoiser
         return d.latent_std * reward_gradient(self.reward.function, x0 * d.latent_std + d.latent_mean, t)
 
-    def _fresh_noise(self, rows: list[int], steps: int, z: Tensor) -> Sequence[Tensor | None]:
-        """What every step of an SDE adds to ``z`` but the last, [R, L, d] each; an ODE adds nothing."""
+    def _fresh_noise(self, rows: list[int], steps: int, z: Tensor) -> list[list[Tensor | None]]:
+        """What every block's steps of an SDE add to ``z`` [R, J, L, d] but the last ones, [R, L, d] each; an ODE adds nothing."""
+        span = z.shape[1]
         if self.settings.sampler == "ode":
-            return [None] * steps
-        return [*self.noise.normal(rows, (steps - 1, *z.shape[1:])).to(z.device).unbind(1), None]
+            return [[None] * steps for _ in range(span)]
+        noise = self.noise.normal(rows, (span, steps - 1, *z.shape[2:])).to(z.device)
+        return [[*block.unbind(1), None] for block in noise.unbind(1)]
 
     def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
         """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
@@ -246,8 +276,8 @@ class BlockSampler:
         return (1 - t_next) * x0 + kept * eps + variance**0.5 * fresh
 
 
-def _numbered(on_step: StepHook | None, block: int, first: int) -> Callable[[list[int], int, Tensor], None] | None:
-    """The hook for a part of a block's steps, whose first is number ``first``."""
+def _numbered(on_step: StepHook | None, block: int, step: int) -> StepHook | None:
+    """The hook for a part of a span's steps: its first block is number ``block``, the first step number ``step``."""
     if on_step is None:
         return None
-    return lambda rows, step, x0: on_step(rows, block, first + step, x0)
+    return lambda rows, after, more, x0: on_step(rows, block + after, step + more, x0)

@@ -134,10 +134,11 @@ class Denoiser(nn.Module):
         return self.stop_head(hidden)[..., 0].float()
 
     def denoise_step(self, z: Tensor, t: Tensor, visible: Visibility, positions: Tensor, cache: Cache) -> Tensor:
-        """Prediction [R, L, d] for noisy latents ``z`` [R, L, d] at ``t`` [R] behind a cached prefix."""
-        bot = self.mark(Mark.BOT).expand(len(z), 1, -1)
-        inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=1)
-        return self.predict(self.backbone(inputs, visible, positions, cache)[:, 1:])
+        """Prediction [R, J, L, d] for a span's noisy latents ``z`` [R, J, L, d] at ``t`` [R, J] behind a cached prefix."""
+        bot = self.mark(Mark.BOT).expand(*z.shape[:2], 1, -1)
+        inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=2)
+        hidden = self.backbone(inputs.flatten(1, 2), visible, positions, cache)
+        return self.predict(hidden.unflatten(1, inputs.shape[1:3])[:, :, 1:])
 
     def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
@@ -146,14 +147,14 @@ class Denoiser(nn.Module):
         hidden = self._hidden(batch, z_t)
         noisy = hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
         wanted = flow.target(self.settings.objective, batch.z0[:, None], batch.eps, t)
-        flow_loss = (self.predict(noisy) - wanted).square().sum((-2, -1))
+        flow_loss = (self.predict(noisy) - wanted).square().sum((-2, -1)) * (batch.t > 0)
         losses = {
             "flow": flow_loss.sum(),
             **self._answer_loss(hidden, batch),
             "stop": self._stop_loss(hidden, batch),
         }
         if self.token_head is not None:
-            losses["token"] = self._token_loss(noisy, batch.block_tokens)
+            losses["token"] = self._token_loss(noisy, batch)
         return {**losses, **self._metrics(hidden, batch), **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
 
     def _hidden(self, batch: DenoiserBatch, z_t: Tensor) -> Tensor:
@@ -178,10 +179,10 @@ class Denoiser(nn.Module):
         logits = self.stop_logit(hidden[batch.end_at])
         return F.binary_cross_entropy_with_logits(logits, batch.stop_labels.float(), reduction="sum")
 
-    def _token_loss(self, noisy: Tensor, labels: Tensor) -> Tensor:
+    def _token_loss(self, noisy: Tensor, batch: DenoiserBatch) -> Tensor:
         assert self.token_head is not None
-        logits = self.token_head(noisy, labels.shape[1]).float()
-        labels = labels[:, None].expand(-1, noisy.shape[1], -1)
+        logits = self.token_head(noisy, batch.block_tokens.shape[1]).float()
+        labels = batch.block_tokens[:, None].masked_fill(batch.t[..., None] == 0, IGNORE)
         return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
     @torch.no_grad()

@@ -34,11 +34,11 @@ def vae_metrics(mistakes: Tensor, tokens: int, mean: Tensor, logvar: Tensor) -> 
 def flow_by_time(losses: Tensor, t: Tensor, elements: int) -> dict[str, Tensor]:
     """``flow_t<low>-<high>``: the flow loss by quarter of the path (t = 1: noise).
 
-    ``losses`` [K, M]: sums over the ``elements`` of each noisy block, denoised from t [K, M].
+    ``losses`` [K, M]: sums over the ``elements`` of each noisy block, denoised from t [K, M]; finished ones (t = 0) do not count.
     """
     losses = losses.flatten().float()
     part = (t.flatten() * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-    values = torch.stack([losses, torch.full_like(losses, elements)], dim=1)
+    values = torch.stack([losses, elements * (t.flatten() > 0).float()], dim=1)
     bins = values.new_zeros(TIME_BINS, 2).index_add_(0, part, values)
     return {f"metric/flow_t{i / TIME_BINS:.2f}-{(i + 1) / TIME_BINS:.2f}": pair for i, pair in enumerate(bins)}
 

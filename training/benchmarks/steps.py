@@ -79,7 +79,7 @@ def denoising_step(bench: Bench) -> Utilisation:
     replayed, plain = (BlockSampler(model, settings, noise, graphs=graphs) for graphs in (Graphs(), None))
 
     def steps(sampler: BlockSampler) -> None:
-        sampler.sample_block(prefix, rows, owner, 0, None)
+        sampler.sample_span(prefix, rows, owner, 0, None)
 
     name = "denoising_step" if settings.num_steps == 1 else f"{settings.num_steps}_denoising_steps"
     return utilisation(bench, name, model, lambda: steps(replayed), lambda: steps(plain))

@@ -12,7 +12,7 @@ from torch import nn
 
 from ladir.config import Config, TrainSettings
 from ladir.inference.rollout import Rollout
-from ladir.inference.sampler import steps_per_block
+from ladir.inference.sampler import passes_per_span
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, taking_in, weights_of
@@ -241,7 +241,9 @@ class Planner:
         lm = self._lm_numel
         weights = self.element_bytes * lm * ((1 if shares else 2) + int(sample.reencode))
         blocks, mean = self.data.mean.blocks, self.data.mean
-        per_row = blocks * (steps_per_block(sample) * (latents + 1) + latents + 2) + mean.answer + 1
+        span = config.denoiser.span
+        passes = passes_per_span(sample, span)
+        per_row = max(blocks, span) * passes * (latents + 1) + blocks * (latents + 2) + mean.answer + 1
         trajectory = 2 * branches * longest  # tokens with keys and values; twice: rows that go on are copied
         if sample.reencode:  # a block's text is written from a cache of its own, then read again
             trajectory += 2 * (latents + sample.max_thought_tokens)
@@ -260,7 +262,7 @@ class Planner:
             host_per_node=weights * self.machine.ranks_per_node,
             checkpoint=0,
             model_folder=0,
-            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {steps_per_block(sample)} steps",
+            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {passes} steps",
             samples=questions,
             tokens=questions * ask.num_trajectories * per_row,
             steps=None,

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ladir.config import RolloutSettings
 from ladir.inference.rollout import Rollout
 
 #: records of up to so many blocks are traced as they are, longer ones extrapolated from these
@@ -141,21 +142,29 @@ def trace_training(model: nn.Module, batch: Any, taking_in: TakingIn = at_no_cos
 
 
 def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) -> Pass:
-    """As :func:`trace_training`, from rollouts of one and two Euler steps: every further step costs the same again.
+    """As :func:`trace_training`, from rollouts of one and two passes per span: every further pass costs the same again.
 
-    A step without gradient stores nothing and costs the forward pass alone, a third.
+    A pass without gradient stores nothing and costs the forward pass alone, a third.
     """
     settings = model.settings
-    with_gradient = settings.num_steps if settings.gradient_steps is None else min(settings.gradient_steps, settings.num_steps)
+    all_passes, with_gradient = _passes_per_span(settings, model.denoiser.settings.span)
     passes = []
     for steps in (1, 2):
-        model.settings = replace(settings, num_steps=steps, gradient_steps=None)
+        model.settings = replace(settings, num_steps=steps, gradient_steps=None, lag=0)
         passes.append(trace_training(model, batch, taking_in))
     model.settings = settings
     one, two = passes
-    more, forward = max(with_gradient - 1, 0), settings.num_steps - max(with_gradient, 1)
+    more, forward = max(with_gradient - 1, 0), all_passes - max(with_gradient, 1)
     flops = two.flops - one.flops
     return Pass(one.peak_bytes + more * (two.peak_bytes - one.peak_bytes), one.flops + more * flops + forward * flops // 3)
+
+
+def _passes_per_span(settings: RolloutSettings, span: int) -> tuple[int, int]:
+    """Passes in which a span's blocks take their Euler steps, and how many of them carry gradient."""
+    steps, lag = settings.num_steps, min(settings.lag, settings.num_steps)
+    first = 0 if settings.gradient_steps is None else max(steps - settings.gradient_steps, 0)
+    learned = {lag * block + step for block in range(span) for step in range(first, steps)}
+    return steps + lag * (span - 1), len(learned)
 
 
 def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: int, taking_in: TakingIn = at_no_cost) -> Pass:
@@ -163,10 +172,11 @@ def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: i
 
     Every block adds as many passes, over a prefix that is longer by one block: bytes and FLOPs are quadratic in the blocks.
     """
-    if blocks <= _TRACED_BLOCKS[-1]:
+    traced = [count * model.denoiser.settings.span for count in _TRACED_BLOCKS]
+    if blocks <= traced[-1]:
         return trace_rollout(model, batch_of(blocks), taking_in)
-    passes = [trace_rollout(model, batch_of(count), taking_in) for count in _TRACED_BLOCKS]
-    weights = _lagrange(_TRACED_BLOCKS, blocks)
+    passes = [trace_rollout(model, batch_of(count), taking_in) for count in traced]
+    weights = _lagrange(traced, blocks)
     peak = sum(weight * found.peak_bytes for weight, found in zip(weights, passes, strict=True))
     flops = sum(weight * found.flops for weight, found in zip(weights, passes, strict=True))
     return Pass(max(int(peak), passes[-1].peak_bytes), int(flops))
