@@ -267,7 +267,9 @@ class SampleSettings:
     )
     max_blocks: int = setting(32, "blocks after which the answer is forced; below data.max_blocks long chains are cut short")
     max_answer_tokens: int = setting(128, "longest answer, in tokens; below data.max_answer_tokens long ones are cut short")
-    max_thought_tokens: int = setting(64, "longest text of a decoded block, in tokens")
+    max_thought_tokens: int = setting(
+        128, "longest text of a decoded block, in tokens; below data.max_block_tokens long ones are cut short"
+    )
     answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
 
 
