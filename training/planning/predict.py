@@ -84,6 +84,7 @@ class Planner:
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int], nn.Module] = {}
         self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
+        self._sample_flops: dict[tuple[str, int], int] = {}
 
     def predictions(self) -> Iterator[Prediction]:
         """All phases in the order in which they run."""
@@ -153,9 +154,12 @@ class Planner:
 
     def _flops(self, phase: str, config: Config) -> int:
         """FLOPs of one mean sample, forward and backward, nothing recomputed (what MFU counts)."""
-        plain = deepcopy(config)
-        plain.backbone.activation_checkpointing = "none"
-        return self._trace(phase, plain, self.data.mean, 1).flops
+        key = (phase, config.backbone.lora.rank)
+        if key not in self._sample_flops:
+            plain = deepcopy(config)
+            plain.backbone.activation_checkpointing = "none"
+            self._sample_flops[key] = self._trace(phase, plain, self.data.mean, 1).flops
+        return self._sample_flops[key]
 
     def _trace(self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost) -> Pass:
         """A pass over ``count`` records of these sizes."""
