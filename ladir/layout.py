@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladir.spans import num_spans
+
 CLEAN = -1
 PAD = -2
 
@@ -153,11 +155,6 @@ class Template:
 def block_length(latents: int) -> int:
     """Tokens of a clean block: <BOT>, L latents, <EOT>."""
     return latents + 2
-
-
-def num_spans(blocks: int, span: int) -> int:
-    """Spans of ``span`` blocks that hold ``blocks`` blocks; the last one may have room for more."""
-    return -(-blocks // span)
 
 
 def span_offsets(span: int, latents: int) -> np.ndarray:

@@ -21,12 +21,13 @@ from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, passes_per_span
-from ladir.layout import Mark, num_spans
+from ladir.layout import Mark
 from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
 from ladir.models.store import settings_of
 from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.spans import num_spans
 from ladir.tokens import decode_text, encode_text, load_tokenizer
 
 #: called after every denoising step with (trajectory, block, step, the block's current text)

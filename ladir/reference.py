@@ -33,9 +33,8 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor], positions: Seque
     mask = mask.masked_fill(later, torch.finfo(inputs.dtype).min)
     places = torch.tensor([*(range(len(group)) if positions is None else positions)], device=inputs.device)[None]
     decoder = backbone.base.get_decoder()
-    return decoder(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=places, use_cache=False).last_hidden_state[
-        0
-    ]
+    output = decoder(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=places, use_cache=False)
+    return output.last_hidden_state[0]
 
 
 def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:

@@ -22,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
 from ladir.inference.guidance import diversity_force, reward_gradient
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise, staggered, step_times
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise, step_times
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone, build_backbone
@@ -31,6 +31,7 @@ from ladir.models.folders import assemble_export, load_export, new_vae, save_den
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
+from ladir.spans import staggered
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
 from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
 

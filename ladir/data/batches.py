@@ -17,7 +17,8 @@ from torch import Tensor
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.data.randomness import Streams
-from ladir.layout import PAD, Layout, Mark, Source, Template, num_spans, template
+from ladir.layout import PAD, Layout, Mark, Source, Template, template
+from ladir.spans import with_room
 
 if TYPE_CHECKING:
     from ladir.data.latents import LatentRecord
@@ -227,7 +228,7 @@ class DenoiserCollator:
         ]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
         noise = self._noise(records, numbers, training)
-        blocks = [num_spans(len(r.blocks), span) * span for r in records]
+        blocks = [with_room(len(r.blocks), span) for r in records]
         batch = _assemble(templates, texts, blocks, noise, len(self.prefix), self.pack_tokens)
         block_tokens = self._block_tokens(records)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
@@ -255,7 +256,7 @@ class DenoiserCollator:
         Only the drawing goes sample by sample; a step as short as a small model's would wait for the rest.
         """
         s = self.settings
-        sizes = [num_spans(len(record.mu), s.span) * s.span for record in records]
+        sizes = [with_room(len(record.mu), s.span) for record in records]
         shape = (sum(sizes), *records[0].mu.shape[1:])
         sampled = s.sample_latents and training
         mu, spread, posterior = np.zeros((3, *shape), dtype=np.float32)
@@ -278,7 +279,8 @@ class DenoiserCollator:
                 rng.standard_normal(dtype=np.float32, out=posterior[true])
             if s.span > 1:
                 rng.random(dtype=np.float32, out=split[own.start // s.span : own.stop // s.span])
-        mu += spread * posterior
+        if sampled:
+            mu += spread * posterior
         if s.timesteps != "uniform":
             t = 1.0 / (1.0 + np.exp(-(s.timestep_mean + s.timestep_std * t)))
         if s.span > 1:
@@ -309,7 +311,8 @@ class DenoiserCollator:
         span, limit = self.settings.span, self.settings.token_positions
         rows: list[Sequence[int]] = []
         for record in records:
-            rows += [block[:limit] for block in record.blocks] + [()] * (-len(record.blocks) % span)
+            room = with_room(len(record.blocks), span) - len(record.blocks)
+            rows += [block[:limit] for block in record.blocks] + [()] * room
         if not self.settings.token_weight:
             return torch.empty(len(rows), 0, dtype=torch.int64)
         return pad_right(rows, IGNORE)

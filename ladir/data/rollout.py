@@ -17,7 +17,7 @@ from ladir.data.batches import DenoiserBatch, DenoiserCollator, TensorBatch, pad
 from ladir.data.latents import LatentRecord, LatentStore
 from ladir.data.packing import IGNORE
 from ladir.data.randomness import derive, generator
-from ladir.layout import num_spans
+from ladir.spans import num_passes, num_spans, with_room
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,12 @@ class RolloutCollator:
         s, span = self.settings, self.teacher.settings.span
         count, latents = record.mu.shape[:2]
         spans = num_spans(count, span) - (count - min(count, s.last_blocks or count)) // span
-        passes = s.num_steps + min(s.lag, s.num_steps) * (span - 1)
-        generated = spans * passes * span * (latents + 1) + count * (latents + 2)
+        generated = spans * num_passes(s.num_steps, span, s.lag) * span * (latents + 1) + count * (latents + 2)
         return len(self.teacher.prefix) + len(record.question) + generated + 1 + len(record.answer)
 
     def _padded(self, blocks: int) -> int:
-        """Blocks of the spans that hold so many."""
-        return num_spans(blocks, self.teacher.settings.span) * self.teacher.settings.span
+        """Blocks that the spans of so many have room for."""
+        return with_room(blocks, self.teacher.settings.span)
 
     def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int], most: int) -> Tensor:
         noise = np.zeros((len(records), most, *records[0].mu.shape[1:]), dtype=np.float32)

@@ -6,7 +6,6 @@ again in the backward pass, and what is kept between is a block's latents per Eu
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ladir.config import RolloutSettings
 from ladir.data.packing import IGNORE
 from ladir.data.rollout import RolloutBatch
-from ladir.inference.sampler import staggered
 from ladir.layout import Mark, block_length, span_offsets
 from ladir.models import flow
 from ladir.models.attention import left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
+from ladir.spans import staggered, turns
 
 T = TypeVar("T")
 
@@ -231,27 +230,25 @@ class Rollout(nn.Module):
         A block's last ``gradient_steps`` carry gradient.
         """
         d, s, device = self.denoiser, self.settings, batch.noise.device
-        span, steps, lag = d.settings.span, s.num_steps, min(s.lag, s.num_steps)
+        span, steps = d.settings.span, s.num_steps
         learned = steps - (steps if s.gradient_steps is None else s.gradient_steps)  # the first such step
         offsets = torch.from_numpy(span_offsets(span, d.latents_per_block)).to(device)
         visible = thoughts.past.visible(rows, _all_see_all(len(offsets), device))
         positions = self._positions(batch, rows, first, offsets)
         true = given[..., None, None]
         z = torch.where(true, _span(batch.gold[rows, 0], first, span), _span(batch.noise[rows], first, span))
-        schedule = staggered(torch.linspace(1.0, 0.0, steps + 1).tolist(), span, lag)
-        times = torch.tensor(schedule, device=device)
-        for number, (before, after) in enumerate(itertools.pairwise(schedule)):
-            taken = [number - lag * block for block in range(span)]
+        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
+        now = torch.tensor(staggered(times, span, s.lag), device=device)
+        for number, moving in enumerate(turns(steps, span, s.lag)):
             blocks = list(z.unbind(1))  # here, so that finished ones keep the gradient that they have
-            learns = any(learned <= step < steps for step in taken)
+            learns = any(step >= learned for _, step in moving)
             with nullcontext() if learns else torch.no_grad():
-                t = times[number].masked_fill(given, 0.0)
+                t = now[number].masked_fill(given, 0.0)
                 prediction = thoughts.past.read(rows, _predict(d, t, visible, positions), z)
                 velocity = flow.to_velocity(d.settings.objective, prediction, z, t[..., None, None])
-                for block, step in enumerate(taken):
-                    if 0 <= step < steps:
-                        moved = blocks[block] + (after[block] - before[block]) * velocity[:, block]
-                        blocks[block] = moved if step >= learned else moved.detach()
+                for block, step in moving:
+                    moved = blocks[block] + (times[step + 1] - times[step]) * velocity[:, block]
+                    blocks[block] = moved if step >= learned else moved.detach()
             z = torch.where(true, z, torch.stack(blocks, 1))
             if learns:  # ranks whose blocks here are all true go backward through this pass as well
                 thoughts.anchor = thoughts.anchor + 0.0 * prediction.sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ladir.layout import Mark, span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
+from ladir.spans import num_passes, staggered, turns
 
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
 StepHook = Callable[[list[int], int, int, Tensor], None]
@@ -38,13 +38,6 @@ def restart_times(settings: SampleSettings) -> list[float]:
     return [settings.restart_time * t for t in _spaced(settings, settings.restart_steps)]
 
 
-def staggered(times: Sequence[float], span: int, lag: int) -> list[list[float]]:
-    """Times [passes + 1][span]: every block of a span takes all the ``times``, each ``lag`` passes after the one before it."""
-    last = len(times) - 1
-    lag = min(lag, last)
-    return [[times[min(max(n - lag * block, 0), last)] for block in range(span)] for n in range(last + lag * (span - 1) + 1)]
-
-
 def steps_per_block(settings: SampleSettings) -> int:
     """Denoising steps of a block, its restarts included."""
     return settings.num_steps + settings.restarts * settings.restart_steps
@@ -53,7 +46,7 @@ def steps_per_block(settings: SampleSettings) -> int:
 def passes_per_span(settings: SampleSettings, span: int) -> int:
     """Forward passes in which a span's blocks take their steps, restarts included."""
     rounds = [settings.num_steps, *[settings.restart_steps] * settings.restarts]
-    return sum(steps + min(settings.lag, steps) * (span - 1) for steps in rounds)
+    return sum(num_passes(steps, span, settings.lag) for steps in rounds)
 
 
 def _spaced(settings: SampleSettings, steps: int) -> list[float]:
@@ -197,8 +190,7 @@ class BlockSampler:
     ) -> Tensor:
         """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before."""
         s, span, steps = self.settings, z.shape[1], len(times) - 1
-        schedule = staggered(times, span, s.lag)
-        now = torch.tensor(schedule, device=z.device)
+        now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), turns(steps, span, s.lag)
         offsets = torch.from_numpy(span_offsets(span, z.shape[2])).to(z.device)
         visible, positions = prefix.visible(len(offsets)), prefix.next_position[:, None] + offsets
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
@@ -207,20 +199,19 @@ class BlockSampler:
         def eager(z: Tensor, times: Tensor) -> Tensor:
             return self._velocity(prefix, z, times, visible, positions)
 
-        velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(schedule) - 1)
+        velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(passes))
         # Nothing in the loop waits for the device or copies to it (settling apart); shapes are the same at every pass.
-        for number, (before, after) in enumerate(itertools.pairwise(schedule)):
+        for number, moving in enumerate(passes):
             velocity = velocity_at(z, now[number])
             force = diversity_force(z, groups) if s.diversity_scale else None
             blocks, estimates = list(z.unbind(1)), []
-            for block, (t, t_next) in enumerate(zip(before, after, strict=True)):
-                step = number - min(s.lag, steps) * block
-                if 0 <= step < steps:
-                    bent = self._bent(velocity[:, block], blocks[block], t, None if force is None else force[:, block])
-                    estimates.append((block, step, blocks[block] - t * bent))
-                    blocks[block] = self._advance(blocks[block], bent, t, t_next, fresh[block][step])
-                    if step == steps - 1:
-                        blocks[block] = self._settled(blocks[block])
+            for block, step in moving:
+                t, t_next = times[step : step + 2]
+                bent = self._bent(velocity[:, block], blocks[block], t, None if force is None else force[:, block])
+                estimates.append((block, step, blocks[block] - t * bent))
+                blocks[block] = self._advance(blocks[block], bent, t, t_next, fresh[block][step])
+                if step == steps - 1:
+                    blocks[block] = self._settled(blocks[block])
             z = torch.stack(blocks, 1)
             if on_step is not None:
                 for block, step, x0 in estimates:

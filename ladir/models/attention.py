@@ -101,6 +101,11 @@ class BlockMasks:
         return self._masks[key]
 
 
+def whole_squares(length: int) -> int:
+    """Tokens of the squares that a row of ``length`` tokens needs."""
+    return -(-length // BLOCK) * BLOCK
+
+
 def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: BlockMasks) -> Attend:
     """How a pass with ``visible`` runs in a model that was set to ``implementation``."""
     if isinstance(visible, SharedPrefix):
@@ -109,7 +114,7 @@ def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: 
         if implementation == FLASH and visible.boundaries is not None:
             return Attend(FLASH, None, {"documents": visible})
         if implementation in (FLEX, FLASH) and visible.position.shape[1] >= NARROWEST_FLEX:
-            width = -(-visible.position.shape[1] // BLOCK) * BLOCK
+            width = whole_squares(visible.position.shape[1])
             return Attend(FLEX, masks(visible, width), width=width)
         dense = visible.visible()
     elif isinstance(visible, WholePrefix):

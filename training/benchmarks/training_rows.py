@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ladir.config import Config
 from ladir.layout import PAD, Layout, block_length, template
-from ladir.models.attention import BLOCK, BlockMasks, flash, flash_lacks, flex
+from ladir.models.attention import BlockMasks, flash, flash_lacks, flex, whole_squares
 from ladir.reference import reference_passes
 from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
 from training.planning.models import Lengths
@@ -226,7 +226,7 @@ def attention(bench: Bench) -> Iterator[Row]:
 def _flex_row(bench: Bench, key: str, layout: Layout) -> Row:
     """FlexAttention on a training layout, also a narrow one; forward only where there is no backward pass of it."""
     rows, length = layout.position.shape
-    width = -(-length // BLOCK) * BLOCK
+    width = whole_squares(length)
     mask = BlockMasks()(layout, width)
     return _against_dense(
         bench,

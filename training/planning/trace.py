@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ladir.config import RolloutSettings
 from ladir.inference.rollout import Rollout
+from ladir.spans import turns
 
 #: records of up to so many blocks are traced as they are, longer ones extrapolated from these
 _TRACED_BLOCKS = (2, 4, 6)
@@ -161,10 +162,9 @@ def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) 
 
 def _passes_per_span(settings: RolloutSettings, span: int) -> tuple[int, int]:
     """Passes in which a span's blocks take their Euler steps, and how many of them carry gradient."""
-    steps, lag = settings.num_steps, min(settings.lag, settings.num_steps)
-    first = 0 if settings.gradient_steps is None else max(steps - settings.gradient_steps, 0)
-    learned = {lag * block + step for block in range(span) for step in range(first, steps)}
-    return steps + lag * (span - 1), len(learned)
+    first = 0 if settings.gradient_steps is None else settings.num_steps - settings.gradient_steps
+    passes = turns(settings.num_steps, span, settings.lag)
+    return len(passes), sum(any(step >= first for _, step in moving) for moving in passes)
 
 
 def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: int, taking_in: TakingIn = at_no_cost) -> Pass:
