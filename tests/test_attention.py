@@ -264,7 +264,7 @@ def test_flash_reads_a_cached_prefix_in_both_directions(kind: str, padded: bool)
         prefix, _ = Prefix.start(Backbone(tiny_lm(kind, attention=name)), question, lengths)
         prefix.append(block)
         with prefix.cache.read_only():
-            step = prefix.backbone(noisy, prefix.visible(3), prefix.positions(3), prefix.cache)
+            step = prefix.backbone(noisy, prefix.visible(3), prefix.positions(torch.arange(3)), prefix.cache)
         return step, prefix.append(noisy[:, :1])
 
     with flash_stand_in() as calls:

@@ -51,7 +51,7 @@ def assert_same(shared: Prefix, copied: Prefix, seed: int) -> None:
     seen = []
     for prefix in (shared, copied):
         with prefix.cache.read_only():
-            seen.append(prefix.backbone(noisy, prefix.visible(3), prefix.positions(3), prefix.cache))
+            seen.append(prefix.backbone(noisy, prefix.visible(3), prefix.positions(torch.arange(3)), prefix.cache))
     assert torch.allclose(seen[0], seen[1], rtol=0, atol=1e-5)
     block = new_tokens(shared, 4, seed + 1)
     assert torch.allclose(shared.append(block), copied.append(block), rtol=0, atol=1e-5)

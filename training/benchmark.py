@@ -57,7 +57,14 @@ def _encode(bench: Bench) -> Iterator[Part]:
     yield "encoding", steps.encoding
 
 
-SUITES = {"train": _train, "reason": _reason, "encode": _encode}
+def _compiled(bench: Bench) -> Iterator[Part]:
+    yield "training steps", steps.training_steps
+    yield "compiled steps", steps.compiled_steps
+
+
+SUITES = {"train": _train, "reason": _reason, "encode": _encode, "compiled": _compiled}
+#: what ``all`` stands for: compiling takes a minute by itself on a CPU, and a C++ compiler
+_ALL = ("train", "reason", "encode")
 
 
 def measure(bench: Bench, suites: Sequence[str]) -> Iterator[Results]:
@@ -74,7 +81,8 @@ def measure(bench: Bench, suites: Sequence[str]) -> Iterator[Results]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help="what to measure (all)")
+    suites = "what to measure (all); compiled: training steps without and with backbone.compile, which all leaves out"
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=suites)
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="model and problem (tiny)")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), metavar="FILE", help="where the results go")
     parser.add_argument("--device", help="cpu, cuda, ...; not set: CUDA where there is one")
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     bench = Bench(size, torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     start = time.perf_counter()
-    for results in measure(bench, list(SUITES) if arguments.suite == "all" else [arguments.suite]):
+    for results in measure(bench, _ALL if arguments.suite == "all" else [arguments.suite]):
         write_json(arguments.json, as_json(results, bench, time.perf_counter() - start))
     console = Console()
     show(console if console.is_terminal else Console(width=_LOG_COLUMNS), results, bench)

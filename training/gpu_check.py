@@ -85,7 +85,7 @@ def parts(dry: bool) -> tuple[list[list[Part]], list[Part]]:
     workers = ("-n", str(_TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
     files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
     offloaded = [measured("denoiser-full-offload", 180), measured("vae-full-offload", 150)]
-    then = [measured("attention", 120), measured("mfu", 150), measured("denoiser-lora", 120), measured("vae-lora", 120)]
+    then = [measured("attention", 120), measured("mfu", 210), measured("denoiser-lora", 120), measured("vae-lora", 120)]
     return [[Part("tests", 240, (*tests, *workers, *files))], offloaded], then
 
 
@@ -142,7 +142,12 @@ def run_part(name: str, dry: bool) -> dict[str, Any]:
             for row in rows
         }
     if name == "mfu":
-        measured = [*steps.training_steps(bench), steps.encoding(bench), steps.denoising_step(bench)]
+        measured = [
+            *steps.training_steps(bench),
+            *steps.compiled_steps(bench, "aot_eager" if dry else "inductor"),
+            steps.encoding(bench),
+            steps.denoising_step(bench),
+        ]
         return {
             step.name: {"mfu": step.mfu, "of_own_shapes": step.of_own_shapes, "seconds": step.seconds, "peak": step.peak}
             for step in measured

@@ -132,14 +132,15 @@ class Prefix:
         valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
         return WholePrefix(valid, length, self.padded)
 
-    def positions(self, length: int) -> Tensor:
-        """Rotary positions [R, length] of the next tokens."""
-        return self.next_position[:, None] + torch.arange(length, device=self.valid.device)
+    def positions(self, offsets: Tensor) -> Tensor:
+        """Rotary positions [R, T] of tokens at ``offsets`` [T] behind the prefix."""
+        return self.next_position[:, None] + offsets
 
     def append(self, inputs: Tensor) -> Tensor:
         """Add tokens [R, T, H] that see the prefix and each other (T = 1: an ordinary token); their hidden states [R, T, H]."""
         length = inputs.shape[1]
-        hidden = self.backbone(inputs, self.visible(length), self.positions(length), self.cache)
+        positions = self.positions(torch.arange(length, device=self.valid.device))
+        hidden = self.backbone(inputs, self.visible(length), positions, self.cache)
         self.valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
         self.next_position = self.next_position + length
         return hidden

@@ -192,7 +192,7 @@ class BlockSampler:
         s, span, steps = self.settings, z.shape[1], len(times) - 1
         now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), turns(steps, span, s.lag)
         offsets = torch.from_numpy(span_offsets(span, z.shape[2])).to(z.device)
-        visible, positions = prefix.visible(len(offsets)), prefix.next_position[:, None] + offsets
+        visible, positions = prefix.visible(len(offsets)), prefix.positions(offsets)
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
         fresh = self._fresh_noise(rows, steps, z)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from ladir.config import SampleSettings
 from ladir.inference.cache import Prefix
 from ladir.inference.graphs import Graphs
 from ladir.inference.rollout import Rollout
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.models.backbone import Backbone
 from ladir.models.vae import encode_sentences
 from training.benchmarks.setup import Bench, released
 from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.utilisation import PlainStep, Utilisation, utilisation
+
+M = TypeVar("M", bound=nn.Module)
 
 #: blocks of a record in stage 2: each costs the same
 _ROLLOUT_BLOCKS = 2
@@ -31,18 +36,35 @@ def training_steps(bench: Bench) -> Iterator[Utilisation]:
         yield _rollout_step(bench)
 
 
-def _vae_step(bench: Bench) -> Utilisation:
-    model = bench.vae()
+def compiled_steps(bench: Bench, backend: str = "inductor") -> Iterator[Utilisation]:
+    """The same of VAE and denoiser with compiled layers (``backbone.compile``)."""
+    with released():
+        yield _vae_step(bench, backend)
+    with released():
+        yield _denoiser_step(bench, backend)
+
+
+def _vae_step(bench: Bench, compiler: str | None = None) -> Utilisation:
+    model = _compile(bench.vae(), compiler) if compiler else bench.vae()
     batch = bench.vae_batch(bench.token_ids([bench.size.lengths.block] * bench.size.sentences))
     step = PlainStep(model, lambda: model(batch), {"reconstruction": 1.0, "kl": bench.config.vae.beta})
-    return utilisation(bench, "vae_step", model, step, lambda: model(batch))
+    return utilisation(bench, "compiled_vae_step" if compiler else "vae_step", model, step, lambda: model(batch))
 
 
-def _denoiser_step(bench: Bench) -> Utilisation:
-    model = bench.denoiser()
+def _denoiser_step(bench: Bench, compiler: str | None = None) -> Utilisation:
+    model = _compile(bench.denoiser(), compiler) if compiler else bench.denoiser()
     batch = bench.denoiser_batch(bench.records([bench.size.lengths] * bench.size.records), bench.config.denoiser.draws)
     step = PlainStep(model, lambda: model(batch), loss_weights(bench.config))
-    return utilisation(bench, "denoiser_step", model, step, lambda: model(batch))
+    return utilisation(bench, "compiled_denoiser_step" if compiler else "denoiser_step", model, step, lambda: model(batch))
+
+
+def _compile(model: M, backend: str) -> M:
+    """The model, its LMs' layers compiled when they first run: for this batch, not for another model's shapes as well."""
+    torch.compiler.reset()
+    for backbone in model.modules():
+        if isinstance(backbone, Backbone):
+            backbone.compile_layers(backend)
+    return model
 
 
 def _rollout_step(bench: Bench) -> Utilisation:

@@ -266,7 +266,7 @@ class Planner:
             host_per_node=weights * self.machine.ranks_per_node,
             checkpoint=0,
             model_folder=0,
-            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {passes} steps",
+            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {passes} passes a span",
             samples=questions,
             tokens=questions * ask.num_trajectories * per_row,
             steps=None,
