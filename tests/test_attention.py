@@ -381,6 +381,20 @@ def test_compiled_layers_give_the_same_losses_and_gradients() -> None:
     assert_same(models[0], models[1], batch)
 
 
+@torch.no_grad()
+def test_a_pass_with_a_cache_compiles_nothing() -> None:
+    torch._dynamo.reset()
+    plain, compiled = (Backbone(tiny_lm()) for _ in range(2))
+    compiled.compile_layers(backend="aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = []
+    for backbone in (plain, compiled):
+        prefix, last = Prefix.start(backbone, torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 5]))
+        found.append(prefix.append(last[:, None]))
+    assert torch.equal(*found)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
 # --- the compiled kernels ----------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ class Backbone(nn.Module):
         self.lm = lm
         self.logits_parts = 1
         self._adapter_is_off = False
+        self._is_compiled = False
         self._block_masks = BlockMasks()
 
     @property
@@ -136,7 +137,8 @@ class Backbone(nn.Module):
         if how.width > length:
             inputs = F.pad(inputs, (0, 0, 0, how.width - length))
             positions = F.pad(positions, (0, how.width - length))
-        with self._attention(how.implementation):
+        as_written = torch.compiler.set_stance("force_eager") if self._is_compiled and cache is not None else nullcontext()
+        with self._attention(how.implementation), as_written:
             output = self.base.get_decoder()(
                 inputs_embeds=inputs,
                 attention_mask=how.mask,
@@ -214,8 +216,10 @@ class Backbone(nn.Module):
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile every decoder layer's parts (attention, MLP, norms) when they first run; all layers share what was compiled.
 
-        Not a layer as a whole: recomputing its activations is a part of it that cannot be compiled.
+        Not a layer as a whole: recomputing its activations is a part of it that cannot be compiled.  Passes with a cache run as
+        they are written: its every layer and every length would be compiled by itself, a minute each.
         """
+        self._is_compiled = True
         for layer in self.base.get_decoder().layers:
             for part in layer.children():
                 part.compile(backend=backend)
