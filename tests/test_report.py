@@ -221,13 +221,26 @@ def test_pictures_of_anything_can_be_drawn() -> None:
         assert pixels(figure).shape[2] == 3 and png(figure).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("values", [(12.0, 44.0), (11.7, 12.1, 19.7, 22.7, 29.5, 35.2, 45.5), tuple(range(1, 200))])
+@pytest.mark.parametrize(
+    "values",
+    [
+        (12.0, 44.0),
+        (2, 5, 10, 30),
+        (59, 60, 61),
+        (19.9776, 37.2131, 45.9035, 52.7046, 59.5088, 60.5068),
+        (11.7, 12.1, 19.7, 22.7, 29.5, 35.2, 45.5),
+        tuple(range(1, 200)),
+    ],
+)
 def test_a_logarithmic_axis_is_readable(values: tuple[float, ...]) -> None:
     figure = line_figure("t", "x", "y", {"a": (values, values, None)}, logarithmic="x")
     pixels(figure)
     axis, (low, high) = figure.axes[0].xaxis, figure.axes[0].get_xlim()
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-    assert len([tick for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]) >= 2
+    labels = [tick.label1 for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]
+    assert len(labels) >= 2
+    boxes = sorted(label.get_window_extent().intervalx.tolist() for label in labels)
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(boxes))
 
 
 def test_text_is_shortened_to_a_printable_line() -> None:

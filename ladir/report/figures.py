@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -37,6 +38,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _MARKERS = "osD^vPX*"
 _FEW = 12  # a curve of fewer points shows them
 _TICKS = 6  # values of an axis that are all named
+_APART = 1.25  # two values nearer to one another on a logarithmic axis are not both named
 _DECADE = 12  # an axis that spans less names its minor ticks, too
 _LABEL_CHARACTERS = 32
 #: ends the label of a metric that was measured on held-out samples
@@ -90,10 +92,11 @@ def _style(number: int, label: str, points: int) -> dict[str, Any]:
 
 
 def _logarithmic(axes: Axes, name: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, at the ``values`` themselves where these are few."""
+    """A logarithmic axis with plain numbers, at the ``values`` themselves where these are a few whole numbers, well apart."""
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    named = 0 < len(values) <= _TICKS
+    whole = 0 < len(values) <= _TICKS and all(float(value).is_integer() for value in values)
+    named = whole and all(after >= _APART * before for before, after in pairwise(values))
     if named:
         axis.set_ticks(values)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
