@@ -1,7 +1,7 @@
 # make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
 # make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
-# make bench   what one pass, caches, packing and ZeRO-3 save and cost on this machine, measured   [SIZE=tiny] [SUITE=all]
+# make bench   what one pass, caches, packing and ZeRO-3 save and cost on this machine, measured   [SIZE=tiny] [SUITE=all, compiled]
 # make gpu-check   tests, kernels, MFU and memory of the 8B shape on a GPU machine, under ten minutes   [WHEELS=wheels] [DRY=1]
 # make wheels  a folder of wheels for make gpu-check on a machine without network   [WHEELS=wheels]
 # make lint    linters and types only
