@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ladir.data.batches import ArCollator
-from ladir.data.prompts import ChainText, parse_completion
+from ladir.data.prompts import ChainText, completion_text, parse_completion
+from ladir.data.records import Record
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from tests.tiny import SHAPES, assert_same_gradients, gradients, tiny_lm
@@ -51,3 +52,11 @@ def test_loss_and_gradients_are_transformers(kind: str, pack_tokens: int) -> Non
 )
 def test_a_completion_s_answer_begins_where_its_first_mark_does(text: str, thoughts: list[str], answer: str) -> None:
     assert parse_completion(text, ["####", "The answer is"]) == ChainText(thoughts, answer)
+
+
+def test_headings_are_not_taken_for_the_answer() -> None:
+    blocks = ("#### Step 1\nWe add: 1 + 2 = 3.", "Note. #### is a mark.", "####")
+    program = "#### reads\nprint(3)\n#### prints"
+    text = completion_text(Record("q", blocks, program, "f:1"), "####")
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert parse_completion(text, ["####"]) == ChainText(lines, program)

@@ -32,8 +32,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
 
 
 def completion_text(record: Record, answer_prefix: str) -> str:
-    """The chain of thought, one block a line, and the answer behind ``answer_prefix``."""
-    return "\n".join([*record.blocks, f"{answer_prefix} {record.answer}"])
+    """The chain of thought, one block a line, and the answer behind ``answer_prefix``.
+
+    A line of the chain that starts with the mark (a heading) is set off by a space: the answer's is the first that does not.
+    """
+    blocks = [re.sub(_at_line_start(answer_prefix), r" \g<0>", block) for block in record.blocks]
+    return "\n".join([*blocks, f"{answer_prefix} {record.answer}"])
+
+
+def _at_line_start(mark: str) -> re.Pattern[str]:
+    return re.compile(rf"^{re.escape(mark)}", re.MULTILINE)
 
 
 def chain_pairs(
@@ -59,6 +67,6 @@ def parse_completion(text: str, answer_prefixes: Sequence[str]) -> ChainText:
     It begins at the first line that starts as :func:`completion_text` starts it (a program may hold the mark, too), else
     where a record's would.
     """
-    begun = re.search(rf"^{re.escape(answer_prefixes[0])}", text, re.MULTILINE) if answer_prefixes else None
+    begun = _at_line_start(answer_prefixes[0]).search(text) if answer_prefixes else None
     reasoning, answer = (text[: begun.start()], text[begun.end() :].strip()) if begun else split_answer(text, answer_prefixes)
     return ChainText([line.strip() for line in reasoning.splitlines() if line.strip()], answer or "")
