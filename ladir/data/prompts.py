@@ -36,7 +36,8 @@ def completion_text(record: Record, answer_prefix: str) -> str:
 
     A line of the chain that starts with the mark (a heading) is set off by a space: the answer's is the first that does not.
     """
-    blocks = [re.sub(_at_line_start(answer_prefix), r" \g<0>", block) for block in record.blocks]
+    heading = _at_line_start(answer_prefix)
+    blocks = [heading.sub(r" \g<0>", block) for block in record.blocks]
     return "\n".join([*blocks, f"{answer_prefix} {record.answer}"])
 
 

@@ -15,7 +15,8 @@ from ladir.inference.graphs import Graphs
 from ladir.inference.rollout import Rollout
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
 from ladir.models.backbone import Backbone
-from ladir.models.vae import encode_sentences
+from ladir.models.denoiser import Denoiser
+from ladir.models.vae import Vae, encode_sentences
 from training.benchmarks.setup import Bench, released
 from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.utilisation import PlainStep, Utilisation, utilisation
@@ -29,9 +30,9 @@ _ROLLOUT_BLOCKS = 2
 def training_steps(bench: Bench) -> Iterator[Utilisation]:
     """Optimizer steps of one micro batch."""
     with released():
-        yield _vae_step(bench)
+        yield _vae_step(bench, "vae_step", bench.vae())
     with released():
-        yield _denoiser_step(bench)
+        yield _denoiser_step(bench, "denoiser_step", bench.denoiser())
     with released():
         yield _rollout_step(bench)
 
@@ -39,26 +40,24 @@ def training_steps(bench: Bench) -> Iterator[Utilisation]:
 def compiled_steps(bench: Bench, backend: str = "inductor") -> Iterator[Utilisation]:
     """The same of VAE and denoiser with compiled layers (``backbone.compile``)."""
     with released():
-        yield _vae_step(bench, backend)
+        yield _vae_step(bench, "compiled_vae_step", _compiled(bench.vae(), backend))
     with released():
-        yield _denoiser_step(bench, backend)
+        yield _denoiser_step(bench, "compiled_denoiser_step", _compiled(bench.denoiser(), backend))
 
 
-def _vae_step(bench: Bench, compiler: str | None = None) -> Utilisation:
-    model = _compile(bench.vae(), compiler) if compiler else bench.vae()
+def _vae_step(bench: Bench, name: str, model: Vae) -> Utilisation:
     batch = bench.vae_batch(bench.token_ids([bench.size.lengths.block] * bench.size.sentences))
     step = PlainStep(model, lambda: model(batch), {"reconstruction": 1.0, "kl": bench.config.vae.beta})
-    return utilisation(bench, "compiled_vae_step" if compiler else "vae_step", model, step, lambda: model(batch))
+    return utilisation(bench, name, model, step, lambda: model(batch))
 
 
-def _denoiser_step(bench: Bench, compiler: str | None = None) -> Utilisation:
-    model = _compile(bench.denoiser(), compiler) if compiler else bench.denoiser()
+def _denoiser_step(bench: Bench, name: str, model: Denoiser) -> Utilisation:
     batch = bench.denoiser_batch(bench.records([bench.size.lengths] * bench.size.records), bench.config.denoiser.draws)
     step = PlainStep(model, lambda: model(batch), loss_weights(bench.config))
-    return utilisation(bench, "compiled_denoiser_step" if compiler else "denoiser_step", model, step, lambda: model(batch))
+    return utilisation(bench, name, model, step, lambda: model(batch))
 
 
-def _compile(model: M, backend: str) -> M:
+def _compiled(model: M, backend: str) -> M:
     """The model, its LMs' layers compiled when they first run: for this batch, not for another model's shapes as well."""
     torch.compiler.reset()
     for backbone in model.modules():
