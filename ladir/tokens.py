@@ -6,13 +6,16 @@ that the base vocabulary stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
+
+_TEXTS_PER_CALL = 5000
 
 
 def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
@@ -49,6 +52,13 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def encode_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:
+    """As :func:`encode_texts`, one by one: what a tokenizer returns takes a hundred bytes a token, so it gets a few at a time."""
+    left = iter(texts)
+    while some := list(itertools.islice(left, _TEXTS_PER_CALL)):
+        yield from encode_texts(tokenizer, some)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

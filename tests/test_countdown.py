@@ -324,7 +324,7 @@ def test_ranges_that_hold_too_few_solvable_puzzles_end() -> None:
 def test_files_hold_known_words_and_all_sentences(tmp_path) -> None:
     counts = write(SMALL, 0, tmp_path)
     tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(tmp_path / "tokenizer")))
-    known = set(read_sentences(str(tmp_path / "sentences.jsonl")))
+    known = {text for _, text in read_sentences(str(tmp_path / "sentences.jsonl")).sentences}
     assert len(known) == counts["sentences.jsonl"] == len(sentences(SMALL))
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
         lines = (tmp_path / name).read_text().splitlines()

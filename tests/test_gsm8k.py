@@ -74,14 +74,14 @@ def tokenizer(raw: list[dict[str, str]]) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def encoded(record_set: RecordSet, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[EncodedRecord]:
+def encoded(record_set: RecordSet, tokenizer: PreTrainedTokenizerBase, config: Config) -> Sequence[EncodedRecord]:
     usable, bad = encode_records(record_set, tokenizer, config.data)
     assert not bad
     return usable
 
 
 def test_no_record_is_lost_and_none_is_bad(
-    record_set: RecordSet, encoded: list[EncodedRecord], raw: list[dict[str, str]]
+    record_set: RecordSet, encoded: Sequence[EncodedRecord], raw: list[dict[str, str]]
 ) -> None:
     assert record_set.total == len(record_set.records) == len(encoded) == len(raw) == RECORDS
     assert not record_set.bad
@@ -106,7 +106,7 @@ def without_calculator(text: str) -> str:
     return before + without_calculator(rest.partition(">>")[2]) if mark else before
 
 
-def test_tokens_decode_to_the_text_they_came_from(encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokens_decode_to_the_text_they_came_from(encoded: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
     for item in encoded[::10]:
         assert decode_text(tokenizer, item.question) == item.record.question
         assert [decode_text(tokenizer, block) for block in item.blocks] == list(item.record.blocks)
@@ -130,7 +130,7 @@ def vae_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Vae, VaeCollator]:
     return Vae(encoder, decoder, settings), VaeCollator(settings, len(tokenizer), eos, seed=0)
 
 
-def test_every_block_reaches_a_vae_batch(encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_block_reaches_a_vae_batch(encoded: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:
     _, collate = vae_of(tokenizer)
     blocks = [block for item in encoded for block in item.blocks]
     labels = 0
@@ -152,7 +152,7 @@ def real_share(batches: Sequence[TensorBatch], layouts: Callable[[Any], Sequence
 
 
 def test_packed_batches_are_nearly_all_real_tokens(
-    encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase, config: Config
+    encoded: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> None:
     """The micro batches of configs/gsm8k.yaml, as they would be and in rows of 1,024 tokens."""
     sample, budget = encoded[::10], 1024
@@ -183,7 +183,7 @@ def step(model: nn.Module, loss: torch.Tensor) -> None:
 
 
 def test_one_training_step_of_every_model(
-    tmp_path: Path, encoded: list[EncodedRecord], tokenizer: PreTrainedTokenizerBase, config: Config
+    tmp_path: Path, encoded: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> None:
     sample = encoded[:12]
     blocks = [block for item in sample for block in item.blocks]
@@ -205,12 +205,12 @@ def test_one_training_step_of_every_model(
     terms = denoiser(batch)
     step(denoiser, sum((terms[name] / batch.counts[name] for name in ("flow", "answer", "stop")), torch.tensor(0.0)))
     ar = ArModel(Backbone(tiny_lm("qwen2", vocab=len(tokenizer), dtype=torch.float32)))
-    pairs = chain_pairs(tokenizer, [item.record for item in sample], "####")
+    pairs = list(chain_pairs(tokenizer, [item.record for item in sample], "####"))
     ar_batch = ArCollator()(pairs, list(range(12)))
     step(ar, ar(ar_batch)["text"] / ar_batch.counts["text"])
 
 
-def latent_store(folder: Path, vae: Vae, sample: list[EncodedRecord]) -> LatentStore:
+def latent_store(folder: Path, vae: Vae, sample: Sequence[EncodedRecord]) -> LatentStore:
     """The sample's latents as the encoding phase stores them."""
     rows = []
     for index, item in enumerate(sample):

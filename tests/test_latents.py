@@ -165,3 +165,16 @@ def test_writing_again_replaces_and_an_open_store_stays_readable(tmp_path: Path)
     new = LatentStore.open(tmp_path / "latents")
     assert (len(new), new.fingerprint) == (2, "vae-2")
     assert [p.name for p in tmp_path.iterdir()] == ["latents"]
+
+
+def test_a_link_to_a_store_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "latents").symlink_to(tmp_path / "disk" / "latents")
+    for count in (3, 2, 1):
+        assert len(write(tmp_path / "latents", count)) == len(LatentStore.open(tmp_path / "disk" / "latents")) == count
+    assert (tmp_path / "latents").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["latents"]
+
+
+def test_the_longest_chain_is_known(tmp_path: Path) -> None:
+    store = write(tmp_path / "latents", 7)
+    assert store.most_blocks == max(len(store[i].blocks) for i in range(7))

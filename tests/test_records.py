@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ladir.config import DataSettings
-from ladir.data.encode import encode_records
+from ladir.data.encode import encode_records, encode_sentence_set
 from ladir.data.records import BadRecords, read_records, read_sentences
 from ladir.tokens import build_word_tokenizer
 
@@ -197,15 +197,22 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
             read_records(str(tmp_path / name), DataSettings())
 
 
-def test_sentences_file(tmp_path: Path) -> None:
+def test_sentences_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"text": "c"}'])
-    assert read_sentences(path) == ["a b", "c"]
-    path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"txt": "c"}', b"1"])
-    with pytest.raises(
-        BadRecords, match=r"2 of 3 records(.|\n)*s.jsonl:2: no field 'text'(.|\n)*s.jsonl:3: a JSON number"
-    ) as raised:
-        read_sentences(path)
-    assert len(raised.value.records) == 2
+    tokenizer, limits = build_word_tokenizer(["a", "b", "c"]), DataSettings(max_block_tokens=2)
+    assert list(encode_sentence_set(read_sentences(path), tokenizer, limits)) == [[3, 4], [5]]
+    path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"txt": "c"}', b"1", b'{"text": "a b c"}'])
+    message = (
+        r"3 of 4 records(.|\n)*s.jsonl:2: no field 'text'(.|\n)*s.jsonl:3: a JSON number(.|\n)*s.jsonl:4: it has 3 tokens, "
+        r"of 1 to data.max_block_tokens=2"
+    )
+    with pytest.raises(BadRecords, match=message) as raised:
+        encode_sentence_set(read_sentences(path), tokenizer, limits)
+    assert len(raised.value.records) == 3
+    skip = DataSettings(max_block_tokens=2, on_bad_record="skip")
+    with caplog.at_level(logging.WARNING):
+        assert list(encode_sentence_set(read_sentences(path), tokenizer, skip)) == [[3, 4]]
+    assert "3 of 4 records are left out" in caplog.text
 
 
 def test_limits_are_checked_in_tokens_and_all_faults_come_together(tmp_path: Path) -> None:

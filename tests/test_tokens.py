@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ladir import tokens
 from ladir.config import BackboneSettings
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text, encode_texts, load_tokenizer
 
@@ -73,6 +74,16 @@ def test_many_texts_equal_one_by_one() -> None:
     texts = ["", "a", "longer text"]
     assert encode_texts(tokenizer, texts) == [encode_text(tokenizer, text) for text in texts]
     assert encode_texts(tokenizer, []) == []
+
+
+def test_a_stream_of_texts_is_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_TEXTS_PER_CALL", 3)
+    tokenizer, taken = byte_tokenizer(eos_token="<|end|>"), []
+    texts = [str(number) for number in range(7)]
+    encoded = tokens.encode_stream(tokenizer, (taken.append(text) or text for text in texts))
+    assert next(encoded) == encode_text(tokenizer, "0") and taken == texts[:3]
+    assert [encode_text(tokenizer, "0"), *encoded] == encode_texts(tokenizer, texts)
+    assert list(tokens.encode_stream(tokenizer, [])) == []
 
 
 def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ A phase joins a model of :mod:`ladir.models`, samples and a collator; loop, rank
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config, DenoiserSettings, TrainSettings
 from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
-from ladir.data.encode import EncodedRecord, encode_records
+from ladir.data.encode import EncodedRecord, encode_records, encode_sentence_set
 from ladir.data.latents import LatentStore
 from ladir.data.prompts import bos_ids, chain_pairs, copy_pairs
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record, read_records, read_sentences
+from ladir.data.token_lists import TokenLists, TokenPairs
+from ladir.errors import UnusableError
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone, build_backbone, for_training, new_lm
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import folder_fingerprint
-from ladir.tokens import encode_texts, load_tokenizer
+from ladir.tokens import load_tokenizer
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
@@ -84,7 +87,7 @@ class TrainingPhase(Samples):
         self.write(folder, state)
 
 
-def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRecord]:
+def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
     """Records of one file as token ids; bad ones are refused or counted as ``data.on_bad_record`` says."""
     if path is None:
         return []
@@ -92,15 +95,21 @@ def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenize
     return encoded
 
 
+def _blocks(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> TokenLists:
+    """All blocks of one file's records."""
+    return TokenLists(block for record in read_encoded(config, path, tokenizer) for block in record.blocks)
+
+
 def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
     with sharded_init(config, config.vae.train, world):
         model = new_vae(config.vae, config.backbone, world.device.type)
-    sentences = [block for record in read_encoded(config, config.data.train, tokenizer) for block in record.blocks]
+    sentences = _blocks(config, config.data.train, tokenizer)
     if config.data.sentences:
-        sentences += encode_texts(tokenizer, read_sentences(config.data.sentences))
-    held_out = [block for record in read_encoded(config, config.data.validation, tokenizer) for block in record.blocks]
+        for ids in encode_sentence_set(read_sentences(config.data.sentences), tokenizer, config.data):
+            sentences.append(ids)
+    held_out = _blocks(config, config.data.validation, tokenizer)
     collator = VaeCollator(
         config.vae,
         model.encoder.vocab_size,
@@ -148,11 +157,24 @@ def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[Lat
     """The latents of training and validation records (None where there are none), made by the run's own VAE."""
     store = LatentStore.open(folder.latents / "train")
     store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
-    if config.data.validation is None or not (folder.latents / "validation").is_dir():
+    _check_blocks(config, store)
+    if config.data.validation is None:
+        return store, None
+    if not (folder.latents / "validation").is_dir():
+        logger.warning("%s: not encoded: training goes without validation", folder.latents / "validation")
         return store, None
     held_out = LatentStore.open(folder.latents / "validation")
     held_out.check_fingerprint(store.fingerprint)
     return store, held_out
+
+
+def _check_blocks(config: Config, store: LatentStore) -> None:
+    """UnusableError where records were encoded that have more blocks than the settings allow now: stage 2 would cut them."""
+    if store.most_blocks > config.data.max_blocks:
+        raise UnusableError(
+            f"{store.folder}: a record there has {store.most_blocks} blocks, more than data.max_blocks={config.data.max_blocks}; "
+            "set data.max_blocks as it was for training/encode_latents.py, or encode again"
+        )
 
 
 def denoiser_collator(
@@ -191,24 +213,26 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     prefix = config.data.answer_prefixes[0]
     collator = ArCollator(config.ar.train.pack_tokens)
     return TrainingPhase(
-        items=chain_pairs(tokenizer, records, prefix) + _copies(config, tokenizer, records),
+        items=TokenPairs.of(itertools.chain(chain_pairs(tokenizer, records, prefix), _copies(config, tokenizer, records))),
         collator=collator,
         name=config.ar.phase,
         model=ArModel(backbone),
         weights={"text": 1.0},
-        validation=Samples(chain_pairs(tokenizer, held_out, prefix), collator) if held_out else None,
+        validation=Samples(TokenPairs.of(chain_pairs(tokenizer, held_out, prefix)), collator) if held_out else None,
         write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state),
         show=ar_samples(config, tokenizer, held_out, records),
     )
 
 
-def _copies(config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> list[Any]:
+def _copies(
+    config: Config, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> Iterator[tuple[list[int], list[int]]]:
     """Samples that ask to repeat a sentence: ``ar.copy_fraction`` of all."""
     share = config.ar.copy_fraction
     sentences = [block for record in records for block in record.blocks]
     count = round(len(records) * share / (1.0 - share))
     chosen = generator(derive(config.run.seed, "copies"), 0).integers(0, len(sentences), count)
-    return copy_pairs(tokenizer, [sentences[i] for i in chosen])
+    return copy_pairs(tokenizer, (sentences[i] for i in chosen))
 
 
 def _write_lm(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import DataSettings
-from ladir.data.records import BadRecord, BadRecords, Record, RecordSet, list_bad_records
-from ladir.tokens import encode_texts
+from ladir.data.records import BadRecord, BadRecords, Record, RecordSet, SentenceSet, list_bad_records
+from ladir.data.token_lists import TokenLists
+from ladir.tokens import encode_stream
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 1000  # records tokenized in one call
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,80 @@ class EncodedRecord:
     record: Record
 
 
+class EncodedRecords(Sequence[EncodedRecord]):
+    """Records with their token ids, which become Python lists only when a record is read."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._texts, self._first = TokenLists(), array("q")
+
+    def append(self, encoded: EncodedRecord) -> None:
+        """Add a record at the end."""
+        self._first.append(len(self._texts))
+        for ids in (encoded.question, *encoded.blocks, encoded.answer):
+            self._texts.append(ids)
+        self._records.append(encoded.record)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedRecord | list[EncodedRecord]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
+
+    def _at(self, place: int) -> EncodedRecord:
+        record, first = self._records[place], self._first[place]
+        question, *blocks, answer = self._texts[first : first + len(record.blocks) + 2]
+        return EncodedRecord(question, blocks, answer, record)
+
+
 def encode_records(
     record_set: RecordSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
-) -> tuple[list[EncodedRecord], list[BadRecord]]:
+) -> tuple[EncodedRecords, list[BadRecord]]:
     """Tokenize records and check them against ``data.max_*``; returns (usable records in order, all bad ones).
 
     The bad ones include those of the reader.  Raises BadRecords where there are any and ``data.on_bad_record=error``,
     or where nothing usable is left; with ``skip`` they are counted and listed in the log.
     """
     usable, bad = check_records(record_set, tokenizer, settings)
-    if bad and (settings.on_bad_record == "error" or not usable):
-        raise BadRecords(bad, record_set.total)
-    if bad:
-        counted = f"{len(bad)} of {record_set.total} records are left out (data.on_bad_record=skip):"
-        logger.warning("%s\n%s", counted, list_bad_records(bad))
+    _refuse_or_list(bad, record_set.total, settings)
     return usable, bad
+
+
+def encode_sentence_set(sentence_set: SentenceSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> TokenLists:
+    """Token ids of the sentences that would do as a record's block.  Raises BadRecords as :func:`encode_records` does."""
+    usable, bad = TokenLists(), list(sentence_set.bad)
+    encoded = encode_stream(tokenizer, (text for _, text in sentence_set.sentences))
+    for (source, _), ids in zip(sentence_set.sentences, encoded, strict=True):
+        if ids and len(ids) <= settings.max_block_tokens:
+            usable.append(ids)
+        else:
+            reason = f"it has {len(ids)} tokens, of 1 to data.max_block_tokens={settings.max_block_tokens}"
+            bad.append(BadRecord(source, reason, "correct or shorten it, or raise data.max_block_tokens"))
+    _refuse_or_list(bad, len(usable) + len(bad), settings)
+    return usable
+
+
+def _refuse_or_list(bad: list[BadRecord], total: int, settings: DataSettings) -> None:
+    """Raise BadRecords, or list in the log what is left out."""
+    if bad and (settings.on_bad_record == "error" or len(bad) == total):
+        raise BadRecords(bad, total)
+    if bad:
+        counted = f"{len(bad)} of {total} records are left out (data.on_bad_record=skip):"
+        logger.warning("%s\n%s", counted, list_bad_records(bad))
 
 
 def check_records(
     record_set: RecordSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
-) -> tuple[list[EncodedRecord], list[BadRecord]]:
+) -> tuple[EncodedRecords, list[BadRecord]]:
     """As :func:`encode_records`, but raises and logs nothing whatever ``data.on_bad_record`` says."""
-    usable, bad = [], list(record_set.bad)
+    usable, bad = EncodedRecords(), list(record_set.bad)
     for encoded in _tokenize(record_set.records, tokenizer):
         problem = _problem(encoded, settings)
         if problem is None:
@@ -60,13 +113,10 @@ def check_records(
 
 
 def _tokenize(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedRecord]:
-    for start in range(0, len(records), _CHUNK):
-        chunk = records[start : start + _CHUNK]
-        texts = [text for record in chunk for text in (record.question, *record.blocks, record.answer)]
-        ids = iter(encode_texts(tokenizer, texts))
-        for record in chunk:
-            question, *blocks, answer = itertools.islice(ids, len(record.blocks) + 2)
-            yield EncodedRecord(question, blocks, answer, record)
+    ids = encode_stream(tokenizer, (text for record in records for text in (record.question, *record.blocks, record.answer)))
+    for record in records:
+        question, *blocks, answer = itertools.islice(ids, len(record.blocks) + 2)
+        yield EncodedRecord(question, blocks, answer, record)
 
 
 def _problem(encoded: EncodedRecord, settings: DataSettings) -> tuple[str, str] | None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ladir.errors import UnusableError
+from ladir.files import replace_folder, sync_file
 
 _ARROW = "latents.arrow"
 _STATS = "stats.json"
@@ -124,7 +125,7 @@ class LatentStore:
         each, any shape) and optionally ``index``, its place among all records (default: its place among ``rows``).
         Raises ValueError on a row whose sizes do not fit or whose values are not finite.
         """
-        target = Path(folder)
+        target = Path(folder).resolve()  # a link stays one
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
@@ -139,8 +140,10 @@ class LatentStore:
                 mean=moments.mean.tolist(),
                 std=moments.std().tolist(),
             )
-            _write_synced(aside / _STATS, json.dumps(asdict(stats), indent=1))
-            _put_in_place(aside, target)
+            (aside / _STATS).write_text(json.dumps(asdict(stats), indent=1), encoding="utf-8")
+            sync_file(aside / _STATS)
+            aside.chmod(0o755)  # a temporary folder is closed to others
+            replace_folder(aside, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return LatentStore.open(target)
@@ -204,6 +207,11 @@ class LatentStore:
         chunk = bisect_right(self._starts, index) - 1
         return self._chunks[chunk].record(index - self._starts[chunk], self.latents_per_block, self.latent_dim)
 
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of the record that has most."""
+        return max((chunk.most_blocks for chunk in self._chunks), default=0)
+
     def same_question(self) -> list[list[int]]:
         """Which records have the same question: the places of each group of several."""
         groups: dict[bytes, list[int]] = {}
@@ -241,6 +249,11 @@ class _Chunk:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of the record that has most."""
+        return int(np.diff(self._blocks_of).max(initial=0))
 
     def question(self, i: int) -> bytes:
         """The i-th record's question, to be compared."""
@@ -285,8 +298,7 @@ def _write_arrow(file: Path, rows: Iterable[Mapping[str, Any]], latent_dim: int,
                 pending = []
         if pending:
             writer.write_batch(_record_batch(pending))
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+    sync_file(file)
     return moments, num_records
 
 
@@ -338,22 +350,3 @@ def _without_gaps(rows: Iterable[dict[str, Any]], where: Path) -> Iterator[dict[
             problem = f"record {expected} is missing" if row["index"] > expected else f"record {row['index']} is there twice"
             raise UnusableError(f"{where.parent}: {problem} among the parts; run training/encode_latents.py again")
         yield row
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Rename ``aside`` to ``target``; a store already there is moved out of the way first, then removed."""
-    aside.chmod(0o755)
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        target.rename(old / target.name)
-        aside.rename(target)
-        shutil.rmtree(old)
-    else:
-        aside.rename(target)

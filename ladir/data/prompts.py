@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from ladir.data.blocks import split_answer
 from ladir.data.records import Record
-from ladir.tokens import encode_text, encode_texts
+from ladir.tokens import encode_stream, encode_text
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,21 @@ def _at_line_start(mark: str) -> re.Pattern[str]:
 
 def chain_pairs(
     tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], answer_prefix: str
-) -> list[tuple[list[int], list[int]]]:
+) -> Iterator[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids with <eos>) of every record."""
-    prompts = encode_texts(tokenizer, [f"{record.question}\n" for record in records])
-    completions = encode_texts(tokenizer, [completion_text(record, answer_prefix) for record in records])
+    prompts = encode_stream(tokenizer, (f"{record.question}\n" for record in records))
+    completions = encode_stream(tokenizer, (completion_text(record, answer_prefix) for record in records))
     start, eos = bos_ids(tokenizer), int(tokenizer.eos_token_id)
-    return [(start + prompt, [*completion, eos]) for prompt, completion in zip(prompts, completions, strict=True)]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        yield start + prompt, [*completion, eos]
 
 
-def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[str]) -> Iterator[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids) that ask to repeat a sentence: what a frozen decoder must be able to do."""
     start, eos = bos_ids(tokenizer), int(tokenizer.eos_token_id)
     newline = encode_text(tokenizer, "\n")
-    return [(start + ids + newline, [*ids, eos]) for ids in encode_texts(tokenizer, sentences)]
+    for ids in encode_stream(tokenizer, sentences):
+        yield start + ids + newline, [*ids, eos]
 
 
 def parse_completion(text: str, answer_prefixes: Sequence[str]) -> ChainText:

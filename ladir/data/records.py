@@ -107,18 +107,23 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
     return result
 
 
-def read_sentences(path: str) -> list[str]:
-    """The texts of a file of ``{"text": sentence}``.  Raises BadRecords naming every line that has none."""
-    texts, bad, total = [], [], 0
+@dataclass
+class SentenceSet:
+    """What a file of sentences holds: (source, text) of each that can be read, and the others."""
+
+    sentences: list[tuple[str, str]]
+    bad: list[BadRecord]
+
+
+def read_sentences(path: str) -> SentenceSet:
+    """The texts of a file of ``{"text": sentence}``."""
+    result = SentenceSet([], [])
     for source, load in _rows(path):
-        total += 1
         try:
-            texts.append(_text(_mapping(load()), "text", "the sentence"))
+            result.sentences.append((source, _text(_mapping(load()), "text", "the sentence")))
         except _Refused as refused:
-            bad.append(BadRecord(source, refused.reason, refused.remedy))
-    if bad:
-        raise BadRecords(bad, total)
-    return texts
+            result.bad.append(BadRecord(source, refused.reason, refused.remedy))
+    return result
 
 
 def _record(loaded: Any, source: str, settings: DataSettings) -> Record:

@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.config import BackboneSettings, DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
+from ladir.files import replace_folder
 from ladir.models.backbone import Backbone, build_backbone, choose_dtype, for_training, load_lm
 from ladir.models.denoiser import Denoiser
 from ladir.models.store import (
@@ -35,7 +36,6 @@ from ladir.models.store import (
     names_damage,
     own_state,
     refuse_foreign,
-    replace_folder,
     save_model,
     settings_of,
     without_adapters,
@@ -260,7 +260,7 @@ def assemble_export(
     An export that is there already is replaced; UnusableError where ``folder`` holds anything else, and for parts that are no
     model folders or damaged.
     """
-    final = Path(folder)
+    final = Path(folder).resolve()  # a link stays one
     refuse_foreign(final)
     aside = final.with_name(final.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ladir.config import DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
+from ladir.files import replace_folder
 from ladir.models.backbone import Backbone
 
 SETTINGS_FILE = "ladir.json"
@@ -90,7 +91,7 @@ def save_model(
     ``ladir.json``, written last: a folder that has it is whole.  A model that is there already is replaced; UnusableError where
     ``folder`` holds anything else.
     """
-    final = Path(folder)
+    final = Path(folder).resolve()  # a link stays one
     refuse_foreign(final)
     aside = final.with_name(final.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
@@ -118,19 +119,6 @@ def refuse_foreign(folder: Path) -> None:
             f"{folder} is no model folder ({SETTINGS_FILE} is missing), and writing a model there would delete what it holds; "
             "name a folder that is new or empty, or move this one away"
         )
-
-
-def replace_folder(aside: Path, final: Path) -> None:
-    """Give ``aside`` the name ``final``.
-
-    What has it is renamed before it is deleted: a deletion that is cut short leaves no folder that looks foreign.
-    """
-    old = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class _LmWriter:

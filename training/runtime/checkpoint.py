@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ladir.files import sync_file
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, StateReader
-from training.runtime.files import publish_folder, sha256, sync_file, write_json, write_text
+from training.runtime.files import publish_folder, sha256, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
 
     def prepare() -> None:
         if world.is_main:
-            for torn in folder.glob(f".{_NAMED}*.tmp"):  # of any step: one process group at a time works here
+            for torn in folder.glob(f".{_NAMED}*"):  # of any step: one process group at a time works here
                 shutil.rmtree(torn, ignore_errors=True)
             aside.mkdir(parents=True)
 

@@ -7,13 +7,14 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
+
+from ladir.files import replace_folder, sync_file
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -23,15 +24,6 @@ def lacks_room(error: Exception) -> bool:
     if isinstance(error, SafetensorError):  # has the number in its text only
         return any(f"os error {number})" in str(error) for number in _NO_ROOM)
     return isinstance(error, OSError) and error.errno in _NO_ROOM
-
-
-def sync_file(path: Path) -> None:
-    """Force the content of a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,13 +84,7 @@ def publish_folder(aside: Path, folder: Path) -> None:
     for file in sorted(aside.rglob("*"), reverse=True):
         sync_file(file)
     sync_file(aside)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    sync_file(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(aside, folder)
 
 
 def sha256(path: Path) -> str:

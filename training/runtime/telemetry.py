@@ -12,7 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ logger = logging.getLogger(__name__)
 class Telemetry:
     """The records of one phase.  Use as a context manager; call with agreed (all-reduced) values."""
 
-    def __init__(self, run: Run, resumed_step: int) -> None:
-        """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn."""
+    def __init__(self, run: Run, resumed_step: int, validated: bool = True) -> None:
+        """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn, and that of its
+        validation unless it was ``validated`` before it was saved."""
         self._settings: TelemetrySettings = run.config.telemetry
         self._phase, self._device = run.phase, run.world.device
         self._active = run.world.is_main
@@ -43,12 +45,9 @@ class Telemetry:
         if not self._active:
             return
         self._file = run.folder.metrics
-        withdraw(self._file, run.phase, resumed_step)
+        withdraw(self._file, run.phase, resumed_step, validated)
         if self._settings.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
-            self._describe(run)
+            self._open_tensorboard(run, resumed_step)
         bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
@@ -63,22 +62,35 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.file_writer.add_summary(self._ended)
-            self._writer.close()
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.file_writer.add_summary(self._ended)
+                writer.close()
         if self._bar is not None:
             self._bar.close()
 
-    def _describe(self, run: Run) -> None:
-        """The charts' layout, and the settings for TensorBoard's HPARAMS."""
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        """TensorBoard's writer, or None; where it has no room there are no more charts, and the training goes on."""
+        try:
+            yield self._writer
+        except OSError as error:
+            self._writer = None
+            logger.warning("TensorBoard's files cannot be written (%s): make room; charts end here until the next start", error)
+
+    def _open_tensorboard(self, run: Run, resumed_step: int) -> None:
+        """Start TensorBoard's files with the charts' layout, and the settings for its HPARAMS."""
+        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         settings = dashboard.hyperparameters(relevant_settings(dataclasses.asdict(run.config), run.phase))
         # Not the writer's add_hparams, which makes a folder, and thus a run of its own, at every start.
         columns, started, self._ended = hparams(settings, dict.fromkeys(dashboard.RESULT_METRICS))
-        for summary in (columns, started):
-            self._writer.file_writer.add_summary(summary)
-        self._writer.add_custom_scalars(dashboard.layout())
+        with self._tensorboard():
+            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
+            for summary in (columns, started):
+                self._writer.file_writer.add_summary(summary)
+            self._writer.add_custom_scalars(dashboard.layout())
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write scalars: ``kind`` is ``train`` or ``validation``; non-finite values are written as null."""
@@ -90,9 +102,9 @@ class Telemetry:
                 file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
         except OSError as error:  # the training is worth more than its record
             logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(dashboard.tag(kind, name), value, step)
+        with self._tensorboard() as writer:
+            for name, value in values.items() if writer is not None else ():
+                writer.add_scalar(dashboard.tag(kind, name), value, step)
 
     def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
         """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
@@ -110,8 +122,9 @@ class Telemetry:
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text sample (Markdown) for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_text(name, text, step)
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.add_text(name, text, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """The distribution of ``values`` for TensorBoard."""
@@ -119,13 +132,15 @@ class Telemetry:
             return
         values = values.detach().float().cpu()
         values = values[values.isfinite()]
-        if len(values):
-            self._writer.add_histogram(name, values, step)
+        with self._tensorboard() as writer:
+            if len(values):
+                writer.add_histogram(name, values, step)
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, channels]."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.add_image(name, pixels, step, dataformats="HWC")
 
     def memory_gib(self) -> float:
         """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""
@@ -134,21 +149,25 @@ class Telemetry:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def withdraw(metrics: Path, phase: str, after: int) -> None:
-    """Remove a phase's records of steps later than ``after``, which will be made again, and a torn last line."""
+def withdraw(metrics: Path, phase: str, after: int, validated: bool = True) -> None:
+    """Remove a phase's records of steps later than ``after``, which will be made again, and a torn last line.
+
+    ``validated`` False: the validation of step ``after`` will be made again, too.
+    """
     if not metrics.is_file():
         return
     with locked(metrics):
         before = metrics.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(f"{line}\n" for line in before.splitlines() if _stays(line, phase, after))
+        kept = "".join(f"{line}\n" for line in before.splitlines() if _stays(line, phase, after, validated))
         if kept != before:
             write_text(metrics, kept)
 
 
-def _stays(line: str, phase: str, after: int) -> bool:
+def _stays(line: str, phase: str, after: int, validated: bool) -> bool:
     try:
         row = json.loads(line)
-        return bool(row["phase"] != phase or row["step"] <= after)
+        last = after if validated or row["kind"] != "validation" else after - 1
+        return bool(row["phase"] != phase or row["step"] <= last)
     except (ValueError, KeyError, TypeError):
         return False
 
