@@ -380,3 +380,27 @@ def test_an_error_while_one_rank_shows_samples_is_the_one_that_is_told(tmp_path:
         assert group.run(raise_in_validation, tmp_path) == ["ArithmeticError", "RankLostError"]
     finally:
         group.close()
+
+
+def fail_in_a_validation(world: World, folder: Path) -> Outcome:
+    """The second validation fails once; the same command then continues."""
+    settings = toy_settings(max_steps=6, checkpoint_every=2, validate_every=4, ema=0.9)
+    phase = ToyPhase()
+
+    def show(model: object, telemetry: object, step: int) -> None:
+        if step == 4:
+            raise ArithmeticError("no")
+
+    phase.on_validate = show  # type: ignore[attr-defined]
+    with pytest.raises(ArithmeticError), open_run(toy_config(folder / "failed", 3, **settings), "ar", world) as run:
+        train(run, phase)
+    run_toy(world, folder / "whole", 3, **settings)
+    return run_toy(world, folder / "failed", 3, **settings)
+
+
+def test_what_fails_in_a_validation_costs_no_step(one_process: ProcessGroup, tmp_path: Path) -> None:
+    assert one_process.run(fail_in_a_validation, tmp_path)[0].finished
+    assert_identical(tmp_path / "failed", tmp_path / "whole")
+    assert [row["step"] for row in records(tmp_path / "failed", "validation")] == [4, 6]
+    kept = sorted(path.name for path in (tmp_path / "failed" / "toy" / "checkpoints" / "ar").glob("step-*"))
+    assert kept[-1] == "step-00000006"

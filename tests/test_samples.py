@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -10,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ladir.config_loader import load_config
 from ladir.data.randomness import derive
 from ladir.inference.decode import decode_thoughts
 from ladir.models.metrics import flow_by_time, vae_metrics
 from ladir.report import traces
-from ladir.report.traces import LatentRecorder
+from ladir.report.traces import LatentRecorder, spread
 from ladir.tasks import countdown
 from ladir.tokens import decode_text
 from tests.distributed import ProcessGroup
@@ -31,7 +35,7 @@ from training.runtime import dashboard
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run
-from training.runtime.utilisation import counted_flops, measured_peak
+from training.runtime.utilisation import as_written, counted_flops, measured_peak
 from training.samples import markdown_table
 
 SHOWN = 2
@@ -106,7 +110,9 @@ class Shown:
 
 
 def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of the first question's blocks, which are drawn, and the finished blocks of the others."""
+    """Some steps of the first question's first blocks, which are drawn, and all finished blocks."""
+    monkeypatch.setattr(samples, "_DRAWN_BLOCKS", 2)
+    monkeypatch.setattr(samples, "_DRAWN_STEPS", 3)
     settings = ["sample.num_steps=5", "sample.max_blocks=3", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
     config = load_config(None, [*settings, "telemetry.samples=3"])
     records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
@@ -124,8 +130,9 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(traces, "decode_thoughts", counted)
     show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"))  # type: ignore[arg-type]
     show(model, shown, 1)
-    assert sum(rows) == 5 * len(first.blocks) + sum(len(trace.blocks) for trace in others)
-    assert len(shown.images) == len(first.blocks)
+    assert len(first.blocks) == 3
+    assert sum(rows) == 2 * 3 + 1 + sum(len(trace.blocks) for trace in others)
+    assert shown.images == ["denoising/block_1", "denoising/block_2"]
     (table,) = shown.texts
     lines = [samples._cell("\n".join([*trace.thoughts, trace.answer])) for trace in (first, *others)]
     assert [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]] == lines
@@ -211,6 +218,29 @@ def test_compiled_layers_are_counted_and_stay_as_they_were() -> None:
     assert count.flops == counted
 
 
+class Recomputed(Layers):
+    """Layers whose activations are made again in the backward pass."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, inputs, use_reentrant=False)
+
+
+def test_a_counted_pass_of_compiled_layers_may_recompute_and_counts_that_not() -> None:
+    model, inputs = Recomputed(), torch.randn(4, 5)
+    with counted_flops(model) as count:
+        model(inputs)
+    expected = count.flops
+    for layer in (model.first, model.second):
+        layer.compile(backend="aot_eager")
+    with as_written(model):
+        with counted_flops(model) as count:
+            output = model(inputs)
+        output.sum().backward()
+    assert count.flops == expected > 0
+    model(inputs).sum().backward()
+    assert all(layer._compiled_call_impl is not None for layer in (model.first, model.second))
+
+
 def test_a_peak_is_measured() -> None:
     assert math.isfinite(peak := measured_peak(torch.device("cpu"), torch.float32)) and peak > 1e6
 
@@ -238,3 +268,11 @@ def test_the_flow_loss_by_time_adds_up() -> None:
         inside = (t >= number / 4) & ((t < (number + 1) / 4) | ((number == 3) & (t == 1)))
         assert float(total) == pytest.approx(float(losses[inside].sum()), rel=1e-5)
         assert float(count) == 6 * int((inside & (t > 0)).sum())
+
+
+@given(st.integers(1, 200), st.integers(1, 30))
+def test_steps_are_spread_evenly_up_to_the_last(count: int, most: int) -> None:
+    found = spread(count, most)
+    assert len(found) == min(count, most) and found[-1] == count and found[0] >= 1
+    gaps = {after - before for before, after in itertools.pairwise([0, *found])}
+    assert max(gaps) - min(gaps) <= 1

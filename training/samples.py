@@ -7,6 +7,7 @@ All ranks run the models, on the same samples, since sharded weights need every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from ladir.models.ar import ArModel
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
 from ladir.models.vae import Vae, encode_sentences
-from ladir.report.traces import LatentRecorder, finished_blocks
+from ladir.report.traces import LatentRecorder, finished_blocks, spread
 from ladir.tokens import decode_text
 from training.runtime.telemetry import Telemetry
 
@@ -34,6 +35,9 @@ Show = Callable[[object, Telemetry, int], None]
 
 #: held-out sentences whose latents are drawn as histograms
 _HISTOGRAM_SENTENCES = 256
+
+#: blocks of the first question, and steps of each, that are drawn
+_DRAWN_BLOCKS, _DRAWN_STEPS = 4, 10
 
 
 def vae_samples(
@@ -105,9 +109,9 @@ def denoiser_samples(
         telemetry.histogram("latents/meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
         telemetry.histogram("latents/generated", (latents - mean) / std, step)
-        decoder = load_thought_decoder(vae, config.backbone, torch.device("cpu"))
-        # Only the first question's steps are drawn, and the other ranks wait while they are decoded.
-        wanted = [recorded[0], *map(finished_blocks, recorded[1:])]
+        # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are drawn.
+        decoder = load_thought_decoder(vae, replace(config.backbone, dtype="auto"), torch.device("cpu"))
+        wanted = [finished_blocks(recorded[0], _DRAWN_BLOCKS, _DRAWN_STEPS), *map(finished_blocks, recorded[1:])]
         traces = [only for (only,) in recorder.read(wanted, decoder)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
@@ -116,8 +120,9 @@ def denoiser_samples(
         telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
         from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
 
-        for number, block in enumerate(traces[0].blocks, start=1):
-            figure = denoising_figure(block.latents, block.texts, f"{questions[0]}, block {number}")
+        steps = [spread(len(block), _DRAWN_STEPS) for block in recorded[0][0].trace[:_DRAWN_BLOCKS]]
+        for number, (block, drawn) in enumerate(zip(traces[0].blocks, steps, strict=False), start=1):
+            figure = denoising_figure(block.latents, block.texts, f"{questions[0]}, block {number}", drawn)
             telemetry.image(f"denoising/block_{number}", pixels(figure), step)
 
     return show

@@ -106,8 +106,11 @@ def _logarithmic(axes: Axes, name: str, values: Sequence[float]) -> None:
     axis.set_minor_formatter(plain if few and not named else NullFormatter())
 
 
-def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str) -> Figure:
-    """A block forming: one row per step, its estimate of the clean latents as colours [steps, elements], its text beside it."""
+def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str, numbers: Sequence[int] | None = None) -> Figure:
+    """A block forming: one row per step, its estimate of the clean latents as colours [steps, elements], its text beside it.
+
+    ``numbers``: which steps these are (not given: all from the first on).
+    """
     steps = len(latents)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(_SIZE[0] * 1.15, 0.75 + 0.24 * steps), dpi=_DPI, layout="constrained")
@@ -118,7 +121,7 @@ def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str) -> F
         axes.set_title(one_line(title, 90), loc="left")
         axes.set_xlabel("element of the block's latents")
         axes.set_ylabel("step")
-        axes.set_yticks(range(steps), [str(number) for number in range(1, steps + 1)])
+        axes.set_yticks(range(steps), [str(number) for number in numbers or range(1, steps + 1)])
         beside = axes.twinx()
         beside.set_ylim(axes.get_ylim())
         beside.set_yticks(range(steps), [one_line(text, _LABEL_CHARACTERS) or "(nothing)" for text in texts], family="monospace")

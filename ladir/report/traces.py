@@ -88,9 +88,19 @@ class LatentRecorder(Reasoner):
         return torch.stack([self._kept[int(number)] for number in numbers])
 
 
-def finished_blocks(recorded: Sequence[Trajectory]) -> list[Trajectory]:
-    """Recorded trajectories without the steps before the last one of every block, which need not be decoded then."""
-    return [replace(trajectory, trace=[steps[-1:] for steps in trajectory.trace]) for trajectory in recorded]
+def finished_blocks(recorded: Sequence[Trajectory], drawn: int = 0, steps: int = 1) -> list[Trajectory]:
+    """Recorded trajectories without most steps before the last one of every block, which need not be decoded then: of the first
+    ``drawn`` blocks ``steps`` stay, evenly spread (see :func:`spread`), of the others the last one."""
+    return [
+        replace(t, trace=[[b[i - 1] for i in spread(len(b), steps if n < drawn else 1)] for n, b in enumerate(t.trace)])
+        for t in recorded
+    ]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers 1 to ``count``, evenly spread; the last is ``count``."""
+    kept = min(count, most)
+    return [count - (count * left) // kept for left in reversed(range(kept))]
 
 
 def _keep_all(trajectory: int, block: int, step: int, text: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -25,7 +25,7 @@ from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
 from training.runtime.telemetry import Telemetry
-from training.runtime.utilisation import counted_flops, measured_peak
+from training.runtime.utilisation import as_written, counted_flops, measured_peak
 from training.runtime.validation import validate
 from training.runtime.windows import Window, Windows
 
@@ -56,6 +56,7 @@ def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcom
     """One turn is one optimizer step."""
     progress = trainer.progress
     with trainer.telemetry(), trainer.windows() as windows:
+        trainer.catch_up()
         for window in windows:
             stop = trainer.agree(window)
             if stop or progress.fraction(settings, num_samples) >= 1:
@@ -113,7 +114,8 @@ class Trainer:
         """Open the records and start the clock."""
         given = self.run.config.telemetry.peak_tflops
         self._peak = given * 1e12 if given else measured_peak(self.world.device, self.engine.dtype)
-        with Telemetry(self.run, self.progress.step) as self._telemetry:
+        validated = self._validated_step == self.progress.step
+        with Telemetry(self.run, self.progress.step, validated) as self._telemetry:
             self._started = time.perf_counter() - self.progress.seconds
             self._interval["seconds"] = self.progress.seconds
             yield
@@ -154,7 +156,8 @@ class Trainer:
         start = time.perf_counter()
         self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
         yield
-        self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
+        if not self._first:  # which waits for others that compile
+            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         self._started += time.perf_counter() - start
 
     def _seconds(self) -> float:
@@ -183,14 +186,11 @@ class Trainer:
         sums, losses = LossSums(self.phase.weights, self.world.device), []
         for number, batch in enumerate(window.batches):
             torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
-            outputs = self._forward(batch)
-            terms = [
-                outputs[term] * (weight / max(self._counts[term], 1.0))
-                for term, weight in self.phase.weights.items()
-                if term in outputs
-            ]
-            loss = torch.stack([term.float() for term in terms]).sum()
-            self.engine.backward(loss, last=number + 1 == len(window.batches))
+            # The first pass is counted, for which compiled layers run as they were written, forward and back.
+            with as_written(self.engine.model) if self._flops_per_token is None else nullcontext():
+                outputs = self._forward(batch)
+                loss = self._weighted(outputs)
+                self.engine.backward(loss, last=number + 1 == len(window.batches))
             losses.append(loss.detach())
             sums.add(outputs)
             self.meters.add_metrics(outputs)
@@ -201,6 +201,15 @@ class Trainer:
             self._report_non_finite(window, losses)
         self.meters.add_losses(dict(zip(self.phase.weights, values, strict=True)), self._counts)
         return math.sqrt(square_sum)
+
+    def _weighted(self, outputs: dict[str, Tensor]) -> Tensor:
+        """This micro batch's part of the step's loss."""
+        terms = [
+            outputs[term] * (weight / max(self._counts[term], 1.0))
+            for term, weight in self.phase.weights.items()
+            if term in outputs
+        ]
+        return torch.stack([term.float() for term in terms]).sum()
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The engine's forward pass; the first one's FLOPs per token stand for all (MFU)."""
@@ -236,13 +245,23 @@ class Trainer:
         self._unlogged = (lr, gradient_norm)
         if step % self.settings.log_every == 0:
             self._log(ahead)
-        if self.settings.validate_every and step % self.settings.validate_every == 0 and ahead < 1:
-            self.validate()
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
             self._keep("unfinished", step)
         if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
             self.save()
+        if self._validation_due(ahead):  # behind the checkpoint: whatever fails here costs no step
+            self.validate()
+
+    def _validation_due(self, fraction: float) -> bool:
+        every = self.settings.validate_every
+        return every is not None and self.progress.step % every == 0 and fraction < 1
+
+    def catch_up(self) -> None:
+        """Validate where a run ended between a checkpoint and the validation of its step."""
+        fraction = self.progress.fraction(self.settings, self.phase.num_samples)
+        if self.progress.step != self._validated_step and self._validation_due(fraction):
+            self.validate()
 
     def _log(self, fraction: float) -> None:
         """Write what was measured since the last time, if anything."""
@@ -308,9 +327,9 @@ class Trainer:
     def finish(self) -> Outcome:
         """At the end: log, validate, checkpoint, write the model, record the outcome."""
         self._log(1.0)
+        self.save()
         if self._validated_step != self.progress.step:  # else it was done before a restart
             self.validate()
-        self.save()
         return self._keep("finished")
 
     def _keep(self, status: str, snapshot: int | None = None) -> Outcome:

@@ -36,16 +36,33 @@ class FlopCount:
 
 
 @contextmanager
-def counted_flops(model: nn.Module) -> Iterator[FlopCount]:
-    """Counts the linear layers of the forward passes inside, with their gradients; nothing that is recomputed later.
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's compiled parts run as they were written.  (Kernels that are compiled by themselves stay so.)
 
-    Attention's own products are left out, whatever kernel does them, so that the MFU is a little too low.  Compiled layers
-    run as they were written here: what is compiled must not contain the counting.
+    A forward pass whose activations are recomputed needs its backward pass inside, too: both must run alike.
+    """
+    compiled = [(part, part._compiled_call_impl) for part in model.modules() if part._compiled_call_impl is not None]
+    for part, _ in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
+
+
+@contextmanager
+def counted_flops(model: nn.Module) -> Iterator[FlopCount]:
+    """Counts the linear layers of the forward passes inside, with the gradients that are wanted of them.
+
+    A backward pass belongs outside: what it recomputes would be counted again.  Attention's own products are left out, whatever
+    kernel does them, so that the MFU is a little too low.  Compiled layers run as they were written here: what is compiled must
+    not contain the counting; see :func:`as_written`.
     """
     count = FlopCount()
     hooks = [layer.register_forward_hook(count.add) for layer in model.modules() if isinstance(layer, nn.Linear)]
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with as_written(model):
             yield count
     finally:
         for hook in hooks:
