@@ -176,6 +176,8 @@ def _text_errors(config: Config) -> Iterator[str]:
         yield f"run.name={name!r}: must be the name of one folder; put the path before it into run.folder"
     if any(mark in config.evaluate.name for mark in "/\\\0"):
         yield f"evaluate.name={config.evaluate.name!r}: must be a part of a file's name, without a path"
+    if config.evaluate.name.isdecimal():
+        yield f"evaluate.name={config.evaluate.name!r}: must not be a number: so the results of evaluate.snapshot are named"
     if not config.data.answer_prefixes:
         yield "data.answer_prefixes=[]: the AR baseline writes its answers behind the first of them; name at least one"
     if any(not prefix.strip() for prefix in config.data.answer_prefixes):
@@ -227,8 +229,8 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="
             f"{config.evaluate.num_trajectories} samples to vote; lower the one or raise the other"
         )
-    if config.ar.copy_fraction > 0 and config.data.train is None and config.data.sentences is None:
-        yield "ar.copy_fraction: there are no sentences to copy; set data.train or data.sentences"
+    if config.ar.copy_fraction > 0 and config.data.train is None:
+        yield "ar.copy_fraction: there are no sentences to copy; set data.train"
 
 
 def _training_errors(name: str, train: TrainSettings) -> Iterator[str]:

@@ -235,6 +235,14 @@ def test_limits_alone_hold_too(name: str, passes: bool, common_interpreter: None
     assert outcome.passed is passes, outcome
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").is_file(), reason="this kernel does not choose by such scores")
+def test_where_memory_ends_programs_go_before_the_evaluation(common_interpreter: None) -> None:
+    """Each process is bounded, not all together."""
+    program = "import os; assert os.fork() == 0 or os.wait()[1] == 0; assert open('/proc/self/oom_score_adj').read() == '1000\\n'"
+    outcome = run_program(program, PATIENT, isolation="limits")
+    assert outcome.passed, outcome
+
+
 def test_programs_are_never_run_as_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("not root")

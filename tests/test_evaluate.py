@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config_loader import load_config
+from ladir.errors import UnusableError
 from ladir.evaluation.results import read_questions
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
@@ -27,7 +28,7 @@ from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
 from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
-from training.answerers import stage_folder
+from training.answerers import VARIANTS, stage_folder
 from training.answers import Answered, AnswerLog, cut
 from training.evaluate import evaluate, read_questions_asked
 from training.runtime.distributed import World
@@ -241,3 +242,20 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     expected = reasoner.generate([record.question for record in asked[:2]], 10, seed=config.run.seed)
     found = read_questions(folder.path / "generations-7.jsonl")["ladir"]
     assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]
+
+
+def test_records_that_cannot_be_judged_are_refused_before_a_model_is_loaded(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluate.load_answerers", lambda *_: pytest.fail("loaded a model"))
+    (tmp_path / "test.jsonl").write_text('{"input": "1 2 -> 3", "output": "1 + 2 = 3\\n#### 1 + 2"}\n')
+    with pytest.raises(UnusableError, match=r"test\.jsonl:1: not a Countdown record"):
+        evaluate_in(models, tmp_path, f"data.test={tmp_path / 'test.jsonl'}")
+
+
+def test_zero_noise_is_without_randomness_whatever_the_sampler() -> None:
+    settings = dataclasses.replace(
+        SampleSettings(sampler="sde"),
+        **{name: value for name, value in VARIANTS["ladir-zero-noise"].items() if name != "num_trajectories"},
+    )
+    assert (settings.sampler, settings.initial_noise, settings.answer_temperature) == ("ode", 0.0, 0.0)

@@ -41,6 +41,8 @@ NUMBERS = [
     ("It is -3 degrees", "-3", True),
     ("- \\frac{1}{2}", "-0.5", True),
     ("the top-3", "3", True),
+    ("a 7-day week", "7", True),
+    ("3 t-shirts", "3", True),
     ("72.0001", "72", False),
     ("721", "72", False),
     ("1.0", "1", True),
@@ -66,6 +68,14 @@ FORMULAS = [
     ("12 - 5", "7", True),
     ("12 - 5", "5", False),
     ("12 -5", "-5", False),
+    ("3", "3-i", False),
+    ("3-i", "3", False),
+    ("7", "x-7", False),
+    ("7 - x", "x - 7", False),
+    ("2-y", "2-x", False),
+    ("2-x", "-x+2", True),
+    ("f(x)=3-x", "3", False),
+    ("$x-7$", "7", False),
     ("50\\%", "0.5", True),
     ("3/0", "3", False),
     ("1 2", "12", False),
@@ -219,3 +229,12 @@ def test_random_polynomials_equal_their_rearrangements_only(task: MathsTask, dat
 @given(st.text(alphabet="0123456789x+-*/^()[]{}\\$,.=% fracsqtboed", max_size=40))
 def test_any_formula_like_text_is_judged(task: MathsTask, text: str) -> None:
     assert task.correct(text, record("\\frac{987654321}{123456}")) is False
+
+
+@given(
+    st.integers(0, 99),
+    st.sampled_from("abcikxyzπ"),
+    st.sampled_from(["{0}-{1}", "{0} - {1}", "{1}-{0}", "{1} - {0}", "${1} -{0}$"]),
+)
+def test_a_number_and_a_variable_are_no_number(number: int, variable: str, form: str) -> None:
+    assert plain_number(form.format(number, variable)) is None

@@ -642,6 +642,8 @@ def test_sampled_tokens_follow_the_softmax() -> None:
         shares = torch.bincount(drawn, minlength=4) / len(drawn)
         assert torch.allclose(shares, (logits[0] / temperature).softmax(-1), atol=0.012)
     assert choose_tokens(logits[:3], 0.0, uniform[:3]).tolist() == [3, 3, 3]
+    for tiny in (1e-30, 1e-39, 1e-300):
+        assert choose_tokens(logits[:3], tiny, uniform[:3]).tolist() == [3, 3, 3]
     edges = torch.tensor([0.0, 1.0 - 2**-24])
     assert choose_tokens(torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, -1), 1.0, edges).tolist() == [1, 1]
 

@@ -12,6 +12,9 @@ class Judge:
 
     name = "none"
 
+    def check(self, record: Record) -> None:
+        pass
+
     def correct(self, answer: str, record: Record) -> bool:
         return False
 

@@ -23,7 +23,7 @@ from training.runtime.run import RunFolder
 
 #: controls of LaDiR's variants that differ from the settings' (``sample``)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "ladir-zero-noise": {"num_trajectories": 1, "initial_noise": 0.0, "answer_temperature": 0.0},
+    "ladir-zero-noise": {"num_trajectories": 1, "sampler": "ode", "initial_noise": 0.0, "answer_temperature": 0.0},
     "ladir-sde": {"sampler": "sde"},
 }
 

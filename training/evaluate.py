@@ -43,6 +43,9 @@ from training.runtime.run import Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
+#: a batch of programs that never end takes its rank so much longer than the others theirs
+_BATCH_MINUTES = 24 * 60
+
 #: phases behind a model's row besides the base LM
 PHASES = {"ar": ("ar",), "ladir": ("vae", "latents", "denoiser"), "rollout": ("vae", "latents", "denoiser", "rollout")}
 
@@ -53,6 +56,8 @@ def evaluate(run: Run) -> None:
     _check_snapshot(run)
     methods = [method for method in config.evaluate.methods if _is_trained(run, method)]
     records = read_questions_asked(config)
+    for record in records:
+        task.check(record)
     if not methods:
         raise FileNotFoundError(f"no model of evaluate.methods={config.evaluate.methods} was trained; name others")
     log = AnswerLog(run, records)
@@ -112,15 +117,18 @@ def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[R
     """Add answers to all questions to the log; False when a signal asked to stop (what is answered is kept)."""
     done, judges = log.done(sampling), judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     batches = cut(len(records), run.config.evaluate.questions_per_batch, run.world.size)
-    for batch in [batch for batch in batches if not done.issuperset(batch)][run.world.rank :: run.world.size]:
-        if run.stop.requested:  # the others see it at the end of their shares
-            break
-        answered = _answer(task, judges, [records[i] for i in batch], answerer, run.world.rank)
-        log.add(sampling, dict(zip(batch, answered, strict=True)))
-    finished = not run.stop_agreed()
-    if finished:
-        logger.info("%s: %d questions answered", sampling, len(records))
-    return finished
+    left = [batch for batch in batches if not done.issuperset(batch)]
+    run.world.wait_at_most(_BATCH_MINUTES)
+    for first in range(0, len(left), run.world.size):  # together, so that no rank waits for another one's whole share
+        if run.stop_agreed():
+            return False
+        for batch in left[first : first + run.world.size][run.world.rank :][:1]:
+            answered = _answer(task, judges, [records[i] for i in batch], answerer, run.world.rank)
+            log.add(sampling, dict(zip(batch, answered, strict=True)))
+    if run.stop_agreed():
+        return False
+    logger.info("%s: %d questions answered", sampling, len(records))
+    return True
 
 
 def judges_of(config: Config, ranks: int) -> int:

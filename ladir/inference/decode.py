@@ -10,12 +10,16 @@ from ladir.inference.cache import Prefix
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import decode_text
 
+#: a smaller temperature is no number in fp32; its choice is greedy as well
+_COLDEST = float(torch.finfo(torch.float32).tiny)
+
 
 def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
     """Token ids [R] from logits [R, V]: greedy at temperature 0, else by inverting the distribution at ``uniform`` [R]."""
     if temperature == 0.0 or uniform is None:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    below = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature divides to infinity above
+    cumulative = (below / max(temperature, _COLDEST)).softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None].contiguous(), right=True)[:, 0]
     return drawn.clamp_max(logits.shape[-1] - 1)
 

@@ -14,6 +14,10 @@ class Task(Protocol):
 
     name: str
 
+    def check(self, record: Record) -> None:
+        """Raise UnusableError where the record lacks what answers are judged by."""
+        ...
+
     def correct(self, answer: str, record: Record) -> bool:
         """Whether the answer text is right for the record.  Never raises on any answer text, and ends on any."""
         ...

@@ -33,21 +33,26 @@ def assembled(answer: str, record: Record) -> str:
     """Set-up, answer and tests as one program.
 
     An answer that does not define ``entry_point`` is taken for the body of the function that the set-up begins
-    (HumanEval's completions); the reader may have stripped its first line's indentation.  Raises ValueError on a record
+    (HumanEval's completions); the reader may have stripped its first line's indentation.  Raises UnusableError on a record
     without tests.
     """
-    tests, setup, entry_point = (record.reference.get(name) for name in ("tests", "setup", "entry_point"))
-    if not isinstance(tests, str) or not tests.strip():
-        raise UnusableError(
-            f'{record.source}: not a record of the task code: it needs "tests" (a program text that raises where the '
-            "answer is wrong); HumanEval's and MBPP's files have them, for others choose evaluate.task=maths"
-        )
+    tests, setup, entry_point = _tests_of(record), *(record.reference.get(name) for name in ("setup", "entry_point"))
     program = program_of(answer)
     before = setup if isinstance(setup, str) else ""
     if isinstance(entry_point, str) and not _defines(program, entry_point):
         indented = program if program[:1] in (" ", "\t") else f"    {program}"
         return f"{before.rstrip()}\n{indented}\n\n{tests}\n"
     return f"{before}\n{program}\n\n{tests}\n"
+
+
+def _tests_of(record: Record) -> str:
+    tests = record.reference.get("tests")
+    if not isinstance(tests, str) or not tests.strip():
+        raise UnusableError(
+            f'{record.source}: not a record of the task code: it needs "tests" (a program text that raises where the '
+            "answer is wrong); HumanEval's and MBPP's files have them, for others choose evaluate.task=maths"
+        )
+    return tests
 
 
 def _defines(program: str, name: str) -> bool:
@@ -71,9 +76,13 @@ class CodeTask:
 
         self._run = run
 
+    def check(self, record: Record) -> None:
+        """Raise UnusableError where the record has no tests."""
+        _tests_of(record)
+
     def correct(self, answer: str, record: Record) -> bool:
-        """Whether the tests run through.  Raises ValueError on a record without tests, UnusableError (one, too) where
-        programs cannot be isolated here."""
+        """Whether the tests run through.  Raises UnusableError on a record without tests, and where programs cannot be
+        isolated here."""
         return self.outcome(answer, record).passed
 
     def outcome(self, answer: str, record: Record) -> Outcome:

@@ -306,8 +306,12 @@ class CountdownTask:
 
     name = "countdown"
 
+    def check(self, record: Record) -> None:
+        """Raise UnusableError where the record is no puzzle."""
+        _puzzle_of(record)
+
     def correct(self, answer: str, record: Record) -> bool:
-        """Whether the answer solves the record's puzzle.  Raises ValueError on a record that is no puzzle."""
+        """Whether the answer solves the record's puzzle.  Raises UnusableError on a record that is none."""
         return check_answer(answer, *_puzzle_of(record))
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:

@@ -26,9 +26,10 @@ _NUMBER = re.compile(
     r"(?:\s?/\s?([0-9]{1,100})(?![0-9]|\.[0-9]))?",
     re.ASCII,
 )
-# What makes a text more than a number with words around it; so does a letter that touches a digit ("3x").
+# What makes a text more than a number with words around it; so does a letter that touches a digit ("3x"), and a lone one that is
+# subtracted ("3 - x") or subtracted from ("x-3").  The number itself is looked at as 0.
 _MATHS = re.compile(
-    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
+    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b[^\W\d_]\s*-\s*0|0\s*-\s*[^\W\d_]\b|\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
     r"negative|over|divided|half|third|thirds|dozen|hundred|thousand|million|billion|log|sin|cos|tan|factorial|choose|mod|percent)\b",
     re.IGNORECASE,
 )
@@ -105,6 +106,9 @@ class MathsTask:
             return ask({"text": text}, text).get("form")
 
         self._equal, self._form = equal, form
+
+    def check(self, record: Record) -> None:
+        """Every record has an answer to compare with."""
 
     def correct(self, answer: str, record: Record) -> bool:
         """Whether the answer equals the record's; one that takes too long to judge is wrong."""

@@ -155,6 +155,8 @@ def _be_init(settings: dict[str, Any], runner: str) -> NoReturn:
 def _isolate(settings: dict[str, Any]) -> None:
     """Everything up to the forks.  Raises OSError where this machine does not permit it."""
     _die_with_parent()
+    with contextlib.suppress(OSError):  # its processes together may want more memory than there is: they go first then
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     _checked("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if settings["isolation"] == "namespaces":
         _enter_namespaces(settings["root"], settings["prefix"], settings["disk"])
