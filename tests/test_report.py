@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ladir.__main__ import main
+from ladir.cli.report import _traced
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
 from ladir.inference.decode import decode_thoughts
@@ -280,3 +281,25 @@ def test_curves_over_a_control_hold_the_others_and_leave_snapshots_out(tmp_path:
     assert steps["ladir pass@1"][0] == [2.0, 5.0, 10.0] and diversity["ladir pass@1"][0] == [0.0, 0.8]
     assert _by_cost([run])["ladir"][0] == pytest.approx([0.02, 0.05, 0.1])
     assert _by_training(run, ["pass@1"])["ar pass@1"][0] == [3.0, 10.0]
+    strange = {"split": "validation", "num_trajectories": 7, "seed": 9, "num_questions": 2, "task": "code"}
+    for name, value in strange.items():  # none of these can be joined with the others
+        content = json.loads((run.path / "results-num_steps-5.json").read_text())
+        content["sample"]["num_steps"] = 20
+        (run.path / f"results-{name}.json").write_text(json.dumps({**content, name: value}))
+    assert _by_control(read_run(run.path), "num_steps", ["pass@1"]) == steps
+
+
+def test_what_is_shown_of_a_run_with_a_second_stage_is_the_second_stages(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one")
+    settings = json.loads((folder / "export" / "ladir.json").read_text())
+    (folder / "export" / "ladir.json").write_text(json.dumps({**settings, "origin": "0123"}))
+    first, second = sanitised(questions()), sanitised(questions())
+    second = [replace(result, trajectories=result.trajectories[1:]) for result in second]  # none is right
+    write_questions(folder / "generations.jsonl", {"ladir": first, "ladir-rollout": second})
+    run = read_run(folder)
+    entries, note = _traced(run, 2, 1, "cpu", tmp_path)
+    assert not note
+    assert [entry.judged for entry in entries] == run.questions["ladir-rollout"][:2]
+    seed, steps = run.results[0].content["seed"], run.results[0].sample["num_steps"]
+    assert (run.seed, run.sample["num_steps"]) == (seed, steps)
+    assert {len(block.texts) for entry in entries for trace in entry.trajectories for block in trace.blocks} == {steps}

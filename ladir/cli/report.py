@@ -56,21 +56,26 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
     """Questions of a run, answered anew by its exported model with all steps kept; or why there are none."""
     if count == 0:
         return [], ""
-    chosen = _chosen(run, count)
     export = run.path / "export"
-    if not chosen or not export.is_dir():
+    if not _asked(run) or not export.is_dir():
         lacking = "generations.jsonl: python training/evaluate.py" if export.is_dir() else "export/: python training/export.py"
         return [], f"{run.name}: nothing to show without {lacking} --config {run.path / 'config.yaml'} makes it."
     from transformers.utils.logging import disable_progress_bar
 
+    from ladir.models.store import load_settings
     from ladir.reasoner import Reasoner
     from ladir.report.traces import trace_questions
 
     disable_progress_bar()
     try:
+        # An export holds stage 2's denoiser, where there is one: a row of its own, from which the verdicts must come.
+        chosen = _chosen(run, "ladir-rollout" if load_settings(export, "denoiser").get("origin") else "ladir", count)
         reasoner = Reasoner.from_pretrained(export, device=device)
+        reasoner.settings = reasoner.settings_with(**run.sample)
     except UnusableError as error:
         return [], f"{run.name}: its export cannot be read ({error})."
+    except ValueError as error:  # it was exported for other controls
+        return [], f"{run.name}: its export cannot think as in the evaluation ({error})."
     found = trace_questions(reasoner, [question.question for question in chosen], trajectories, run.seed)
     entries = []
     for number, (question, traces) in enumerate(zip(chosen, found, strict=True), start=1):
@@ -84,9 +89,16 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
     return entries, ""
 
 
-def _chosen(run: RunData, count: int) -> list[QuestionResult]:
-    """Questions that LaDiR was asked: one that it solves at once, then one that it does not, then in their order."""
-    questions = run.questions.get("ladir") or next((q for name, q in run.questions.items() if name.startswith("ladir")), [])
+def _asked(run: RunData) -> dict[str, list[QuestionResult]]:
+    """What LaDiR was asked, by method."""
+    return {method: questions for method, questions in run.questions.items() if method.startswith("ladir") and questions}
+
+
+def _chosen(run: RunData, method: str, count: int) -> list[QuestionResult]:
+    """Questions that LaDiR was asked, by ``method`` if at all: one that it solves at once, one that it does not, then in their
+    order."""
+    asked = _asked(run)
+    questions = asked.get(method) or next(iter(asked.values()))
     solved = next((question for question in questions if question.trajectories[0].correct), None)
     missed = next((question for question in questions if not question.trajectories[0].correct), None)
     first = [question for question in (solved, missed) if question is not None]

@@ -121,7 +121,7 @@ def _training_time(runs: Sequence[RunData]) -> Section:
 def _by_training(run: RunData, figures: Sequence[str]) -> dict[str, Curve]:
     """Curves "method figure" of sampled answers over minutes of training, where there are several; the first results count."""
     points: dict[str, dict[float, tuple[float, float]]] = {}
-    for results in run.results:
+    for results in _alike(run):
         for row in results.rows:
             for name in figures if row["method"] in _SAMPLED else ():
                 if row.get(name) is not None and row.get("training_seconds"):
@@ -146,11 +146,19 @@ def _by_control(run: RunData, control: str, figures: Sequence[str]) -> dict[str,
 
 def _varying(run: RunData, control: str) -> Iterator[tuple[float, Results]]:
     """A control's value in every result of the finished models that has the first one's other controls."""
-    first = {name: value for name, value in run.results[0].sample.items() if name != control} if run.results else {}
-    for results in run.results:
-        others = {name: value for name, value in results.sample.items() if name != control}
-        if control in results.sample and others == first and results.content.get("snapshot") is None:
+    for results in _alike(run, control):
+        if control in results.sample and results.content.get("snapshot") is None:
             yield float(results.sample[control]), results
+
+
+def _alike(run: RunData, control: str | None = None) -> Iterator[Results]:
+    """The results that answer the first ones' questions under the same controls, all but one: what a curve may join."""
+
+    def facts(results: Results) -> tuple[Any, ...]:
+        controls = {name: value for name, value in results.sample.items() if name != control}
+        return controls, *(results.content.get(name) for name in ("task", "split", "num_questions", "num_trajectories", "seed"))
+
+    return (results for results in run.results if facts(results) == facts(run.results[0]))
 
 
 def _curve(points: Mapping[float, tuple[float, float]]) -> Curve:
@@ -241,4 +249,4 @@ def _training(runs: Sequence[RunData]) -> Section:
 def _ladir_rows(results: Results) -> list[dict[str, Any]]:
     """Rows whose trajectories are sampled latents."""
     rows = [row for row in results.rows if row["method"].startswith("ladir")]
-    return [row for row in rows if not row["method"].endswith(("majority", *_SINGLE))]
+    return [row for row in rows if not row["method"].endswith(("majority", "consistent", *_SINGLE))]
