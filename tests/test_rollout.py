@@ -326,7 +326,9 @@ def test_two_ranks_of_zero3_train_what_one_process_trains(
 # --- several solutions -------------------------------------------------------------------------------------------------
 
 
-def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_many_blocks(tmp_path: Path) -> None:
+def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_many_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = [([5, 6], 2, [7]), ([5], 2, [8]), ([5, 6], 1, [9]), ([5, 6], 2, [10]), ([5, 6], 2, [11]), ([6, 5], 2, [12])]
     rows = [
         {"question": question, "blocks": [[3]] * count, "answer": answer, "mu": [0.5] * 6 * count, "logvar": [0.0] * 6 * count}
@@ -342,6 +344,12 @@ def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_ma
     assert answers(8) == [[[7], [10], [11]], [[8]], [[9]], [[10], [7], [11]], [[11], [7], [10]], [[12]]]
     assert answers(2)[0] == [[7], [10]]
     assert answers(1)[0] == [[7]]
+    read: list[int] = []
+    monkeypatch.setattr(
+        LatentStore, "__getitem__", lambda store, index, get=LatentStore.__getitem__: read.append(index) or get(store, index)
+    )
+    assert len(GoldStore(store, 2)[0].others) == 1
+    assert read == [0, 2, 3]  # no more than are wanted; the second has fewer blocks
 
 
 def test_the_flow_stands_behind_own_blocks_in_the_share_of_steps_that_is_set() -> None:

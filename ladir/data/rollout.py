@@ -5,6 +5,7 @@ Within a batch, records with more blocks come first: those that still think are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,8 +45,8 @@ class GoldStore:
     def __getitem__(self, index: int) -> Golds:
         record = self.store[index]
         alike = (self.store[other] for other in self._group.get(index, ()) if other != index)
-        fitting = [other for other in alike if len(other.blocks) == len(record.blocks)]
-        return Golds(record, tuple(fitting[: self.most - 1]))
+        fitting = (other for other in alike if len(other.blocks) == len(record.blocks))
+        return Golds(record, tuple(itertools.islice(fitting, self.most - 1)))
 
 
 @dataclass
@@ -69,6 +70,7 @@ class RolloutBatch(TensorBatch):
     answer_ids: Tensor  # [R, C, A], padded on the right
     answer_labels: Tensor  # [R, C, A + 1]: the answer and <eos>, IGNORE behind
     block_at: Tensor  # [K]: the teacher's blocks among the R * B blocks of this batch
+    most_labels: int  # of the answers, if every record took its longest
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The batch with every tensor on ``device``."""
@@ -109,6 +111,7 @@ class RolloutCollator:
             num_blocks=torch.tensor(blocks),
             noise=self._noise(records, numbers, most),
             block_at=torch.tensor([row * most + b for row, count in enumerate(blocks) for b in range(self._padded(count))]),
+            most_labels=sum(max(len(s.answer) for s in (entry.record, *entry.others)) + 1 for entry in golds),
             **self._gold(golds, most),
         )
 

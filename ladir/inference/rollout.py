@@ -285,10 +285,12 @@ class Rollout(nn.Module):
         length = inputs.shape[1]
         positions = self._positions(batch, everyone, batch.num_blocks, torch.arange(length, device=ids.device))
         hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril())
-        losses, right = d.backbone.label_losses(hidden.flatten(0, 1), labels.flatten())
         labelled = labels != IGNORE
+        # Padding does not go through the LM head; how many labels there may be is known without asking the device.
+        first = labelled.flatten().int().argsort(descending=True, stable=True)[: batch.most_labels]
+        losses, right = d.backbone.label_losses(hidden.flatten(0, 1)[first], labels.flatten()[first])
         count = torch.stack([right.sum(), labelled.sum()]).float()
-        return (losses.view_as(labels).sum(1) / labelled.sum(1)).sum(), count
+        return (losses / labelled.sum(1)[first // length]).sum(), count
 
     def _teacher_losses(self, batch: RolloutBatch, own: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Stage 1's losses; with ``own_context`` a block's target is the chosen gold's, behind the own blocks before it."""
