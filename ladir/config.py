@@ -62,7 +62,8 @@ class BackboneSettings:
     )
     attention: str = setting(
         "auto",
-        "attention kernel: eager and sdpa take a dense mask; flex (CUDA) costs what is visible; flash (CUDA): flex, and "
+        "attention kernel: eager and sdpa take a dense mask; flex (CUDA) costs what is visible, and leaves rows of less than "
+        "1024 tokens, where that does not pay, to sdpa; flash (CUDA): flex, and "
         "flash-attn for plain text and cached prefixes; auto: on a CPU eager, and sdpa for long rows; else the first of "
         "flash, flex, sdpa that can run",
         ("auto", "eager", "sdpa", "flex", "flash"),

@@ -26,7 +26,18 @@ from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.layout import Layout
 from ladir.models import attention
-from ladir.models.attention import BLOCK, CPU, FLASH, FLEX, SHORTEST_SDPA, BlockMasks, attend, block_mask, set_attention
+from ladir.models.attention import (
+    BLOCK,
+    CPU,
+    FLASH,
+    FLEX,
+    NARROWEST_FLEX,
+    SHORTEST_SDPA,
+    BlockMasks,
+    attend,
+    block_mask,
+    set_attention,
+)
 from ladir.models.backbone import Backbone
 from ladir.models.vae import Vae
 from tests.tiny import (
@@ -342,8 +353,8 @@ def test_a_kernel_that_is_missing_is_one_clear_line() -> None:
     [
         ("cpu", True, True, f"eager, and sdpa for rows of {SHORTEST_SDPA} tokens and more", CPU),
         ("cuda", False, True, "sdpa", "sdpa"),
-        ("cuda", True, False, "flex", FLEX),
-        ("cuda", True, True, "flash", FLASH),
+        ("cuda", True, False, f"flex, and sdpa for rows of less than {NARROWEST_FLEX} tokens", FLEX),
+        ("cuda", True, True, f"flash, and sdpa for rows of less than {NARROWEST_FLEX} tokens", FLASH),
     ],
 )
 def test_auto_takes_the_fastest_that_is_there_and_says_which(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("training").setLevel(logging.INFO)
     logger.setLevel(logging.INFO)
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks, of this process or others, take what they see
     bench = Bench(size, torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     start = time.perf_counter()
     for results in measure(bench, _ALL if arguments.suite == "all" else [arguments.suite]):

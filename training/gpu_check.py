@@ -224,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder = arguments.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if arguments.dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks take what they see
     if arguments.part:
         sys.path.insert(0, str(ROOT))
         from training.runtime.distributed import run_as_program  # what it imports is there in a child process

@@ -248,7 +248,8 @@ def set_attention(lm: PreTrainedModel, setting: str, device_type: str) -> None:
     elif setting == "auto":
         usable = [name for name in ("flash", "flex") if not _lacks(name, lm, device_type)]
         setting = "eager" if device_type == "cpu" else (*usable, "sdpa")[0]
-        logger.info("backbone.attention=auto: %s", setting)
+        rest = f", and sdpa for rows of less than {NARROWEST_FLEX} tokens" if setting in _NAMES else ""
+        logger.info("backbone.attention=auto: %s%s", setting, rest)
     elif lacks := _lacks(setting, lm, device_type):
         raise UnusableError(f"backbone.attention={setting} cannot be used: {lacks}; auto takes the fastest that can")
     lm.set_attn_implementation(_NAMES.get(setting, setting))

@@ -18,8 +18,9 @@ from ladir.reference import reference_passes
 from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
 from training.planning.models import Lengths
 
-#: (median, sigma) of log-normal lengths in tokens, and the range of the number of blocks: close to GSM8K's
-_SENTENCE, _QUESTION, _ANSWER, _BLOCKS = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3), (2, 6)
+#: (median, sigma) of log-normal lengths in tokens, close to GSM8K's; shares of its records that have 2 to 8 blocks
+_SENTENCE, _QUESTION, _ANSWER = (20.0, 0.5), (55.0, 0.4), (3.0, 0.3)
+_BLOCK_SHARES = (0.26, 0.28, 0.22, 0.13, 0.06, 0.03, 0.02)
 #: a denoiser's sample is longer than a sentence, and so are its rows
 _DENOISER_ROWS = 2
 #: (record, draws, rows) whose rows are FlexAttention's: of about 4096 tokens; of other lengths, as many tokens in all; for a CPU.
@@ -164,7 +165,7 @@ def packing(bench: Bench) -> Iterator[Row]:
         yield _packed(bench, "packing", "VAE", bench.vae().train(), vae_batches, copies, weights)
     with released():
         questions, answers = (_gsm8k_like(rng, spread, bench.size.sentences // 2 + 1) for spread in (_QUESTION, _ANSWER))
-        blocks = rng.integers(*_BLOCKS, len(questions)).tolist()
+        blocks = rng.choice(np.arange(2, 2 + len(_BLOCK_SHARES)), len(questions), p=_BLOCK_SHARES).tolist()
         lengths = [Lengths(q, b, 1, a) for q, b, a in zip(questions, blocks, answers, strict=True)]
         records, draws = bench.records(lengths), bench.config.denoiser.draws
         batches = [bench.denoiser_batch(records, draws, pack_tokens) for pack_tokens in (_DENOISER_ROWS * budget, 0)]

@@ -14,7 +14,7 @@ from ladir.config import Config, TrainSettings
 from ladir.config_loader import load_config
 from ladir.data.batches import DenoiserBatch
 from ladir.models.denoiser import Denoiser
-from training.benchmarks.setup import Bench, Row, released
+from training.benchmarks.setup import Bench, Row, UnequalError, released
 from training.benchmarks.sizes import SIZES
 from training.benchmarks.training_rows import loss_weights
 from training.planning.models import Lengths
@@ -23,6 +23,8 @@ from training.runtime.ds_config import REPOSITORY
 from training.runtime.engine import Engine
 
 _WARM_UP_STEPS = 2
+#: part of a change's length by which the two may differ: AdamW's first steps go by a gradient's sign, however small it is
+_SAME_WAY = 0.1
 _DEMO_LENGTHS, _DEMO_VOCABULARY, _DEMO_ROUNDS = Lengths(question=5, blocks=2, block=5, answer=7), 120, 9
 
 #: DeepSpeed's functions by what they do: "hooks" run around every module and hold "gather", "step" holds "adam"
@@ -130,13 +132,19 @@ def zero3_step(bench: Bench, key: str, world: World) -> Row:
     plain = PlainTraining(bench.denoiser(), config)
     ours = EngineTraining(bench.denoiser(), config, world)
     batch = bench.denoiser_batch(bench.records([size.lengths] * size.records), config.denoiser.draws)
+    begun = {name: parameter.detach().clone() for name, parameter in plain.model.named_parameters()}
     ways = {"ours": lambda: ours(batch), "obvious": lambda: plain(batch)}
     for way in ways.values():
         for _ in range(_WARM_UP_STEPS):
             way()
     whole = dict(ours.engine.full_state(ema=False))
     for name, parameter in plain.model.named_parameters():
-        bench.check_equal(f"{key}: {name}", whole[name].to(bench.device), parameter.detach())
+        value = whole[name].to(bench.device)
+        bench.check_equal(f"{key}: {name}", value, parameter.detach())
+        # How far they went: a few small steps hide in the rounding of the weights themselves.
+        ours_went, went = (float((to - begun[name]).float().norm()) for to in (value, parameter.detach()))
+        if abs(ours_went - went) > _SAME_WAY * went:
+            raise UnequalError(f"{key}: {name} was moved by {ours_went:.3g} and by {went:.3g}: one of the two does not train it")
     seconds = bench.in_turn(ways, warm_up=False)
     return Row(
         key,
