@@ -136,3 +136,13 @@ def test_an_encoding_under_way_starts_over_when_the_vae_changes(
     assert vae.sentences == sum(len(record.blocks) for record in records)
     assert LatentStore.open(store).fingerprint == "another"
     assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "sources.json", "train"]
+
+
+def test_a_part_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+    _, whole, expected = encode(tmp_path / "whole", monkeypatch)
+    _, first, store = encode(tmp_path / "copied", monkeypatch, stop_in=4)
+    arrow = next(store.parent.glob("train.parts-*/*/latents.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-9])
+    finished, second, store = encode(tmp_path / "copied", monkeypatch)
+    assert finished and first.sentences + second.sentences > whole.sentences
+    assert (store / "latents.arrow").read_bytes() == (expected / "latents.arrow").read_bytes()

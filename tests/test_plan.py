@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
 from ladir.config_loader import load_config
+from ladir.tokens import build_word_tokenizer
 from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, predict, with_layers
 from training.benchmarks.sizes import SIZES
@@ -330,6 +331,12 @@ def test_what_a_plan_lacks_is_named(capsys: pytest.CaptureFixture[str], tmp_path
     assert "backbone.scratch" in capsys.readouterr().err
     assert main(["--gpus", "3", "--gpu-memory", "80", *SMALL]) == 2
     assert "global_batch=128" in capsys.readouterr().err
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    tokenizer = build_word_tokenizer(["a"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    own = [f"data.train={tmp_path}/train.jsonl", f"backbone.tokenizer={tmp_path}/tokenizer"]
+    assert main(["--gpus", "2", "--gpu-memory", "80", *SMALL, *own]) == 2
+    assert "train.jsonl:1: no field 'input'" in capsys.readouterr().err
 
 
 def test_offloading_moves_bytes_to_the_host() -> None:

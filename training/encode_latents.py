@@ -35,6 +35,9 @@ from training.runtime.run import Outcome, Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
+#: the others wait while rank 0 joins all parts: a hundred gigabytes and more
+_MERGE_MINUTES = 24 * 60
+
 #: settings of the data that name files
 _FILES = ("train", "validation", "test", "sentences")
 
@@ -70,6 +73,7 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
     parts = _parts(run, target, watch.mark, source)
     if not _encode_parts(run, vae, records, parts, watch):
         return False
+    run.world.wait_at_most(_MERGE_MINUTES)
     run.world.barrier()
     if run.world.is_main:
         for torn in target.parent.glob(f".{name}.*"):  # of a process that was killed while it merged
@@ -81,6 +85,7 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
     run.world.barrier()
+    run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
     return True
 
 
@@ -121,12 +126,21 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: 
             return False
         mine = range(first + run.world.rank, min(first + width, len(records)), run.world.size)
         part = folder / _part_name(first, run.world.rank)
-        if mine and not part.is_dir():
+        if mine and not _is_whole(part):
             rows = _rows(vae, records, mine, latents)
             LatentStore.write(part, rows, watch.mark, settings.latent_dim, settings.latents_per_block)
             if run.world.is_main:
                 watch.note()
     return True
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part is written, and was not cut short since (in a copy, say)."""
+    try:
+        LatentStore.open(part)
+        return True
+    except (FileNotFoundError, UnusableError):
+        return False
 
 
 def _is_current(folder: RunFolder, name: str, mark: str, source: str) -> bool:

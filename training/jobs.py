@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,8 @@ class Job:
         """
         try:
             for process in _working(self._process.pid):
-                process.terminate()
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
             self._process.wait(timeout=GRACE_SECONDS)
         except (psutil.NoSuchProcess, subprocess.TimeoutExpired):
             pass  # gone already, or ended below
@@ -131,8 +133,23 @@ def _environment(threads: int) -> dict[str, str]:
 def _working(pid: int) -> list[psutil.Process]:
     """The ranks below the launcher processes of a job, or the job itself where it has no launcher."""
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    launchers = {process.pid for process in family if any(LAUNCHER in part for part in process.cmdline())}
-    return [process for process in family if process.pid not in launchers and (process.pid == pid or process.ppid() in launchers)]
+    launchers = {process.pid for process in family if _is_launcher(process)}
+    ranks = [process for process in family if process.pid == pid or _parent(process) in launchers]
+    return [process for process in ranks if process.pid not in launchers]
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        return any(LAUNCHER in part for part in process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
 
 
 def _memory_gib(pid: int) -> float:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ladir.config_loader import parse_args
+from ladir.data.records import BadRecords
+from ladir.errors import UnusableError
 from training.planning.models import PlanError
 from training.planning.predict import GIB, Machine, Planner
 from training.planning.report import report
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         planner = Planner(config, machine)
         predictions = list(planner.predictions())
-    except (PlanError, BatchSizeError, DeepSpeedConfigError) as error:
+    except (PlanError, BatchSizeError, DeepSpeedConfigError, BadRecords, UnusableError) as error:
         sys.stderr.write(f"plan.py: {error}\n")
         return 2
     Console().print(report(predictions, machine, planner.data.measured))
