@@ -87,9 +87,7 @@ def cut(file: Path) -> None:
         ("vae_encoder/heads.safetensors", "export/vae_encoder/heads.safetensors cannot be read"),
     ],
 )
-def test_a_file_that_is_cut_short_is_named(
-    export: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_cut_short_is_named(export: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     cut(export / file)
     with pytest.raises(UnusableError, match=message):
         Reasoner.from_pretrained(export, device="cpu")
