@@ -15,12 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, fitting_layers, host_bytes
 from training.benchmarks.scaling import Scaling
 from training.benchmarks.setup import Bench, UnequalError
 from training.benchmarks.sizes import SIZES
 from training.benchmarks.utilisation import Replay, recorded
+from training.benchmarks.zero import zero3_step
 from training.gpu_check import complete
+from training.runtime.distributed import World
+from training.runtime.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 SMOKE = SIZES["smoke"]
@@ -128,3 +132,20 @@ def write_wheel(folder: Path, name: str, version: str) -> None:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+
+
+def step_nothing(world: World) -> str:
+    """What the ZeRO row says where the engine never changes a weight."""
+    step, Engine.step = Engine.step, lambda self, lr: None  # type: ignore[method-assign,assignment]
+    try:
+        zero3_step(Bench(SMOKE, torch.device("cpu")), "zero3_step", world)
+    except UnequalError as error:
+        return str(error)
+    finally:
+        Engine.step = step  # type: ignore[method-assign]
+    return ""
+
+
+@pytest.mark.distributed
+def test_an_engine_that_trains_nothing_is_not_timed(one_process: ProcessGroup) -> None:
+    assert "was moved by 0 and by" in one_process.run(step_nothing)[0]
