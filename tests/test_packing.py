@@ -16,6 +16,7 @@ from ladir.config import LoraSettings
 from ladir.data.batches import DenoiserBatch, VaeBatch, VaeCollator
 from ladir.data.packing import Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.layout import CLEAN, PAD, Layout
+from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae, encode_sentences
 from tests.tiny import (
@@ -145,21 +146,24 @@ def test_only_the_places_of_tokens_differ() -> None:
         assert torch.equal(taken, wanted)
 
 
-@torch.no_grad()
-def test_a_sample_reaches_no_other_sample_of_its_row() -> None:
-    """Every sample's input vectors are moved in turn: hidden states of all others are the same to the last bit."""
-    denoiser, batch, _ = denoiser_and_batches(10000, seed=2)
-    layout = batch.layout
+def assert_documents_are_apart(backbone: Backbone, layout: Layout) -> None:
+    """Every document's input vectors are moved in turn: hidden states of all others are the same to the last bit."""
     assert layout.document is not None and layout.copy.shape[0] == 1
     inputs = torch.randn(1, layout.copy.shape[1], 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    before = denoiser.backbone(inputs, layout, layout.position)
+    before = backbone(inputs, layout, layout.position)
     for document in range(5):
         mine = layout.document[0] == document
-        change = (denoiser.backbone(inputs + 0.5 * mine[None, :, None], layout, layout.position) - before).abs().amax(-1)[0]
+        change = (backbone(inputs + 0.5 * mine[None, :, None], layout, layout.position) - before).abs().amax(-1)[0]
         assert float(change[~mine].max()) == 0.0
         assert float(change[mine].min()) > 1e-9
     seen = layout.visible()[0]
     assert not seen[layout.document[0][:, None] != layout.document[0][None, :]].any()
+
+
+@torch.no_grad()
+def test_a_sample_reaches_no_other_sample_of_its_row() -> None:
+    denoiser, batch, _ = denoiser_and_batches(10000, seed=2)
+    assert_documents_are_apart(denoiser.backbone, batch.layout)
 
 
 # --- the VAE -----------------------------------------------------------------------------------------------------------
@@ -190,7 +194,15 @@ def test_a_packed_vae_batch_has_the_same_losses_and_gradients(budget: int, lora:
 
 
 @torch.no_grad()
-def test_a_sentence_is_encoded_and_decoded_the_same_beside_any_other() -> None:
+def test_a_sentence_reaches_no_other_in_the_rows_of_encoder_and_decoder() -> None:
+    vae = tiny_vae()
+    batch, _ = vae_batches(vae, 10000, seed=2)
+    for rows in (batch.encoder, batch.decoder):
+        assert_documents_are_apart(vae.encoder, rows.layout)
+
+
+@torch.no_grad()
+def test_a_sentence_is_encoded_the_same_beside_any_other() -> None:
     vae = tiny_vae()
     rng = np.random.default_rng(0)
     rows = [tokens(rng, 2, 7) for _ in range(5)]
