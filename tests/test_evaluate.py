@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config_loader import load_config
 from ladir.errors import UnusableError
-from ladir.evaluation.results import read_questions
+from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
 from ladir.reasoner import Reasoner
@@ -30,7 +30,7 @@ from tests.distributed import ProcessGroup
 from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.answerers import VARIANTS, stage_folder
 from training.answers import Answered, AnswerLog, cut
-from training.evaluate import evaluate, read_questions_asked
+from training.evaluate import _tell_of_limits, evaluate, read_questions_asked
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
@@ -259,3 +259,17 @@ def test_zero_noise_is_without_randomness_whatever_the_sampler() -> None:
         **{name: value for name, value in VARIANTS["ladir-zero-noise"].items() if name != "num_trajectories"},
     )
     assert (settings.sampler, settings.initial_noise, settings.answer_temperature) == ("ode", 0.0, 0.0)
+
+
+def test_answers_that_were_cut_off_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    def asked(*stopped: bool) -> list[QuestionResult]:
+        return [QuestionResult("q", tuple(Trajectory("a", False, "a", stopped=ended) for ended in stopped))]
+
+    _tell_of_limits("ar", asked(True, True), 256, 32)
+    assert not caplog.messages
+    _tell_of_limits("ar", asked(True, False), 256, 32)
+    _tell_of_limits("ladir-sde", asked(False, False), 256, 32)
+    assert caplog.messages == [
+        "ar: 1 of 2 answers were cut off or forced at evaluate.ar_max_tokens=256",
+        "ladir-sde: 2 of 2 answers were cut off or forced at sample.max_blocks=32",
+    ]

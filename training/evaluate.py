@@ -203,6 +203,8 @@ def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mappin
     settings, suffix = run.config.evaluate, label(run.config.evaluate)
     results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
+    for sampling, questions in judged.items():
+        _tell_of_limits(sampling, questions, settings.ar_max_tokens, run.config.sample.max_blocks)
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
     write_results(
         results,
@@ -219,6 +221,14 @@ def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mappin
     console.print(results_table(read_results(results)))
     shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
     console.print(examples(judged[shown], settings.examples))
+
+
+def _tell_of_limits(sampling: str, questions: Sequence[QuestionResult], ar_max_tokens: int, max_blocks: int) -> None:
+    """A method that is cut off is judged by less than it would have said."""
+    ended = [trajectory.stopped for question in questions for trajectory in question.trajectories]
+    limit = f"evaluate.ar_max_tokens={ar_max_tokens}" if model_of(sampling) == "ar" else f"sample.max_blocks={max_blocks}"
+    if not all(ended):
+        logger.warning("%s: %d of %d answers were cut off or forced at %s", sampling, ended.count(False), len(ended), limit)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
