@@ -71,7 +71,8 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
         # An export holds stage 2's denoiser, where there is one: a row of its own, from which the verdicts must come.
         chosen = _chosen(run, "ladir-rollout" if load_settings(export, "denoiser").get("origin") else "ladir", count)
         reasoner = Reasoner.from_pretrained(export, device=device)
-        reasoner.settings = reasoner.settings_with(**run.sample)
+        known = {name: value for name, value in run.sample.items() if hasattr(reasoner.settings, name)}  # of any version
+        reasoner.settings = reasoner.settings_with(**known)
     except UnusableError as error:
         return [], f"{run.name}: its export cannot be read ({error})."
     except ValueError as error:  # it was exported for other controls

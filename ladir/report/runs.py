@@ -59,16 +59,13 @@ class RunData:
     @property
     def seed(self) -> int:
         """``run.seed`` of the evaluation."""
-        return int(self._evaluated.get("seed", self.config.get("run", {}).get("seed", 0)))
+        evaluated = self.results[0].content if self.results else {}
+        return int(evaluated.get("seed", self.config.get("run", {}).get("seed", 0)))
 
     @property
     def sample(self) -> Mapping[str, Any]:
         """The controls of the evaluation."""
         return self.results[0].sample if self.results else {}
-
-    @property
-    def _evaluated(self) -> Mapping[str, Any]:
-        return self.results[0].content if self.results else {}
 
 
 def read_run(folder: str | Path) -> RunData:
