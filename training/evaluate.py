@@ -122,7 +122,7 @@ def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[R
     for first in range(0, len(left), run.world.size):  # together, so that no rank waits for another one's whole share
         if run.stop_agreed():
             return False
-        for batch in left[first : first + run.world.size][run.world.rank :][:1]:
+        for batch in left[first + run.world.rank :][:1]:
             answered = _answer(task, judges, [records[i] for i in batch], answerer, run.world.rank)
             log.add(sampling, dict(zip(batch, answered, strict=True)))
     if run.stop_agreed():
