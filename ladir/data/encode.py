@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import DataSettings
 from ladir.data.records import BadRecord, BadRecords, Record, RecordSet, SentenceSet, list_bad_records
-from ladir.data.token_lists import TokenLists
+from ladir.data.token_lists import MadeWhenRead, TokenLists
 from ladir.tokens import encode_stream
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class EncodedRecord:
     record: Record
 
 
-class EncodedRecords(Sequence[EncodedRecord]):
+class EncodedRecords(MadeWhenRead[EncodedRecord]):
     """Records with their token ids, which become Python lists only when a record is read."""
 
     def __init__(self) -> None:
@@ -45,16 +44,6 @@ class EncodedRecords(Sequence[EncodedRecord]):
 
     def __len__(self) -> int:
         return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> EncodedRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedRecord]: ...
-
-    def __getitem__(self, index: int | slice) -> EncodedRecord | list[EncodedRecord]:
-        places = range(len(self))[index]
-        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
 
     def _at(self, place: int) -> EncodedRecord:
         record, first = self._records[place], self._first[place]

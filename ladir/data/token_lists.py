@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
+
+T = TypeVar("T")
 
 
-class TokenLists(Sequence[list[int]]):
+class MadeWhenRead(Sequence[T]):
+    """A sequence whose items are made when they are read."""
+
+    @abstractmethod
+    def _at(self, place: int) -> T:
+        """The item at ``place``, from 0 on."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
+
+
+class TokenLists(MadeWhenRead[list[int]]):
     """Lists of token ids, one behind the other in one array: four bytes an id, where a Python list takes up to 36."""
 
     def __init__(self, lists: Iterable[Iterable[int]] = ()) -> None:
@@ -24,22 +45,12 @@ class TokenLists(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        places = range(len(self))[index]
-        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
-
     def _at(self, place: int) -> list[int]:
         return self._ids[self._ends[place] : self._ends[place + 1]].tolist()
 
 
 @dataclass(frozen=True)
-class TokenPairs(Sequence[tuple[list[int], list[int]]]):
+class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
     """(prompt ids, completion ids) of many texts."""
 
     prompts: TokenLists
@@ -57,13 +68,5 @@ class TokenPairs(Sequence[tuple[list[int], list[int]]]):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[list[int], list[int]]]: ...
-
-    def __getitem__(self, index: int | slice) -> tuple[list[int], list[int]] | list[tuple[list[int], list[int]]]:
-        if isinstance(index, slice):
-            return list(zip(self.prompts[index], self.completions[index], strict=True))
-        return self.prompts[index], self.completions[index]
+    def _at(self, place: int) -> tuple[list[int], list[int]]:
+        return self.prompts[place], self.completions[place]

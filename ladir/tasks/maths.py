@@ -29,7 +29,8 @@ _NUMBER = re.compile(
 # What makes a text more than a number with words around it; so does a letter that touches a digit ("3x"), and a lone one that is
 # subtracted ("3 - x") or subtracted from ("x-3").  The number itself is looked at as 0.
 _MATHS = re.compile(
-    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b[^\W\d_]\s*-\s*0|0\s*-\s*[^\W\d_]\b|\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
+    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b[^\W\d_]\s*-\s*0|0\s*-\s*[^\W\d_]\b|"
+    r"\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
     r"negative|over|divided|half|third|thirds|dozen|hundred|thousand|million|billion|log|sin|cos|tan|factorial|choose|mod|percent)\b",
     re.IGNORECASE,
 )

@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,25 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._tensorboard() as writer:
-            if writer is not None:
-                writer.file_writer.add_summary(self._ended)
-                writer.close()
+        self._draw(lambda writer: writer.file_writer.add_summary(self._ended))
+        self._draw(lambda writer: writer.close())
         if self._bar is not None:
             self._bar.close()
 
     @contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        """TensorBoard's writer, or None; where it has no room there are no more charts, and the training goes on."""
+    def _while_there_is_room(self) -> Iterator[None]:
+        """Where TensorBoard's files have none there are no more charts, and the training goes on."""
         try:
-            yield self._writer
+            yield
         except OSError as error:
             self._writer = None
             logger.warning("TensorBoard's files cannot be written (%s): make room; charts end here until the next start", error)
+
+    def _draw(self, write: Callable[[Any], None]) -> None:
+        """Let TensorBoard's writer write, where there is one."""
+        if self._writer is not None:
+            with self._while_there_is_room():
+                write(self._writer)
 
     def _open_tensorboard(self, run: Run, resumed_step: int) -> None:
         """Start TensorBoard's files with the charts' layout, and the settings for its HPARAMS."""
@@ -86,7 +90,7 @@ class Telemetry:
         settings = dashboard.hyperparameters(relevant_settings(dataclasses.asdict(run.config), run.phase))
         # Not the writer's add_hparams, which makes a folder, and thus a run of its own, at every start.
         columns, started, self._ended = hparams(settings, dict.fromkeys(dashboard.RESULT_METRICS))
-        with self._tensorboard():
+        with self._while_there_is_room():
             self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
             for summary in (columns, started):
                 self._writer.file_writer.add_summary(summary)
@@ -102,9 +106,12 @@ class Telemetry:
                 file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
         except OSError as error:  # the training is worth more than its record
             logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
-        with self._tensorboard() as writer:
-            for name, value in values.items() if writer is not None else ():
+
+        def scalars(writer: Any) -> None:
+            for name, value in values.items():
                 writer.add_scalar(dashboard.tag(kind, name), value, step)
+
+        self._draw(scalars)
 
     def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
         """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
@@ -122,9 +129,7 @@ class Telemetry:
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text sample (Markdown) for TensorBoard."""
-        with self._tensorboard() as writer:
-            if writer is not None:
-                writer.add_text(name, text, step)
+        self._draw(lambda writer: writer.add_text(name, text, step))
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """The distribution of ``values`` for TensorBoard."""
@@ -132,15 +137,12 @@ class Telemetry:
             return
         values = values.detach().float().cpu()
         values = values[values.isfinite()]
-        with self._tensorboard() as writer:
-            if len(values):
-                writer.add_histogram(name, values, step)
+        if len(values):
+            self._draw(lambda writer: writer.add_histogram(name, values, step))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, channels]."""
-        with self._tensorboard() as writer:
-            if writer is not None:
-                writer.add_image(name, pixels, step, dataformats="HWC")
+        self._draw(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def memory_gib(self) -> float:
         """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""
