@@ -192,6 +192,11 @@ class DenoiserSettings:
     token_rank: int = setting(64, "rank of the auxiliary token head")
     token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
     answer_every: int = setting(1, "the answer and the last clean block are part of every n-th step only")
+    later_share: float = setting(
+        1.0,
+        "share of the records whose blocks behind the first span are in the pass; the others teach how to begin only, at a fraction "
+        "of the tokens (train.pack_tokens turns them into time); steps with the answer have every block of all records",
+    )
     condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
     init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
     sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
