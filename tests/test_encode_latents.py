@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
+from tests.distributed import ProcessGroup
 from training import encode_latents
 from training.runtime.distributed import World
 from training.runtime.run import Run, RunFolder
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Encoder:
@@ -41,6 +43,10 @@ class Encoder:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return stand_ins(monkeypatch)
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Ten records of one to three blocks, in place of a file's; any VAE folder has the fingerprint ``vae``."""
     made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
     monkeypatch.setattr(encode_latents, "read_encoded", lambda config, path, tokenizer: made)
@@ -49,10 +55,12 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> tuple[bool, Encoder, Path]:
+def encode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0, world: World = ALONE
+) -> tuple[bool, Encoder, Path]:
     """Encode in a process that just started; every batch takes a second."""
     settings = [f"data.train={folder / 'train.jsonl'}", "latents.records_per_part=3", "latents.batch_size=2"]
-    run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", World(0, 1, 0, torch.device("cpu")))
+    run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", world)
     vae: Any = Encoder(run, stop_in)
     monkeypatch.setattr(encode_latents, "encode_sentences", vae)
     monkeypatch.setattr(encode_latents, "load_vae", lambda *arguments, **options: vae)
@@ -146,3 +154,28 @@ def test_a_part_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: py
     finished, second, store = encode(tmp_path / "copied", monkeypatch)
     assert finished and first.sentences + second.sentences > whole.sentences
     assert (store / "latents.arrow").read_bytes() == (expected / "latents.arrow").read_bytes()
+
+
+def encode_on(world: World, folder: Path, stopped_rank: int | None) -> tuple[bool, int]:
+    """Encode on this rank; ``stopped_rank`` gets a signal in its first batch.  Whether all is done, and sentences encoded here."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_ins(patch)
+        finished, vae, _ = encode(folder, patch, stop_in=int(world.rank == stopped_rank), world=world)
+        return finished, vae.sentences
+
+
+def test_two_processes_share_the_records_and_stop_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any], two_processes: ProcessGroup
+) -> None:
+    whole, expected = encode(tmp_path / "alone", monkeypatch)[1:]
+    first = two_processes.run(encode_on, tmp_path / "shared", 1)
+    assert not any(finished for finished, _ in first)
+    second = two_processes.run(encode_on, tmp_path / "shared", None)
+    assert all(finished and sentences for finished, sentences in second)
+    assert sum(sentences for _, sentences in first + second) == whole.sentences
+    ours, alone = (LatentStore.open(store) for store in (tmp_path / "shared" / expected.relative_to(tmp_path / "alone"), expected))
+    assert (len(ours), ours.num_latents) == (len(alone), alone.num_latents)
+    for mine, its in zip(ours, alone, strict=True):
+        assert (mine.question, mine.blocks, mine.answer) == (its.question, its.blocks, its.answer)
+        assert torch.equal(torch.as_tensor(mine.mu), torch.as_tensor(its.mu))
+    assert torch.allclose(ours.mean, alone.mean) and torch.allclose(ours.std, alone.std)

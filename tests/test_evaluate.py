@@ -120,8 +120,15 @@ def child(models: Path, folder: Path, kill_at: int | None) -> None:
 
 
 def evaluate_until(models: Path, folder: Path, kill_at: int | None) -> None:
-    """Evaluate; a SIGKILL takes the process while it writes the answers of its ``kill_at``-th batch."""
+    """Evaluate in a process of its own; see :func:`die_at`."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(kill_at, patch)
+        evaluate_in(models, folder)
+
+
+def die_at(kill_at: int | None, patch: pytest.MonkeyPatch) -> None:
+    """A SIGKILL takes this process while it writes the answers of its ``kill_at``-th batch."""
     add, batches = AnswerLog.add, itertools.count(1)
 
     def add_and_die(log: AnswerLog, method: str, answers: Mapping[int, Answered]) -> None:
@@ -131,8 +138,7 @@ def evaluate_until(models: Path, folder: Path, kill_at: int | None) -> None:
             os.truncate(file, file.stat().st_size - 40)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    AnswerLog.add = add_and_die  # type: ignore[method-assign]
-    evaluate_in(models, folder)
+    patch.setattr(AnswerLog, "add", add_and_die)
 
 
 def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
@@ -165,11 +171,24 @@ def test_sigkilled_and_resumed_it_ends_the_same(models: Path, whole: Path, tmp_p
     assert outcome(tmp_path) == outcome(whole)
 
 
-def evaluate_on(world: World, models: Path, folder: Path) -> None:
-    evaluate_in(models, folder, world=world)
+def evaluate_on(world: World, models: Path, folder: Path, kill_at: int | None = None) -> None:
+    """Evaluate on this rank; the second one dies at its ``kill_at``-th batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(kill_at if world.rank == 1 else None, patch)
+        evaluate_in(models, folder, world=world)
 
 
 def test_two_processes_share_the_questions(models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup) -> None:
+    two_processes.run(evaluate_on, models, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_one_of_two_processes_is_killed_and_both_start_again(
+    models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup
+) -> None:
+    errors = [error for _, error in two_processes.outcomes(evaluate_on, models, tmp_path, 3)]
+    assert all(errors)  # the other one does not wait for it
+    assert not (tmp_path / "tiny" / "results.json").exists()
     two_processes.run(evaluate_on, models, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
