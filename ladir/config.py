@@ -52,7 +52,7 @@ class BackboneSettings:
     scratch: dict[str, Any] = setting(
         {},
         "architecture of a new LM (a transformers config as a mapping: model_type, hidden_size, ...), "
-        "used by train_ar.py with ar.from_scratch=true",
+        "used by train_ar.py with ar.from_scratch=true, and by plan.py where backbone.name_or_path is not at hand",
     )
     tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
     dtype: str = setting(
@@ -191,12 +191,7 @@ class DenoiserSettings:
     token_weight: float = setting(0.0, "weight of the auxiliary token head (training only); 0: no such head")
     token_rank: int = setting(64, "rank of the auxiliary token head")
     token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
-    answer_every: int = setting(1, "the answer and the last clean block are part of every n-th step only")
-    later_share: float = setting(
-        1.0,
-        "share of the records whose blocks behind the first span are in the pass; the others teach how to begin only, at a fraction "
-        "of the tokens (train.pack_tokens turns them into time); steps with the answer have every block of all records",
-    )
+    answer_every: int = setting(1, "the answer, the stop decisions and the last clean block are part of every n-th step only")
     condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
     init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
     sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")

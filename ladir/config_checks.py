@@ -88,7 +88,6 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("denoiser.token_rank", _COUNT),
     ("denoiser.token_positions", _COUNT),
     ("denoiser.answer_every", _COUNT),
-    ("denoiser.later_share", _FRACTION),
     ("denoiser.condition_dropout", _DECAY),
     ("denoiser.timestep_features", Range(at_least=2)),
     ("rollout.answer_weight", _NOT_NEGATIVE),

@@ -24,7 +24,6 @@ from ladir.models import flow
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.reference import reference_losses
-from ladir.spans import with_room
 from tests.tiny import (
     SHAPES,
     assert_same_gradients,
@@ -488,42 +487,3 @@ def test_the_vaes_maps_start_the_denoisers() -> None:
 def test_flow_target_of_the_loss_is_the_objectives() -> None:
     with pytest.raises(ValueError, match="velocity, x0, epsilon, v"):
         flow.target("velocty", torch.zeros(1), torch.zeros(1), torch.zeros(1))
-
-
-@pytest.mark.parametrize("span", [1, 2])
-def test_records_without_their_later_blocks_equal_the_reference(span: int) -> None:
-    """In one pass with whole ones, each in a row of its own or several in one."""
-    denoiser = tiny_denoiser(tiny_lm(), draws=2, answer_every=2, span=span, later_share=0.5, condition_dropout=0.0)
-    records, numbers = random_records(6, seed=4, max_blocks=5), list(range(8, 14))
-    for pack_tokens in (0, 60):
-        collate = replace(collator(denoiser), pack_tokens=pack_tokens)
-        shown = collate.shortened(records, numbers)
-        batch = collate(records, numbers)
-        assert (batch.layout.document is None) == (pack_tokens == 0)
-        assert len(batch.t) == sum(with_room(len(record.blocks), span) for record in shown)
-        cut = [(kept, record) for kept, record in zip(shown, records, strict=True) if kept is not record]
-        assert all(len(kept.blocks) == min(span, len(record.blocks)) for kept, record in cut)
-        assert any(len(kept.blocks) < len(record.blocks) for kept, record in cut)
-        ours, our_gradients = losses_and_gradients(denoiser, lambda: denoiser(batch))  # noqa: B023
-        theirs, their_gradients = losses_and_gradients(
-            denoiser,
-            lambda: reference_losses(denoiser, shown, batch, [False] * 6),  # noqa: B023
-        )
-        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-5)
-        assert_same_gradients(our_gradients, their_gradients, TOLERANCE)
-
-
-def test_whose_later_blocks_are_left_out_goes_by_the_sample_alone() -> None:
-    denoiser = tiny_denoiser(tiny_lm(), answer_every=4, later_share=0.3)
-    records, numbers = random_records(400, seed=5), list(range(400, 800))
-    collate = collator(denoiser, samples_per_step=400)
-    shown = collate.shortened(records, numbers)
-    kept = [cut is record for cut, record in zip(shown, records, strict=True)]
-    assert 0.22 < sum(kept) / 400 < 0.38
-    alone = [collate.shortened([record], [number])[0] is record for record, number in zip(records, numbers, strict=True)]
-    assert alone == kept
-    all_blocks, cut_blocks = (sum(len(record.blocks) for record in group) for group in (records, shown))
-    assert len(collate(records, numbers).t) == cut_blocks < all_blocks
-    with_answers = collate(records, list(range(400)))
-    validation, rollout = collate(records, numbers, training=False), collate(records, numbers, whole=True)
-    assert {len(batch.t) for batch in (with_answers, validation, rollout)} == {all_blocks}

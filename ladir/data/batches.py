@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
-from ladir.data.randomness import Streams, derive
+from ladir.data.randomness import Streams
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 from ladir.spans import with_room
 
@@ -214,19 +214,12 @@ class DenoiserCollator:
     pack_tokens: int = 0
 
     def __call__(
-        self,
-        records: Sequence[LatentRecord],
-        numbers: Sequence[int],
-        training: bool = True,
-        with_answer: bool | None = None,
-        whole: bool = False,
+        self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True, with_answer: bool | None = None
     ) -> DenoiserBatch:
-        """``with_answer`` overrides what ``answer_every`` says, ``whole`` what ``later_share`` does."""
+        """``with_answer`` overrides what ``answer_every`` says."""
         step = numbers[0] // self.samples_per_step
         if with_answer is None:
             with_answer = not training or step % self.settings.answer_every == 0
-        if training and not (with_answer or whole):
-            records = self.shortened(records, numbers)
         questions = [[*self.prefix, *record.question] for record in records]
         latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
         templates = [
@@ -256,17 +249,6 @@ class DenoiserCollator:
             block_tokens=block_tokens,
             **batch,
         )
-
-    def shortened(self, records: Sequence[LatentRecord], numbers: Sequence[int]) -> Sequence[LatentRecord]:
-        """The records, all but ``later_share`` of them cut off behind their first span."""
-        s = self.settings
-        if s.later_share == 1:
-            return records
-        streams = Streams(derive(self.seed, "later"))
-        return [
-            record if streams.at(number).random() < s.later_share else record.beginning(s.span)
-            for record, number in zip(records, numbers, strict=True)
-        ]
 
     def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool) -> _Noise:
         """Posterior draws, noise, timesteps, and whose question is hidden, each sample's from its own number.

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,6 @@ class LatentRecord:
     answer: list[int]
     mu: Tensor
     logvar: Tensor
-
-    def beginning(self, blocks: int) -> LatentRecord:
-        """The record as if it ended behind its first ``blocks`` blocks."""
-        return replace(self, blocks=self.blocks[:blocks], mu=self.mu[:blocks], logvar=self.logvar[:blocks])
 
 
 @dataclass(frozen=True)

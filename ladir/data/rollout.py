@@ -93,7 +93,7 @@ class RolloutCollator:
         most = self._padded(blocks[0])
         own_context = training and self._own_context(numbers[0] // self.teacher.samples_per_step)
         # Behind its own blocks the answer and the end are learned from the rollout itself.
-        teacher = self.teacher(records, numbers, training, with_answer=False if own_context else None, whole=True)
+        teacher = self.teacher(records, numbers, training, with_answer=False if own_context else None)
         questions = [[*self.teacher.prefix, *record.question] for record in records]
         question_ids, lengths = pad_left(questions, self.teacher.eos_id)
         counts = {**teacher.counts, "rollout": float(len(records)), "stop": teacher.counts["stop"] + sum(blocks)}
