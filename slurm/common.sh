@@ -81,8 +81,10 @@ prepare_run_folder() {
     fi
     cp "$0" "$RUN_FOLDER/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID.sbatch"
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "1,${NODES}s/\$/ slots=$PROCESSES/p" >"$HOSTFILE"
-    rm -f "$RUN_FOLDER/INTERRUPTED"
-    export RANK_LOGS HOSTFILE LOG
+    # Of this job alone: another one that starts in this run removes INTERRUPTED, and must not take this one for finished.
+    INTERRUPTED_MARK=$RUN_FOLDER/slurm/interrupted-$SLURM_JOB_ID
+    rm -f "$INTERRUPTED_MARK"
+    export RANK_LOGS HOSTFILE LOG INTERRUPTED_MARK
 }
 
 export_environment() {
@@ -121,10 +123,11 @@ start_step() {
 # Interrupted runs left a mark and go back to the queue; launchers garble exit codes, so the mark decides.
 finish() {
     local entry=$1 status=$2
-    if ! [ -e "$RUN_FOLDER/INTERRUPTED" ]; then
+    if ! [ -e "$INTERRUPTED_MARK" ]; then
         [ "$status" -eq 0 ] || echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
         exit "$status"
     fi
+    rm "$INTERRUPTED_MARK"
     # A job that somebody has cancelled is not RUNNING any more and stays cancelled.
     if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
         echo "$entry: interrupted and saved; this job was cancelled, submit it again to continue"

@@ -20,5 +20,6 @@ case $LAUNCHER in
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$PROCESSES
         ;;
 esac
-# A stop signal reaches every process of a step. The launchers would die of it, so they never see it.
-exec python slurm/hold_signals.py "${signals[@]}" -- ${command[@]+"${command[@]}"} "$PWD/slurm/rank.sh" "$@"
+# Launchers would die of a stop signal, so they never see it, and Slurm may send it to its own child alone.
+[ ${#command[@]} -eq 0 ] || exec python slurm/pass_signals.py "${signals[@]}" -- "${command[@]}" "$PWD/slurm/rank.sh" "$@"
+exec python slurm/hold_signals.py "${signals[@]}" -- "$PWD/slurm/rank.sh" "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ladir.config import Config
 from ladir.config_loader import ConfigError, load_config
+from training.runtime.ds_config import DeepSpeedConfigError, check_compile, read_ds_config
 
 
 def phases(config: Config) -> list[str]:
@@ -36,6 +37,16 @@ def missing(config: Config) -> list[str]:
     ]
 
 
+def refused_by_every_phase(config: Config) -> list[str]:
+    """What is wrong with the DeepSpeed file, which every phase would say only when its job has started."""
+    try:
+        read_ds_config(config.deepspeed.config)
+        check_compile(config.backbone, config.deepspeed)
+    except DeepSpeedConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
 def main(arguments: list[str]) -> int:
     """Print the answer; returns the exit status."""
     chain = arguments[:1] == ["--phases"]
@@ -44,8 +55,8 @@ def main(arguments: list[str]) -> int:
         config = load_config(path, overrides)
     except ConfigError as error:
         return _refused(error.errors)
-    if chain and (lacking := missing(config)):
-        return _refused(lacking)
+    if wrong := [*refused_by_every_phase(config), *(missing(config) if chain else [])]:
+        return _refused(wrong)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *(phases(config) if chain else [])]) + "\n")
     return 0

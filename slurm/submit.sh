@@ -39,7 +39,8 @@ answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py ${chain:+"$chain"}
 mapfile -t lines <<<"$answer"
 run_folder=${lines[0]} stop_signal=${lines[1]}
 if [ -n "${PHASES:-}" ]; then
-    IFS=';' read -r -a phases <<<"$PHASES"
+    IFS=';' read -r -a phases <<<"${PHASES//$'\n'/ }"
+    [[ $PHASES =~ [a-z] ]] || fail "PHASES names no phase"
 else
     phases=("${lines[@]:2}")
 fi

@@ -6,8 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from training.runtime.distributed import FIRST_PORT, NUM_PORTS
@@ -37,6 +40,52 @@ def test_a_held_signal_is_obeyed_as_soon_as_the_process_can_and_does_not_kill_it
     output, _ = process.communicate("go\n")
     assert output.split() == ["True", "saved"]
     assert process.returncode == 0
+
+
+RANKS = r"""
+for RANK in 0 1; do
+    export RANK
+    setsid bash -c 'echo $$ >"$RANK_PIDS/$RANK"; exec "$1" -c "$2"' - "$1" "$2" &
+done
+wait
+exit 7
+"""
+RANK_PROGRAM = """
+import os, time
+from training.runtime.preemption import StopRequest
+with StopRequest("USR2") as stop:
+    os.write(1, b"running\\n")  # in one piece: two write to the same pipe
+    while not stop.requested:
+        time.sleep(0.05)
+os.write(1, b"saved\\n")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_for_the_launcher_reaches_processes_in_sessions_of_their_own(number: int, early: bool) -> None:
+    """As Slurm sends it, to the process that it started itself; ``early``: before the others have."""
+    launcher = ["bash", "-c", "read -r; " + RANKS, "-", sys.executable, RANK_PROGRAM]
+    command = [sys.executable, "slurm/pass_signals.py", "TERM", "USR2", "--", *launcher]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if early:
+        until(lambda: bool(psutil.Process(process.pid).children()))
+        process.send_signal(number)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    said = [process.stdout.readline() for _ in range(2)]
+    if not early:
+        assert said == ["running\n"] * 2
+        process.send_signal(number)
+    assert sorted(said + process.stdout.readlines()) == ["running\n"] * 2 + ["saved\n"] * 2
+    assert process.wait() == 7  # the launcher was told nothing
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.02)
 
 
 def test_scripts_and_programs_choose_the_same_port_and_none_that_may_be_taken() -> None:
@@ -73,6 +122,14 @@ def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_b
 def test_every_configuration_of_the_project_names_what_its_chain_reads(config: Path) -> None:
     result = settings("--phases", str(config))
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued() -> None:
+    result = settings("--phases", "configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero9.json", "data.test=null")
+    assert result.returncode == 2
+    assert [line.split(":")[1][:20] for line in result.stderr.splitlines()] == [" deepspeed.config=ds", " data.test is not set"]
+    result = settings("configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero3.json", "backbone.compile=true")
+    assert result.returncode == 2 and "does not go with ZeRO stage 3" in result.stderr
 
 
 def test_settings_report_every_error_in_a_line_of_its_own() -> None:

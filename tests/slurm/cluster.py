@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unsh
 HOSTS = Path("/etc/hosts")
 REPOSITORY = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+#: with it Slurm tracks processes as most clusters do, and sends a signal to its own child alone
+FREEZER = Path("/sys/fs/cgroup/freezer")
 PATIENCE = 900.0
 """Seconds after which a wait gives up: many times what an idle machine needs, because a busy one needs them."""
 
@@ -43,7 +46,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
@@ -162,15 +165,21 @@ def _start(cluster: Cluster) -> None:
         f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=8 RealMemory=1000 Gres=gpu:8 State=UNKNOWN"
         for (name, address), port in zip(NODES.items(), ports[1:], strict=True)
     )
-    conf = SLURM_CONF.format(host=socket.gethostname(), port=ports[0], folder=folder, nodes=nodes)
+    proctrack = "cgroup" if _has_freezer() else "linuxproc"
+    conf = SLURM_CONF.format(host=socket.gethostname(), port=ports[0], folder=folder, nodes=nodes, proctrack=proctrack)
     (folder / "slurm.conf").write_text(conf)
+    (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={FREEZER.parent}\n")
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     cluster.run("munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket", *files)
     cluster.run("slurmctld", "-f", str(folder / "slurm.conf"))
     for name in NODES:
         (folder / f"spool-{name}").mkdir()
         start = f"hostname {name} && exec slurmd -N {name} -f {folder}/slurm.conf"
-        cluster.run("unshare", "--uts", "sh", "-c", start)
+        if proctrack == "cgroup":  # each node has its own, as on a machine of its own
+            own = FREEZER / f"{folder.name}-{name}"
+            own.mkdir()
+            start = f"mount --bind {own} {FREEZER} && {start}"
+        cluster.run("unshare", "--uts", "--mount", "sh", "-c", start)
     end = time.monotonic() + 30
     while (
         cluster.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=gpu", check=False).stdout.split() != ["idle"] * 2
@@ -200,6 +209,21 @@ def _stop(cluster: Cluster) -> None:
     _wait_while(lambda: bool(_processes(cluster)), seconds=10)
     for process in _processes(cluster):
         process.kill()
+    _wait_while(lambda: bool(_processes(cluster)), seconds=10)
+    for group in sorted(FREEZER.glob(f"{cluster.folder.name}-*/**/"), reverse=True):
+        group.rmdir()
+
+
+def _has_freezer() -> bool:
+    """Whether processes can be tracked by cgroups here; told where they cannot."""
+    probe = FREEZER / f"ladir-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        warnings.warn(f"{error}: this cluster sends signals to all processes of a step, others do not", stacklevel=2)
+        return False
+    return True
 
 
 def _processes(cluster: Cluster) -> list[psutil.Process]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
+
+if TYPE_CHECKING:
+    import torch  # seconds to import, and slurm/settings.py only wants the checks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,8 @@ def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torc
     The loop normalises by the global number of labels and marks the accumulation boundary itself, so DeepSpeed must
     not scale by batch sizes: one micro batch per step is all it is told.
     """
+    import torch
+
     completed = {"wall_clock_breakdown": False, **config}
     completed["train_batch_size"] = world_size
     completed["train_micro_batch_size_per_gpu"] = 1

@@ -249,9 +249,11 @@ class Run:
         return sorted(name for name in before.keys() & inputs.keys() if before[name] != inputs[name])
 
     def interrupt(self) -> None:
-        """Leave the mark by which a batch script knows that the job should be queued again."""
+        """Leave the mark that the phase waits, and the one by which a batch script knows that its job should be queued again."""
         if self.world.is_main:
-            write_text(self.folder.interrupted, f"{self.phase}\n")
+            own = os.environ.get("INTERRUPTED_MARK")
+            for mark in (self.folder.interrupted, *([Path(own)] if own else [])):
+                write_text(mark, f"{self.phase}\n")
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, answered alike on all of them (collective)."""

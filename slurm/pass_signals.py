@@ -1,0 +1,58 @@
+"""Run a launcher that signals cannot end, and pass them on to the training processes: ``pass_signals.py TERM USR2 -- command``.
+
+Slurm signals the process that it started itself, this one, and no descendant of it (``proctrack/cgroup``, its default); launchers
+would die of a signal or kill their processes.  ``rank.sh`` leaves its process id in the folder ``RANK_PIDS``; a signal that
+comes before it has is passed on when it does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+#: seconds between two looks at the launcher and at processes that have started since
+_PERIOD = 0.5
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command behind ``--``; returns its exit status."""
+    split = arguments.index("--")
+    numbers = {signal.Signals["SIG" + name.upper().removeprefix("SIG")] for name in arguments[:split]}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # the launcher inherits it
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)  # the shell before us ignored them
+    with tempfile.TemporaryDirectory(prefix="ladir-ranks-") as folder:
+        launcher = subprocess.Popen(arguments[split + 1 :], env={**os.environ, "RANK_PIDS": folder})
+        status = _passing_on(launcher, numbers, Path(folder))
+    return status if status >= 0 else 128 - status
+
+
+def _passing_on(launcher: subprocess.Popen[bytes], numbers: set[signal.Signals], folder: Path) -> int:
+    """The launcher's status, once it has ended."""
+    told: dict[int, set[str]] = {}  # by signal that has come, the processes that know
+    while launcher.poll() is None:
+        found = signal.sigtimedwait(numbers, _PERIOD)
+        if found is not None:
+            told[found.si_signo] = set()
+        for number, known in told.items():
+            _tell(number, folder, known)
+    return launcher.returncode
+
+
+def _tell(number: int, folder: Path, known: set[str]) -> None:
+    """Send a signal to the processes that do not know of it."""
+    for file in folder.iterdir():
+        text = file.read_text()
+        if file.name not in known and text.endswith("\n"):  # written whole
+            known.add(file.name)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(int(text), number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
