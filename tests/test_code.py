@@ -68,6 +68,14 @@ def test_a_program_that_runs_to_its_end_passes() -> None:
     assert run("import math, json, collections\nassert math.gcd(6, 4) == 2\nprint('fine')") == Outcome(True, "passed")
 
 
+def test_what_asks_a_job_to_stop_does_not_fail_a_program() -> None:
+    """As on clusters where a signal reaches all processes of a step."""
+    outcome = run(
+        "import os, signal\nfor number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): os.kill(os.getpid(), number)"
+    )
+    assert outcome == Outcome(True, "passed")
+
+
 def test_a_program_starts_with_nothing() -> None:
     outcome = run(
         """

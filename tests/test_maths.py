@@ -169,12 +169,13 @@ def test_an_answer_that_computes_without_end_is_wrong_and_the_next_one_is_judged
 def script(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "worker.py"
     file.write_text(
-        "import sys, json, time, os\n"
+        "import sys, json, time, os, signal\n"
         "print('ready', flush=True)\n"
         "for line in sys.stdin:\n"
         "    what = json.loads(line)['do']\n"
         "    if what == 'sleep': time.sleep(1000)\n"
         "    if what == 'die': os._exit(3)\n"
+        "    if what == 'stop': os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGUSR2)\n"
         "    if what == 'flood': sys.stdout.write('x' * 3_000_000)\n"
         "    print(json.dumps({'pid': os.getpid()}), flush=True)\n"
     )
@@ -186,6 +187,7 @@ def test_a_worker_is_kept_and_replaced_when_it_was_killed(script: Path) -> None:
     patient = Worker(script, [], seconds=60)
     first = patient.ask({"do": "answer"})
     assert first is not None and patient.ask({"do": "answer"}) == first
+    assert patient.ask({"do": "stop"}) == first  # what asks a job to stop does not end its judges
     for what in ("die", "flood"):
         assert patient.ask({"do": what}) is None
         second = patient.ask({"do": "answer"})

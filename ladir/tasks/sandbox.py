@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from ladir.errors import UnusableError
+from ladir.tasks.signals import held_signals
 
 _LAUNCHER = Path(__file__).with_name("isolated") / "launcher.py"
 _MAX_PROGRAM = 200_000  # characters; far above any honest program
@@ -117,16 +118,17 @@ def _start(
         "disk": limits.disk,
         "limits": limits.resources(),
     }
-    return subprocess.Popen(
-        [interpreter(), "-I", "-S", str(_LAUNCHER), json.dumps(settings)],
-        stdin=program,
-        stdout=output,
-        stderr=output,
-        env={},
-        cwd=folder,
-        pass_fds=(writer,),
-        start_new_session=True,
-    )
+    with held_signals():
+        return subprocess.Popen(
+            [interpreter(), "-I", "-S", str(_LAUNCHER), json.dumps(settings)],
+            stdin=program,
+            stdout=output,
+            stderr=output,
+            env={},
+            cwd=folder,
+            pass_fds=(writer,),
+            start_new_session=True,
+        )
 
 
 def interpreter() -> str:

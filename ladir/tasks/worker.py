@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ladir.tasks.signals import held_signals
+
 _START_SECONDS = 300.0
 _MAX_REPLY = 1 << 20  # bytes
 
@@ -64,9 +66,10 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True
-            )
+            with held_signals():
+                process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True
+                )
             weakref.finalize(self, _kill, process)
             if _read_line(process, _START_SECONDS) != b"ready\n":
                 _kill(process)
