@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ladir.config import BackboneSettings
 from ladir.config_loader import load_config
 from ladir.data.randomness import derive
 from ladir.inference.decode import decode_thoughts
@@ -110,11 +111,11 @@ class Shown:
 
 
 def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some steps of the first question's first blocks, which are drawn, and all finished blocks."""
+    """Some steps of the first question's first blocks, which are drawn, and all finished blocks; by a decoder fit for a CPU."""
     monkeypatch.setattr(samples, "_DRAWN_BLOCKS", 2)
     monkeypatch.setattr(samples, "_DRAWN_STEPS", 3)
     settings = ["sample.num_steps=5", "sample.max_blocks=3", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
-    config = load_config(None, [*settings, "telemetry.samples=3"])
+    config = load_config(None, [*settings, "telemetry.samples=3", "backbone.attention=flex", "backbone.dtype=bfloat16"])
     records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
     model, decoder, words, shown = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder, tokenizer(), Shown()
     recorder = LatentRecorder.without_vae(model, words, config.sample)
@@ -126,7 +127,11 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
         rows.append(len(z))
         return decode_thoughts(decoder, tokenizer, z, max_tokens)
 
-    monkeypatch.setattr(samples, "load_thought_decoder", lambda *arguments: decoder)
+    def loaded(folder: Path, backbone: BackboneSettings, device: torch.device) -> Any:
+        assert (device.type, backbone.attention, backbone.dtype) == ("cpu", "auto", "auto")
+        return decoder
+
+    monkeypatch.setattr(samples, "load_thought_decoder", loaded)
     monkeypatch.setattr(traces, "decode_thoughts", counted)
     show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"))  # type: ignore[arg-type]
     show(model, shown, 1)

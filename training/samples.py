@@ -110,7 +110,8 @@ def denoiser_samples(
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
         telemetry.histogram("latents/generated", (latents - mean) / std, step)
         # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are drawn.
-        decoder = load_thought_decoder(vae, replace(config.backbone, dtype="auto"), torch.device("cpu"))
+        on_cpu = replace(config.backbone, dtype="auto", attention="auto")
+        decoder = load_thought_decoder(vae, on_cpu, torch.device("cpu"))
         wanted = [finished_blocks(recorded[0], _DRAWN_BLOCKS, _DRAWN_STEPS), *map(finished_blocks, recorded[1:])]
         traces = [only for (only,) in recorder.read(wanted, decoder)]
         rows = [
