@@ -38,7 +38,7 @@ from ladir.models.attention import (
     block_mask,
     set_attention,
 )
-from ladir.models.backbone import Backbone
+from ladir.models.backbone import Backbone, with_activation_checkpointing
 from ladir.models.vae import Vae
 from tests.tiny import (
     EOS,
@@ -380,16 +380,15 @@ def test_auto_takes_the_fastest_that_is_there_and_says_which(
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses_and_gradients() -> None:
-    """The traced graphs run as they are (no kernels are made of them); all layers share the three of attention, MLP and norm."""
+@pytest.mark.parametrize(("recomputing", "graphs"), [("none", 1), ("full", 3), ("selective", 3)])
+def test_compiled_layers_give_the_same_losses_and_gradients(recomputing: str, graphs: int) -> None:
+    """The traced graphs run as they are (no kernels are made of them); all layers share one, or attention's, MLP's and norm's."""
     batch, models = denoiser_batch(5, 60), [tiny_denoiser(tiny_lm(num_hidden_layers=12), draws=2).train() for _ in range(2)]
     torch._dynamo.reset()
-    models[0].backbone.compile_layers(backend="aot_eager")
+    with_activation_checkpointing(models[0].backbone, recomputing).compile_layers(backend="aot_eager")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert_same(models[0], models[1], batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
-    models[0].backbone.enable_activation_checkpointing()
-    assert_same(models[0], models[1], batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == graphs
 
 
 @torch.no_grad()

@@ -214,15 +214,17 @@ class Backbone(nn.Module):
                 layer.gradient_checkpointing = True
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile every decoder layer's parts (attention, MLP, norms) when they first run; all layers share what was compiled.
+        """Compile every decoder layer when it first runs; all layers share what was compiled.
 
-        Not a layer as a whole: recomputing its activations is a part of it that cannot be compiled.  Passes with a cache run as
-        they are written: its every layer and every length would be compiled by itself, a minute each.
+        Where layers recompute their activations, each one's parts (attention, MLP, norms): recomputing cannot be compiled with
+        them.  Passes with a cache run as they are written: its every layer and every length would be compiled by itself, a
+        minute each.
         """
         self._is_compiled = True
-        for layer in self.base.get_decoder().layers:
-            for part in layer.children():
-                part.compile(backend=backend)
+        layers = list(self.base.get_decoder().layers)
+        recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        for part in [part for layer in layers for part in layer.children()] if recomputed else layers:
+            part.compile(backend=backend)
 
     def _recompute_contexts(self) -> tuple[Any, Any]:
         """Contexts of the forward pass and of its repetition: the latter comes when ours are closed."""
@@ -308,9 +310,10 @@ def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: s
 def for_training(backbone: Backbone, settings: BackboneSettings) -> Backbone:
     """The same backbone, set to recompute its layers' activations, to compile them and to split logits as ``settings`` say."""
     backbone.logits_parts = settings.logits_parts
+    with_activation_checkpointing(backbone, settings.activation_checkpointing)
     if settings.compile:
         backbone.compile_layers()
-    return with_activation_checkpointing(backbone, settings.activation_checkpointing)
+    return backbone
 
 
 def with_activation_checkpointing(backbone: Backbone, setting: str) -> Backbone:
