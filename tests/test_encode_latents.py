@@ -55,9 +55,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def encode(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0, world: World = ALONE
-) -> tuple[bool, Encoder, Path]:
+def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0, world: World = ALONE) -> tuple[bool, Encoder, Path]:
     """Encode in a process that just started; every batch takes a second."""
     settings = [f"data.train={folder / 'train.jsonl'}", "latents.records_per_part=3", "latents.batch_size=2"]
     run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", world)
@@ -157,7 +155,7 @@ def test_a_part_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: py
 
 
 def encode_on(world: World, folder: Path, stopped_rank: int | None) -> tuple[bool, int]:
-    """Encode on this rank; ``stopped_rank`` gets a signal in its first batch.  Whether all is done, and sentences encoded here."""
+    """Encode on this rank; ``stopped_rank`` gets a signal in its first batch.  Whether all is done, and sentences."""
     with pytest.MonkeyPatch.context() as patch:
         stand_ins(patch)
         finished, vae, _ = encode(folder, patch, stop_in=int(world.rank == stopped_rank), world=world)
@@ -173,7 +171,9 @@ def test_two_processes_share_the_records_and_stop_together(
     second = two_processes.run(encode_on, tmp_path / "shared", None)
     assert all(finished and sentences for finished, sentences in second)
     assert sum(sentences for _, sentences in first + second) == whole.sentences
-    ours, alone = (LatentStore.open(store) for store in (tmp_path / "shared" / expected.relative_to(tmp_path / "alone"), expected))
+    ours, alone = (
+        LatentStore.open(store) for store in (tmp_path / "shared" / expected.relative_to(tmp_path / "alone"), expected)
+    )
     assert (len(ours), ours.num_latents) == (len(alone), alone.num_latents)
     for mine, its in zip(ours, alone, strict=True):
         assert (mine.question, mine.blocks, mine.answer) == (its.question, its.blocks, its.answer)
