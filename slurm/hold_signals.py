@@ -1,7 +1,7 @@
 """Become another program, with signals held back: ``hold_signals.py TERM USR2 -- program arguments``.
 
-A held signal is not lost: it waits until the program unblocks it.  Training processes do as soon as they can save, so that a
-signal that comes while they start is obeyed, too.
+A held signal is not lost: it waits until the program unblocks it.  Launchers never do and so survive a stop signal; training
+processes do as soon as they can save, so that a signal that comes while they start is obeyed, too.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ export STEP_DEVICES=${CUDA_VISIBLE_DEVICES:-}
 address=(--node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 case $LAUNCHER in
     torchrun)
-        command=(torchrun --nnodes "$NODES" --nproc_per_node "$PROCESSES" "${address[@]}" --no_python)
+        command=(python slurm/pass_signals.py torchrun --nnodes "$NODES" --nproc_per_node "$PROCESSES" "${address[@]}" --no_python)
         ;;
     deepspeed)
-        command=(deepspeed --hostfile "$HOSTFILE" --no_ssh "${address[@]}" --no_python --no_local_rank)
+        command=(python slurm/pass_signals.py deepspeed --hostfile "$HOSTFILE" --no_ssh "${address[@]}" --no_python --no_local_rank)
         ;;
     srun)
         command=()
@@ -21,5 +21,4 @@ case $LAUNCHER in
         ;;
 esac
 # Launchers would die of a stop signal, so they never see it, and Slurm may send it to its own child alone.
-[ ${#command[@]} -eq 0 ] || exec python slurm/pass_signals.py "${signals[@]}" -- "${command[@]}" "$PWD/slurm/rank.sh" "$@"
-exec python slurm/hold_signals.py "${signals[@]}" -- "$PWD/slurm/rank.sh" "$@"
+exec python slurm/hold_signals.py "${signals[@]}" -- ${command[@]+"${command[@]}"} "$PWD/slurm/rank.sh" "$@"

@@ -1,8 +1,8 @@
-"""Run a launcher that signals cannot end, and pass them on to the training processes: ``pass_signals.py TERM USR2 -- command``.
+"""Run a launcher and pass the signals that are held back (``hold_signals.py``) on to the training processes that it starts.
 
 Slurm signals the process that it started itself, this one, and no descendant of it (``proctrack/cgroup``, its default); launchers
 would die of a signal or kill their processes.  ``rank.sh`` leaves its process id in the folder ``RANK_PIDS``; a signal that
-comes before it has is passed on when it does.
+comes before it has is passed on when it does.  Usage: ``pass_signals.py launcher arguments``.
 """
 
 from __future__ import annotations
@@ -19,24 +19,20 @@ from pathlib import Path
 _PERIOD = 0.5
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command behind ``--``; returns its exit status."""
-    split = arguments.index("--")
-    numbers = {signal.Signals["SIG" + name.upper().removeprefix("SIG")] for name in arguments[:split]}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # the launcher inherits it
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)  # the shell before us ignored them
+def main(command: list[str]) -> int:
+    """Run the launcher, which holds the same signals back; returns its exit status."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with tempfile.TemporaryDirectory(prefix="ladir-ranks-") as folder:
-        launcher = subprocess.Popen(arguments[split + 1 :], env={**os.environ, "RANK_PIDS": folder})
-        status = _passing_on(launcher, numbers, Path(folder))
+        launcher = subprocess.Popen(command, env={**os.environ, "RANK_PIDS": folder})
+        status = _passing_on(launcher, held, Path(folder))
     return status if status >= 0 else 128 - status
 
 
-def _passing_on(launcher: subprocess.Popen[bytes], numbers: set[signal.Signals], folder: Path) -> int:
+def _passing_on(launcher: subprocess.Popen[bytes], held: set[int], folder: Path) -> int:
     """The launcher's status, once it has ended."""
     told: dict[int, set[str]] = {}  # by signal that has come, the processes that know
     while launcher.poll() is None:
-        found = signal.sigtimedwait(numbers, _PERIOD)
+        found = signal.sigtimedwait(held, _PERIOD)
         if found is not None:
             told[found.si_signo] = set()
         for number, known in told.items():

@@ -55,8 +55,10 @@ import os, time
 from training.runtime.preemption import StopRequest
 with StopRequest("USR2") as stop:
     os.write(1, b"running\\n")  # in one piece: two write to the same pipe
-    while not stop.requested:
+    end = time.monotonic() + 240  # nobody else ends it where the test fails
+    while not stop.requested and time.monotonic() < end:
         time.sleep(0.05)
+assert stop.requested
 os.write(1, b"saved\\n")
 """
 
@@ -66,7 +68,8 @@ os.write(1, b"saved\\n")
 def test_a_signal_for_the_launcher_reaches_processes_in_sessions_of_their_own(number: int, early: bool) -> None:
     """As Slurm sends it, to the process that it started itself; ``early``: before the others have."""
     launcher = ["bash", "-c", "read -r; " + RANKS, "-", sys.executable, RANK_PROGRAM]
-    command = [sys.executable, "slurm/pass_signals.py", "TERM", "USR2", "--", *launcher]
+    held = [sys.executable, "slurm/hold_signals.py", "TERM", "USR2", "--"]
+    command = [*held, sys.executable, "slurm/pass_signals.py", *launcher]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -216,9 +216,9 @@ class Backbone(nn.Module):
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile every decoder layer when it first runs; all layers share what was compiled.
 
-        Where layers recompute their activations, each one's parts (attention, MLP, norms): recomputing cannot be compiled with
-        them.  Passes with a cache run as they are written: its every layer and every length would be compiled by itself, a
-        minute each.
+        Where layers were set to recompute their activations (before this call), each one's parts (attention, MLP, norms):
+        recomputing cannot be compiled with them.  Passes with a cache run as they are written: its every layer and every length
+        would be compiled by itself, a minute each.
         """
         self._is_compiled = True
         layers = list(self.base.get_decoder().layers)
