@@ -192,6 +192,11 @@ class DenoiserSettings:
     token_rank: int = setting(64, "rank of the auxiliary token head")
     token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
     answer_every: int = setting(1, "the answer, the stop decisions and the last clean block are part of every n-th step only")
+    bidirectional_question: bool = setting(
+        False,
+        "a question's tokens all see each other; false: only those before them, as pretrained LMs learned to read (true is for "
+        "LMs made from scratch)",
+    )
     condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
     init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
     sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
@@ -229,6 +234,9 @@ class ArSettings:
     phase: str = setting("ar", "name of the phase, and of the model folder it writes: models/<phase>")
     from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")
     copy_fraction: float = setting(0.0, "share of samples that ask to repeat a sentence (teaches a frozen decoder to copy)")
+    bidirectional_question: bool = setting(
+        False, "a question's tokens see each other, as denoiser.bidirectional_question says; the model's folder keeps it"
+    )
     train: TrainSettings = section(TrainSettings, "chain-of-thought fine-tuning", max_epochs=3.0, lr=1e-5)
 
 

@@ -163,15 +163,20 @@ def span_offsets(span: int, latents: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def template(question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1) -> Template:
+def template(
+    question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1, bidirectional_question: bool = False
+) -> Template:
     """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies of each span.
 
     ``answer`` is the answer's token count; ``None`` leaves out the answer and the clean blocks of the last span, which only the
-    answer and the stop decisions need.  Text tokens are indexed question first, then answer.
+    answer and the stop decisions need.  Text tokens are indexed question first, then answer.  ``bidirectional_question``: the
+    question's tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
     """
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
     parts = [_text(question, start=0, first_index=0)]
+    if bidirectional_question:
+        parts[0][_LIMIT] = question
     parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
     if answer is not None:
         parts.append(_answer(question, blocks, latents, answer))
@@ -190,6 +195,10 @@ def template(question: int, blocks: int, latents: int, draws: int, answer: int |
         answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
         question_length=question,
     )
+
+
+#: the row of a part's limits, as :func:`_rows` stacks them
+_LIMIT = 1
 
 
 def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray, index: np.ndarray) -> np.ndarray:

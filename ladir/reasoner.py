@@ -254,7 +254,7 @@ class Reasoner:
             free = torch.where(hidden[..., None], self.denoiser.mark(Mark.NULL), inputs)
             inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
-        prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths)
+        prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
         return prefix.share(owner)
 
     def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, thoughts: bool) -> dict[int, Trajectory]:

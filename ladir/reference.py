@@ -38,9 +38,11 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor], positions: Seque
 
 
 def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:
-    """A question's tokens behind ``prefix``, each a group; a hidden question is one learned vector at every place."""
+    """A question's tokens behind ``prefix``, each a group (all of them one, where they see each other); a hidden question is one
+    learned vector at every place."""
     null = denoiser.marks.weight[Mark.NULL][None]
-    return [*_text_groups(denoiser, prefix), *([null for _ in ids] if hidden else _text_groups(denoiser, ids))]
+    groups = [*_text_groups(denoiser, prefix), *([null for _ in ids] if hidden else _text_groups(denoiser, ids))]
+    return [torch.cat(groups)] if denoiser.settings.bidirectional_question else groups
 
 
 def _text_groups(denoiser: Denoiser, ids: Sequence[int]) -> list[Tensor]:

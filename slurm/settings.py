@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ladir.config import Config
 from ladir.config_loader import ConfigError, load_config
-from training.runtime.ds_config import DeepSpeedConfigError, check_compile, read_ds_config
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 
 
 def phases(config: Config) -> list[str]:
@@ -40,8 +40,7 @@ def missing(config: Config) -> list[str]:
 def refused_by_every_phase(config: Config) -> list[str]:
     """What is wrong with the DeepSpeed file, which every phase would say only when its job has started."""
     try:
-        read_ds_config(config.deepspeed.config)
-        check_compile(config.backbone, config.deepspeed)
+        check_ds_config(config.backbone, config.deepspeed)
     except DeepSpeedConfigError as error:
         return str(error).splitlines()
     return []

@@ -60,7 +60,8 @@ NEEDS_GPU = pytest.mark.skipif(
 
 
 def denoiser_batch(seed: int, pack_tokens: int, count: int = 3) -> DenoiserBatch:
-    collate = collator(tiny_denoiser(tiny_lm(), draws=2), condition_dropout=0.3)
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, bidirectional_question=seed % 2 == 1)
+    collate = collator(denoiser, condition_dropout=0.3)
     return replace(collate, pack_tokens=pack_tokens)(random_records(count, seed=seed), list(range(count)))
 
 

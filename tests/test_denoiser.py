@@ -102,11 +102,13 @@ def test_every_objective_equals_the_reference(objective: str) -> None:
     st.booleans(),
     st.sampled_from(sorted(SHAPES)),
     st.integers(1, 3),
+    st.booleans(),
 )
 def test_random_layouts_equal_the_reference(
-    latents: int, draws: int, count: int, seed: int, answer: bool, kind: str, span: int
+    latents: int, draws: int, count: int, seed: int, answer: bool, kind: str, span: int, bidirectional_question: bool
 ) -> None:
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5)
+    question = {"bidirectional_question": bidirectional_question}
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5, **question)
     records = random_records(count, seed=seed, latents=latents)
     first = (seed % 100) * 16 + (0 if answer else 8)
     numbers = range(first, first + count)
@@ -309,11 +311,11 @@ def test_what_padding_holds_changes_nothing() -> None:
     assert case.effect(table_index=table) == SILENT
 
 
-@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize(("span", "bidirectional"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str, span: int) -> None:
+def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str, span: int, bidirectional: bool) -> None:
     """Every token's input vector is moved in turn; the rule is transitive, so layers widen nothing."""
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, span=span)
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, span=span, bidirectional_question=bidirectional)
     layout = collator(denoiser)(random_records(2, seed=6), [0, 1]).layout
     visible, width = layout.visible(), layout.copy.shape[1]
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
 from tests.distributed import ProcessGroup
 from tests.toy_phase import ToyModel, ToyPhase
 from training.runtime.distributed import World
-from training.runtime.ds_config import DeepSpeedConfigError, check_compile, read_ds_config
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
 from training.runtime.engine import Engine
 
 STAGES = [0, 2, 3]
@@ -209,8 +209,10 @@ def test_a_ds_config_that_sets_what_we_decide_is_refused(tmp_path: Path) -> None
 def test_compiled_layers_are_refused_under_zero_3_only() -> None:
     for stage in STAGES:
         settings = DeepSpeedSettings(config=f"ds_configs/zero{stage}.json")
-        check_compile(BackboneSettings(), settings)
+        check_ds_config(BackboneSettings(), settings)
         if stage < 3:
-            check_compile(BackboneSettings(compile=True), settings)
+            check_ds_config(BackboneSettings(compile=True), settings)
+    with pytest.raises(DeepSpeedConfigError, match=r"nowhere\.json: no such file"):
+        check_ds_config(BackboneSettings(), DeepSpeedSettings(config="nowhere.json"))
     with pytest.raises(DeepSpeedConfigError, match=r"backbone\.compile=true .*zero3\.json.*take .*zero2\.json"):
-        check_compile(BackboneSettings(compile=True), DeepSpeedSettings())
+        check_ds_config(BackboneSettings(compile=True), DeepSpeedSettings())

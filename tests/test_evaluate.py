@@ -241,7 +241,7 @@ def test_the_methods_of_the_default_table_are_known() -> None:
 def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(models: Path, tmp_path: Path) -> None:
     methods = "evaluate.methods=[ar,ladir]"
     with pytest.raises(
-        FileNotFoundError, match=r"models/ar-7: no such snapshot; kept are the steps none; set ar\.train\.snapshot_every"
+        FileNotFoundError, match=r"models/ar-7 and .*outcome-ar-7\.json: missing of the snapshot; kept are the steps none; set ar\.train\.snapshot_every"
     ):
         evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
     folder = RunFolder(configure(models, tmp_path))

@@ -21,8 +21,9 @@ SHAPE = st.tuples(
     st.integers(1, 3),  # draws
     st.none() | st.integers(1, 3),  # answer tokens
     st.integers(1, 3),  # blocks of a span
+    st.booleans(),  # the question's tokens see each other
 )
-Shape = tuple[int, int, int, int, int | None, int]
+Shape = tuple[int, int, int, int, int | None, int, bool]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Token:
     span: int | None = None
 
 
-def written_out(question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1) -> list[Token]:
+def written_out(
+    question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1, _bidirectional: bool = False
+) -> list[Token]:
     """``question [<BOT> z*L <EOT>]*B <SOA> answer`` and the noisy copies of every span at the same positions."""
     clean: list[Token] = []
     noisy: list[Token] = []
@@ -59,9 +62,11 @@ def written_out(question: int, blocks: int, latents: int, draws: int, answer: in
     return clean + sorted(noisy, key=lambda token: (token.span, token.draw, token.place))
 
 
-def sees(viewer: Token, other: Token, span: int = 1) -> bool:
+def sees(viewer: Token, other: Token, span: int = 1, bidirectional_question: bool = False) -> bool:
     """The design: a clean token sees the clean tokens before it and its own block; a noisy token sees the question, the
     clean blocks before its span, and its own copy; nothing clean sees anything noisy."""
+    if bidirectional_question and viewer.kind == other.kind == "question":
+        return True
     if viewer.stream == "clean":
         own_block = viewer.block is not None and viewer.block == other.block
         return other.stream == "clean" and (other.place <= viewer.place or own_block)
@@ -79,14 +84,14 @@ def test_visibility_is_the_written_out_rule(shape: Shape) -> None:
     assert len(layout) == len(expected)
     assert layout.position.tolist() == [token.place for token in expected]
     batch = Layout(*(torch.from_numpy(a)[None] for a in (layout.position, layout.limit, layout.copy)))
-    rule = [[sees(viewer, other, shape[-1]) for other in expected] for viewer in expected]
+    rule = [[sees(viewer, other, *shape[-2:]) for other in expected] for viewer in expected]
     assert batch.visible()[0].tolist() == rule
 
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPE)
 def test_sources_and_places_of_the_losses(shape: Shape) -> None:
-    question, blocks, latents, draws, _, span = shape
+    question, blocks, latents, draws, _, span, _ = shape
     layout, expected = template(*shape), written_out(*shape)
     places = {kind: [i for i, token in enumerate(expected) if token.kind == kind] for kind in ("BOT", "EOT", "SOA", "answer")}
     for i, token in enumerate(expected):

@@ -94,6 +94,18 @@ def test_rows_are_the_written_out_sequences(lengths: list[int], latents: int, bu
         assert_boundaries(rows.layout)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=6), BUDGETS)
+def test_a_bidirectional_question_is_seen_whole_and_the_rest_stays_causal(shapes: list[tuple[int, int]], budget: int) -> None:
+    sizes, read = [question + rest for question, rest in shapes], [rest + 1 for _, rest in shapes]
+    causal, rows = text_rows(sizes, read, budget), text_rows(sizes, read, budget, bidirectional_question=True)
+    assert torch.equal(rows.index, causal.index) and torch.equal(rows.at, causal.at) and rows.layout.boundaries is None
+    for (_, layout), (question, rest) in zip(documents(rows, sizes, budget), shapes, strict=True):
+        expected = torch.ones(question + rest, question + rest, dtype=torch.bool).tril()
+        expected[:question, :question] = True
+        assert torch.equal(layout.visible()[0], expected)
+
+
 def assert_boundaries(layout: Layout) -> None:
     """The stretches between boundaries are the documents, and padding apart."""
     assert layout.boundaries is not None
@@ -113,7 +125,7 @@ def assert_boundaries(layout: Layout) -> None:
 def denoiser_and_batches(
     budget: int, seed: int, kind: str = "llama", count: int = 5
 ) -> tuple[Denoiser, DenoiserBatch, DenoiserBatch]:
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5)
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5, bidirectional_question=seed % 2 == 1)
     records = random_records(count, seed=seed)
     collate = collator(denoiser, prefix=(3,), condition_dropout=0.3)
     return denoiser, replace(collate, pack_tokens=budget)(records, list(range(count))), collate(records, list(range(count)))

@@ -56,9 +56,15 @@ def undecided(denoiser: Denoiser) -> Denoiser:
 
 
 def tiny_reasoner(
-    kind: str = "llama", attention: str = "eager", objective: str = "velocity", span: int = 1, **controls: Any
+    kind: str = "llama",
+    attention: str = "eager",
+    objective: str = "velocity",
+    span: int = 1,
+    bidirectional_question: bool = False,
+    **controls: Any,
 ) -> Reasoner:
-    denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), objective=objective, span=span))
+    settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question}
+    denoiser = undecided(tiny_denoiser(tiny_lm(kind, attention=attention), **settings))
     vae = tiny_vae(kind)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
 
@@ -264,6 +270,8 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"span": 2, "lag": 0, "diversity_scale": 0.5},
         {"span": 3, "lag": 1, "max_blocks": 4, "sampler": "sde", "guidance_scale": 2.0},
         {"span": 2, "lag": 9, "reencode": True, "restarts": 1, "restart_steps": 2},
+        {"bidirectional_question": True, "guidance_scale": 2.0},
+        {"bidirectional_question": True, "span": 2},
     ],
     ids=lambda controls: "-".join(controls),
 )
@@ -308,8 +316,8 @@ def assert_same(ours: Trajectory, theirs: Trajectory, atol: float = 1e-5) -> Non
 
 @pytest.mark.parametrize(
     "controls",
-    [{}, {"guidance_scale": 2.0, "sampler": "sde", "spacing": "cosine"}, {"span": 2}],
-    ids=["plain", "guided-sde", "span"],
+    [{}, {"guidance_scale": 2.0, "sampler": "sde", "spacing": "cosine"}, {"span": 2}, {"bidirectional_question": True}],
+    ids=["plain", "guided-sde", "span", "bidirectional"],
 )
 def test_a_trajectory_is_the_same_in_any_batch(controls: dict[str, Any]) -> None:
     reasoner = tiny_reasoner(**controls)
@@ -662,12 +670,29 @@ def test_the_baselines_greedy_text_is_transformers_generate(kind: str) -> None:
         assert group == [expected, expected]
 
 
-def test_the_baselines_samples_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("kind", SHAPES)
+@torch.no_grad()
+def test_the_baselines_greedy_text_behind_a_bidirectional_question_is_that_of_plain_forwards(kind: str) -> None:
+    backbone, prompts = Backbone(tiny_lm(kind)), [[5, 6, 7], [8], [9, 10, 11, 12]]
+    texts = complete(backbone, prompts, ["a", "b", "c"], 2, PAD, EOS, 8, 0.0, seed=0, bidirectional_question=True)
+    for prompt, group in zip(prompts, texts, strict=True):
+        groups, expected = [backbone.embed(torch.tensor(prompt))], list[int]()
+        while len(expected) < 8:
+            token = int(backbone.logits(plain_forward(backbone, groups)[-1]).argmax())
+            if token == EOS:
+                break
+            expected.append(token)
+            groups.append(backbone.embed(torch.tensor([token])))
+        assert group == [expected, expected]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_baselines_samples_do_not_depend_on_the_batch(bidirectional: bool) -> None:
     backbone, prompts = Backbone(tiny_lm()), [[5, 6, 7], [8], [9, 10, 11, 12]]
 
     def ask(which: list[int], samples: int) -> list[list[list[int]]]:
         keys = [str(i) for i in which]
-        return complete(backbone, [prompts[i] for i in which], keys, samples, PAD, EOS, max_tokens=8, temperature=1.0, seed=2)
+        return complete(backbone, [prompts[i] for i in which], keys, samples, PAD, EOS, 8, 1.0, 2, bidirectional)
 
     together = ask([0, 1, 2], 3)
     assert len({tuple(text) for group in together for text in group}) > 3

@@ -212,11 +212,14 @@ def test_losses_and_gradients_are_those_of_whole_forward_passes(variant: str, re
     st.sampled_from(sorted(VARIANTS)),
     st.booleans(),
     st.integers(1, 3),
+    st.booleans(),
 )
 def test_random_shapes(
-    seed: int, count: int, latents: int, kind: str, objective: str, variant: str, recompute: bool, span: int
+    seed: int, count: int, latents: int, kind: str, objective: str, variant: str, recompute: bool, span: int, bidirectional: bool
 ) -> None:
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=1, objective=objective, span=span)
+    denoiser = tiny_denoiser(
+        tiny_lm(kind), latents=latents, draws=1, objective=objective, span=span, bidirectional_question=bidirectional
+    )
     rollout = rollout_settings(**{"num_steps": 2, **VARIANTS[variant]})
     if objective == "epsilon":
         rollout = dataclasses.replace(rollout, gradient_steps=0)  # it divides by 1 - t: a step from t = 1 amplifies rounding

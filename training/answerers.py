@@ -15,7 +15,7 @@ from ladir.data.records import Record
 from ladir.evaluation.voting import RULES
 from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
-from ladir.models.folders import load_backbone
+from ladir.models.folders import load_backbone, reads_questions_both_ways
 from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
 from ladir.tokens import decode_text, load_tokenizer
@@ -106,7 +106,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
     """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``)."""
     tokenizer = load_tokenizer(config.backbone)
     model = folder.model(folder.snapshot("ar", config.evaluate.snapshot))
-    backbone = load_backbone(model, config.backbone, device).to(device).eval()
+    backbone, bidirectional = load_backbone(model, config.backbone, device).to(device).eval(), reads_questions_both_ways(model)
 
     def answerer(samples: int, temperature: float) -> Answerer:
         def answer(records: Sequence[Record]) -> Answers:
@@ -121,6 +121,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                     config.evaluate.ar_max_tokens,
                     temperature,
                     config.run.seed,
+                    bidirectional,
                 )
             prefixes = config.data.answer_prefixes
             return Answers([[sampled_of(ids, prefixes) for ids in group] for group in texts], cost)

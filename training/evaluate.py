@@ -74,15 +74,16 @@ def evaluate(run: Run) -> None:
 
 
 def _check_snapshot(run: Run) -> None:
-    """FileNotFoundError where a model of the asked training step is missing."""
+    """FileNotFoundError where a model of the asked training step, or what its training said of it, is missing."""
     step, folder = run.config.evaluate.snapshot, run.folder
     models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in run.config.evaluate.methods if step is not None)
     for phase in [PHASES[model][-1] for model in models if model != "rollout"]:
-        if not (folder.model(folder.snapshot(phase, step)).is_dir() and folder.outcome(folder.snapshot(phase, step))):
+        name = folder.snapshot(phase, step)
+        if missing := [str(path) for path in (folder.model(name), folder.outcome_file(name)) if not path.exists()]:
             found = [path.name.removeprefix(f"{phase}-") for path in folder.model(phase).parent.glob(f"{phase}-*")]
             kept = sorted(int(number) for number in found if number.isdecimal())
             raise FileNotFoundError(
-                f"{folder.model(folder.snapshot(phase, step))}: no such snapshot; kept are the steps {kept or 'none'}; set "
+                f"{' and '.join(missing)}: missing of the snapshot; kept are the steps {kept or 'none'}; set "
                 f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
             )
 

@@ -211,7 +211,8 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
     held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
     prefix = config.data.answer_prefixes[0]
-    collator = ArCollator(config.ar.train.pack_tokens)
+    bidirectional = config.ar.bidirectional_question
+    collator = ArCollator(config.ar.train.pack_tokens, bidirectional)
     return TrainingPhase(
         items=TokenPairs.of(itertools.chain(chain_pairs(tokenizer, records, prefix), _copies(config, tokenizer, records))),
         collator=collator,
@@ -219,7 +220,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         model=ArModel(backbone),
         weights={"text": 1.0},
         validation=Samples(TokenPairs.of(chain_pairs(tokenizer, held_out, prefix)), collator) if held_out else None,
-        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state),
+        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state, bidirectional),
         show=ar_samples(config, tokenizer, held_out, records),
     )
 
@@ -235,7 +236,14 @@ def _copies(
     return copy_pairs(tokenizer, (sentences[i] for i in chosen))
 
 
-def _write_lm(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
+def _write_lm(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: Iterator[tuple[str, Tensor]],
+    bidirectional_question: bool,
+) -> None:
     """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
-    save_lm(backbone, folder, ((name.removeprefix("backbone."), tensor) for name, tensor in state))
+    own = ((name.removeprefix("backbone."), tensor) for name, tensor in state)
+    save_lm(backbone, folder, own, bidirectional_question)
     tokenizer.save_pretrained(str(folder))

@@ -139,9 +139,13 @@ class ArBatch(TensorBatch):
 
 @dataclass(frozen=True)
 class ArCollator:
-    """(prompt ids, completion ids) pairs to an :class:`ArBatch`; only the completion is labelled."""
+    """(prompt ids, completion ids) pairs to an :class:`ArBatch`; only the completion is labelled.
+
+    ``bidirectional_question``: the prompt's tokens see each other.
+    """
 
     pack_tokens: int = 0
+    bidirectional_question: bool = False
 
     def __call__(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], numbers: Sequence[int], training: bool = True
@@ -155,7 +159,7 @@ class ArCollator:
             num_tokens=sum(lengths),
             sample_ids=list(numbers),
             ids=flat_ids(texts),
-            rows=text_rows(lengths, labelled, self.pack_tokens),
+            rows=text_rows(lengths, labelled, self.pack_tokens, self.bidirectional_question),
             labels=flat_ids(completions),
         )
 
@@ -222,8 +226,9 @@ class DenoiserCollator:
             with_answer = not training or step % self.settings.answer_every == 0
         questions = [[*self.prefix, *record.question] for record in records]
         latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
+        bidirectional = self.settings.bidirectional_question
         templates = [
-            template(len(q), len(r.blocks), latents, draws, len(r.answer) if with_answer else None, span)
+            template(len(q), len(r.blocks), latents, draws, len(r.answer) if with_answer else None, span, bidirectional)
             for q, r in zip(questions, records, strict=True)
         ]
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]

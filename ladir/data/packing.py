@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -121,11 +121,20 @@ class Rows:
         return Rows(self.index.to(device), self.layout.to(device), self.at.to(device))
 
 
-def text_rows(lengths: Sequence[int], read: Sequence[int], budget: int) -> Rows:
-    """Plain text: the table holds all documents' tokens, one after another; the last ``read[i]`` of each are read."""
+def text_rows(lengths: Sequence[int], read: Sequence[int], budget: int, bidirectional_question: bool = False) -> Rows:
+    """Plain text: the table holds all documents' tokens, one after another; the last ``read[i]`` of each are read.
+
+    ``bidirectional_question``: a document's tokens up to the first one that is read are a question, and see each other.
+    """
     places = place(lengths, budget)
-    at, _, _ = places.tokens
-    return _rows(places, np.arange(len(at)), places.first + places.lengths - np.asarray(read), np.asarray(read))
+    at, document, within = places.tokens
+    first_read = places.lengths - np.asarray(read)
+    rows = _rows(places, np.arange(len(at)), places.first + first_read, np.asarray(read))
+    if not bidirectional_question:
+        return rows
+    question = first_read[document] + 1
+    limit = _filled(places, 0, at, np.where(within < question, question, within + 1))
+    return replace(rows, layout=replace(rows.layout, limit=torch.from_numpy(limit), boundaries=None, longest=0))
 
 
 def encoder_rows(lengths: Sequence[int], latents: int, budget: int) -> Rows:

@@ -24,14 +24,17 @@ def complete(
     max_tokens: int,
     temperature: float,
     seed: int,
+    bidirectional_question: bool = False,
 ) -> list[list[list[int]]]:
     """Sampled completions: ``num_samples`` token-id lists per prompt.
 
-    The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers.
+    The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers;
+    ``bidirectional_question``: their tokens see each other, as the model was trained.
     """
     device = next(backbone.parameters()).device
     ids, lengths = pad_left(prompts, pad_id)
-    prefix, hidden = Prefix.start(backbone, backbone.embed(ids.to(device)), lengths.to(device))
+    inputs, lengths = backbone.embed(ids.to(device)), lengths.to(device)
+    prefix, hidden = Prefix.start(backbone, inputs, lengths, bidirectional_question)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
     uniform = noise.uniform(list(range(len(owner))), max_tokens).to(device)

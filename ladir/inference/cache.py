@@ -95,9 +95,12 @@ class Prefix:
         self.shared = shared
 
     @classmethod
-    def start(cls, backbone: Backbone, inputs: Tensor, lengths: Tensor) -> tuple[Prefix, Tensor]:
-        """A prefix of causal input vectors [R, P, H] padded on the left to ``lengths`` [R]; and the last hidden states [R, H]."""
-        valid, visible, positions = left_padded(lengths, inputs.shape[1])
+    def start(cls, backbone: Backbone, inputs: Tensor, lengths: Tensor, bidirectional: bool = False) -> tuple[Prefix, Tensor]:
+        """A prefix of input vectors [R, P, H] padded on the left to ``lengths`` [R]; and the last hidden states [R, H].
+
+        They see what is before them, or each other (``bidirectional``).
+        """
+        valid, visible, positions = left_padded(lengths, inputs.shape[1], bidirectional)
         cache = PrefixCache()
         hidden = backbone(inputs, visible, positions, cache)
         return cls(backbone, cache, valid, lengths.clone(), padded=not bool(valid.all())), hidden[:, -1]

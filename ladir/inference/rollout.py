@@ -199,7 +199,8 @@ class Rollout(nn.Module):
     def _question(self, batch: RolloutBatch) -> Past:
         """The past that begins with the questions."""
         past = Past(self.denoiser.backbone, self.recompute)
-        valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1])
+        bidirectional = self.denoiser.settings.bidirectional_question
+        valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1], bidirectional)
         inputs = self.denoiser.backbone.embed(batch.question_ids)
         _, chunk = past.extend(slice(0, len(batch.blocks)), inputs, positions, visible)
         past.chunks.append(replace(chunk, valid=valid))

@@ -289,8 +289,8 @@ def causal(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
 
 
-def left_padded(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal sequences of ``lengths`` [N] padded on the left to ``width``.
+def left_padded(lengths: Tensor, width: int, bidirectional: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal sequences (or ``bidirectional`` ones) of ``lengths`` [N] padded on the left to ``width``.
 
     Returns which tokens are real, bool [N, width]; who sees whom, bool [N, width, width], padding itself only; and the
     positions, int64 [N, width], that start at the first real token.
@@ -299,5 +299,6 @@ def left_padded(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     padding = (width - lengths)[:, None]
     valid = order >= padding
     itself = torch.eye(width, dtype=torch.bool, device=lengths.device)
-    visible = causal(width, lengths.device) & valid[:, None, :] | itself
+    order_allows = valid[:, :, None] if bidirectional else causal(width, lengths.device)
+    visible = order_allows & valid[:, None, :] | itself
     return valid, visible, (order - padding).clamp_min(0)

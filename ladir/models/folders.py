@@ -54,9 +54,18 @@ def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name != "train"}
 
 
-def save_lm(backbone: Backbone, folder: str | Path, state: State | None = None) -> None:
-    """Write a causal LM (or its adapters); ``state`` streams the full tensors of ``backbone`` where it is sharded."""
-    save_model(backbone, state or own_state(backbone), folder, {"lm.": (backbone, "")}, {"kind": "lm"})
+def save_lm(backbone: Backbone, folder: str | Path, state: State | None = None, bidirectional_question: bool = False) -> None:
+    """Write a causal LM (or its adapters); ``state`` streams the full tensors of ``backbone`` where it is sharded.
+
+    ``bidirectional_question``: how it was trained to read questions, for :func:`reads_questions_both_ways`.
+    """
+    settings = {"kind": "lm", "bidirectional_question": bidirectional_question}
+    save_model(backbone, state or own_state(backbone), folder, {"lm.": (backbone, "")}, settings)
+
+
+def reads_questions_both_ways(folder: str | Path) -> bool:
+    """Whether the tokens of a question see each other in an LM that :func:`save_lm` wrote."""
+    return bool(load_settings(folder, "lm").get("bidirectional_question", False))
 
 
 def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str | None = None) -> None:

@@ -177,4 +177,4 @@ def micro_batch(
         behind_true_blocks = replace(config.rollout, own_context=0.0)  # the larger of the two: it has the answer
         return RolloutCollator(collator, behind_true_blocks, 0)([Golds(record)] * count, numbers).to(device)
     pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
-    return ArCollator(config.ar.train.pack_tokens)([pair] * count, numbers).to(device)
+    return ArCollator(config.ar.train.pack_tokens, config.ar.bidirectional_question)([pair] * count, numbers).to(device)

@@ -80,9 +80,9 @@ def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torc
     return completed
 
 
-def check_compile(backbone: BackboneSettings, deepspeed: DeepSpeedSettings) -> None:
-    """Raise :class:`DeepSpeedConfigError` where layers are to be compiled under ZeRO-3."""
-    if backbone.compile and zero_stage(read_ds_config(deepspeed.config)) == 3:
+def check_ds_config(backbone: BackboneSettings, deepspeed: DeepSpeedSettings) -> None:
+    """Raise :class:`DeepSpeedConfigError` where the file cannot be used, or layers are to be compiled under ZeRO-3."""
+    if zero_stage(read_ds_config(deepspeed.config)) == 3 and backbone.compile:
         raise DeepSpeedConfigError(
             f"backbone.compile=true does not go with ZeRO stage 3 ({deepspeed.config}), which gathers weights by hooks inside "
             "the layers: take deepspeed.config=ds_configs/zero2.json or ds_configs/zero0.json, or backbone.compile=false"

@@ -16,7 +16,7 @@ from ladir.errors import UnusableError
 from ladir.models.backbone import choose_dtype
 from training.runtime.checkpoint import CheckpointError
 from training.runtime.distributed import LaunchError, RankLostError, start, stop
-from training.runtime.ds_config import DeepSpeedConfigError, check_compile
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 from training.runtime.files import lacks_room
 from training.runtime.loop import NonFiniteError
 from training.runtime.run import Run, RunConflict, open_run
@@ -49,7 +49,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     config, _ = parse_args(argv, description)
     disable_progress_bar()
     try:
-        check_compile(config.backbone, config.deepspeed)
+        check_ds_config(config.backbone, config.deepspeed)
         world = start(config.deepspeed)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
