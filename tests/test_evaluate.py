@@ -19,16 +19,18 @@ from hypothesis import strategies as st
 
 from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config_loader import load_config
+from ladir.data.prompts import ChainText, parse_completion, prompt_ids
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
+from ladir.inference.ar import complete
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
-from ladir.tokens import load_tokenizer
+from ladir.tokens import decode_text, load_tokenizer
 from tests.distributed import ProcessGroup
-from tests.tiny import VOCAB, tiny_denoiser, tiny_lm, tiny_vae
-from training.answerers import VARIANTS, stage_folder
+from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
+from training.answerers import VARIANTS, ar_answerers, stage_folder
 from training.answers import Answered, AnswerLog, cut
 from training.evaluate import _tell_of_limits, evaluate, read_questions_asked
 from training.runtime.distributed import World
@@ -233,6 +235,22 @@ def test_batches_cover_every_question_once_and_evenly(count: int, size: int, ran
     assert len(batches) % ranks == 0 or len(batches) == count
 
 
+def test_the_baseline_reads_questions_as_its_folder_says(models: Path, tmp_path: Path) -> None:
+    config = configure(models, tmp_path)
+    folder, tokenizer = RunFolder(config), load_tokenizer(config.backbone)
+    backbone = Backbone(tiny_lm(dtype=torch.float32, seed=3))
+    records = read_questions_asked(config)[:3]
+    prompts, keys = [prompt_ids(tokenizer, record.question) for record in records], [record.question for record in records]
+    found: dict[bool, list[ChainText]] = {}
+    for bidirectional in (False, True):
+        save_lm(backbone, folder.model("ar"), bidirectional_question=bidirectional)
+        answers = ar_answerers(config, folder, ["ar-greedy"], torch.device("cpu"))["ar-greedy"](records)
+        texts = complete(backbone, prompts, keys, 1, int(tokenizer.pad_token_id), EOS, 6, 0.0, 0, bidirectional)
+        found[bidirectional] = [parse_completion(decode_text(tokenizer, ids), ["####"]) for [ids] in texts]
+        assert [(list(a.thoughts), a.answer) for [a] in answers.samples] == [(c.thoughts, c.answer) for c in found[bidirectional]]
+    assert found[False] != found[True]
+
+
 def test_the_methods_of_the_default_table_are_known() -> None:
     methods: Sequence[str] = Config().evaluate.methods
     assert tuple(methods) == ROWS
@@ -241,7 +259,8 @@ def test_the_methods_of_the_default_table_are_known() -> None:
 def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(models: Path, tmp_path: Path) -> None:
     methods = "evaluate.methods=[ar,ladir]"
     with pytest.raises(
-        FileNotFoundError, match=r"models/ar-7 and .*outcome-ar-7\.json: missing of the snapshot; kept are the steps none; set ar\.train\.snapshot_every"
+        FileNotFoundError,
+        match=r"ar-7 and .*outcome-ar-7\.json: missing of the snapshot; kept are the steps none; set ar\.train\.snapshot_every",
     ):
         evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
     folder = RunFolder(configure(models, tmp_path))
