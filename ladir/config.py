@@ -235,7 +235,9 @@ class ArSettings:
     from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")
     copy_fraction: float = setting(0.0, "share of samples that ask to repeat a sentence (teaches a frozen decoder to copy)")
     bidirectional_question: bool = setting(
-        False, "a question's tokens see each other, as denoiser.bidirectional_question says; the model's folder keeps it"
+        False,
+        "the same as denoiser.bidirectional_question, for the LM that train_ar trains (baseline or base LM); its folder keeps it "
+        "for the evaluation. Training then takes flex or sdpa in place of flash-attn",
     )
     train: TrainSettings = section(TrainSettings, "chain-of-thought fine-tuning", max_epochs=3.0, lr=1e-5)
 

@@ -174,9 +174,7 @@ def template(
     """
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
-    parts = [_text(question, start=0, first_index=0)]
-    if bidirectional_question:
-        parts[0][_LIMIT] = question
+    parts = [_question(question, bidirectional_question)]
     parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
     if answer is not None:
         parts.append(_answer(question, blocks, latents, answer))
@@ -197,10 +195,6 @@ def template(
     )
 
 
-#: the row of a part's limits, as :func:`_rows` stacks them
-_LIMIT = 1
-
-
 def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.stack([position, limit, np.full_like(position, copy), source, index])
 
@@ -209,6 +203,13 @@ def _text(count: int, start: int, first_index: int) -> np.ndarray:
     """Causal text: a token sees everything clean up to itself."""
     position = np.arange(start, start + count)
     return _rows(position, position + 1, CLEAN, np.full(count, Source.TEXT), np.arange(first_index, first_index + count))
+
+
+def _question(count: int, bidirectional: bool) -> np.ndarray:
+    """The question's text, causal or seen whole."""
+    position = np.arange(count)
+    limit = np.full(count, count) if bidirectional else position + 1
+    return _rows(position, limit, CLEAN, np.full(count, Source.TEXT), position)
 
 
 def _clean_block(block: int, question: int, latents: int) -> np.ndarray:

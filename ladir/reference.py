@@ -38,8 +38,10 @@ def plain_forward(backbone: Backbone, groups: Sequence[Tensor], positions: Seque
 
 
 def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:
-    """A question's tokens behind ``prefix``, each a group (all of them one, where they see each other); a hidden question is one
-    learned vector at every place."""
+    """A question's tokens behind ``prefix``, each a group [1, H], or one group [n, H] where they see each other.
+
+    A hidden question is one learned vector at every place; what is in ``prefix`` stays visible.
+    """
     null = denoiser.marks.weight[Mark.NULL][None]
     groups = [*_text_groups(denoiser, prefix), *([null for _ in ids] if hidden else _text_groups(denoiser, ids))]
     return [torch.cat(groups)] if denoiser.settings.bidirectional_question else groups
@@ -168,7 +170,7 @@ def reference_blocks(
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents [R, B, L, d] of ``settings.max_blocks`` blocks per trajectory by Euler steps of the ODE, all trajectories in one
-    batch, the whole sequence run anew at every step; for models of single blocks (span 1).
+    batch, the whole sequence run anew at every step; for models of single blocks (span 1) that read questions causally.
 
     ``question`` [R, P, H]: input vectors of every trajectory's question, all of one length; ``on_step(block, step)`` is called
     after every step.

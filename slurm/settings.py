@@ -37,8 +37,8 @@ def missing(config: Config) -> list[str]:
     ]
 
 
-def refused_by_every_phase(config: Config) -> list[str]:
-    """What is wrong with the DeepSpeed file, which every phase would say only when its job has started."""
+def refused_by_every_training(config: Config) -> list[str]:
+    """What is wrong with the DeepSpeed file, which every training would say only when its job has started."""
     try:
         check_ds_config(config.backbone, config.deepspeed)
     except DeepSpeedConfigError as error:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(path, overrides)
     except ConfigError as error:
         return _refused(error.errors)
-    if wrong := [*refused_by_every_phase(config), *(missing(config) if chain else [])]:
+    if wrong := [*refused_by_every_training(config), *(missing(config) if chain else [])]:
         return _refused(wrong)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *(phases(config) if chain else [])]) + "\n")

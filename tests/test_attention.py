@@ -60,7 +60,7 @@ NEEDS_GPU = pytest.mark.skipif(
 
 
 def denoiser_batch(seed: int, pack_tokens: int, count: int = 3) -> DenoiserBatch:
-    denoiser = tiny_denoiser(tiny_lm(), draws=2, bidirectional_question=seed % 2 == 1)
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, bidirectional_question=seed % 2 == 1)  # every second seed's questions
     collate = collator(denoiser, condition_dropout=0.3)
     return replace(collate, pack_tokens=pack_tokens)(random_records(count, seed=seed), list(range(count)))
 

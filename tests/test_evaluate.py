@@ -260,7 +260,7 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     methods = "evaluate.methods=[ar,ladir]"
     with pytest.raises(
         FileNotFoundError,
-        match=r"ar-7 and .*outcome-ar-7\.json: missing of the snapshot; kept are the steps none; set ar\.train\.snapshot_every",
+        match=r"no snapshot of step 7: .*outcome-ar-7\.json missing; kept are the steps none; set ar\.train\.snapshot_every",
     ):
         evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
     folder = RunFolder(configure(models, tmp_path))

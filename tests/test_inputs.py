@@ -92,6 +92,21 @@ def test_what_a_phase_was_begun_on_must_not_change_while_it_has_work_there(phase
     assert start(config, phase) == ""  # given back
 
 
+def test_a_phase_begun_before_a_setting_existed_continues_at_its_default_alone(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    folder = RunFolder(config)
+    write_everything(tmp_path, folder)
+    assert start(config, "denoiser") == ""
+    folder.checkpoints("denoiser").mkdir(parents=True)
+    lines = folder.config("denoiser").read_text().splitlines(keepends=True)
+    older = [line for line in lines if "bidirectional_question" not in line]
+    assert len(older) < len(lines)
+    folder.config("denoiser").write_text("".join(older))
+    other = configure(tmp_path, "denoiser.bidirectional_question=true")
+    assert "denoiser.bidirectional_question: False -> True" in start(other, "denoiser")
+    assert start(config, "denoiser") == ""
+
+
 def test_what_a_finished_phase_was_trained_on_may_be_gone(tmp_path: Path) -> None:
     config = configure(tmp_path)
     folder = RunFolder(config)

@@ -125,7 +125,7 @@ def assert_boundaries(layout: Layout) -> None:
 def denoiser_and_batches(
     budget: int, seed: int, kind: str = "llama", count: int = 5
 ) -> tuple[Denoiser, DenoiserBatch, DenoiserBatch]:
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5, bidirectional_question=seed % 2 == 1)
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5, bidirectional_question=seed % 2 == 1)  # every second one
     records = random_records(count, seed=seed)
     collate = collator(denoiser, prefix=(3,), condition_dropout=0.3)
     return denoiser, replace(collate, pack_tokens=budget)(records, list(range(count))), collate(records, list(range(count)))

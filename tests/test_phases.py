@@ -20,6 +20,7 @@ from ladir.config_loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
+from ladir.models.folders import reads_questions_both_ways
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
@@ -40,6 +41,7 @@ VARIANTS = {
     "lora": ["backbone.lora.rank=4"],
     "trained-lora": ["backbone.lora.rank=4", "vae.decoder=trained"],
     "full": ["denoiser.token_weight=0.5", "denoiser.answer_every=2"],
+    "both-ways": ["ar.bidirectional_question=true"],
     "lora-parts": ["backbone.lora.rank=4", "backbone.logits_parts=3"],
     "full-parts": ["denoiser.token_weight=0.5", "denoiser.answer_every=2", "backbone.logits_parts=3"],
 }
@@ -160,6 +162,7 @@ def weights(folder: Path, name: str, phase: str) -> dict[str, Tensor]:
         ("denoiser", "lora"),
         ("ar", "frozen"),
         ("ar", "full-parts"),
+        ("ar", "both-ways"),
     ],
 )
 def test_two_ranks_of_zero3_train_what_one_process_trains(
@@ -186,6 +189,21 @@ def test_two_ranks_of_zero3_train_what_one_process_trains(
     assert one.keys() == two.keys() and one
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def collated_and_written(world: World, folder: Path, bidirectional: bool) -> tuple[bool, bool]:
+    """Whether the baseline's batches are causal text, and what its folder says, where nothing was trained."""
+    name = f"untrained-{bidirectional}"
+    with open_run(configure(folder, name, 0, 8, [f"ar.bidirectional_question={bidirectional}"]), "ar", world) as run:
+        built = ar_phase(run.config, world)
+        batch = built.collator([built.items[0]], [0], True)
+        built.write(run.folder.model("ar"), iter(built.model.state_dict().items()))
+        return batch.rows.layout.boundaries is not None, reads_questions_both_ways(run.folder.model("ar"))
+
+
+def test_the_baseline_reads_questions_as_it_is_set(one_process: ProcessGroup, folder: Path) -> None:
+    assert one_process.run(collated_and_written, folder, False) == [(True, False)]
+    assert one_process.run(collated_and_written, folder, True) == [(False, True)]
 
 
 def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -> str:

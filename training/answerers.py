@@ -106,7 +106,8 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
     """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``)."""
     tokenizer = load_tokenizer(config.backbone)
     model = folder.model(folder.snapshot("ar", config.evaluate.snapshot))
-    backbone, bidirectional = load_backbone(model, config.backbone, device).to(device).eval(), reads_questions_both_ways(model)
+    backbone = load_backbone(model, config.backbone, device).to(device).eval()
+    bidirectional = reads_questions_both_ways(model)
 
     def answerer(samples: int, temperature: float) -> Answerer:
         def answer(records: Sequence[Record]) -> Answers:
@@ -121,7 +122,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                     config.evaluate.ar_max_tokens,
                     temperature,
                     config.run.seed,
-                    bidirectional,
+                    bidirectional_question=bidirectional,
                 )
             prefixes = config.data.answer_prefixes
             return Answers([[sampled_of(ids, prefixes) for ids in group] for group in texts], cost)

@@ -81,9 +81,9 @@ def _check_snapshot(run: Run) -> None:
         name = folder.snapshot(phase, step)
         if missing := [str(path) for path in (folder.model(name), folder.outcome_file(name)) if not path.exists()]:
             found = [path.name.removeprefix(f"{phase}-") for path in folder.model(phase).parent.glob(f"{phase}-*")]
-            kept = sorted(int(number) for number in found if number.isdecimal())
+            kept = sorted(int(number) for number in found if number.isdecimal() and folder.outcome(f"{phase}-{number}"))
             raise FileNotFoundError(
-                f"{' and '.join(missing)}: missing of the snapshot; kept are the steps {kept or 'none'}; set "
+                f"there is no snapshot of step {step}: {' and '.join(missing)} missing; kept are the steps {kept or 'none'}; set "
                 f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
             )
 

@@ -245,5 +245,5 @@ def _write_lm(
 ) -> None:
     """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
     own = ((name.removeprefix("backbone."), tensor) for name, tensor in state)
-    save_lm(backbone, folder, own, bidirectional_question)
+    save_lm(backbone, folder, own, bidirectional_question=bidirectional_question)
     tokenizer.save_pretrained(str(folder))

@@ -78,8 +78,9 @@ def ar_samples(
         prompts = [prompt_ids(tokenizer, record.question) for record in shown]
         pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
         limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
+        both_ways, seed = config.ar.bidirectional_question, config.run.seed
         completions = complete(
-            model.backbone, prompts, questions, 1, pad, eos, limit, 0.0, config.run.seed, config.ar.bidirectional_question
+            model.backbone, prompts, questions, 1, pad, eos, limit, 0.0, seed, bidirectional_question=both_ways
         )
         rows = [
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))

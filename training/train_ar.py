@@ -17,7 +17,7 @@ from training.runtime.loop import train
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    with job(argv, __doc__ or "", lambda config: config.ar.phase) as run:
+    with job(argv, __doc__ or "", lambda config: config.ar.phase, trains=True) as run:
         if run.already_finished() is None:
             train(run, ar_phase(run.config, run.world))
 

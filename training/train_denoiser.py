@@ -21,7 +21,7 @@ from training.runtime.loop import train
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser") as run:
+    with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser", trains=True) as run:
         if run.already_finished() is None:
             build = rollout_phase if run.phase == "rollout" else denoiser_phase
             train(run, build(run.config, run.world))

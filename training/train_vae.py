@@ -16,7 +16,7 @@ from training.runtime.loop import train
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    with job(argv, __doc__ or "", lambda config: "vae") as run:
+    with job(argv, __doc__ or "", lambda config: "vae", trains=True) as run:
         if run.already_finished() is None:
             train(run, vae_phase(run.config, run.world))
 

@@ -106,7 +106,7 @@ def _causal_layout(places: Places) -> Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """Causal documents in R rows of T tokens.
+    """Documents of text in R rows of T tokens; causal, or behind a question that is seen whole.
 
     ``index`` int64 [R, T]: which row of a table of input vectors is a token's (padding: any); ``at`` int64 [n]: the
     flattened tokens whose hidden states are read, document after document.
@@ -132,6 +132,7 @@ def text_rows(lengths: Sequence[int], read: Sequence[int], budget: int, bidirect
     rows = _rows(places, np.arange(len(at)), places.first + first_read, np.asarray(read))
     if not bidirectional_question:
         return rows
+    # Without boundaries, which flash-attn takes for those of causal text.
     question = first_read[document] + 1
     limit = _filled(places, 0, at, np.where(within < question, question, within + 1))
     return replace(rows, layout=replace(rows.layout, limit=torch.from_numpy(limit), boundaries=None, longest=0))

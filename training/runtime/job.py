@@ -40,16 +40,18 @@ USER_ERRORS = (
 
 
 @contextmanager
-def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str]) -> Iterator[Run]:
-    """``with job(argv, __doc__, lambda config: "vae") as run:`` - the opened run of this process' job.
+def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str], trains: bool = False) -> Iterator[Run]:
+    """``with job(argv, __doc__, lambda config: "vae", trains=True) as run:`` - the opened run of this process' job.
 
+    ``trains``: it makes an engine, so that the DeepSpeed file is looked at before anything is loaded.
     Exits with status 2 and one message for errors that are the user's to mend; others go through.  After an error the
     process just ends: leaving in good order takes all ranks, and the others may be waiting for this one elsewhere.
     """
     config, _ = parse_args(argv, description)
     disable_progress_bar()
     try:
-        check_ds_config(config.backbone, config.deepspeed)
+        if trains:
+            check_ds_config(config.backbone, config.deepspeed)
         world = start(config.deepspeed)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:

@@ -226,6 +226,9 @@ class Run:
             return None
         old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
         new = relevant_settings(dataclasses.asdict(self.config), self.phase)
+        # A setting that came later: its default is what was done before.
+        defaults = relevant_settings(dataclasses.asdict(Config()), self.phase)
+        old |= {key: defaults[key] for key in (new.keys() & defaults.keys()) - old.keys()}
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         lines = [f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         lines += [f"  {name}: is not what it was (its content has changed)" for name in self._changed_inputs(inputs)]
