@@ -146,6 +146,19 @@ def step_nothing(world: World) -> str:
     return ""
 
 
+def step_in_bfloat16(world: World) -> float:
+    """Seconds of the ZeRO row's step where weights are in bfloat16, as on CPUs that multiply it in hardware."""
+    bench = Bench(SMOKE, torch.device("cpu"))
+    bench.config.backbone.dtype = "bfloat16"
+    bench.config.denoiser.train.lr = 5e-3  # a step that the weights' own rounding would swallow or double
+    return zero3_step(bench, "zero3_step", world).ours
+
+
+@pytest.mark.distributed
+def test_the_plain_way_keeps_float32_weights_as_the_engine_does(one_process: ProcessGroup) -> None:
+    assert one_process.run(step_in_bfloat16)[0] > 0
+
+
 @pytest.mark.distributed
 def test_an_engine_that_trains_nothing_is_not_timed(one_process: ProcessGroup) -> None:
     assert "was moved by 0 and by" in one_process.run(step_nothing)[0]

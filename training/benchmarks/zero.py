@@ -43,25 +43,31 @@ _PARTS = {
 
 
 class PlainTraining:
-    """What the engine does, in plain PyTorch: clipping, AdamW, averaged weights."""
+    """What the engine does, in plain PyTorch: clipping, AdamW on float32 weights, averaged weights."""
 
     def __init__(self, model: Denoiser, config: Config) -> None:
         train = config.denoiser.train
         self.model, self._train, self._weights = model.train(), train, loss_weights(config)
         self._parameters = list(model.parameters())
-        self._optimizer = _adamw(self._parameters, train)
-        self._ema = [p.detach().clone() for p in self._parameters] if train.ema else []
+        # The model's own memory where it is in float32 already.
+        self._masters = [p.detach().float().requires_grad_() for p in self._parameters]
+        self._optimizer = _adamw(self._masters, train)
+        self._ema = [p.detach().clone() for p in self._masters] if train.ema else []
         self._steps = 0
 
     def __call__(self, batch: DenoiserBatch) -> None:
         total_loss(self.model(batch), batch, self._weights).backward()
-        nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm)
+        for master, parameter in zip(self._masters, self._parameters, strict=True):
+            master.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
+        nn.utils.clip_grad_norm_(self._masters, self._train.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._parameters[0].dtype != torch.float32:
+            torch._foreach_copy_([p.detach() for p in self._parameters], [p.detach() for p in self._masters])
         self._steps += 1
         if self._ema:
             decay = min(self._train.ema, (1 + self._steps) / (10 + self._steps))
-            torch._foreach_lerp_(self._ema, [p.detach() for p in self._parameters], 1 - decay)
+            torch._foreach_lerp_(self._ema, [p.detach() for p in self._masters], 1 - decay)
 
 
 class EngineTraining:
