@@ -83,7 +83,7 @@ class EngineTraining:
         self.engine.step(self._train.lr)
 
 
-def _adamw(parameters: Sequence[nn.Parameter], train: TrainSettings) -> torch.optim.Optimizer:
+def _adamw(parameters: Sequence[Tensor], train: TrainSettings) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
