@@ -174,7 +174,7 @@ def template(
     """
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
-    parts = [_question(question, bidirectional_question)]
+    parts = [_text(question, start=0, first_index=0, seen=question if bidirectional_question else 0)]
     parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
     if answer is not None:
         parts.append(_answer(question, blocks, latents, answer))
@@ -199,17 +199,11 @@ def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray
     return np.stack([position, limit, np.full_like(position, copy), source, index])
 
 
-def _text(count: int, start: int, first_index: int) -> np.ndarray:
-    """Causal text: a token sees everything clean up to itself."""
+def _text(count: int, start: int, first_index: int, seen: int = 0) -> np.ndarray:
+    """Causal text: a token sees everything clean up to itself, and up to position ``seen`` in any case."""
     position = np.arange(start, start + count)
-    return _rows(position, position + 1, CLEAN, np.full(count, Source.TEXT), np.arange(first_index, first_index + count))
-
-
-def _question(count: int, bidirectional: bool) -> np.ndarray:
-    """The question's text, causal or seen whole."""
-    position = np.arange(count)
-    limit = np.full(count, count) if bidirectional else position + 1
-    return _rows(position, limit, CLEAN, np.full(count, Source.TEXT), position)
+    index = np.arange(first_index, first_index + count)
+    return _rows(position, np.maximum(position + 1, seen), CLEAN, np.full(count, Source.TEXT), index)
 
 
 def _clean_block(block: int, question: int, latents: int) -> np.ndarray:

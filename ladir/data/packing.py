@@ -133,8 +133,7 @@ def text_rows(lengths: Sequence[int], read: Sequence[int], budget: int, bidirect
     if not bidirectional_question:
         return rows
     # Without boundaries, which flash-attn takes for those of causal text.
-    question = first_read[document] + 1
-    limit = _filled(places, 0, at, np.where(within < question, question, within + 1))
+    limit = _filled(places, 0, at, np.maximum(within, first_read[document]) + 1)
     return replace(rows, layout=replace(rows.layout, limit=torch.from_numpy(limit), boundaries=None, longest=0))
 
 
