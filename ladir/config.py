@@ -119,6 +119,11 @@ class TrainSettings:
     pack_tokens: int = setting(
         0, "samples of a micro batch are laid end to end in rows of about this many tokens; 0: a row for every sample"
     )
+    data_processes: int = setting(
+        0,
+        "processes per rank that make batches ahead; 0: a thread of the training process, enough unless a step is shorter "
+        "than it takes to make its batch (data_wait)",
+    )
     lr: float = setting(1e-5, "peak learning rate")
     min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak")
     schedule: str = setting(

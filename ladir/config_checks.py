@@ -60,6 +60,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("*.train.max_*", _POSITIVE),
     ("*.train.*_batch", _COUNT),
     ("*.train.pack_tokens", _NOT_NEGATIVE),
+    ("*.train.data_processes", _NOT_NEGATIVE),
     ("*.train.lr", _POSITIVE),
     ("*.train.min_lr_ratio", _FRACTION),
     ("*.train.*_fraction", _FRACTION),

@@ -50,8 +50,18 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Token ids of every text; no special token is added, and none is read out of the text itself."""
     if not texts:
         return []
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return _encode_plainly(tokenizer.backend_tokenizer, texts)
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _encode_plainly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids alone: masks and offsets of every token, which the caller above would make, take as long as the ids."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def encode_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:

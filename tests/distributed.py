@@ -74,7 +74,7 @@ class ProcessGroup:
             port = probe.getsockname()[1]
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            worker = context.Process(target=_serve, args=(theirs, rank, self.size, port))  # no daemon: those have no children
             with _environment(OMP_NUM_THREADS="1"):  # read while libraries load, before any of our code runs
                 worker.start()
             theirs.close()

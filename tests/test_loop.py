@@ -113,6 +113,12 @@ def test_interrupted_runs_joined_equal_an_undisturbed_one(
     assert_identical(parts, whole)
 
 
+def test_batches_made_by_other_processes_are_the_same(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    for name, settings in (("thread", toy_settings()), ("processes", toy_settings(data_processes=2))):
+        two_processes.run(run_with, tmp_path / name, 2, "float32", settings)
+    assert_identical(tmp_path / "processes", tmp_path / "thread")
+
+
 def test_snapshots_are_the_models_of_shorter_trainings(two_processes: ProcessGroup, tmp_path: Path) -> None:
     """Beside an interruption; a snapshot has no last step's and no checkpoint's state."""
     constant = toy_settings(schedule="constant", warmup_fraction=0.0, ema=0.9)

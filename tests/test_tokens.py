@@ -76,6 +76,14 @@ def test_many_texts_equal_one_by_one() -> None:
     assert encode_texts(tokenizer, []) == []
 
 
+@given(st.lists(st.text() | st.sampled_from(["a <|end|>", "<|end|><|end|>", "x" * 5000]), min_size=1))
+def test_ids_are_those_of_the_library(texts: list[str]) -> None:
+    tokenizer = byte_tokenizer(eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")  # leaves its mark on the tokenizer below
+    ids = encode_texts(tokenizer, texts)
+    assert ids == tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def test_a_stream_of_texts_is_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "_TEXTS_PER_CALL", 3)
     tokenizer, taken = byte_tokenizer(eos_token="<|end|>"), []

@@ -122,7 +122,7 @@ class Trainer:
 
     def windows(self) -> Windows:
         """The data from here on."""
-        return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro)
+        return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro, self.settings.data_processes)
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:

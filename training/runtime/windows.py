@@ -1,15 +1,21 @@
-"""The micro batches of one optimizer step, collated in the background while the step before it runs."""
+"""The micro batches of an optimizer step, collated while the steps before it run."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.distributed import World
 from training.runtime.phase import Batch, SampleSource
 from training.runtime.sampler import DataOrder
+
+#: windows that each collating process makes in advance
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -33,39 +39,79 @@ class Window:
 
 
 class Windows:
-    """Endless iterator over a rank's windows, one collated ahead.  Use as a context manager."""
+    """Endless iterator over a rank's windows, collated ahead.  Use as a context manager."""
 
-    def __init__(self, source: SampleSource, order: DataOrder, consumed: int, world: World, micro: int) -> None:
-        """``consumed``: samples of the run already used, by all ranks together."""
-        self._source, self._order, self._world, self._micro = source, order, world, micro
-        self._consumed = consumed
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate")
-        self._next: Future[tuple[list[Batch], list[int]]] = self._worker.submit(self._collate, consumed)
+    def __init__(
+        self, source: SampleSource, order: DataOrder, consumed: int, world: World, micro: int, processes: int = 0
+    ) -> None:
+        """``consumed``: samples of the run already used, by all ranks together; ``processes`` collate, or one thread (0)."""
+        collate = _Collate(source, order, world.rank, world.size, micro)
+        starts = itertools.count(consumed, order.global_batch)
+        self._ahead = _by_processes(collate, starts, processes) if processes else _by_thread(collate, starts)
 
     def __enter__(self) -> Windows:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
 
     def __iter__(self) -> Iterator[Window]:
         return self
 
     def __next__(self) -> Window:
         start = time.perf_counter()
-        batches, numbers = self._next.result()
-        wait = time.perf_counter() - start
-        self._consumed += self._order.global_batch
-        self._next = self._worker.submit(self._collate, self._consumed)
-        return Window(batches, numbers, wait)
+        batches, numbers = next(self._ahead)
+        return Window(batches, numbers, time.perf_counter() - start)
 
-    def _collate(self, consumed: int) -> tuple[list[Batch], list[int]]:
-        parts = self._order.window(consumed, self._world.rank, self._world.size, self._micro)
+
+@dataclass(frozen=True)
+class _Collate(Dataset[tuple[list[Batch], list[int]]]):
+    """A rank's micro batches of the global batch after so many samples, and the number of each one's first sample."""
+
+    source: SampleSource
+    order: DataOrder
+    rank: int
+    ranks: int
+    micro: int
+
+    def __getitem__(self, consumed: int) -> tuple[list[Batch], list[int]]:
+        parts = self.order.window(consumed, self.rank, self.ranks, self.micro)
         return [self._micro_batch(*part) for part in parts], [part[1][0] for part in parts]
 
     def _micro_batch(self, indices: list[int], numbers: list[int]) -> Batch:
         try:
-            return self._source.collate(indices, numbers)
+            return self.source.collate(indices, numbers)
         except Exception as error:
             error.add_note(f"This happened while samples {indices} were made into a batch.")
             raise
+
+
+_Windows = Generator[tuple[list[Batch], list[int]], None, None]
+
+
+def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
+    """One collated ahead by a thread of this process."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as worker:
+        coming = worker.submit(collate.__getitem__, next(starts))
+        while True:
+            window = coming.result()
+            coming = worker.submit(collate.__getitem__, next(starts))
+            yield window
+
+
+def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _Windows:
+    """Some collated ahead by each of ``processes`` forks of this one, which share its samples and none of its interpreter."""
+    keep: Callable[[object], object] = _unchanged
+    yield from DataLoader(
+        collate,
+        batch_size=None,
+        sampler=starts,
+        num_workers=processes,
+        collate_fn=keep,
+        prefetch_factor=_AHEAD,
+        multiprocessing_context="fork",
+    )
+
+
+def _unchanged(window: object) -> object:
+    return window

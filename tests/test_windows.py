@@ -1,0 +1,99 @@
+"""Batches made ahead: the same by a thread and by processes, from any place on; nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.toy_phase import ToyPhase
+from training.runtime.distributed import World
+from training.runtime.sampler import DataOrder
+from training.runtime.windows import Window, Windows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: a training without end that is killed
+ENDLESS = """
+import sys
+from tests.test_windows import windows
+with windows(processes=2) as made:
+    for number, window in enumerate(made):
+        if number == 3:
+            print("running", flush=True)
+"""
+
+
+def windows(consumed: int = 0, processes: int = 0, phase: ToyPhase | None = None) -> Windows:
+    """Global batches of 8 in micro batches of 4, of rank 1 of 2."""
+    world = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
+    phase = phase or ToyPhase()
+    return Windows(phase, DataOrder(phase.num_samples, 8, seed=0), consumed, world, 4, processes)
+
+
+def content(window: Window) -> list[object]:
+    """What a window holds, but for the time it took."""
+    return [window.numbers, [(batch.sample_ids, batch.inputs.tolist()) for batch in window.batches]]
+
+
+def first(count: int, consumed: int, processes: int) -> list[list[object]]:
+    with windows(consumed, processes) as made:
+        return [content(window) for window, _ in zip(made, range(count), strict=False)]
+
+
+@settings(max_examples=8, deadline=None)
+@given(start=st.integers(0, 9).map(lambda steps: 8 * steps), processes=st.integers(1, 3))
+def test_processes_and_the_thread_make_the_same_windows_from_any_step(start: int, processes: int) -> None:
+    expected = first(5, start, 0)
+    assert first(5, start, processes) == expected
+    assert first(4, start + 8, processes) == expected[1:]
+
+
+def error_of(made: Windows) -> str:
+    """What the error says that ends them; nothing of it is kept: its frames hold the processes."""
+    try:
+        with made:
+            for _ in made:
+                pass
+    except ValueError:
+        return traceback.format_exc()
+    return ""
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_error_names_the_samples_and_leaves_no_process(processes: int) -> None:
+    phase = ToyPhase()
+
+    def refuse(numbers: list[int]) -> None:
+        if 20 in numbers:
+            raise ValueError("torn sample")
+
+    phase.before_collate = refuse
+    told = error_of(windows(processes=processes, phase=phase))
+    assert "torn sample" in told and "while samples [" in told
+    gc.collect()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_training_leaves_no_process_behind() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, env=environment, cwd=ROOT) as training:
+        assert training.stdout is not None and training.stdout.readline() == b"running\n"
+        makers = psutil.Process(training.pid).children(recursive=True)
+        training.kill()
+    assert len(makers) >= 2
+    end = time.monotonic() + 60
+    while any(maker.is_running() and maker.status() != psutil.STATUS_ZOMBIE for maker in makers):
+        assert time.monotonic() < end, "processes that make batches outlive their training"
+        time.sleep(0.2)
