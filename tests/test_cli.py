@@ -72,7 +72,7 @@ def test_inspect_refuses_what_training_would(puzzles: Path, tmp_path: Path, caps
     [
         (["inspect", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         (["inspect", "x.jsonl", "data.inptu_field=a"], 2, "did you mean data.input_field"),
-        (["countdown", "--out", "x", "countdown.train=99999999"], 1, "allow only"),
+        (["countdown", "--out", "x", "countdown.train=99999999"], 1, "gave only"),
         (["3 7 12 -> 45", "--model", "nowhere"], 1, "--model nowhere: no such folder"),
         (["3 7", "7 \udcff", "--model", "."], 1, "question 2 holds half a surrogate pair at character 2"),
     ],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ladir.config import BackboneSettings, CountdownSettings
 from ladir.data.records import Record, read_sentences
-from ladir.tasks import get_task
+from ladir.tasks import countdown, get_task
 from ladir.tasks.countdown import Solver, canonical, check_answer, check_chain, generate, sentences, vocabulary, write
 from ladir.tokens import encode_text, load_tokenizer
 
@@ -291,7 +291,7 @@ def test_training_puzzles_get_several_distinct_solutions() -> None:
 
 
 def test_too_many_puzzles_are_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match=r"1000270 puzzles are asked for .* allow only \d+; .*countdown.max_number"):
+    with pytest.raises(ValueError, match=r"1000270 puzzles are asked for .* gave only \d+; .*countdown.max_number"):
         generate(CountdownSettings(train=1_000_000, validation=100, test=170, max_number=4, max_value=20), seed=0)
     with pytest.raises(ValueError, match="numbers must be at least 2"):
         generate(CountdownSettings(numbers=1), seed=0)
@@ -315,9 +315,23 @@ def test_larger_puzzles_are_sampled_and_share_no_numbers(numbers: int) -> None:
     assert max(row["num_solutions"] for row in rows) > 1 and len(splits.train) > 60  # several solutions of some
 
 
+def test_multisets_that_were_not_drawn_are_looked_through_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all multisets are drawn; without the others they would not do, and a multiset has one puzzle only."""
+    wanted = CountdownSettings(numbers=3, max_number=12, max_value=100, max_target=40, train=58, validation=1, test=1)
+    monkeypatch.setattr(countdown, "_ENUMERABLE", 10)
+    monkeypatch.setattr(countdown, "_LISTED", 10)
+    with pytest.raises(ValueError, match="gave only"):
+        generate(wanted, seed=0)
+    monkeypatch.setattr(countdown, "_LISTED", 1000)
+    splits = generate(wanted, seed=0)
+    rows = [*splits.train, *splits.validation, *splits.test]
+    assert len({tuple(sorted(row["numbers"])) for row in rows}) == len({row["input"] for row in rows}) == 60
+    assert generate(wanted, seed=0) == splits
+
+
 def test_ranges_that_hold_too_few_solvable_puzzles_end() -> None:
     few = CountdownSettings(numbers=3, max_number=12, max_value=2000, min_target=1728, train=3, validation=1, test=1)
-    with pytest.raises(ValueError, match="allow only"):
+    with pytest.raises(ValueError, match="gave only"):
         generate(few, seed=0)
 
 

@@ -36,7 +36,8 @@ from ladir.tokens import build_word_tokenizer
 # cannot be enumerated, still give a varied sample.
 _POOL_FACTOR = 4
 _TRIES = 100  # drawn multisets per wanted puzzle before giving up
-_ENUMERABLE = 1_000_000  # multisets that are all looked at where drawing them found too few puzzles
+_ENUMERABLE = 1_000_000  # multisets all of whose puzzles are listed where one of each is too few
+_LISTED = 10_000_000  # multisets that are listed, to go through those that were not drawn
 _KEPT = 1 << 17  # results of sub-multisets that a solver remembers
 
 
@@ -177,7 +178,7 @@ def generate(settings: CountdownSettings, seed: int) -> Splits:
     if len(pool) < wanted:
         raise UnusableError(
             f"countdown: {wanted} puzzles are asked for (train + validation + test) but numbers={settings.numbers}, "
-            f"max_number={settings.max_number}, max_value={settings.max_value} allow only {len(pool)}; ask for fewer "
+            f"max_number={settings.max_number}, max_value={settings.max_value} gave only {len(pool)}; ask for fewer "
             "or raise countdown.max_number or countdown.max_value"
         )
     puzzles = rng.sample(pool, wanted)
@@ -207,11 +208,10 @@ def _draw_pool(settings: CountdownSettings, solver: Solver, wanted: int, rng: ra
     targets = range(settings.min_target, (settings.max_target or settings.max_value) + 1)
     multisets = math.comb(settings.max_number + settings.numbers - 1, settings.numbers)
     if multisets >= _POOL_FACTOR * wanted:
-        most = min(multisets // 2, _TRIES * wanted)
-        drawn = list(itertools.islice(_draw_puzzles(settings, solver, targets, most, rng), wanted))
+        drawn = list(itertools.islice(_draw_puzzles(settings, solver, targets, wanted, multisets, rng), wanted))
         if len(drawn) == wanted or multisets > _ENUMERABLE:
             return drawn
-    everything = list(itertools.combinations_with_replacement(range(1, settings.max_number + 1), settings.numbers))
+    everything = list(_multisets(settings))
     pool: list[_Puzzle] = []
     for numbers in rng.sample(everything, len(everything)):
         pool += [(numbers, target) for target in solver.targets(numbers) if target in targets]
@@ -221,10 +221,12 @@ def _draw_pool(settings: CountdownSettings, solver: Solver, wanted: int, rng: ra
 
 
 def _draw_puzzles(
-    settings: CountdownSettings, solver: Solver, targets: range, most: int, rng: random.Random
+    settings: CountdownSettings, solver: Solver, targets: range, wanted: int, multisets: int, rng: random.Random
 ) -> Iterator[_Puzzle]:
-    """Solvable puzzles from up to ``most`` different multisets of independent numbers, one of each."""
+    """Solvable puzzles of different multisets, one of each: numbers drawn independently until half of all ``multisets`` were,
+    then the others in random order, where there are not too many to list and not few enough to list their puzzles."""
     seen: set[tuple[int, ...]] = set()
+    most = min(multisets // 2, _TRIES * wanted)
     while len(seen) < most:
         numbers = tuple(sorted(rng.choices(range(1, settings.max_number + 1), k=settings.numbers)))
         target = rng.choice(targets)
@@ -232,6 +234,18 @@ def _draw_puzzles(
             seen.add(numbers)
             if solver.solutions(numbers, target):
                 yield numbers, target
+    if _ENUMERABLE < multisets <= _LISTED:
+        others = [numbers for numbers in _multisets(settings) if numbers not in seen]
+        rng.shuffle(others)
+        for numbers in others:
+            target = rng.choice(targets)
+            if solver.solutions(numbers, target):
+                yield numbers, target
+
+
+def _multisets(settings: CountdownSettings) -> Iterator[tuple[int, ...]]:
+    """All numbers that a puzzle can have."""
+    return itertools.combinations_with_replacement(range(1, settings.max_number + 1), settings.numbers)
 
 
 def _records(puzzles: Iterable[_Puzzle], solver: Solver, most: int, rng: random.Random) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,8 @@ def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torc
     completed["train_micro_batch_size_per_gpu"] = 1
     completed["gradient_accumulation_steps"] = 1
     completed["gradient_clipping"] = train.max_grad_norm
-    completed["bf16"] = {"enabled": dtype == torch.bfloat16}
+    # The loop looks at every gradient's norm before it steps; DeepSpeed would look at each parameter's in turn, and wait.
+    completed["bf16"] = {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False}
     completed.setdefault("steps_per_print", None)
     completed.setdefault("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
     if zero_stage(config):  # without ZeRO DeepSpeed accumulates in the model's dtype only

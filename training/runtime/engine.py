@@ -100,7 +100,7 @@ class Engine:
         """This rank's share of the squared gradient norm (before clipping): the sum over the ranks is the whole."""
         if self.partitions.replicated and not self.world.is_main:
             return torch.zeros((), device=self.world.device)
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.partitions.gradients()]
+        norms = torch._foreach_norm(self.partitions.gradients(), 2, dtype=torch.float32)
         return torch.stack(norms).square().sum().to(self.world.device)
 
     def step(self, lr: float) -> None:

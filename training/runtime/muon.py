@@ -6,9 +6,9 @@ also where a CPU only emulates it, and compiles its kernels on first use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from ladir.models.orthogonal import orthogonalised, step_scale
 from training.runtime.distributed import World
+
+T = TypeVar("T")
 
 #: elements of whole matrices that are gathered at a time
 BUCKET = 1 << 26
@@ -63,23 +65,29 @@ class MuonAdamW(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if group["orthogonal"]:
-                for master in group["params"]:
-                    if master.grad is not None and id(master) in self._parts:
-                        self._step_matrices(master, group)
+                for masters in self._together(group["params"]):
+                    self._step_matrices(masters, group)
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _step_matrices(self, master: Tensor, group: Mapping[str, Any]) -> None:
-        assert master.grad is not None
-        gradient, momentum = master.grad.float(), self.momentum_of(master)
-        momentum.lerp_(gradient, 1 - self._momentum)
-        step = gradient.lerp(momentum, self._momentum).view(-1)
-        for parts in _buckets(self._parts[id(master)]):
-            self._orthogonalise(step, parts)
-        master.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(master), alpha=group["lr"])
+    def _together(self, masters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Those that are stepped, in groups whose matrices fill a bucket: without ZeRO every matrix is a master of its own."""
+        stepped = [master for master in masters if master.grad is not None and id(master) in self._parts]
+        return _buckets(stepped, lambda master: sum(part.whole for part in self._parts[id(master)]))
+
+    def _step_matrices(self, masters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        gradients = [master.grad.float() for master in masters if master.grad is not None]
+        momenta = [self.momentum_of(master) for master in masters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self._momentum)
+        steps = torch._foreach_lerp(gradients, momenta, self._momentum)
+        held = [(part, step.view(-1)) for master, step in zip(masters, steps, strict=True) for part in self._parts[id(master)]]
+        for bucket in _buckets(held, lambda piece: piece[0].whole):
+            self._orthogonalise(bucket)
+        torch._foreach_mul_(list(masters), 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(list(masters), list(steps), alpha=group["lr"])
 
     def momentum_of(self, master: Tensor) -> Tensor:
         """The running mean of a master's gradients, zero before the first step."""
@@ -89,11 +97,15 @@ class MuonAdamW(torch.optim.AdamW):
         momentum: Tensor = state["momentum"]
         return momentum
 
-    def _orthogonalise(self, step: Tensor, parts: Sequence[Part]) -> None:
-        """Replace these matrices' elements of ``step``; sharded ones are put together and shared out to be worked on."""
+    def _orthogonalise(self, held: Sequence[tuple[Part, Tensor]]) -> None:
+        """Replace these matrices' elements of the flat steps they are held in; sharded ones are put together and shared out to be
+        worked on."""
+        parts = [part for part, _ in held]
         whole = torch.zeros(sum(part.whole for part in parts), device=self._world.device)
         matrices = [flat.view(part.shape) for part, flat in zip(parts, whole.split([p.whole for p in parts]), strict=True)]
-        self._copy(step, parts, matrices, back=False)
+        mine = [step[part.offset : part.offset + part.numel] for part, step in held]
+        there = [matrix.view(-1)[part.start : part.start + part.numel] for part, matrix in zip(parts, matrices, strict=True)]
+        torch._foreach_copy_(there, mine)
         if self._sharded:
             dist.all_reduce(whole)
         own, ranks = (self._world.rank, self._world.size) if self._sharded else (0, 1)
@@ -105,14 +117,7 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_copy_(alike, list(found.float().unbind()))
         if self._sharded:
             dist.all_reduce(whole)
-        self._copy(step, parts, matrices, back=True)
-
-    @staticmethod
-    def _copy(step: Tensor, parts: Sequence[Part], matrices: Sequence[Tensor], back: bool) -> None:
-        for part, matrix in zip(parts, matrices, strict=True):
-            mine = step[part.offset : part.offset + part.numel]
-            there = matrix.view(-1)[part.start : part.start + part.numel]
-            (mine if back else there).copy_(there if back else mine)
+        torch._foreach_copy_(mine, there)
 
 
 def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[Tensor]]:
@@ -123,14 +128,14 @@ def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[Tensor]]:
     return groups.values()
 
 
-def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Matrices in their order, as many at a time as a bucket holds, at least one."""
-    bucket: list[Part] = []
-    for part in parts:
-        if bucket and sum(p.whole for p in bucket) + part.whole > BUCKET:
+def _buckets(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in their order, as many at a time as a bucket holds, at least one."""
+    bucket: list[T] = []
+    for item in items:
+        if bucket and sum(map(size, bucket)) + size(item) > BUCKET:
             yield bucket
             bucket = []
-        bucket.append(part)
+        bucket.append(item)
     if bucket:
         yield bucket
 
