@@ -31,7 +31,9 @@ class RunSettings:
     folder: str = setting("runs", "folder of all runs")
     seed: int = setting(0, "seed of initialisation, data order, noise and sampling")
     exclusive: bool = setting(
-        True, "keep other jobs out of the run's folder; false: train_ar.py may work in it beside LaDiR's phases (not under Slurm)"
+        True,
+        "keep other jobs out of the run's folder; false: train_ar.py, and evaluations with a name or of a snapshot, may work in "
+        "it beside LaDiR's phases and one another (not under Slurm)",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -210,6 +211,23 @@ def test_two_jobs_never_work_in_one_run_folder(run: Run, monkeypatch: pytest.Mon
     with open_run(run.config, "vae", ALONE):
         pass
     run.prepare()
+
+
+def test_jobs_that_write_other_files_may_share_a_folder_where_that_is_wished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
+    run.release()
+    run.config.run.exclusive = False
+
+    def opened(phase: str, **evaluate: object) -> contextlib.AbstractContextManager[Run]:
+        config = copy.deepcopy(run.config)
+        config.evaluate = dataclasses.replace(config.evaluate, **evaluate)
+        return open_run(config, phase, ALONE)
+
+    others = [opened("ar"), opened("evaluate", name="long"), opened("evaluate", snapshot=20), opened("evaluate", snapshot=30)]
+    with opened("denoiser"), others[0], others[1], others[2], others[3]:
+        for taken in (opened("evaluate", name="long"), opened("evaluate", snapshot=20), opened("evaluate"), opened("vae")):
+            with pytest.raises(RunConflict, match="is in use by phase"):
+                taken.__enter__()
 
 
 def test_the_run_folder_records_where_it_comes_from(run: Run) -> None:

@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ladir.config import EvaluateSettings
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, question_from
 from ladir.inference.cost import Cost
-from training.runtime.run import Run
+from training.runtime.run import Run, evaluation_label
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
@@ -51,11 +50,6 @@ def cut(count: int, size: int, ranks: int) -> list[range]:
     return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
-def label(settings: EvaluateSettings) -> str:
-    """What tells the results of one evaluation of a run from another's: its name, and the snapshot it asks."""
-    return "".join(f"-{part}" for part in (settings.name, settings.snapshot) if part)
-
-
 class AnswerLog:
     """Folder ``evaluation/answers<label>/<digest>`` of a run: a JSONL file per method and rank, appended to after every batch.
 
@@ -65,7 +59,7 @@ class AnswerLog:
     def __init__(self, run: Run, records: Sequence[Record]) -> None:
         """All ranks together; logs of other settings, questions or models under the same label are removed."""
         self._run, self._count = run, len(records)
-        parent = run.folder.path / "evaluation" / f"answers{label(run.config.evaluate)}"
+        parent = run.folder.path / "evaluation" / f"answers{evaluation_label(run.config.evaluate)}"
         self._folder = parent / str(run.world.broadcast(_digest(run, records) if run.world.is_main else None))
         if run.world.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)

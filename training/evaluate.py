@@ -35,11 +35,11 @@ from ladir.evaluation.voting import elections
 from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
 from training.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
-from training.answers import Answered, AnswerLog, cut, label
+from training.answers import Answered, AnswerLog, cut
 from training.phases import read_encoded
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
-from training.runtime.run import Run, RunFolder
+from training.runtime.run import Run, RunFolder, evaluation_label
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 
 def _report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
-    settings, suffix = run.config.evaluate, label(run.config.evaluate)
+    settings, suffix = run.config.evaluate, evaluation_label(run.config.evaluate)
     results = run.folder.path / f"results{suffix}.json"
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     for sampling, questions in judged.items():

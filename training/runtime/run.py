@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import yaml
 
-from ladir.config import Config, TrainSettings
+from ladir.config import Config, EvaluateSettings, TrainSettings
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
@@ -199,8 +199,7 @@ class Run:
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
             owner = f"{owner}, job {job}"
-        # The AR baseline reads and writes nothing that LaDiR's phases do, but metrics.jsonl, which several may write.
-        file = self.folder.lock("" if self.config.run.exclusive or self.phase != self.config.ar.phase else self.phase)
+        file = self.folder.lock("" if self.config.run.exclusive else self._lane())
         end, waiting = time.monotonic() + LOCK_SECONDS, False
         while (lock := try_lock(file, owner)) is None:
             other = file.read_text(encoding="utf-8")
@@ -212,6 +211,17 @@ class Run:
             time.sleep(0.5)
         self._lock = lock
         return None
+
+    def _lane(self) -> str:
+        """What else may go on in the folder beside this job is in another lane.
+
+        The AR baseline reads and writes nothing that LaDiR's phases do, but metrics.jsonl, which several may write; an evaluation
+        that has a label writes under it.
+        """
+        if self.phase == self.config.ar.phase:
+            return self.phase
+        label = evaluation_label(self.config.evaluate) if self.phase == "evaluate" else ""
+        return f"evaluate{label}" if label else ""
 
     def release(self) -> None:
         """Let other jobs into the run folder."""
@@ -278,6 +288,11 @@ class Run:
         aside.mkdir(parents=True)
         yield aside
         publish_folder(aside, target)
+
+
+def evaluation_label(settings: EvaluateSettings) -> str:
+    """What tells the results of one evaluation of a run from another's: its name, and the snapshot it asks."""
+    return "".join(f"-{part}" for part in (settings.name, settings.snapshot) if part)
 
 
 @contextmanager
