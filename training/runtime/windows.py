@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.distributed import World
 from training.runtime.phase import Batch, SampleSource
 from training.runtime.sampler import DataOrder
+
+T = TypeVar("T")
 
 #: windows that each collating process makes in advance
 _AHEAD = 2
@@ -101,17 +104,16 @@ def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
 
 def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _Windows:
     """Some collated ahead by each of ``processes`` forks of this one, which share its samples and none of its interpreter."""
-    keep: Callable[[object], object] = _unchanged
     yield from DataLoader(
         collate,
         batch_size=None,
         sampler=starts,
         num_workers=processes,
-        collate_fn=keep,
+        collate_fn=_unchanged,
         prefetch_factor=_AHEAD,
         multiprocessing_context="fork",
     )
 
 
-def _unchanged(window: object) -> object:
+def _unchanged(window: T) -> T:
     return window
