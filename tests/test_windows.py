@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import subprocess
@@ -24,14 +23,21 @@ from training.runtime.windows import Window, Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: a training without end that is killed
-ENDLESS = """
-import sys
+#: a training that is asked to stop, process group and all, goes on, and then fails or goes on for ever
+PROGRAM = """
+import os, signal, sys
 from tests.test_windows import windows
-with windows(processes=2) as made:
+from training.runtime.preemption import StopRequest
+with StopRequest("USR1") as stop, windows(processes=2) as made:
     for number, window in enumerate(made):
         if number == 3:
+            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, signal.SIGUSR1)
+        if number == 30:
+            assert stop.requested
             print("running", flush=True)
+            if sys.argv[1] == "fails":
+                raise RuntimeError("as intended")
 """
 
 
@@ -61,7 +67,7 @@ def test_processes_and_the_thread_make_the_same_windows_from_any_step(start: int
 
 
 def error_of(made: Windows) -> str:
-    """What the error says that ends them; nothing of it is kept: its frames hold the processes."""
+    """What the error says that ends them."""
     try:
         with made:
             for _ in made:
@@ -82,13 +88,26 @@ def test_an_error_names_the_samples_and_leaves_no_process(processes: int) -> Non
     phase.before_collate = refuse
     told = error_of(windows(processes=processes, phase=phase))
     assert "torn sample" in told and "while samples [" in told
-    gc.collect()
     assert multiprocessing.active_children() == []
 
 
-def test_a_killed_training_leaves_no_process_behind() -> None:
+def program(*arguments: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, env=environment, cwd=ROOT) as training:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT, start_new_session=True
+    )
+
+
+def test_signals_to_all_processes_stop_none_that_make_batches_and_a_failing_training_ends_them() -> None:
+    with program("fails") as training:
+        out, err = training.communicate(timeout=120)
+    assert out == b"running\n" and b"RuntimeError: as intended" in err and b"DataLoader" not in err
+    assert training.returncode == 1
+
+
+def test_a_killed_training_leaves_no_process_behind() -> None:
+    with program("goes on") as training:
         assert training.stdout is not None and training.stdout.readline() == b"running\n"
         makers = psutil.Process(training.pid).children(recursive=True)
         training.kill()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -104,15 +105,29 @@ def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
 
 def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _Windows:
     """Some collated ahead by each of ``processes`` forks of this one, which share its samples and none of its interpreter."""
-    yield from DataLoader(
+    loader = DataLoader(
         collate,
         batch_size=None,
         sampler=starts,
         num_workers=processes,
         collate_fn=_unchanged,
+        worker_init_fn=_outlive_signals,
         prefetch_factor=_AHEAD,
         multiprocessing_context="fork",
     )
+    made: Any = iter(loader)
+    try:
+        yield from made
+    finally:
+        made._shutdown_workers()  # there is no public way, and the interpreter's end would wait for them
+
+
+def _outlive_signals(worker: int) -> None:
+    """A job's end is announced to all of its processes: the training then makes its last step, for which it needs a batch.
+
+    Its other stop signal is handled as the training itself does, which was forked; for this one PyTorch has a handler of its own.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _unchanged(window: T) -> T:
