@@ -221,9 +221,15 @@ class RolloutSettings:
     num_steps: int = setting(10, "Euler steps per block")
     lag: int = setting(2, "steps by which a block of a span starts after the one before it (denoiser.span above 1)")
     gradient_steps: int | None = setting(None, "last steps of a block that carry gradient; not set: all")
-    last_blocks: int | None = setting(None, "blocks of a record, counted from its end, that are the model's own; not set: all")
+    last_blocks: int | None = setting(
+        None,
+        "blocks of a record, counted from its end, that are the model's own; not set: all (as in the paper; in small models it "
+        "costs accuracy, the last block alone does not)",
+    )
     own_context: float = setting(
-        1.0, "share of steps whose flow loss stands behind the model's own blocks; in the others it stands behind the true ones"
+        1.0,
+        "share of steps whose flow loss stands behind the model's own blocks (in small models this costs accuracy: 0); in the "
+        "others it stands behind the true ones",
     )
     initial_noise: float = setting(1.0, "scale of the noise a block starts from")
     gold: str = setting(
@@ -298,7 +304,7 @@ class EvaluateSettings:
         5.0, "processor time that judging one answer (a program, a formula) may take; beyond it, it is wrong"
     )
     check_memory_mb: int = setting(
-        1024, "memory of each process that judging one answer takes, in MiB; a program may start 16 at a time"
+        1024, "memory that judging one answer takes, in MiB; of a program, all its processes together (16 at most)"
     )
     isolation: str = setting(
         "namespaces",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import io
 import json
 import math
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,11 @@ from rich.console import Console
 
 from ladir import reasoner
 from ladir.__main__ import main
-from ladir.cli.ask import build_parser, render
+from ladir.cli.ask import render
 from ladir.cli.live import LiveTrace
 from ladir.config import SampleSettings
 from ladir.tokens import build_word_tokenizer
+from tests.test_reasoner import tiny_reasoner
 
 SMALL = ["countdown.train=30", "countdown.validation=5", "countdown.test=5", "countdown.max_number=9"]
 
@@ -119,12 +125,6 @@ def test_asking_prints_thoughts_and_answer(
     assert captured.out.count("  thought 1: 3 * 7 = 21\n") == 2 and captured.out.count("answer: 3 * 7\n") == 2
     assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
     assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
-    controls = ["--spacing", "power", "--spacing-power", "0.5", "--max-answer-tokens", "3", "--sampler", "sde"]
-    controls += ["--restarts", "2", "--restart-time", "0.5", "--restart-steps", "3", "--reencode"]
-    assert main(["3 7 -> 21", "--model", str(tmp_path), *controls]) == 0
-    capsys.readouterr()
-    assert [fake.asked[name] for name in ("spacing", "spacing_power", "max_answer_tokens", "sampler")] == ["power", 0.5, 3, "sde"]
-    assert [fake.asked[name] for name in ("restarts", "restart_time", "restart_steps", "reencode")] == [2, 0.5, 3, True]
     assert main(["what is 3", "--model", str(tmp_path), "--trace"]) == 0
     captured = capsys.readouterr()
     assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
@@ -149,6 +149,43 @@ def test_a_trace_is_live_on_a_terminal_only(
     assert "trajectory 1, block 1" in shown.err and "9 9" in shown.err and "step 1 of 2" in shown.err
 
 
+def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status of a program whose stdout and stderr are a terminal of 24 lines, and what it wrote there."""
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    shown = b""
+    with subprocess.Popen(command, stdout=side, stderr=side, env=environment) as process:
+        os.close(side)
+        with contextlib.suppress(OSError):  # Linux says so where a terminal's last writer has gone
+            while part := os.read(terminal, 4096):
+                shown += part
+    os.close(terminal)
+    return process.returncode, shown.decode().replace("\r\n", "\n")
+
+
+def test_a_real_trace_is_live_on_a_terminal_and_plain_in_a_pipe(tmp_path: Path) -> None:
+    model = tiny_reasoner(num_steps=30)
+    with torch.no_grad():
+        model.denoiser.stop_head.bias.fill_(-1e4)  # three blocks
+    model.save_pretrained(tmp_path / "export")
+    command = [sys.executable, "-m", "ladir", "a b c", "--model", str(tmp_path / "export"), "--trace", "--device", "cpu"]
+    coloured = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    environment = {name: value for name, value in os.environ.items() if name not in coloured}
+    environment |= {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", env=environment) as process:  # both at once
+        terminal_status, shown = in_a_terminal(command, environment)
+        piped, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    steps = re.findall(r"^  block (\d), step +(\d+): ", piped, re.MULTILINE)
+    assert steps == [(str(block), str(step)) for block in (1, 2, 3) for step in range(1, 31)]
+    assert piped.count("  thought ") == 3 and "\nanswer: " in piped and "\x1b" not in piped
+    assert terminal_status == 0 and shown.endswith(piped)
+    live = shown.removesuffix(piped)
+    assert "trajectory 1, block 1" in live and "\x1b[2K" in live and "━" in live  # drawn over one another, with a bar
+    assert len(set(re.findall(r"step \d+ of 30", live))) > 1
+
+
 def test_live_lines_stay_within_the_terminal_and_hold_no_control_characters() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=8, color_system=None)
@@ -170,10 +207,23 @@ def test_answers_cannot_steer_the_terminal() -> None:
     assert "thought 1: x | y" in text and "b\nc" in text
 
 
-def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command_line() -> None:
+def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeReasoner()
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: fake)
+    given = {"num_steps": 7, "lag": 3, "sampler": "sde", "spacing": "power", "spacing_power": 0.5, "initial_noise": 0.25}
+    given |= {"guidance_scale": 1.5, "diversity_scale": 0.8, "restarts": 2, "restart_time": 0.6, "restart_steps": 4}
+    given |= {"max_blocks": 5, "max_answer_tokens": 9, "answer_temperature": 0.1}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    ask = ["3 7 -> 21", "--model", str(tmp_path), "--seed", "4", "--trajectories", "2"]
+    for flag, reencode in (("--reencode", True), ("--no-reencode", False)):
+        assert main([*ask, *options, flag]) == 0
+        assert fake.asked == {**given, "reencode": reencode, "seed": 4, "num_trajectories": 2}
     controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens"}
-    assert controls <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
-    assert controls <= vars(build_parser().parse_args(["question", "--model", "folder"])).keys()
+    assert controls == {*given, "reencode"} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
+    assert main(ask) == 0
+    assert {fake.asked[name] for name in controls} == {None}  # left to the export's settings
 
 
 def test_help_as_a_process() -> None:

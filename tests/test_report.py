@@ -18,6 +18,7 @@ from ladir.cli.report import _traced
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
 from ladir.inference.decode import decode_thoughts
+from ladir.reasoner import Reasoner
 from ladir.report import traces
 from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
 from ladir.report.figures import denoising_figure, line_figure, pixels, png
@@ -37,14 +38,15 @@ HOSTILE = [
 ]
 
 
-#: file, steps, diversity guidance, snapshot
+#: file, steps, diversity guidance, classifier-free guidance, snapshot
 EVALUATIONS = [
-    ("results.json", 10, 0.0, None),
-    ("results-num_steps-2.json", 2, 0.0, None),
-    ("results-num_steps-5.json", 5, 0.0, None),
-    ("results-diversity_scale-0.8.json", 10, 0.8, None),
-    ("results-both.json", 5, 0.8, None),
-    ("results-3.json", 10, 0.0, 3),
+    ("results.json", 10, 0.0, 1.0, None),
+    ("results-num_steps-2.json", 2, 0.0, 1.0, None),
+    ("results-num_steps-5.json", 5, 0.0, 1.0, None),
+    ("results-diversity_scale-0.8.json", 10, 0.8, 1.0, None),
+    ("results-guidance_scale-2.0.json", 10, 0.0, 2.0, None),
+    ("results-both.json", 5, 0.8, 1.0, None),
+    ("results-3.json", 10, 0.0, 1.0, 3),
 ]
 
 
@@ -70,12 +72,12 @@ def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_questions(folder / "generations.jsonl", {"ladir": sanitised(questions())})
-    for name, steps, diversity, snapshot in EVALUATIONS:
+    for name, steps, diversity, guidance, snapshot in EVALUATIONS:
         summary = summarise(questions(), ks=(1, 2))
         minutes = 10 if snapshot is None else snapshot
         names = ("ar", "ladir", "ladir-zero-noise", HOSTILE[1])
         methods = [MethodResult(method, summary, 0.01 * (steps + diversity), 60.0 * minutes) for method in names]
-        sample = {"num_steps": steps, "diversity_scale": diversity, "guidance_scale": 1.0}
+        sample = {"num_steps": steps, "diversity_scale": diversity, "guidance_scale": guidance}
         facts = {"num_questions": 3, "num_trajectories": 5, "seed": 3, "snapshot": snapshot, "sample": sample}
         write_results(folder / name, methods, task=HOSTILE[0], **facts)
     if export:
@@ -104,16 +106,42 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_section_has_its_picture_as_png_too(report: Path) -> None:
     text, files = report.read_text(encoding="utf-8"), {path.name for path in report.parent.glob("*.png")}
-    expected = ["pass-at-k-one", "accuracy-by-steps-one", "accuracy-by-seconds", "distinct-by-diversity_scale-one"]
+    expected = ["pass-at-k-one", "accuracy-by-steps-one", "accuracy-by-seconds"]
     expected += ["solved-by-training-one", "distinct-by-training-one"]
-    expected += ["solved-by-diversity_scale-one", "block-granularity", "training-one-vae-losses", "denoising-one-1-1"]
+    expected += [f"{what}-by-{scale}_scale-one" for what in ("solved", "distinct") for scale in ("diversity", "guidance")]
+    expected += ["block-granularity", "training-one-vae-losses", "denoising-one-1-1"]
     assert {f"{name}.png" for name in expected} <= files
-    assert "solved-by-guidance_scale-one.png" not in files  # one value is no curve
+    assert 'alt="pass@k against classifier-free guidance in run one"' in text
     assert all((report.parent / name).read_bytes().startswith(b"\x89PNG") for name in files)
     assert text.count("<img ") == text.count('src="data:image/png;base64,') == len(files)
     assert "trajectory 2:" in text and "trajectory 3:" not in text
     assert "nothing to show without export/: python training/export.py" in text
     assert not re.search(r'(?:src|href)="(?!data:)', text) and "url(" not in text and "@import" not in text
+
+
+def steps_on_the_page(text: str, question: str) -> list[list[list[str]]]:
+    """The text of every step of every block of every trajectory of a question, as the page shows it."""
+    part = text.split(f'<span class="question">{question}</span>')[1].split("<h3>")[0]
+    found = []
+    for trajectory in part.split("<details")[1:]:
+        found.append(list[list[str]]())
+        for table in re.findall(r'<table class="steps">.*?<tbody>(.*?)</tbody>', trajectory):
+            rows = re.findall(r"<tr><td>(\d+)(?:–(\d+))?</td><td>(.*?)</td></tr>", table)
+            assert [int(first) for first, *_ in rows[1:]] == [int(last or first) + 1 for first, last, _ in rows[:-1]]
+            found[-1].append([shown for first, last, shown in rows for _ in range(int(first), int(last or first) + 1)])
+    return found
+
+
+def test_the_text_of_every_step_is_on_the_page(report: Path) -> None:
+    reasoner = Reasoner.from_pretrained(report.parent.parent / "one" / "export", device="cpu")
+    steps, seed = 10, 3  # of the evaluation
+    answers = reasoner.generate(QUESTIONS, 2, num_steps=steps, seed=seed, on_step=lambda *call: None)
+    text = report.read_text(encoding="utf-8")
+    for question, group in zip(QUESTIONS, answers, strict=True):
+        shown = steps_on_the_page(text, question)
+        assert shown == [[[line or "(nothing)" for line in block] for block in trajectory.trace] for trajectory in group]
+        assert {len(block) for trajectory in shown for block in trajectory} == {steps}
+    assert any(len(set(block)) > 2 for group in answers for trajectory in group for block in trajectory.trace)
 
 
 def test_hostile_text_stays_text(report: Path) -> None:
@@ -279,6 +307,7 @@ def test_curves_over_a_control_hold_the_others_and_leave_snapshots_out(tmp_path:
     run = read_run(make_run(tmp_path / "one", export=False))
     steps, diversity = _by_control(run, "num_steps", ["pass@1"]), _by_control(run, "diversity_scale", ["pass@1"])
     assert steps["ladir pass@1"][0] == [2.0, 5.0, 10.0] and diversity["ladir pass@1"][0] == [0.0, 0.8]
+    assert _by_control(run, "guidance_scale", ["pass@1"])["ladir pass@1"][0] == [1.0, 2.0]
     assert _by_cost([run])["ladir"][0] == pytest.approx([0.02, 0.05, 0.1])
     assert _by_training(run, ["pass@1"])["ar pass@1"][0] == [3.0, 10.0]
     strange = {"split": "validation", "num_trajectories": 7, "seed": 9, "num_questions": 2, "task": "code"}

@@ -3,8 +3,11 @@
 ``namespaces`` (Linux 5.12 and newer): no network, no other process, and no file but the interpreter's, read-only, and an
 empty folder in memory.  ``limits`` is for machines that forbid namespaces and can be thrown away themselves (a
 container): the limits, the empty folder and the cleared environment remain, files and network stay within reach, and
-a process that has left its program's group goes on.
+a process that has left its program's group may go on after it.
 Programs are never run as root.
+
+No resource limit bounds the memory of several processes together, so the evaluation sums it up while a program runs.  System
+V's shared segments are memory of no process: where they cannot be forbidden (only root may) they are not counted.
 
 What a program says of itself is not trusted either: it has passed when its runner writes a secret word after the last
 test.  A program that searches its own interpreter for that word, or makes everything equal to everything, can still
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +40,7 @@ _MAX_PROGRAM = 200_000  # characters; far above any honest program
 _MAX_VERDICT = 4096  # bytes
 _PATIENCE = 3.0
 _START_SECONDS = 120.0  # for the launcher, which runs nothing of the program
+_PULSE = 0.05  # seconds between two looks at the memory of a program's processes
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Limits:
     seconds: float = 5.0
     """Processor time of each process; its wall time is _PATIENCE times that, for machines with other work."""
     memory: int = 512 << 20
-    """Bytes of address space of each process."""
+    """Bytes of address space of each process, and of resident memory of all together (what they share counts for each)."""
     file_size: int = 1 << 20
     """Bytes in one file, and of output."""
     disk: int = 16 << 20
@@ -71,7 +77,7 @@ class Outcome:
 
     passed: bool
     reason: str
-    """``passed``, ``timeout``, the exception's type, or what else kept it from its end."""
+    """``passed``, ``timeout``, ``too much memory``, the exception's type, or what else kept it from its end."""
 
 
 def run_program(source: str, limits: Limits, isolation: str = "namespaces") -> Outcome:
@@ -80,6 +86,8 @@ def run_program(source: str, limits: Limits, isolation: str = "namespaces") -> O
     Whatever it does ends with it (``namespaces``).  ``isolation`` is ``namespaces`` or ``limits``, see the module.  Raises
     UnusableError where this machine does not permit that isolation.
     """
+    if not Path("/proc/thread-self/children").exists():
+        raise UnusableError("the memory of programs cannot be limited here: /proc does not list a process' children")
     if len(source) > _MAX_PROGRAM:
         return Outcome(False, "too long")
     token = secrets.token_hex(16)
@@ -97,12 +105,10 @@ def run_program(source: str, limits: Limits, isolation: str = "namespaces") -> O
         finally:
             os.close(writer)
         try:
-            said, timeout = _read_verdict(verdict, _PATIENCE * limits.seconds, b"ready\n" + token.encode())
+            said, stopped = _read_verdict(verdict, process.pid, limits, isolation, b"ready\n" + token.encode())
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return _outcome(said, token, timeout, isolation, output)
+            _end(process)
+        return _outcome(said, token, stopped, isolation, output)
 
 
 def _start(
@@ -136,32 +142,72 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _read_verdict(verdict: IO[bytes], seconds: float, passed: bytes) -> tuple[bytes, bool]:
-    """What was said on the pipe until all writers ended or it says ``passed``; whether ``seconds`` after the first word ran
-    out before."""
+def _read_verdict(verdict: IO[bytes], launcher: int, limits: Limits, isolation: str, passed: bytes) -> tuple[bytes, str]:
+    """What was said on the pipe until all writers or the launcher ended or it says ``passed``; why that was not waited for."""
     said = b""
     deadline = time.monotonic() + _START_SECONDS
+    trusted = 2 if isolation == "namespaces" else 0  # the launcher and process 1 of the namespace
     poll = select.poll()
     poll.register(verdict, select.POLLIN)
     while said != passed and len(said) < _MAX_VERDICT:
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return said, True
+        if _memory(_family(launcher)[trusted:]) > limits.memory:
+            return said, "too much memory"
+        ended = os.waitid(os.P_PID, launcher, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        left = deadline - time.monotonic()
+        if not poll.poll(max(0.0, min(left, _PULSE)) * 1000):
+            if ended:
+                break
+            if left <= 0:
+                return said, "timeout"
+            continue
         part = verdict.read(_MAX_VERDICT)
         if not part:
             break
         if not said:
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + _PATIENCE * limits.seconds
         said += part
-    return said, False
+    return said, ""
 
 
-def _outcome(said: bytes, token: str, timeout: bool, isolation: str, output: IO[bytes]) -> Outcome:
+def _of_threads(pid: int, name: str) -> Iterator[str]:
+    """What /proc says of every thread of a process: of its first one alone it says nothing once that has ended."""
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                yield (thread / name).read_text(encoding="ascii")
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all below it, parents first.  Reads these only: a node may have thousands of others."""
+    found = [pid]
+    for member in found:  # which grows
+        found += [int(child) for children in _of_threads(member, "children") for child in children.split()]
+    return found
+
+
+def _memory(pids: list[int]) -> int:
+    """Bytes of resident memory; none of processes that have ended."""
+    pages = sum(max((int(sizes.split()[1]) for sizes in _of_threads(pid, "statm")), default=0) for pid in pids)
+    return pages * resource.getpagesize()
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher's group and what has left it (namespaces end with their launcher)."""
+    for pid in _family(launcher.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+
+
+def _outcome(said: bytes, token: str, stopped: str, isolation: str, output: IO[bytes]) -> Outcome:
     ready, _, rest = said.partition(b"\n")
     if ready == b"ready":
         if rest == token.encode():
             return Outcome(True, "passed")
-        if timeout:
-            return Outcome(False, "timeout")
+        if stopped:
+            return Outcome(False, stopped)
         kind, _, name = rest.partition(b"\n")[0].decode(errors="replace").partition(" ")
         return Outcome(False, name if kind == "error" and name else "ended before its tests did")
     if ready.startswith(b"unavailable "):
@@ -171,5 +217,5 @@ def _outcome(said: bytes, token: str, timeout: bool, isolation: str, output: IO[
             + (", or, where nothing can be harmed, set evaluate.isolation=limits" if isolation == "namespaces" else "")
         )
     output.seek(0)
-    what = f"did not answer within {_START_SECONDS:g} s" if timeout else "failed"
+    what = f"did not answer within {_START_SECONDS:g} s" if stopped else "failed"
     raise RuntimeError(f"the sandbox's launcher {what}: {output.read(2000).decode(errors='replace')}")

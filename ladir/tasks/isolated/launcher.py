@@ -21,7 +21,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 409
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4  # of mount_setattr
 _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
 _NEW_MOUNT, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 # Root's programs run as one of these users, which systemd's ranges leave free; the process limit then counts only theirs.
 _FIRST_USER, _USERS = 60_706, 478
 
@@ -85,6 +85,10 @@ def _enter_namespaces(root: str, prefix: str, disk: int) -> None:
     if uid:
         for name, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             Path("/proc/self", name).write_text(content)
+    # System V's objects are memory of no process.  Only root may forbid them.
+    for name, most in (("shmmni", "0"), ("msgmni", "0"), ("sem", "0 0 0 0")):
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/kernel", name).write_text(most, encoding="ascii")
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={disk},nr_inodes=4096,mode=0755")
     jail = f"{root}/jail"
@@ -160,6 +164,8 @@ def _isolate(settings: dict[str, Any]) -> None:
     _checked("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if settings["isolation"] == "namespaces":
         _enter_namespaces(settings["root"], settings["prefix"], settings["disk"])
+    else:
+        _checked("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whose parent ends stays in the program's family
     if os.geteuid() == 0:
         _drop_root(settings["interpreter"])
         _die_with_parent()  # forgotten when the user changes
