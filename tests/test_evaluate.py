@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ from hypothesis import strategies as st
 
 from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config_loader import load_config
+from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
+from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
 from ladir.inference.ar import complete
+from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
-from ladir.tokens import decode_text, load_tokenizer
+from ladir.tokens import build_word_tokenizer, decode_text, encode_text, load_tokenizer
 from tests.distributed import ProcessGroup
+from tests.test_code import why_not_isolated
 from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
-from training.answerers import VARIANTS, ar_answerers, stage_folder
-from training.answers import Answered, AnswerLog, cut
+from training import evaluate as program
+from training.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
+from training.answers import AnswerLog, cut
 from training.evaluate import _tell_of_limits, evaluate, read_questions_asked
 from training.runtime.distributed import World
 from training.runtime.files import write_json
@@ -111,36 +116,79 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def child(models: Path, folder: Path, kill_at: int | None) -> None:
-    """Evaluate in a process of its own; ``kill_at``: it must die of SIGKILL at that batch."""
+#: what is under way when a SIGKILL strikes, and at the how many-th time
+Death = tuple[str, int]
+
+
+def child(models: Path, folder: Path, death: Death | None) -> None:
+    """Evaluate in a process of its own; ``death``: there it must die of SIGKILL."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_evaluate"])
-    process = context.Process(target=evaluate_until, args=(models, folder, kill_at))
+    process = context.Process(target=evaluate_until, args=(models, folder, death))
     process.start()
     process.join()
-    assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL)
+    assert process.exitcode == (0 if death is None else -signal.SIGKILL)
 
 
-def evaluate_until(models: Path, folder: Path, kill_at: int | None) -> None:
-    """Evaluate in a process of its own; see :func:`die_at`."""
+def evaluate_until(models: Path, folder: Path, death: Death | None) -> None:
+    """Evaluate in a process of its own; see :func:`die_at` and :func:`asked`."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        die_at(kill_at, patch)
+        die_at(death, patch)
+        note_questions(folder, patch)
         evaluate_in(models, folder)
 
 
-def die_at(kill_at: int | None, patch: pytest.MonkeyPatch) -> None:
-    """A SIGKILL takes this process while it writes the answers of its ``kill_at``-th batch."""
-    add, batches = AnswerLog.add, itertools.count(1)
+def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
+    """A SIGKILL takes this process while it
 
-    def add_and_die(log: AnswerLog, method: str, answers: Mapping[int, Answered]) -> None:
-        add(log, method, answers)
-        if next(batches) == kill_at:
-            file = max(log._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-            os.truncate(file, file.stat().st_size - 40)
+    answers a batch, which is then lost; writes a batch's answers, of which the last line is torn; writes results.json, the
+    answers being in generations.jsonl; or is about to remove the answers kept, the results being there.
+    """
+    if death is None:
+        return
+    doing, number = death
+    owner, name = {
+        "answer": (program, "judge_samples"),
+        "write": (AnswerLog, "add"),
+        "report": (program, "write_results"),
+        "remove": (AnswerLog, "remove"),
+    }[doing]
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def die(*arguments: Any, **named: Any) -> Any:
+        last = next(calls) == number
+        if doing == "write" or not last:
+            result = real(*arguments, **named)
+        if last:
+            if doing == "write":
+                log, method, _ = arguments
+                file = log._folder / f"{method}.{log._run.world.rank:05d}.jsonl"
+                os.truncate(file, file.stat().st_size - 40)
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-    patch.setattr(AnswerLog, "add", add_and_die)
+    patch.setattr(owner, name, die)
+
+
+def note_questions(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """From now on every question that a model is asked becomes a line of ``<folder>/asked``."""
+    load = program.load_answerers
+
+    def noted(sampling: str, answerer: Answerer) -> Answerer:
+        def answer(records: Sequence[Record]) -> Answers:
+            with (folder / "asked").open("a") as file:
+                file.write("".join(f"{sampling}: {record.question}\n" for record in records))
+            return answerer(records)
+
+        return answer
+
+    patch.setattr(program, "load_answerers", lambda *about: {name: noted(name, real) for name, real in load(*about).items()})
+
+
+def asked(folder: Path) -> list[str]:
+    """Every question asked so far, in all starts, behind the way in which it was asked."""
+    return (folder / "asked").read_text().splitlines()
 
 
 def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
@@ -166,33 +214,134 @@ def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
 
 
 def test_sigkilled_and_resumed_it_ends_the_same(models: Path, whole: Path, tmp_path: Path) -> None:
-    for kill_at in (2, 5, 6):  # in the first method, at the first batch of the second after a torn line, further on
-        child(models, tmp_path, kill_at)
-        assert not (tmp_path / "tiny" / "results.json").exists()
-    child(models, tmp_path, None)
-    assert outcome(tmp_path) == outcome(whole)
+    """And asks only what was not answered: of five ways of asking in four batches of two questions."""
+    assert len(asked(whole)) == len(set(asked(whole))) == 40
+    starts: dict[Death | None, int] = {  # the batches that each asks
+        ("write", 2): 2,
+        ("write", 4): 4,  # from the second batch, which was torn, to the first of the second method
+        ("answer", 3): 3,
+        ("report", 1): 14,
+        ("remove", 1): 0,
+        None: 0,
+    }
+    before = 0
+    for death, batches in starts.items():
+        child(models, tmp_path, death)
+        assert (len(asked(tmp_path)) - before, death) == (2 * batches, death)
+        before = len(asked(tmp_path))
+        done = death in (("remove", 1), None)
+        assert (tmp_path / "tiny" / "results.json").exists() == done
+        assert not done or outcome(tmp_path) == outcome(whole)
+    assert not (tmp_path / "tiny" / "evaluation").exists()
 
 
-def evaluate_on(world: World, models: Path, folder: Path, kill_at: int | None = None) -> None:
-    """Evaluate on this rank; the second one dies at its ``kill_at``-th batch."""
+def evaluate_on(world: World, models: Path, folder: Path, death: Death | None = None) -> None:
+    """Evaluate on this rank; the second one dies."""
     with pytest.MonkeyPatch.context() as patch:
-        die_at(kill_at if world.rank == 1 else None, patch)
+        die_at(death if world.rank == 1 else None, patch)
+        note_questions(folder, patch)
         evaluate_in(models, folder, world=world)
 
 
 def test_two_processes_share_the_questions(models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup) -> None:
     two_processes.run(evaluate_on, models, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
+    assert sorted(asked(tmp_path)) == sorted(asked(whole))
 
 
 def test_one_of_two_processes_is_killed_and_both_start_again(
     models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup
 ) -> None:
-    errors = [error for _, error in two_processes.outcomes(evaluate_on, models, tmp_path, 3)]
+    errors = [error for _, error in two_processes.outcomes(evaluate_on, models, tmp_path, ("write", 3))]
     assert all(errors)  # the other one does not wait for it
     assert not (tmp_path / "tiny" / "results.json").exists()
+    before = len(asked(tmp_path))
     two_processes.run(evaluate_on, models, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
+    again = {line.split(":")[0] for line in asked(tmp_path)[before:]}
+    assert again == {line.split(":")[0] for line in asked(whole)} - {"ar-greedy"}  # which both had answered
+
+
+#: what the baseline is to say
+TAUGHT = {
+    "sum": "3 + 4 = 7\n#### 7",
+    "half": "half = 1/2\n#### 1/2",
+    "nine": "9\n#### 9",
+    "inc": "a + 1\n#### inc = lambda a : a + 1",
+    "dec": "a - 1\n#### dec = lambda a : a + 1",
+}
+#: the same numbers written otherwise, and another one
+MATHS = [
+    {"input": question, "output": f"So.\n#### {gold}"}
+    for question, gold in (("sum", "7.0"), ("half", r"\sqrt{\frac14}"), ("nine", "8"))
+]
+#: tests of the second program that it does not pass
+CODE = [
+    {"input": name, "output": "So.\n#### gold", "tests": f"assert {name}(1) == {result}"}
+    for name, result in (("inc", 2), ("dec", 0))
+]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A baseline that knows the answers of ``TAUGHT`` by heart, beside an untrained LaDiR, as the run ``tiny``."""
+    folder = tmp_path_factory.mktemp("taught")
+    words = {word for question, output in TAUGHT.items() for word in (*question.split(), *output.split())} | {"\n"}
+    fill = map(str, range(100, 126 - len(words)))  # as many tokens as the tiny models have
+    tokenizer = build_word_tokenizer([*sorted(words), *fill])
+    assert len(tokenizer) == VOCAB
+    tokenizer.save_pretrained(str(folder / "data" / "tokenizer"))
+    pairs = [(prompt_ids(tokenizer, question), [*encode_text(tokenizer, output), EOS]) for question, output in TAUGHT.items()]
+    model = ArModel(Backbone(tiny_lm(dtype=torch.float32))).train()
+    batch, optimizer = ArCollator()(pairs, range(len(pairs))), torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        outputs = model(batch)
+        outputs["text"].backward()
+        optimizer.step()
+        if float(outputs["text"].detach()) < 0.5:
+            break
+    run = RunFolder(configure(folder, folder))
+    save_lm(model.backbone.eval(), run.model("ar"))
+    denoiser, decoder = tiny_denoiser(tiny_lm(dtype=torch.float32)), tiny_vae(dtype=torch.float32).thought_decoder
+    Reasoner(denoiser, decoder, tokenizer, SampleSettings()).save_pretrained(run.export)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "right", "consistent"),
+    [("maths", MATHS, [True, True, False], True), ("code", CODE, [True, False], None)],
+    ids=["maths", "code"],
+)
+def test_maths_and_programs_are_asked_and_judged(
+    task: str, rows: list[dict[str, str]], right: list[bool], consistent: bool | None, taught: Path, tmp_path: Path
+) -> None:
+    """From records and models to the table: the answers that are known by heart get the verdicts they deserve."""
+    isolation = "limits" if task == "code" and why_not_isolated() else "namespaces"
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    methods = "evaluate.methods=[ar-greedy,ar,ar-majority,ladir]"
+    sizes = (
+        "evaluate.num_trajectories=2",
+        "evaluate.ar_max_tokens=16",
+        "evaluate.check_seconds=60",
+        f"evaluate.isolation={isolation}",
+    )
+    evaluate_in(taught, tmp_path, f"evaluate.task={task}", f"data.test={file}", methods, *sizes)
+    results, generations = outcome(tmp_path)
+    assert (results["task"], results["num_questions"]) == (task, len(rows))
+    found = {row["method"]: row for row in results["rows"]}
+    assert list(found) == ["ar-greedy", "ar", "ar-majority", "ladir"]
+    assert found["ar-greedy"]["pass@1"] == pytest.approx(sum(right) / len(right))
+    assert (found["ar-greedy"]["consistent"] is None) == (consistent is None)
+    lines = [json.loads(line) for line in generations.splitlines()]
+    assert [line["method"] for line in lines] == [method for method in ("ar-greedy", "ar", "ladir") for _ in rows]
+    for line, row, verdict in zip(lines, rows, right, strict=False):
+        thought, answer = TAUGHT[row["input"]].split("\n#### ")
+        (trajectory,) = line["trajectories"]
+        assert (line["question"], trajectory["thoughts"], trajectory["answer"]) == (row["input"], [thought], answer)
+        assert (trajectory["correct"], trajectory["chain_correct"], trajectory["consistent"]) == (verdict, None, consistent)
+    assert {len(line["trajectories"]) for line in lines[len(rows) :]} == {2}
 
 
 def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tmp_path: Path) -> None:

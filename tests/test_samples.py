@@ -14,6 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,11 +30,12 @@ from ladir.report.traces import LatentRecorder, spread
 from ladir.tasks import countdown
 from ladir.tokens import decode_text
 from tests.distributed import ProcessGroup
-from tests.test_phases import BUILDERS, configure, make_base
+from tests.test_phases import BUILDERS, TRAIN, configure, make_base
 from tests.test_reasoner import tokenizer, undecided
 from tests.tiny import random_records, tiny_denoiser, tiny_lm, tiny_vae
 from training import samples
 from training.encode_latents import encode
+from training.rollout_phase import rollout_phase
 from training.runtime import dashboard
 from training.runtime.distributed import World
 from training.runtime.loop import train
@@ -40,18 +44,22 @@ from training.runtime.utilisation import as_written, counted_flops, measured_pea
 from training.samples import markdown_table
 
 SHOWN = 2
+BUILD = {**BUILDERS, "rollout": rollout_phase}
+ROLLOUT = {**TRAIN, "max_steps": 1, "micro_batch": 4}
 
 
 def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
-    """VAE, latents, denoiser and AR baseline under ZeRO-3, with samples in TensorBoard."""
+    """VAE, latents, both stages of the denoiser and AR baseline under ZeRO-3, with samples in TensorBoard."""
     settings = ["telemetry.tensorboard=true", f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
-    config = configure(folder, "shown", 3, 4, [*settings, "evaluate.ar_max_tokens=6", "sample.max_answer_tokens=4", *variant])
-    for phase in ("vae", "latents", "denoiser", "ar"):
+    settings += ["evaluate.ar_max_tokens=6", "sample.max_answer_tokens=4", "rollout.num_steps=2"]
+    settings += [f"rollout.train.{name}={value}" for name, value in ROLLOUT.items()]
+    config = configure(folder, "shown", 3, 4, [*settings, *variant])
+    for phase in ("vae", "latents", "denoiser", "rollout", "ar"):
         with open_run(config, phase, world) as run:
             if phase == "latents":
                 assert encode(run)
             else:
-                assert train(run, BUILDERS[phase](config, world)).finished
+                assert train(run, BUILD[phase](config, world)).finished
 
 
 @pytest.mark.distributed
@@ -65,22 +73,30 @@ def test_every_phase_shows_its_samples_on_two_ranks(
     one_process.run(make_base, tmp_path)
     two_processes.run(train_and_show, tmp_path, variant, timeout=280)
     folder = RunFolder(configure(tmp_path, "shown", 3, 4, []))
-    events = {phase: read_events(folder.tensorboard(phase)) for phase in ("vae", "denoiser", "ar")}
-    for phase, titles in (("vae", "sentence"), ("denoiser", "thoughts and answer"), ("ar", "completion")):
+    events = {phase: read_events(folder.tensorboard(phase)) for phase in BUILD}
+    for phase, titles in (
+        ("vae", "sentence"),
+        ("denoiser", "thoughts and answer"),
+        ("rollout", "thoughts and answer"),
+        ("ar", "completion"),
+    ):
         (sample,) = events[phase].Tensors("samples/text_summary")
         text = sample.tensor_proto.string_val[0].decode()
         assert titles in text and text.count("\n") == SHOWN + 1
         assert ("(trained on)" in text) == ("data.validation=null" in variant)
+        assert_one_layout_and_settings(events[phase], phase)
     assert {"latents/mean", "latents/posterior_standard_deviation"} <= set(events["vae"].Tags()["histograms"])
-    assert {"latents/meant", "latents/generated"} <= set(events["denoiser"].Tags()["histograms"])
-    (picture,) = events["denoiser"].Images("denoising/block_1")
-    assert picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 500
+    for stage in ("denoiser", "rollout"):
+        assert {"latents/meant", "latents/generated"} <= set(events[stage].Tags()["histograms"])
+        (picture,) = events[stage].Images("denoising/block_1")
+        assert picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 500
     for phase, names in (
         ("vae", {"losses/reconstruction", "losses/kl", "quality/exact", "quality/token_accuracy", "latents/active_units"}),
         (
             "denoiser",
             {"losses/flow", "losses/flow_t0.00-0.25", "losses/answer", "quality/stop_accuracy", "quality/answer_accuracy"},
         ),
+        ("rollout", {"losses/flow", "losses/rollout", "quality/rollout_token_accuracy", "quality/rollout_distance"}),
         ("ar", {"losses/text", "quality/token_accuracy"}),
     ):
         tags = set(events[phase].Tags()["scalars"])
@@ -89,6 +105,21 @@ def test_every_phase_shows_its_samples_on_two_ranks(
         assert ("validation/loss" in tags) == ("data.validation=null" not in variant)
         assert all(0 < event.value < 2 for event in events[phase].Scalars("speed/mfu"))
         assert_charts_find(tags)
+
+
+def assert_one_layout_and_settings(events: EventAccumulator, phase: str) -> None:
+    """The charts' layout, the same for every phase, and the phase's own settings as HPARAMS, with their results."""
+    (config,) = events.Tensors("custom_scalars__config__")
+    categories = Layout.FromString(config.tensor_proto.string_val[0]).category
+    drawn = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in categories}
+    asked = {title: {name: patterns for name, (_, patterns) in charts.items()} for title, charts in dashboard.layout().items()}
+    assert drawn == asked
+    found = {tag: HParamsPluginData.FromString(content) for tag, content in events.PluginTagToContent("hparams").items()}
+    metrics = [info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics == list(dashboard.RESULT_METRICS)
+    settings = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert settings[f"{phase}.train.max_steps"].number_value == (ROLLOUT if phase == "rollout" else TRAIN)["max_steps"]
+    assert found["_hparams_/session_end_info"].session_end_info.status == Status.STATUS_SUCCESS
 
 
 class Shown:

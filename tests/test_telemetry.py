@@ -10,8 +10,10 @@ import logging
 import math
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +67,50 @@ def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
     assert steps(run.folder.metrics) == [1, 2, 3, 4]
     assert steps(run.folder.metrics, "vae") == [9]
     assert tensorboard_steps(run.folder.tensorboard("ar"), "losses/loss") == [1, 2, 3, 4]
+
+
+def drawn_steps(folder: Path) -> dict[str, list[int]]:
+    """The steps of every tag as TensorBoard shows them: it takes all kinds of values for tensors."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+
+
+def draw_validation(telemetry: Telemetry, step: int) -> None:
+    """What a validation draws: text, histogram, picture, and scalars."""
+    telemetry.text("samples", "a thought", step)
+    telemetry.histogram("latents", torch.randn(8), step)
+    telemetry.image("block", np.zeros((2, 2, 3), dtype=np.uint8), step)
+    telemetry.record("validation", step, {"loss": 2.0 / step})
+
+
+def draw(telemetry: Telemetry, steps: Iterable[int]) -> None:
+    for step in steps:
+        telemetry.record("train", step, {"loss": 1.0 / step, "grad_norm": math.nan})
+        draw_validation(telemetry, step)
+
+
+@pytest.mark.parametrize("validated", [True, False], ids=["validated", "to-be-validated"])
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
+def test_a_restart_draws_nothing_twice(run: Run, killed: bool, validated: bool) -> None:
+    """Whatever is drawn, however the process before ended, and whether or not it had validated at its checkpoint of step 3."""
+    folder = run.folder.tensorboard("ar")
+    with Telemetry(run, 0) as telemetry:
+        draw(telemetry, range(1, 6))
+        telemetry._writer.flush()
+        (file,) = folder.iterdir()
+        written = file.read_bytes()
+    if killed:
+        file.write_bytes(written[:-7])  # nothing was closed, and the last event is torn
+    with Telemetry(run, 3, validated) as telemetry:
+        if not validated:
+            draw_validation(telemetry, 3)
+        draw(telemetry, range(4, 7))
+    shown = drawn_steps(folder)
+    for tag in ("losses/loss", "optimizer/grad_norm", "samples/text_summary", "latents", "block", "validation/loss"):
+        assert (tag, shown[tag]) == (tag, [1, 2, 3, 4, 5, 6])
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(run: Run) -> None:

@@ -17,6 +17,9 @@ from ladir.data.encode import EncodedRecord, check_records
 from ladir.data.records import BadRecord, RecordSet, list_bad_records, read_records
 from ladir.tokens import load_tokenizer
 
+#: a line of the table: its name, what is counted, and the setting that limits it
+_Row = tuple[str, Iterable[int], int]
+
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 1 where training would refuse the file."""
@@ -33,7 +36,10 @@ def run(argv: Sequence[str]) -> int:
     _show_records(console, record_set, arguments.show)
     bad = list(record_set.bad)
     tokenizer = _tokenizer(console, config.backbone, arguments.tokenizer)
-    if tokenizer is not None:
+    if tokenizer is None:
+        row = _blocks_row((len(r.blocks) for r in record_set.records), config.data)
+        _show_rows(console, "blocks of readable records (limit: data.max_blocks)", [row])
+    else:
         usable, bad = check_records(record_set, tokenizer, config.data)
         _show_lengths(console, usable, config.data)
         _show_unknown(console, usable, tokenizer)
@@ -61,21 +67,32 @@ def _show_records(console: Console, record_set: RecordSet, count: int) -> None:
 
 def _show_lengths(console: Console, records: Sequence[EncodedRecord], settings: DataSettings) -> None:
     """Token lengths of the usable records beside the limits (data.max_*)."""
-    table = Table(title="token lengths of usable records (limits: data.max_*)")
-    for column in ("", "mean", "50 %", "95 %", "99 %", "longest", "limit"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows: list[tuple[str, Iterable[int], int]] = [
+    rows: list[_Row] = [
         ("question", (len(r.question) for r in records), settings.max_question_tokens),
         ("block", (len(b) for r in records for b in r.blocks), settings.max_block_tokens),
         ("answer", (len(r.answer) for r in records), settings.max_answer_tokens),
-        ("blocks per record", (len(r.blocks) for r in records), settings.max_blocks),
+        _blocks_row((len(r.blocks) for r in records), settings),
     ]
+    _show_rows(console, "token lengths of usable records (limits: data.max_*)", rows)
+
+
+def _blocks_row(counts: Iterable[int], settings: DataSettings) -> _Row:
+    return "blocks per record", counts, settings.max_blocks
+
+
+def _show_rows(console: Console, title: str, rows: Iterable[_Row]) -> None:
+    """A table of how values are distributed."""
+    table = Table(title=title)
+    for column in ("", "mean", "50 %", "95 %", "99 %", "longest", "total", "limit"):
+        table.add_column(column, justify="left" if not column else "right")
     for name, values, limit in rows:
         lengths = sorted(values)
         if lengths:
             quantiles = [str(lengths[min(int(q * len(lengths)), len(lengths) - 1)]) for q in (0.5, 0.95, 0.99)]
-            table.add_row(name, f"{sum(lengths) / len(lengths):.1f}", *quantiles, str(lengths[-1]), str(limit))
-    console.print(table)
+            total = sum(lengths)
+            table.add_row(name, f"{total / len(lengths):.1f}", *quantiles, str(lengths[-1]), str(total), str(limit))
+    if table.rows:
+        console.print(table)
 
 
 def _show_unknown(console: Console, records: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:

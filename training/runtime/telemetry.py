@@ -47,7 +47,9 @@ class Telemetry:
         self._file = run.folder.metrics
         withdraw(self._file, run.phase, resumed_step, validated)
         if self._settings.tensorboard:
-            self._open_tensorboard(run, resumed_step)
+            self._open_tensorboard(run, resumed_step + validated)
+            if not validated:
+                self._draw_again(resumed_step)
         bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
@@ -82,8 +84,9 @@ class Telemetry:
             with self._while_there_is_room():
                 write(self._writer)
 
-    def _open_tensorboard(self, run: Run, resumed_step: int) -> None:
-        """Start TensorBoard's files with the charts' layout, and the settings for its HPARAMS."""
+    def _open_tensorboard(self, run: Run, purge_step: int) -> None:
+        """Start TensorBoard's files with the charts' layout, and the settings for its HPARAMS; what earlier files hold of
+        ``purge_step`` and later is withdrawn."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -91,7 +94,7 @@ class Telemetry:
         # Not the writer's add_hparams, which makes a folder, and thus a run of its own, at every start.
         columns, started, self._ended = hparams(settings, dict.fromkeys(dashboard.RESULT_METRICS))
         with self._while_there_is_room():
-            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=resumed_step + 1)
+            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=purge_step)
             for summary in (columns, started):
                 self._writer.file_writer.add_summary(summary)
             self._writer.add_custom_scalars(dashboard.layout())
@@ -106,12 +109,25 @@ class Telemetry:
                 file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
         except OSError as error:  # the training is worth more than its record
             logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
+        self._scalars(kind, step, values)
 
+    def _scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         def scalars(writer: Any) -> None:
             for name, value in values.items():
                 writer.add_scalar(dashboard.tag(kind, name), value, step)
 
         self._draw(scalars)
+
+    def _draw_again(self, step: int) -> None:
+        """The training scalars of a step whose validation is withdrawn: TensorBoard withdraws whole steps."""
+        if not self._file.is_file():
+            return
+        with locked(self._file):
+            rows = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            phase, kind, made = row.pop("phase"), row.pop("kind"), row.pop("step")
+            if (phase, kind, made) == (self._phase, "train", step):
+                self._scalars(kind, step, {name: math.nan if value is None else value for name, value in row.items()})
 
     def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
         """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""

@@ -1,0 +1,49 @@
+"""``python -m ladir inspect`` without a tokenizer: how many blocks the records have needs none."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ladir.__main__ import main
+from ladir.tokens import build_word_tokenizer
+
+
+def cells(line: str) -> list[str]:
+    """What stands between a table's vertical lines."""
+    return [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+
+
+def test_the_blocks_per_record_need_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my.jsonl"
+    rows = [{"input": "How many?", "output": "\n".join(["It is so."] * count + ["#### 7"])} for count in (1, 2, 2, 2, 9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    assert main(["inspect", str(file), "--show", "0", "data.on_bad_record=skip"]) == 0
+    out = capsys.readouterr().out
+    (titles,) = [cells(line) for line in out.splitlines() if "50 %" in line]
+    (row,) = [cells(line) for line in out.splitlines() if "blocks per record" in line]
+    assert dict(zip(titles, row, strict=True)) == {
+        "": "blocks per record",
+        "mean": "3.2",
+        "50 %": "2",
+        "95 %": "9",
+        "99 %": "9",
+        "longest": "9",
+        "total": "16",
+        "limit": "32",
+    }
+    build_word_tokenizer(["How", "many?", "It", "is", "so.", "7"]).save_pretrained(str(tmp_path / "words"))
+    command = ["inspect", str(file), "--show", "0", "--tokenizer", str(tmp_path / "words"), "data.on_bad_record=skip"]
+    assert main(command) == 0
+    table = [cells(line) for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert row in table and [line[0] for line in table] == ["question", "block", "answer", "blocks per record"]
+
+
+def test_a_file_without_a_readable_record_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.jsonl").write_text("{}\n")
+    assert main(["inspect", str(tmp_path / "my.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "blocks per record" not in out and "1 records: 0 usable, 1 bad" in out
