@@ -10,7 +10,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -28,11 +27,6 @@ QUICK = Limits(seconds=1.0)
 SMALL = Limits(seconds=30.0, memory=200 << 20)
 
 
-def not_tested(reason: str) -> NoReturn:
-    """Skip the test, and say so: a kernel that forbids it cannot be installed."""
-    pytest.skip(f"NOT TESTED: {reason}")
-
-
 def why_not_isolated() -> str:
     """Why programs cannot be isolated on this machine; empty where they can."""
     try:
@@ -46,7 +40,7 @@ def why_not_isolated() -> str:
 def namespaces() -> None:
     """For tests that need a machine where programs can be isolated."""
     if reason := why_not_isolated():
-        not_tested(reason)
+        pytest.skip(f"NOT TESTED: {reason}")  # a kernel that forbids it cannot be installed
 
 
 isolated = pytest.mark.usefixtures("namespaces")
@@ -321,7 +315,7 @@ def common_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = [Path(os.path.realpath(path)) for path in (sandbox.interpreter(), "/usr/bin/python3", "/usr/local/bin/python3")]
     usable = [path for path in candidates if path.is_file() and all(parent.stat().st_mode & 0o1 for parent in path.parents)]
     if os.geteuid() == 0 and not usable:
-        not_tested("there is no interpreter here that an unprivileged user may run")
+        pytest.skip("NOT TESTED: there is no interpreter here that an unprivileged user may run")
     monkeypatch.setattr(sandbox, "interpreter", lambda: str(usable[0]) if usable else sys.executable)
 
 

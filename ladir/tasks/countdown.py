@@ -223,8 +223,17 @@ def _draw_pool(settings: CountdownSettings, solver: Solver, wanted: int, rng: ra
 def _draw_puzzles(
     settings: CountdownSettings, solver: Solver, targets: range, wanted: int, multisets: int, rng: random.Random
 ) -> Iterator[_Puzzle]:
-    """Solvable puzzles of different multisets, one of each: numbers drawn independently until half of all ``multisets`` were,
-    then the others in random order, where there are not too many to list and not few enough to list their puzzles."""
+    """Solvable puzzles of different multisets, one of each."""
+    drawn = _draw_numbers(settings, targets, wanted, multisets, rng)
+    return ((numbers, target) for numbers, target in drawn if solver.solutions(numbers, target))
+
+
+def _draw_numbers(
+    settings: CountdownSettings, targets: range, wanted: int, multisets: int, rng: random.Random
+) -> Iterator[_Puzzle]:
+    """Different multisets, each with a target that may be out of reach: numbers drawn independently until half of all
+    ``multisets`` were, then the others in random order, where there are not too many to list and not few enough to list their
+    puzzles."""
     seen: set[tuple[int, ...]] = set()
     most = min(multisets // 2, _TRIES * wanted)
     while len(seen) < most:
@@ -232,15 +241,12 @@ def _draw_puzzles(
         target = rng.choice(targets)
         if numbers not in seen:
             seen.add(numbers)
-            if solver.solutions(numbers, target):
-                yield numbers, target
+            yield numbers, target
     if _ENUMERABLE < multisets <= _LISTED:
         others = [numbers for numbers in _multisets(settings) if numbers not in seen]
         rng.shuffle(others)
         for numbers in others:
-            target = rng.choice(targets)
-            if solver.solutions(numbers, target):
-                yield numbers, target
+            yield numbers, rng.choice(targets)
 
 
 def _multisets(settings: CountdownSettings) -> Iterator[tuple[int, ...]]:

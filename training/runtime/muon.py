@@ -131,11 +131,14 @@ def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 def _buckets(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
     """Items in their order, as many at a time as a bucket holds, at least one."""
     bucket: list[T] = []
+    filled = 0
     for item in items:
-        if bucket and sum(map(size, bucket)) + size(item) > BUCKET:
+        more = size(item)
+        if bucket and filled + more > BUCKET:
             yield bucket
-            bucket = []
+            bucket, filled = [], 0
         bucket.append(item)
+        filled += more
     if bucket:
         yield bucket
 
