@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ladir.__main__ import main
 from ladir.cli.report import _traced
@@ -117,6 +119,17 @@ def test_every_section_has_its_picture_as_png_too(report: Path) -> None:
     assert "trajectory 2:" in text and "trajectory 3:" not in text
     assert "nothing to show without export/: python training/export.py" in text
     assert not re.search(r'(?:src|href)="(?!data:)', text) and "url(" not in text and "@import" not in text
+
+
+def test_every_table_is_there_as_markdown_too(report: Path) -> None:
+    text = (report.parent / "tables.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^(.+), (results.*\.json):\n\n((?:\|.*\|\n)+)", text, re.M)
+    runs = ("one", "two <b>")
+    assert sorted((run, file) for run, file, _ in tables) == sorted((run, name) for run in runs for name, *_ in EVALUATIONS)
+    for *_, table in tables:
+        head, rule, *rows = table.splitlines()
+        assert len({line.count("|") for line in (head, rule, *rows)}) == 1 and len(rows) == 4
+        assert head.startswith("| method | pass@1 (%) |") and rows[1].startswith("| ladir | 20.0 ± 0.0 |")
 
 
 def steps_on_the_page(text: str, question: str) -> list[list[list[str]]]:
@@ -270,6 +283,40 @@ def test_a_logarithmic_axis_is_readable(values: tuple[float, ...]) -> None:
     assert len(labels) >= 2
     boxes = sorted(label.get_window_extent().intervalx.tolist() for label in labels)
     assert all(before[1] < after[0] for before, after in itertools.pairwise(boxes))
+
+
+#: what a page of 400 pixels leaves for a picture, and the smallest text that is read on it without effort
+NARROW, SMALLEST = 368, 11
+
+
+def many_curves(labels: int) -> Figure:
+    curves = {f"{HOSTILE[4]} {number}": ([1.0, 2.0, 30.0], [0.1, 0.5, 0.9], [0.1] * 3) for number in range(labels)}
+    return line_figure("a title " * 20, "samples", "solved (%)", curves, "x", rates=True)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        line_figure("t", "x", "y", {"ar": ([1, 2], [1e-3, 9], None), "ar (validation)": ([2], [1], None)}, "xy"),
+        *(many_curves(labels) for labels in (1, 4, 5, 20)),
+        *(denoising_figure(np.zeros((steps, 64)), [HOSTILE[3]] * steps, HOSTILE[3]) for steps in (1, 10, 50)),
+    ],
+)
+def test_text_in_pictures_is_readable_on_a_narrow_page_and_lies_within(figure: Figure) -> None:
+    height, width, _ = pixels(figure).shape
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert min(text.get_fontsize() for text in texts) * figure.dpi / 72 * NARROW / width >= SMALLEST
+    drawn = figure.get_tightbbox()
+    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width / figure.dpi and drawn.y1 <= height / figure.dpi
+
+
+@pytest.mark.parametrize("labels", [1, 5, 20])
+def test_long_labels_stand_below_the_curves(labels: int) -> None:
+    figure = many_curves(labels)
+    pixels(figure)
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert len(legend.get_texts()) == labels and legend.get_window_extent().y1 < axes.get_window_extent().y0
+    assert axes.get_window_extent().height > 1.8 * figure.dpi  # they do not press them flat
 
 
 def test_text_is_shortened_to_a_printable_line() -> None:

@@ -1,4 +1,4 @@
-"""python -m ladir report RUN...: one HTML page about runs, needing nothing beside itself, and its pictures as PNG."""
+"""python -m ladir report RUN...: one HTML page about runs, needing nothing beside itself; pictures as PNG, tables as Markdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ladir.report.charts import chart_sections
 from ladir.report.figures import denoising_figure, png
 from ladir.report.page import TracedQuestion, page
 from ladir.report.runs import RunData, read_runs
+from ladir.report.tables import markdown_table
+from ladir.report.text import printable
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,14 +43,18 @@ def run(argv: Sequence[str]) -> int:
     images = {picture.name: png(picture.figure) for section in sections for picture in section.pictures}
     for name, data in images.items():
         (out / f"{_file_name(name)}.png").write_bytes(data)
+    found = (results for run in runs for results in run.results)
+    tables = [f"{printable(f'{results.run}, {results.file}')}:\n\n{markdown_table(results.rows)}\n" for results in found]
+    (out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     traced, notes = [], []
     for run_data in runs:
-        found, note = _traced(run_data, arguments.questions, arguments.trajectories, arguments.device, out)
-        traced += found
+        questions, note = _traced(run_data, arguments.questions, arguments.trajectories, arguments.device, out)
+        traced += questions
         notes += [note] if note else []
     target = out / "report.html"
     target.write_text(page(runs, sections, images, traced, " ".join(notes)), encoding="utf-8")
-    sys.stdout.write(f"{target}: {target.stat().st_size / 2**20:.1f} MiB, with {len(images)} pictures beside it as PNG\n")
+    beside = f"{len(images)} pictures as PNG, {len(tables)} tables as Markdown (tables.md)"
+    sys.stdout.write(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; beside it {beside}\n")
     return 0
 
 

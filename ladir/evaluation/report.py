@@ -39,20 +39,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in results["rows"]:
-        table.add_row(row["method"], *(_cell(row, name, error=name == "pass@1") for name in _COLUMNS))
+        table.add_row(row["method"], *(_cell(row, name) for name in _COLUMNS))
     return table
-
-
-def markdown_table(results: Mapping[str, Any]) -> str:
-    """The same figures as Markdown, for a README or a log, every rate with its standard error by question."""
-    lines = [
-        "| method | " + " | ".join(name.replace("_", " ") for name in _COLUMNS) + " |",
-        "|---" + "|---:" * len(_COLUMNS) + "|",
-    ]
-    lines += [
-        f"| {row['method']} | " + " | ".join(_cell(row, name, error=True) for name in _COLUMNS) + " |" for row in results["rows"]
-    ]
-    return "\n".join(lines)
 
 
 def examples(questions: Sequence[QuestionResult], count: int) -> RenderableType:
@@ -72,12 +60,12 @@ def _example(question: QuestionResult) -> Text:
     return text
 
 
-def _cell(row: Mapping[str, Any], name: str, error: bool) -> str:
+def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         return "-"
     if name in _COSTS:
         return _COSTS[name].format(value)
-    spread = row.get("standard_errors", {}).get(name) if error else None
+    spread = row.get("standard_errors", {}).get(name) if name == "pass@1" else None
     scale, digits = (1, 2) if name == "distinct_correct" else (100, 1)
     return f"{scale * value:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")

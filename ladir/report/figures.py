@@ -1,4 +1,4 @@
-"""The pictures of a report and of TensorBoard.  Small ones, so that they stay readable on a narrow screen."""
+"""The pictures of a report and of TensorBoard: as narrow as a telephone, so that their text stays readable on one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ladir.report.text import one_line
 #: one curve: x and y, and the standard errors of y where they are known
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float] | None]
 
-_SIZE = (4.8, 3.5)  # inches
-_DPI = 200
+_SIZE = (4.0, 3.2)  # inches
+_DPI = 240
 _STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -29,7 +29,7 @@ _STYLE = {
     "axes.titlesize": "medium",
     "font.size": 9.5,
     "grid.alpha": 0.25,
-    "legend.fontsize": "small",
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "text.parse_math": False,  # a dollar sign in somebody's text is no formula
 }
@@ -40,7 +40,11 @@ _FEW = 12  # a curve of fewer points shows them
 _TICKS = 6  # values of an axis that are all named
 _APART = 1.25  # two values nearer to one another on a logarithmic axis are not both named
 _DECADE = 12  # an axis that spans less names its minor ticks, too
-_LABEL_CHARACTERS = 32
+_TITLE_CHARACTERS = 44
+_LABEL_CHARACTERS = 40
+_TEXT_CHARACTERS = 26  # of a step's text beside its row
+_FEW_LABELS, _SHORT_LABEL = 4, 20
+_LABEL_HEIGHT = 0.18  # inches
 #: ends the label of a metric that was measured on held-out samples
 _HELD_OUT = " (validation)"
 
@@ -50,7 +54,7 @@ def _axes(title: str, x: str, y: str) -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
         axes = figure.subplots()
-        axes.set_title(one_line(title, 60))
+        axes.set_title(one_line(title, _TITLE_CHARACTERS))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         yield figure, axes
@@ -75,8 +79,19 @@ def line_figure(title: str, x: str, y: str, curves: Mapping[str, Curve], logarit
         if rates:
             axes.set_ylim(0, 103)
         if curves:
-            axes.legend(loc="best", ncols=2 if len(names) > 5 else 1)
+            _legend(figure, axes, [one_line(name, _LABEL_CHARACTERS) for name in names])
     return figure
+
+
+def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
+    """A few short labels stand where the curves leave room; others, below the axes, for which the figure grows."""
+    short = max(map(len, labels)) <= _SHORT_LABEL
+    if short and len(labels) <= _FEW_LABELS:
+        axes.legend(loc="best")
+        return
+    columns = 2 if short else 1
+    figure.set_figheight(_SIZE[1] + _LABEL_HEIGHT * -(-len(labels) // columns))
+    figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _style(number: int, label: str, points: int) -> dict[str, Any]:
@@ -113,18 +128,18 @@ def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str, numb
     """
     steps = len(latents)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(_SIZE[0] * 1.15, 0.75 + 0.24 * steps), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(_SIZE[0], 0.75 + 0.24 * steps), dpi=_DPI, layout="constrained")
         axes = figure.subplots()
         finite = latents[np.isfinite(latents)]
         limit = max(2.0, float(np.percentile(np.abs(finite), 99))) if finite.size else 2.0
         axes.imshow(latents, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set_title(one_line(title, 90), loc="left")
+        axes.set_title(one_line(title, _TITLE_CHARACTERS), loc="left")
         axes.set_xlabel("element of the block's latents")
         axes.set_ylabel("step")
         axes.set_yticks(range(steps), [str(number) for number in numbers or range(1, steps + 1)])
         beside = axes.twinx()
         beside.set_ylim(axes.get_ylim())
-        beside.set_yticks(range(steps), [one_line(text, _LABEL_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
+        beside.set_yticks(range(steps), [one_line(text, _TEXT_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
         beside.tick_params(length=0)
         beside.spines.right.set_visible(False)
     return figure

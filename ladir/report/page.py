@@ -8,21 +8,10 @@ from dataclasses import dataclass
 
 from ladir.evaluation.results import QuestionResult
 from ladir.report.charts import Section
-from ladir.report.runs import Results, RunData
+from ladir.report.runs import RunData
+from ladir.report.tables import html_table
 from ladir.report.text import escaped
 from ladir.report.traces import BlockTrace, TrajectoryTrace
-
-_COLUMNS = (
-    ("pass@1", 100.0, 1, "pass@1 (%)"),
-    ("pass@10", 100.0, 1, "pass@10 (%)"),
-    ("pass@100", 100.0, 1, "pass@100 (%)"),
-    ("chain", 100.0, 1, "chain (%)"),
-    ("distinct_correct", 1.0, 2, "distinct right"),
-    ("seconds_per_question", 1.0, 3, "seconds per question"),
-    ("forward_passes_per_question", 1.0, 0, "forward passes per question"),
-    ("flops_per_question", 1e-9, 1, "GFLOP per question"),
-    ("training_seconds", 1.0, 0, "training seconds"),
-)
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -119,30 +108,12 @@ def _tables(runs: Sequence[RunData]) -> Iterator[str]:
             *(f"{name.replace('_', ' ')} {value}" for name, value in results.sample.items() if name in _SHOWN_CONTROLS),
         ]
         yield f'<p class="muted">{escaped(", ".join(facts))}; ± is the standard error by question.</p>'
-        yield _table(results)
+        yield f'<div class="wide">{html_table(results.rows)}</div>'
         if not first:
             yield "</details>"
 
 
 _SHOWN_CONTROLS = ("num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale", "restarts", "reencode")
-
-
-def _table(results: Results) -> str:
-    columns = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in results.rows)]
-    head = "".join(f"<th>{escaped(title)}</th>" for *_, title in columns)
-    cells = ["".join(f"<td>{_cell(row, name, scale, digits)}</td>" for name, scale, digits, _ in columns) for row in results.rows]
-    body = "".join(f"<tr><td>{escaped(row['method'])}</td>{line}</tr>" for row, line in zip(results.rows, cells, strict=True))
-    return f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(row: Mapping[str, object], name: str, scale: float, digits: int) -> str:
-    value = row.get(name)
-    if not isinstance(value, int | float):
-        return "–"
-    errors = row.get("standard_errors")
-    error = errors.get(name) if isinstance(errors, Mapping) else None
-    spread = f" <small>± {scale * error:.{digits}f}</small>" if isinstance(error, int | float) else ""
-    return f"{scale * value:.{digits}f}{spread}"
 
 
 def _section(section: Section, images: Mapping[str, bytes]) -> Iterator[str]:

@@ -1,0 +1,76 @@
+"""A stand-in for the Hugging Face Hub: data sets, served over HTTP to the real client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def hub(sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[str]:
+    """The address (``HF_ENDPOINT``) of a Hub that has these data sets: by name their files, by path."""
+    found = {path: data for name, files in sets.items() for path, data in _answers(name, files).items()}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            data = found.get(unquote(urlsplit(self.path).path))
+            self.send_response(404 if data is None else 200)
+            self.send_header("X-Repo-Commit", _COMMIT)
+            if data is None:
+                known = any(f"/{name}/" in self.path for name in sets)
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            else:
+                self.send_header("ETag", f'"{_digest(data)}"')
+            self.send_header("Content-Length", str(len(data or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _answers(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What the client gets, by path: the files, the repository's facts, the list of every folder."""
+    facts = {"id": name, "sha": _COMMIT, "siblings": [{"rfilename": path} for path in files]}
+    answers = {f"/api/datasets/{name}": facts, **{f"/api/datasets/{name}/revision/{at}": facts for at in ("main", _COMMIT)}}
+    folders = {parent for path in files for parent in PurePosixPath(path).parents}
+    for folder in folders:
+        entries = [
+            {"type": "file", "path": path, "size": len(data), "oid": _digest(data)}
+            for path, data in files.items()
+            if PurePosixPath(path).parent == folder
+        ]
+        entries += [
+            {"type": "directory", "path": str(other), "oid": _COMMIT, "size": 0}
+            for other in folders
+            if other.parent == folder != other
+        ]
+        tree = "" if folder == PurePosixPath(".") else f"/{folder}"
+        answers[f"/api/datasets/{name}/tree/{_COMMIT}{tree}"] = entries
+    served = {path: json.dumps(content).encode() for path, content in answers.items()}
+    return served | {f"/datasets/{name}/resolve/{at}/{path}": data for path, data in files.items() for at in ("main", _COMMIT)}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
