@@ -319,6 +319,12 @@ def test_long_labels_stand_below_the_curves(labels: int) -> None:
     assert axes.get_window_extent().height > 1.8 * figure.dpi  # they do not press them flat
 
 
+@pytest.mark.parametrize(("rates", "lowest"), [([0.826, 0.98], 70), ([0.5], 40), ([0.499, 1.0], 0), ([0.0], 0), ([], 0)])
+def test_rates_in_the_upper_half_have_their_axis_there(rates: list[float], lowest: float) -> None:
+    figure = line_figure("t", "k", "solved (%)", {"ladir": (range(len(rates)), rates, None)}, rates=True)
+    assert figure.axes[0].get_ylim() == (lowest, 103)
+
+
 def test_text_is_shortened_to_a_printable_line() -> None:
     assert one_line("a\n\n  b\tc ", 20) == "a ⏎ b c"
     assert one_line("x" * 50, 10) == "x" * 9 + "…"

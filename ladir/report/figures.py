@@ -77,7 +77,7 @@ def line_figure(title: str, x: str, y: str, curves: Mapping[str, Curve], logarit
         if "y" in logarithmic:
             _logarithmic(axes, "y", [])
         if rates:
-            axes.set_ylim(0, 103)
+            axes.set_ylim(_lowest([scale * value for _, ys, _ in curves.values() for value in ys]), 103)
         if curves:
             _legend(figure, axes, [one_line(name, _LABEL_CHARACTERS) for name in names])
     return figure
@@ -92,6 +92,12 @@ def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
     columns = 2 if short else 1
     figure.set_figheight(_SIZE[1] + _LABEL_HEIGHT * -(-len(labels) // columns))
     figure.legend(loc="outside lower center", ncols=columns)
+
+
+def _lowest(percents: Sequence[float]) -> float:
+    """Where the axis of rates begins: at 0, or, where all of them lie in the upper half, at a ten below them."""
+    least = min(percents, default=0.0)
+    return 10.0 * (least // 10 - 1) if least >= 50 else 0.0
 
 
 def _style(number: int, label: str, points: int) -> dict[str, Any]:
