@@ -183,7 +183,7 @@ def test_tracks_run_side_by_side_and_a_failure_in_one_lets_the_other_save(
 
 
 def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
-    for ranks, parts in ((1, 5), (2, 4), (4, 4)):
+    for ranks, parts in ((1, 6), (2, 5), (4, 5)):
         built, _ = demo(tmp_path, "rollout.train.max_seconds=30", ranks=ranks)
         for phase, seconds in {"base": 100.0, "vae": 20.0, "latents": 3.5}.items():
             write_json(built.folder.outcome_file(phase), {**OUTCOME, "seconds": seconds})
@@ -200,6 +200,6 @@ def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
 def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:
     built, _ = demo(tmp_path, "rollout.enabled=false", ranks=2)
     ladir = {"vae": (20, 1.5), "latents": (5, 1.0), "denoiser": (60, 2.0), "export": (1, 0.5)}
-    costs = {"puzzles": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0)}
+    costs = {"puzzles": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0), "report": (3, 0.5)}
     built.record = {name: {"seconds": seconds, "peak_gib": peak} for name, (seconds, peak) in costs.items()}
-    assert built._cost() == (1 + 10 + 86 + 30, 2.0 + 1.25)
+    assert built._cost() == (1 + 10 + 86 + 30 + 3, 2.0 + 1.25)

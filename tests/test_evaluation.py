@@ -14,7 +14,6 @@ from rich.console import Console, RenderableType
 
 from ladir.data.records import Record
 from ladir.evaluation.metrics import confidence_interval, distinct_correct, pass_at_k, standard_error, summarise
-from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import (
     MethodResult,
@@ -215,22 +214,3 @@ def test_examples_show_thoughts_and_verdict() -> None:
     assert text.count("3 7 -> 10") == 1
     assert "3 + 7 = 10" in text
     assert "2 of 2" in text
-
-
-def test_curves_are_read_by_phase_and_kind_and_plotted(tmp_path: Path) -> None:
-    rows = [{"phase": "vae", "kind": "train", "step": step, "loss": 10.0 - step, "lr": 1.0} for step in (1, 2, 3)]
-    rows += [{"phase": "vae", "kind": "validation", "step": 3, "loss": 5.0}, {"phase": "ar", "step": 1, "loss": 3.0}]
-    rows += [{"phase": "vae", "kind": "train", "step": 4, "loss": None}]
-    torn = '{"phase": "vae", "st'
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join([*map(json.dumps, rows), torn]))
-    curves = read_curves(path, {"vae": ["loss", "absent"], "denoiser": ["loss"]})
-    assert curves == {"vae": {"loss": ([1, 2, 3], [9, 8, 7]), "loss (validation)": ([3], [5])}}
-    plot_run(tmp_path / "curves.png", curves, read_results(results(tmp_path)))
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-    path.write_text("\n".join([torn, json.dumps(rows[0])]))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1"):
-        read_curves(path, {"vae": ["loss"]})
-    with pytest.raises(ValueError, match="neither curves nor results"):
-        plot_run(tmp_path / "none.png", {}, None)

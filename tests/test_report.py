@@ -25,7 +25,7 @@ from ladir.report import traces
 from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
 from ladir.report.figures import denoising_figure, line_figure, pixels, png
 from ladir.report.page import page
-from ladir.report.runs import read_run, read_runs
+from ladir.report.runs import read_curves, read_run, read_runs
 from ladir.report.text import escaped, one_line
 from ladir.report.traces import trace_questions
 from tests.browser import Browser, browser
@@ -224,6 +224,21 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path, capsys: pytest.Capture
     errors = capsys.readouterr().err
     assert "no such run folder" in errors and "it has none of config.yaml" in errors
     assert main(["report", str(tmp_path), "--trajectories", "0"]) == 1
+
+
+def test_curves_are_read_by_phase_and_kind(tmp_path: Path) -> None:
+    rows = [{"phase": "vae", "kind": "train", "step": step, "loss": 10.0 - step, "lr": 1.0} for step in (1, 2, 3)]
+    rows += [{"phase": "vae", "kind": "validation", "step": 3, "loss": 5.0}, {"phase": "ar", "step": 1, "loss": 3.0}]
+    rows += [{"phase": "vae", "kind": "train", "step": 4, "loss": None}]
+    torn = '{"phase": "vae", "st'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), torn]))
+    curves = read_curves(path, {"vae": ["loss", "absent"], "denoiser": ["loss"]})
+    assert curves == {"vae": {"loss": ([1, 2, 3], [9, 8, 7]), "loss (validation)": ([3], [5])}}
+
+    path.write_text("\n".join([torn, json.dumps(rows[0])]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1"):
+        read_curves(path, {"vae": ["loss"]})
 
 
 def test_traces_are_the_trajectories_of_the_same_seed() -> None:

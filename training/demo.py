@@ -1,8 +1,8 @@
 """The demo: LaDiR from nothing on arithmetic puzzles, every training phase through the deepspeed launcher.
 
 Makes the puzzles, trains a base LM and, from it, LaDiR (VAE, latents, denoiser) and the autoregressive baseline for as many
-seconds, evaluates both and shows what came out.  The two train side by side, each with half of the processes; with one process
-they take turns.  Run again, it skips what is finished and continues what was interrupted.
+seconds, evaluates both, draws the report and shows what came out.  The two train side by side, each with half of the processes;
+with one process they take turns.  Run again, it skips what is finished and continues what was interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from rich.text import Text
 
 from ladir.config import Config
 from ladir.config_loader import parse_args
-from ladir.evaluation.plots import plot_run, read_curves
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of
@@ -34,13 +33,6 @@ from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
 LOG_TAIL = 30
-CURVES = {
-    "base": ("loss",),
-    "vae": ("reconstruction",),
-    "denoiser": ("flow", "answer", "stop", "token"),
-    "rollout": ("flow", "answer", "stop", "rollout"),
-    "ar": ("loss",),
-}
 
 
 @dataclass(frozen=True)
@@ -107,8 +99,9 @@ class Demo:
         ]
         ar = [Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True)]
         evaluate = Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate"))
+        report = Stage("report", "report: curves, and thoughts forming", self._report)
         side_by_side = [[ladir, ar]] if self.ranks > 1 else [[ladir], [ar]]
-        return [[[puzzles]], [[base]], *side_by_side, [[evaluate]]]
+        return [[[puzzles]], [[base]], *side_by_side, [[evaluate]], [[report]]]
 
     def run(self) -> None:
         """Run every stage that is not finished, and all after one that ran; ends the process where one fails."""
@@ -195,11 +188,9 @@ class Demo:
         return [Text(f"{self._label(stage)}  {_clock(lane.job.seconds)}"[:width]), Text(line[:width], style="dim")]
 
     def show(self) -> None:
-        """Print the table, some puzzles, what it cost and what to try next; write the curves."""
+        """Print the table, some puzzles, what it cost and what to try next."""
         results = read_results(self.folder.path / "results.json")
         questions = read_questions(self.folder.path / "generations.jsonl")
-        picture = self.folder.path / "curves.png"
-        plot_run(picture, read_curves(self.folder.metrics, CURVES), results)
         self.console.print()
         self.console.print(results_table(results))
         shown = self._solved_first(questions.get("ladir", []))
@@ -207,7 +198,8 @@ class Demo:
         self.console.print(examples(shown, self.config.evaluate.examples))
         seconds, memory = self._cost()
         self._line(f"total {_clock(seconds)}, at most {memory:.1f} GiB of memory")
-        self._line(f"results {self.folder.path / 'results.json'}   curves {picture}   logs {self.logs}")
+        self._line(f"results {self.folder.path / 'results.json'}   logs {self.logs}")
+        self._line(f"report {self.folder.path / 'report' / 'report.html'} (open it in a browser)")
         self._line("\nNext:")
         for command, meaning in self._next_commands(shown):
             self._line(f"  {command}\n      {meaning}")
@@ -232,6 +224,9 @@ class Demo:
 
     def _export(self) -> list[str]:
         return [sys.executable, str(ENTRIES / "export.py"), *self.settings]
+
+    def _report(self) -> list[str]:
+        return [sys.executable, "-m", "ladir", "report", str(self.folder.path)]
 
     def _entry(self, name: str, *overrides: str, ranks: int | None = None) -> Callable[[], list[str]]:
         script = ENTRIES / f"{name}.py"

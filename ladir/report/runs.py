@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ladir.evaluation.plots import read_curves
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 
 #: training phases in their order, and what of theirs is drawn
@@ -110,6 +109,24 @@ def _named(run: RunData, name: str) -> RunData:
     return replace(run, name=name, results=[replace(results, run=name) for results in run.results])
 
 
+def read_curves(path: str | Path, keys: Mapping[str, Sequence[str]]) -> Curves:
+    """Training curves from a ``metrics.jsonl``, by phase and label, each as (steps, values).
+
+    ``keys``: what to read of each phase, in this order; a label is "key" in training and "key (validation)" there.
+    Phases and keys without a value are left out, and so is a torn last line.
+    """
+    curves: Curves = {phase: {} for phase in keys}
+    for row in _rows(Path(path)):
+        for key in keys.get(row["phase"], ()):
+            value = row.get(key)
+            if value is not None:
+                label = key if row.get("kind") == "train" else f"{key} ({row.get('kind')})"
+                steps, heights = curves[row["phase"]].setdefault(label, ([], []))
+                steps.append(float(row["step"]))
+                heights.append(float(value))
+    return {phase: found for phase, found in curves.items() if found}
+
+
 def _results(run: str, file: Path, config: Mapping[str, Any]) -> Results:
     content = read_results(file)
     return Results(run, file.name, content, content.get("sample") or config.get("sample", {}))
@@ -139,3 +156,14 @@ def _questions(file: Path) -> dict[str, list[QuestionResult]]:
         return read_questions(file)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not what training/evaluate.py writes ({error}); run it again") from error
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # the run is being written, or was cut off there
+                return
+            raise ValueError(f"{path}:{number}: not JSON ({error}); delete the line") from error
