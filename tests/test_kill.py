@@ -18,6 +18,7 @@ import torch
 
 from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, run_with, toy_settings
+from tests.test_telemetry import drawn_steps
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime import checkpoint
 from training.runtime.checkpoint import CheckpointError, steps_in
@@ -33,6 +34,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def train_and_report(folder: Path, pipe: Connection) -> None:
     """A process of its own: says when the first batch is made, and how the run ended."""
     config, phase = toy_config(folder, **SETTINGS), ToyPhase()
+    config.telemetry.tensorboard = True
     world = start(config.deepspeed)
     torch.set_num_threads(1)
     told: list[int] = []
@@ -83,6 +85,7 @@ def test_sigkill_at_random_moments_loses_nothing(one_process: ProcessGroup, tmp_
         assert steps == sorted(steps)
     assert run_for(context, run, None) == "finished"
     assert_identical(run, whole)
+    assert drawn_steps(run / "toy" / "tensorboard" / "ar")["losses/loss"] == list(range(10, 101, 10))
 
 
 @pytest.fixture
