@@ -23,7 +23,7 @@ h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
 p, li, summary, h1, h2, h3, .steps td + td { overflow-wrap: anywhere; }
 .muted { color: #555; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); gap: 1rem; }
-figure { margin: 0; max-width: 38rem; }
+figure { margin: 0; max-width: 30rem; }
 img { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
