@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from ladir.report.text import one_line
 
@@ -39,7 +40,8 @@ _MARKERS = "osD^vPX*"
 _FEW = 12  # a curve of fewer points shows them
 _TICKS = 6  # values of an axis that are all named
 _APART = 1.25  # two values nearer to one another on a logarithmic axis are not both named
-_DECADE = 12  # an axis that spans less names its minor ticks, too
+_DECADE = 12  # an axis that spans less names minor ticks, too
+_TICK_DISTANCE = 0.12  # of the axis, between two of them
 _TITLE_CHARACTERS = 44
 _LABEL_CHARACTERS = 40
 _TEXT_CHARACTERS = 26  # of a step's text beside its row
@@ -122,9 +124,25 @@ def _logarithmic(axes: Axes, name: str, values: Sequence[float]) -> None:
         axis.set_ticks(values)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axis.set_major_formatter(plain)
-    low, high = axis.get_view_interval()
-    few = high / max(low, 1e-300) < _DECADE
-    axis.set_minor_formatter(plain if few and not named else NullFormatter())
+    shown = () if named else _minor_ticks(*axis.get_view_interval())
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _mantissa(value) in shown else ""))
+
+
+def _minor_ticks(low: float, high: float) -> Sequence[int]:
+    """Which multiples of powers of ten are named between these ends: as many as keep their distance, none on a long axis."""
+    if high / max(low, 1e-300) >= _DECADE:
+        return ()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for multiples in (range(2, 10), (2, 4, 6, 8), (2, 5)):
+        ticks = [10.0**decade * multiple for decade in decades for multiple in (1, *multiples)]
+        seen = [math.log(tick) for tick in ticks if low <= tick <= high]
+        if all(after - before >= _TICK_DISTANCE * math.log(high / low) for before, after in pairwise(seen)):
+            break
+    return multiples
+
+
+def _mantissa(value: float) -> int:
+    return round(value / 10.0 ** math.floor(math.log10(value) + 1e-9))
 
 
 def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str, numbers: Sequence[int] | None = None) -> Figure:
