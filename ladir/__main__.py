@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ladir.config_loader import ConfigError
+from ladir.config.loader import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, SampleSettings
-from ladir.config_checks import section_errors
+from ladir.config.checks import section_errors
 from ladir.data.batches import pad_left
 from ladir.data.prompts import bos_ids
 from ladir.errors import UnusableError

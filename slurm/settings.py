@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ladir.config import Config
-from ladir.config_loader import ConfigError, load_config
+from ladir.config.loader import ConfigError, load_config
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from ladir.config import Config
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
 from tests.toy_task import Judge
-from training.answerers import Answers, Sampled
-from training.answers import AnswerLog
 from training.evaluate import ask
+from training.evaluation.answerers import Answers, Sampled
+from training.evaluation.answers import AnswerLog
 from training.runtime.distributed import World
 from training.runtime.run import Run
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ladir.config import Config
-from ladir.config_checks import RANGES, Range, values
-from ladir.config_loader import ConfigError, describe, load_config, parse_args, save_config, setting_names, validate
+from ladir.config.checks import RANGES, Range, values
+from ladir.config.loader import ConfigError, describe, load_config, parse_args, save_config, setting_names, validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

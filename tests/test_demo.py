@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from ladir.config_loader import parse_args
+from ladir.config.loader import parse_args
 from training.demo import Demo, Stage, Track, _add_arguments
 from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from tests.distributed import ProcessGroup
-from training import encode_latents
+from training.phases import latents as encode_latents
 from training.runtime.distributed import World
 from training.runtime.run import Run, RunFolder
 

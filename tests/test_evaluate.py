@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ladir.config import Config, CountdownSettings, SampleSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
 from ladir.data.records import Record
@@ -35,9 +35,9 @@ from tests.distributed import ProcessGroup
 from tests.test_code import why_not_isolated
 from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training import evaluate as program
-from training.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
-from training.answers import AnswerLog, cut
 from training.evaluate import _tell_of_limits, evaluate, read_questions_asked
+from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
+from training.evaluation.answers import AnswerLog, cut
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run

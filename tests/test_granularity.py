@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ladir.config import Config
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
@@ -19,11 +19,12 @@ from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
-from training.encode_latents import encode
 from training.evaluate import evaluate
 from training.export import export, last_denoiser
-from training.phases import denoiser_phase, vae_phase
-from training.rollout_phase import rollout_phase
+from training.phases.denoiser import denoiser_phase
+from training.phases.latents import encode
+from training.phases.rollout import rollout_phase
+from training.phases.vae import vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ladir.config import Config, DenoiserSettings, VaeSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator, DenoiserCollator, TensorBatch, VaeCollator
 from ladir.data.encode import EncodedRecord, encode_records
 from ladir.data.latents import LatentRecord, LatentStore

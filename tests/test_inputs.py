@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ladir.config import Config
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from training.runtime.distributed import World
 from training.runtime.run import Outcome, Run, RunConflict, RunFolder
 

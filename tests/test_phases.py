@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladir.config import Config
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
@@ -24,8 +24,11 @@ from ladir.models.folders import reads_questions_both_ways
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
-from training import encode_latents
-from training.phases import TrainingPhase, ar_phase, denoiser_phase, vae_phase
+from training.phases import latents as encode_latents
+from training.phases.ar import ar_phase
+from training.phases.base import TrainingPhase
+from training.phases.denoiser import denoiser_phase
+from training.phases.vae import vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run

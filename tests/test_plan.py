@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.tokens import build_word_tokenizer
 from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, predict, with_layers

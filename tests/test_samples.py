@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ladir.config import BackboneSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.randomness import derive
 from ladir.inference.decode import decode_thoughts
 from ladir.models.metrics import flow_by_time, vae_metrics
@@ -33,15 +33,15 @@ from tests.distributed import ProcessGroup
 from tests.test_phases import BUILDERS, TRAIN, configure, make_base
 from tests.test_reasoner import tokenizer, undecided
 from tests.tiny import random_records, tiny_denoiser, tiny_lm, tiny_vae
-from training import samples
-from training.encode_latents import encode
-from training.rollout_phase import rollout_phase
+from training.phases import samples
+from training.phases.latents import encode
+from training.phases.rollout import rollout_phase
+from training.phases.samples import markdown_table
 from training.runtime import dashboard
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
-from training.samples import markdown_table
 
 SHOWN = 2
 BUILD = {**BUILDERS, "rollout": rollout_phase}

@@ -24,7 +24,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from ladir.config import Config
-from ladir.config_loader import parse_args
+from ladir.config.loader import parse_args
 from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of

@@ -34,9 +34,9 @@ from ladir.evaluation.results import (
 from ladir.evaluation.voting import elections
 from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
-from training.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
-from training.answers import Answered, AnswerLog, cut
-from training.phases import read_encoded
+from training.evaluation.answerers import Answerer, Sampled, load_answerers, model_of, sampling_of
+from training.evaluation.answers import Answered, AnswerLog, cut
+from training.phases.base import read_encoded
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder, evaluation_label

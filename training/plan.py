@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ladir.config_loader import parse_args
+from ladir.config.loader import parse_args
 from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from training.planning.models import PlanError

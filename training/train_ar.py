@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.phases import ar_phase
+from training.phases.ar import ar_phase
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.phases import denoiser_phase
-from training.rollout_phase import rollout_phase
+from training.phases.denoiser import denoiser_phase
+from training.phases.rollout import rollout_phase
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.phases import vae_phase
+from training.phases.vae import vae_phase
 from training.runtime.distributed import run_as_program
 from training.runtime.job import job
 from training.runtime.loop import train

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.tasks import countdown
 
 

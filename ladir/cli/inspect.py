@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, DataSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.encode import EncodedRecord, check_records
 from ladir.data.records import BadRecord, RecordSet, list_bad_records, read_records
 from ladir.tokens import load_tokenizer

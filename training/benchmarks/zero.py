@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ladir.config import Config, TrainSettings
-from ladir.config_loader import load_config
+from ladir.config.loader import load_config
 from ladir.data.batches import DenoiserBatch
 from ladir.models.denoiser import Denoiser
 from training.benchmarks.setup import Bench, Row, UnequalError, released

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ladir.config import Config
-from ladir.config_loader import parse_args
+from ladir.config.loader import parse_args
 from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from ladir.models.backbone import choose_dtype

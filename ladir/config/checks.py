@@ -1,7 +1,7 @@
 """What a setting's type cannot say: ranges, and combinations that cannot work.
 
 :func:`validate` looks at a complete :class:`~ladir.config.Config` and returns every error, each naming the setting, its
-value and the remedy.  Types, names and choices are the loader's business (:mod:`ladir.config_loader`).
+value and the remedy.  Types, names and choices are the loader's business (:mod:`ladir.config.loader`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ladir.config import Config
-from ladir.config_checks import validate
+from ladir.config.checks import validate
 
 __all__ = ["ConfigError", "describe", "load_config", "parse_args", "save_config", "setting_names", "validate"]
 

@@ -14,12 +14,13 @@ from ladir.inference.rollout import Rollout
 from ladir.models.folders import load_denoiser_to_train, save_denoiser
 from ladir.models.store import folder_fingerprint
 from ladir.tokens import load_tokenizer
-from training.phases import Samples, TrainingPhase, denoiser_collator, denoiser_weights, stored_latents
+from training.phases.base import Samples, TrainingPhase
+from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents
+from training.phases.samples import Show, denoiser_samples
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.telemetry import Telemetry
-from training.samples import Show, denoiser_samples
 
 
 def rollout_phase(config: Config, world: World) -> TrainingPhase:

@@ -1,0 +1,60 @@
+"""Every setting of the stack, as dataclasses: one YAML file plus ``section.key=value`` drives all phases.
+
+The modules here only declare settings (name, type, default, meaning); :mod:`ladir.config.loader` reads and explains them,
+:mod:`ladir.config.checks` says which values cannot work.  ``None`` means "not set".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ladir.config.asking import EvaluateSettings, SampleSettings
+from ladir.config.declare import section, setting
+from ladir.config.model import BackboneSettings, CountdownSettings, DataSettings, LoraSettings, RunSettings
+from ladir.config.runtime import DeepSpeedSettings, PlanSettings, TelemetrySettings
+from ladir.config.training import ArSettings, DenoiserSettings, LatentSettings, RolloutSettings, TrainSettings, VaeSettings
+
+__all__ = [
+    "ArSettings",
+    "BackboneSettings",
+    "Config",
+    "CountdownSettings",
+    "DataSettings",
+    "DeepSpeedSettings",
+    "DenoiserSettings",
+    "EvaluateSettings",
+    "LatentSettings",
+    "LoraSettings",
+    "PlanSettings",
+    "RolloutSettings",
+    "RunSettings",
+    "SampleSettings",
+    "TelemetrySettings",
+    "TrainSettings",
+    "VaeSettings",
+    "section",
+    "setting",
+]
+
+
+@dataclass
+class Config:
+    stage: str = setting(
+        "teacher",
+        "what train_denoiser.py trains; teacher: stage 1, behind the true blocks; rollout: stage 2, through the model's own",
+        ("teacher", "rollout"),
+    )
+    run: RunSettings = section(RunSettings, "where a run lies and its seed")
+    backbone: BackboneSettings = section(BackboneSettings, "the language model")
+    data: DataSettings = section(DataSettings, "records and their blocks")
+    countdown: CountdownSettings = section(CountdownSettings, "the Countdown generator (python -m ladir countdown)")
+    vae: VaeSettings = section(VaeSettings, "sentence <-> thought tokens")
+    latents: LatentSettings = section(LatentSettings, "encoding the training set")
+    denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
+    rollout: RolloutSettings = section(RolloutSettings, "the denoiser's stage 2: the answer through blocks it generates itself")
+    ar: ArSettings = section(ArSettings, "the autoregressive baseline")
+    sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
+    evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")
+    telemetry: TelemetrySettings = section(TelemetrySettings, "what people look at")
+    deepspeed: DeepSpeedSettings = section(DeepSpeedSettings, "the engine")
+    plan: PlanSettings = section(PlanSettings, "what training/plan.py assumes of the data; no phase reads it")

@@ -1,0 +1,104 @@
+"""How a trained model is asked, and how its answers are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ladir.config.declare import setting
+
+
+@dataclass
+class SampleSettings:
+    num_steps: int = setting(10, "Euler steps per block")
+    lag: int = setting(
+        2,
+        "steps by which a block of a span starts after the one before it (denoiser.span above 1); 0: all together; num_steps: "
+        "one after another",
+    )
+    sampler: str = setting("ode", "ode: deterministic; sde: fresh noise at every step", ("ode", "sde"))
+    spacing: str = setting(
+        "uniform",
+        "times of the steps, u being the share of them done; uniform: 1 - u; cosine: cos(pi u / 2), shorter steps near noise; "
+        "power: (1 - u) ** spacing_power",
+        ("uniform", "cosine", "power"),
+    )
+    spacing_power: float = setting(
+        2.0, "exponent (spacing=power); above 1: shorter steps near the finished block, below 1: near noise"
+    )
+    initial_noise: float = setting(1.0, "scale of the noise a block starts from (acts as a temperature)")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off, 0: as if there were no question")
+    diversity_scale: float = setting(
+        0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"
+    )
+    restarts: int = setting(
+        0,
+        "times that a finished block is noised again and denoised anew: what does not fit together in it is found a second time",
+    )
+    restart_time: float = setting(0.9, "time back to which a restart goes; 1: nothing is left of the block")
+    restart_steps: int = setting(5, "Euler steps of a restart")
+    reencode: bool = setting(
+        False,
+        "read every finished block as text and encode that again: what follows reads latents as the VAE makes them; the export "
+        "then holds the VAE's encoder, too",
+    )
+    max_blocks: int = setting(32, "blocks after which the answer is forced; below data.max_blocks long chains are cut short")
+    max_answer_tokens: int = setting(128, "longest answer, in tokens; below data.max_answer_tokens long ones are cut short")
+    max_thought_tokens: int = setting(
+        128, "longest text of a decoded block, in tokens; below data.max_block_tokens long ones are cut short"
+    )
+    answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
+
+
+@dataclass
+class EvaluateSettings:
+    task: str = setting("countdown", "which checker judges the answers", ("countdown", "maths", "code"))
+    check_seconds: float = setting(
+        5.0, "processor time that judging one answer (a program, a formula) may take; beyond it, it is wrong"
+    )
+    check_memory_mb: int = setting(
+        1024, "memory that judging one answer takes, in MiB; of a program, all its processes together (16 at most)"
+    )
+    isolation: str = setting(
+        "namespaces",
+        "how programs are shut in (task=code); namespaces: no network, no files, no other processes; limits: only limits and an "
+        "empty folder, for a container without namespaces that can be thrown away (what a program detaches may go on in it)",
+        ("namespaces", "limits"),
+    )
+    judges: int | None = setting(
+        None,
+        "answers that each rank judges at a time; not set: as many programs as it has threads (task=code, isolation=namespaces), "
+        "else one",
+    )
+    split: str = setting("test", "which records are asked", ("validation", "test"))
+    num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
+    num_trajectories: int = setting(100, "samples per question")
+    questions_per_batch: int = setting(20, "questions answered in one batch")
+    ar_temperature: float = setting(1.0, "temperature of the AR baseline's samples")
+    ar_max_tokens: int = setting(256, "longest AR answer (reasoning included), in tokens")
+    snapshot: int | None = setting(
+        None, "ask the models of this training step (train.snapshot_every) in place of the finished ones; results-<step>.json"
+    )
+    methods: list[str] = setting(
+        ["ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout"],
+        "rows of the table; -majority: the most frequent answer among the samples of ar or ladir; -consistent: the most frequent "
+        "one among those whose reasoning agrees with their answer; ladir-rollout: left out where that stage was not trained",
+        (
+            "ar",
+            "ar-greedy",
+            "ar-majority",
+            "ar-consistent",
+            "ladir",
+            "ladir-zero-noise",
+            "ladir-sde",
+            "ladir-majority",
+            "ladir-consistent",
+            "ladir-rollout",
+        ),
+    )
+    voters: int | None = setting(
+        None, "samples that vote on one answer; fewer than num_trajectories: the mean over separate votes; not set: all of them"
+    )
+    examples: int = setting(3, "questions printed with their thoughts")
+    name: str = setting(
+        "", "set: results-<name>.json and generations-<name>.jsonl are written instead, to stand beside the others in a report"
+    )

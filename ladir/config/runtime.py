@@ -1,0 +1,43 @@
+"""What runs the phases: telemetry, engine, planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ladir.config.declare import setting
+
+
+@dataclass
+class TelemetrySettings:
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+    progress: str = setting("auto", "auto: a bar on a terminal, lines in a log", ("auto", "bar", "lines"))
+    line_every_seconds: float = setting(10.0, "least seconds between two progress lines in a log")
+    samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
+    peak_tflops: float | None = setting(
+        None, "peak TFLOP/s of one device, for the MFU; not set: that of a large matrix product, measured at the start"
+    )
+
+
+@dataclass
+class DeepSpeedSettings:
+    config: str = setting("ds_configs/zero3.json", "DeepSpeed configuration (ZeRO stage, offload, communication)")
+    timeout_minutes: float = setting(30.0, "longest wait for another rank (start-up, checkpoints) before the job is ended")
+    step_timeout_minutes: float = setting(5.0, "longest wait for another rank within a training step, after the first one")
+    sharded_loading: bool = setting(
+        True, "ZeRO-3 on several processes: pretrained weights are split while they are read, so that none holds a whole LM"
+    )
+    leaf_layers: bool = setting(
+        False,
+        "ZeRO-3 gathers and reduces each LM layer as one unit where a pass runs it once: a quarter of the hooks, which cost a "
+        "small model as much time as its arithmetic; more is gathered at a time",
+    )
+    stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
+
+
+@dataclass
+class PlanSettings:
+    samples: int | None = setting(None, "training records; not set: counted in data.train")
+    question_tokens: int | None = setting(None, "mean tokens of a question; not set: measured in data.train, else half the limit")
+    blocks: int | None = setting(None, "mean blocks of a record; not set: likewise")
+    block_tokens: int | None = setting(None, "mean tokens of a block; not set: likewise")
+    answer_tokens: int | None = setting(None, "mean tokens of an answer; not set: likewise")

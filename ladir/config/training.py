@@ -1,0 +1,151 @@
+"""What is trained, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ladir.config.declare import section, setting
+
+
+@dataclass
+class TrainSettings:
+    max_steps: int | None = setting(None, "stop after this many optimizer steps")
+    max_epochs: float | None = setting(None, "stop after this many passes over the data")
+    max_seconds: float | None = setting(None, "stop after this many seconds of training (start-up not counted)")
+    global_batch: int = setting(128, "samples in one optimizer step, over all ranks and micro batches")
+    micro_batch: int = setting(8, "most samples in one forward pass of one rank; accumulation follows from it")
+    pack_tokens: int = setting(
+        0, "samples of a micro batch are laid end to end in rows of about this many tokens; 0: a row for every sample"
+    )
+    data_processes: int = setting(
+        0,
+        "processes per rank that make batches ahead; 0: a thread of the training process, enough unless a step is shorter "
+        "than it takes to make its batch (data_wait)",
+    )
+    lr: float = setting(1e-5, "peak learning rate")
+    min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak")
+    schedule: str = setting(
+        "cosine",
+        "learning rate after warm-up; wsd: constant, then linear decay in the last decay_fraction",
+        ("constant", "cosine", "linear", "wsd"),
+    )
+    warmup_fraction: float = setting(0.03, "fraction of the training spent warming up linearly")
+    decay_fraction: float = setting(0.2, "fraction of the training spent decaying (schedule=wsd)")
+    optimizer: str = setting(
+        "adamw",
+        "muon: orthogonalised momentum for the matrices of the LM's layers, in steps as long as AdamW's, which takes the rest",
+        ("adamw", "muon"),
+    )
+    weight_decay: float = setting(0.01, "decoupled weight decay (matrices only)")
+    beta1: float = setting(0.9, "AdamW beta1")
+    beta2: float = setting(0.999, "AdamW beta2")
+    eps: float = setting(1e-8, "AdamW epsilon")
+    momentum: float = setting(0.95, "Muon's momentum")
+    max_grad_norm: float = setting(1.0, "gradient clipping norm; 0: off")
+    ema: float = setting(0.0, "decay of the exponential moving average of the weights; 0: off")
+    log_every: int = setting(10, "steps between metric lines")
+    validate_every: int | None = setting(None, "steps between validations; not set: only at the end")
+    validation_batches: int = setting(8, "global batches in one validation")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints; not set: only when stopped and at the end")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept")
+    snapshot_every: int | None = setting(
+        None,
+        "steps between models that are kept as they then are (models/<phase>-<step>), for what longer training brings "
+        "(evaluate.snapshot); not set: none",
+    )
+
+
+@dataclass
+class VaeSettings:
+    latent_dim: int = setting(512, "size d of one thought token")
+    latents_per_block: int = setting(4, "thought tokens L per block")
+    beta: float = setting(1e-5, "weight of the KL term (summed over d, mean over latents)")
+    latent_noise: float = setting(3.0, "standard deviation k of the noise added to z in training")
+    token_substitution: float = setting(0.3, "probability that an encoder input token is replaced by a random one in training")
+    decoder: str = setting("frozen", "frozen: the base LM as it is; trained: a second LM trained along", ("frozen", "trained"))
+    train: TrainSettings = section(TrainSettings, "training of the VAE", max_epochs=2.0, lr=2e-5)
+
+
+@dataclass
+class LatentSettings:
+    batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
+    pack_tokens: int = setting(0, "sentences are laid end to end in rows of about this many tokens; 0: a row for every sentence")
+    records_per_part: int = setting(1024, "records a rank encodes between two looks at the stop signal; finished parts are kept")
+
+
+@dataclass
+class DenoiserSettings:
+    objective: str = setting("velocity", "what the network predicts", ("velocity", "x0", "epsilon", "v"))
+    timesteps: str = setting("uniform", "distribution of t in training", ("uniform", "logit_normal"))
+    timestep_mean: float = setting(0.0, "mean of logit(t) (timesteps=logit_normal); positive: towards noise")
+    timestep_std: float = setting(1.0, "standard deviation of logit(t) (timesteps=logit_normal)")
+    draws: int = setting(4, "noise draws M per block and step")
+    span: int = setting(
+        1, "blocks that are denoised together, each at a noise level of its own: a block sees the next ones of its span form"
+    )
+    independent_levels: float = setting(
+        0.5,
+        "share of a span's noisy copies whose blocks draw their levels independently; in the others the blocks before a random "
+        "one are finished and those behind it noise (span above 1)",
+    )
+    flow_weight: float = setting(5.0, "weight of the flow loss")
+    answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
+    stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
+    token_weight: float = setting(0.0, "weight of the auxiliary token head (training only); 0: no such head")
+    token_rank: int = setting(64, "rank of the auxiliary token head")
+    token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
+    answer_every: int = setting(1, "the answer, the stop decisions and the last clean block are part of every n-th step only")
+    bidirectional_question: bool = setting(
+        False,
+        "a question's tokens all see each other; false: only those before them, as pretrained LMs learned to read (true is for "
+        "LMs made from scratch)",
+    )
+    condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
+    init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
+    sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
+    timestep_features: int = setting(256, "sinusoidal features of t")
+    train: TrainSettings = section(TrainSettings, "training of the denoiser, stage 1", max_epochs=20.0, lr=1e-5, global_batch=64)
+
+
+@dataclass
+class RolloutSettings:
+    enabled: bool = setting(
+        True,
+        "whether make demo, slurm/submit.sh and plan.py include stage 2; train_denoiser.py stage=rollout trains it in any case",
+    )
+    answer_weight: float = setting(1.0, "weight of the answer's cross-entropy through the model's own blocks")
+    num_steps: int = setting(10, "Euler steps per block")
+    lag: int = setting(2, "steps by which a block of a span starts after the one before it (denoiser.span above 1)")
+    gradient_steps: int | None = setting(None, "last steps of a block that carry gradient; not set: all")
+    last_blocks: int | None = setting(
+        None,
+        "blocks of a record, counted from its end, that are the model's own; not set: all (as in the paper; in small models it "
+        "costs accuracy, the last block alone does not)",
+    )
+    own_context: float = setting(
+        1.0,
+        "share of steps whose flow loss stands behind the model's own blocks (in small models this costs accuracy: 0); in the "
+        "others it stands behind the true ones",
+    )
+    initial_noise: float = setting(1.0, "scale of the noise a block starts from")
+    gold: str = setting(
+        "nearest",
+        "which gold solution is trained towards where a question has several of as many blocks; nearest: to the model's own "
+        "blocks (mean square of the latents); sampled: the record that was drawn",
+        ("nearest", "sampled"),
+    )
+    candidates: int = setting(8, "most gold solutions that are compared (gold=nearest)")
+    train: TrainSettings = section(TrainSettings, "training of the denoiser, stage 2", max_epochs=20.0, lr=1e-5, global_batch=12)
+
+
+@dataclass
+class ArSettings:
+    phase: str = setting("ar", "name of the phase, and of the model folder it writes: models/<phase>")
+    from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")
+    copy_fraction: float = setting(0.0, "share of samples that ask to repeat a sentence (teaches a frozen decoder to copy)")
+    bidirectional_question: bool = setting(
+        False,
+        "the same as denoiser.bidirectional_question, for the LM that train_ar trains (baseline or base LM); its folder keeps it "
+        "for the evaluation. Training then takes flex or sdpa in place of flash-attn",
+    )
+    train: TrainSettings = section(TrainSettings, "chain-of-thought fine-tuning", max_epochs=3.0, lr=1e-5)

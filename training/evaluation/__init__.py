@@ -1,0 +1,1 @@
+"""Who is asked in an evaluation, and what becomes of the answers."""

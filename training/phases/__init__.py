@@ -1,0 +1,1 @@
+"""What each training is: its model, losses and samples; one module each."""

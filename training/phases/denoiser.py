@@ -1,0 +1,97 @@
+"""The denoiser's stage 1 as the train loop sees it: behind the true blocks."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config, DenoiserSettings, TrainSettings
+from ladir.data.batches import DenoiserCollator
+from ladir.data.latents import LatentStore
+from ladir.data.prompts import bos_ids
+from ladir.data.randomness import derive
+from ladir.errors import UnusableError
+from ladir.models.backbone import build_backbone
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_latent_maps, save_denoiser
+from ladir.models.store import folder_fingerprint
+from ladir.tokens import load_tokenizer
+from training.phases.base import Samples, TrainingPhase
+from training.phases.samples import denoiser_samples
+from training.runtime.distributed import World
+from training.runtime.run import RunFolder
+from training.runtime.sharding import sharded_init
+
+logger = logging.getLogger(__name__)
+
+
+def denoiser_phase(config: Config, world: World) -> TrainingPhase:
+    """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
+    tokenizer = load_tokenizer(config.backbone)
+    folder = RunFolder(config)
+    store, validation = stored_latents(config, folder, world)
+    vae = folder.model("vae")
+    with sharded_init(config, config.denoiser.train, world):
+        backbone = build_backbone(config.backbone, world.device.type)
+        model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
+    if config.denoiser.init_from_vae:
+        model.init_from_vae(load_latent_maps(vae))
+    collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser")
+    return TrainingPhase(
+        items=store,
+        collator=collator,
+        name="denoiser",
+        model=model,
+        weights=denoiser_weights(config.denoiser),
+        validation=Samples(validation, collator) if validation is not None else None,
+        write=lambda target, state: save_denoiser(model, target, state),
+        show=denoiser_samples(config, tokenizer, validation, store, vae),
+    )
+
+
+def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
+    """The latents of training and validation records (None where there are none), made by the run's own VAE."""
+    store = LatentStore.open(folder.latents / "train")
+    store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
+    _check_blocks(config, store)
+    if config.data.validation is None:
+        return store, None
+    if not (folder.latents / "validation").is_dir():
+        logger.warning("%s: not encoded: training goes without validation", folder.latents / "validation")
+        return store, None
+    held_out = LatentStore.open(folder.latents / "validation")
+    held_out.check_fingerprint(store.fingerprint)
+    return store, held_out
+
+
+def _check_blocks(config: Config, store: LatentStore) -> None:
+    """UnusableError where records were encoded that have more blocks than the settings allow now: stage 2 would cut them."""
+    if store.most_blocks > config.data.max_blocks:
+        raise UnusableError(
+            f"{store.folder}: a record there has {store.most_blocks} blocks, more than data.max_blocks={config.data.max_blocks}; "
+            "set data.max_blocks as it was for training/encode_latents.py, or encode again"
+        )
+
+
+def denoiser_collator(
+    config: Config, store: LatentStore, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str
+) -> DenoiserCollator:
+    """Batches of teacher forcing for the phase ``name``, whose training settings are ``train``."""
+    return DenoiserCollator(
+        config.denoiser,
+        np.asarray(store.mean, dtype=np.float32),
+        np.asarray(store.std, dtype=np.float32),
+        eos_id=int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, name),
+        samples_per_step=train.global_batch,
+        prefix=tuple(bos_ids(tokenizer)),
+        pack_tokens=train.pack_tokens,
+    )
+
+
+def denoiser_weights(settings: DenoiserSettings) -> dict[str, float]:
+    """Weights of the loss terms of teacher forcing."""
+    weights = {"flow": settings.flow_weight, "answer": settings.answer_weight, "stop": settings.stop_weight}
+    return {**weights, "token": settings.token_weight} if settings.token_weight else weights

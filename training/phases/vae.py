@@ -1,0 +1,52 @@
+"""The VAE as the train loop sees it."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.batches import VaeCollator
+from ladir.data.encode import encode_sentence_set
+from ladir.data.randomness import derive
+from ladir.data.records import read_sentences
+from ladir.data.token_lists import TokenLists
+from ladir.models.folders import new_vae, save_vae
+from ladir.tokens import load_tokenizer
+from training.phases.base import Samples, TrainingPhase, read_encoded
+from training.phases.samples import vae_samples
+from training.runtime.distributed import World
+from training.runtime.sharding import sharded_init
+
+
+def vae_phase(config: Config, world: World) -> TrainingPhase:
+    """The VAE on every block of the training records and the extra sentences."""
+    tokenizer = load_tokenizer(config.backbone)
+    with sharded_init(config, config.vae.train, world):
+        model = new_vae(config.vae, config.backbone, world.device.type)
+    sentences = _blocks(config, config.data.train, tokenizer)
+    if config.data.sentences:
+        for ids in encode_sentence_set(read_sentences(config.data.sentences), tokenizer, config.data):
+            sentences.append(ids)
+    held_out = _blocks(config, config.data.validation, tokenizer)
+    collator = VaeCollator(
+        config.vae,
+        model.encoder.vocab_size,
+        int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, "vae"),
+        pack_tokens=config.vae.train.pack_tokens,
+    )
+    return TrainingPhase(
+        items=sentences,
+        collator=collator,
+        name="vae",
+        model=model,
+        weights={"reconstruction": 1.0, "kl": config.vae.beta},
+        validation=Samples(held_out, collator) if held_out else None,
+        write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
+        show=vae_samples(config, tokenizer, held_out, sentences),
+    )
+
+
+def _blocks(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> TokenLists:
+    """All blocks of one file's records."""
+    return TokenLists(block for record in read_encoded(config, path, tokenizer) for block in record.blocks)
