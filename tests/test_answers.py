@@ -17,9 +17,9 @@ from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
 from tests.toy_task import Judge
-from training.evaluate import ask
 from training.evaluation.answerers import Answers, Sampled
 from training.evaluation.answers import AnswerLog
+from training.evaluation.asking import ask
 from training.runtime.distributed import World
 from training.runtime.run import Run
 

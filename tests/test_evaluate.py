@@ -34,10 +34,12 @@ from ladir.tokens import build_word_tokenizer, decode_text, encode_text, load_to
 from tests.distributed import ProcessGroup
 from tests.test_code import why_not_isolated
 from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
-from training import evaluate as program
-from training.evaluate import _tell_of_limits, evaluate, read_questions_asked
+from training.evaluation import asking, table
 from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
 from training.evaluation.answers import AnswerLog, cut
+from training.evaluation.questions import read_questions_asked
+from training.evaluation.stages import evaluate
+from training.evaluation.table import tell_of_limits
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
@@ -149,9 +151,9 @@ def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
         return
     doing, number = death
     owner, name = {
-        "answer": (program, "judge_samples"),
+        "answer": (asking, "judge_samples"),
         "write": (AnswerLog, "add"),
-        "report": (program, "write_results"),
+        "report": (table, "write_results"),
         "remove": (AnswerLog, "remove"),
     }[doing]
     real, calls = getattr(owner, name), itertools.count(1)
@@ -173,7 +175,7 @@ def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
 
 def note_questions(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """From now on every question that a model is asked becomes a line of ``<folder>/asked``."""
-    load = program.load_answerers
+    load = asking.load_answerers
 
     def noted(sampling: str, answerer: Answerer) -> Answerer:
         def answer(records: Sequence[Record]) -> Answers:
@@ -183,7 +185,7 @@ def note_questions(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
         return answer
 
-    patch.setattr(program, "load_answerers", lambda *about: {name: noted(name, real) for name, real in load(*about).items()})
+    patch.setattr(asking, "load_answerers", lambda *about: {name: noted(name, real) for name, real in load(*about).items()})
 
 
 def asked(folder: Path) -> list[str]:
@@ -434,7 +436,7 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
 def test_records_that_cannot_be_judged_are_refused_before_a_model_is_loaded(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.evaluate.load_answerers", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr("training.evaluation.asking.load_answerers", lambda *_: pytest.fail("loaded a model"))
     (tmp_path / "test.jsonl").write_text('{"input": "1 2 -> 3", "output": "1 + 2 = 3\\n#### 1 + 2"}\n')
     with pytest.raises(UnusableError, match=r"test\.jsonl:1: not a Countdown record"):
         evaluate_in(models, tmp_path, f"data.test={tmp_path / 'test.jsonl'}")
@@ -452,10 +454,10 @@ def test_answers_that_were_cut_off_are_told(caplog: pytest.LogCaptureFixture) ->
     def asked(*stopped: bool) -> list[QuestionResult]:
         return [QuestionResult("q", tuple(Trajectory("a", False, "a", stopped=ended) for ended in stopped))]
 
-    _tell_of_limits("ar", asked(True, True), 256, 32)
+    tell_of_limits("ar", asked(True, True), 256, 32)
     assert not caplog.messages
-    _tell_of_limits("ar", asked(True, False), 256, 32)
-    _tell_of_limits("ladir-sde", asked(False, False), 256, 32)
+    tell_of_limits("ar", asked(True, False), 256, 32)
+    tell_of_limits("ladir-sde", asked(False, False), 256, 32)
     assert caplog.messages == [
         "ar: 1 of 2 answers were cut off or forced at evaluate.ar_max_tokens=256",
         "ladir-sde: 2 of 2 answers were cut off or forced at sample.max_blocks=32",

@@ -19,7 +19,7 @@ from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
-from training.evaluate import evaluate
+from training.evaluation.stages import evaluate
 from training.export import export, last_denoiser
 from training.phases.denoiser import denoiser_phase
 from training.phases.latents import encode

@@ -14,8 +14,8 @@ from ladir.errors import UnusableError
 from ladir.tasks.code import CodeTask
 from ladir.tasks.sandbox import Limits, run_program
 from tests.toy_task import Judge
-from training.evaluate import judge_samples, judges_of
 from training.evaluation.answerers import Sampled
+from training.evaluation.judging import judge_samples, judges_of
 
 RECORDS = [
     Record(question, ("a step",), answer, f"y:{line}") for line, (question, answer) in enumerate([("p", "1"), ("q", "2")], 1)

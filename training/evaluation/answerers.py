@@ -12,7 +12,6 @@ import torch
 from ladir.config import Config
 from ladir.data.prompts import parse_completion, prompt_ids
 from ladir.data.records import Record
-from ladir.evaluation.voting import RULES
 from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
 from ladir.models.folders import load_backbone, reads_questions_both_ways
@@ -49,19 +48,6 @@ class Answers:
 
 #: answers a batch of records
 Answerer = Callable[[Sequence[Record]], Answers]
-
-
-def sampling_of(method: str) -> tuple[str, str | None]:
-    """The samples behind a row of the table, and the rule by which one of them is elected (None: all are shown)."""
-    rule = next((rule for rule in RULES if method.endswith(f"-{rule}")), None)
-    return (method.removesuffix(f"-{rule}"), rule) if rule else (method, None)
-
-
-def model_of(sampling: str) -> str:
-    """The model that samples: ``ar``, ``ladir`` or ``rollout``."""
-    if sampling.startswith("ar"):
-        return "ar"
-    return "rollout" if sampling == "ladir-rollout" else "ladir"
 
 
 def load_answerers(config: Config, model: str, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:

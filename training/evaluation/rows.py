@@ -1,0 +1,21 @@
+"""Rows of the table: which samples, which model and which training stand behind each."""
+
+from __future__ import annotations
+
+from ladir.evaluation.voting import RULES
+
+#: phases behind a model's row besides the base LM
+PHASES = {"ar": ("ar",), "ladir": ("vae", "latents", "denoiser"), "rollout": ("vae", "latents", "denoiser", "rollout")}
+
+
+def sampling_of(method: str) -> tuple[str, str | None]:
+    """The samples behind a row of the table, and the rule by which one of them is elected (None: all are shown)."""
+    rule = next((rule for rule in RULES if method.endswith(f"-{rule}")), None)
+    return (method.removesuffix(f"-{rule}"), rule) if rule else (method, None)
+
+
+def model_of(sampling: str) -> str:
+    """The model that samples: ``ar``, ``ladir`` or ``rollout``."""
+    if sampling.startswith("ar"):
+        return "ar"
+    return "rollout" if sampling == "ladir-rollout" else "ladir"

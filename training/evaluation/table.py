@@ -1,0 +1,82 @@
+"""From answers to the table: figures and costs of every row, results.json, generations.jsonl, and what is shown."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+
+from ladir.evaluation.metrics import summarise
+from ladir.evaluation.report import examples, results_table
+from ladir.evaluation.results import MethodResult, QuestionResult, read_results, write_questions, write_results
+from ladir.evaluation.voting import elections
+from training.evaluation.answers import Answered
+from training.evaluation.rows import PHASES, model_of, sampling_of
+from training.runtime.run import Run, RunFolder, evaluation_label
+
+logger = logging.getLogger(__name__)
+
+
+def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None) -> float:
+    """Seconds of training behind a method, the base LM's included where this run trained it; of a snapshot, until then."""
+    *before, last = PHASES[model_of(sampling_of(method)[0])]
+    outcomes = [folder.outcome(phase) for phase in ("base", *before, folder.snapshot(last, snapshot))]
+    return sum(outcome.seconds for outcome in outcomes if outcome is not None)
+
+
+def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answered]]) -> MethodResult:
+    """A row of the table: a method's samples, or those elected among them at the voters' cost."""
+    sampling, rule = sampling_of(method)
+    entries = list(answers[sampling].values())
+    questions, samples, share = [entry.result for entry in entries], None, 1.0
+    if rule is not None:
+        voters, count = run.config.evaluate.voters, len(questions[0].trajectories)
+        questions, samples, share = [elections(question, rule, voters) for question in questions], 1, (voters or count) / count
+    costs = [entry.cost for entry in entries] + [entry.reading for entry in entries if rule == "consistent"]
+    spent: dict[int, float] = {}
+    for entry in entries:
+        spent[entry.rank] = spent.get(entry.rank, 0.0) + entry.elapsed
+    return MethodResult(
+        method,
+        summarise(questions, samples=samples),
+        seconds_per_question=share * sum(cost.seconds for cost in costs) / len(entries),
+        training_seconds=training_seconds(run.folder, method, run.config.evaluate.snapshot),
+        wall_seconds=max(spent.values()),
+        forward_passes_per_question=share * sum(cost.passes for cost in costs) / len(entries),
+        flops_per_question=share * sum(cost.flops for cost in costs) / len(entries),
+    )
+
+
+def report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
+    """Write the results and show them (rank 0)."""
+    settings, suffix = run.config.evaluate, evaluation_label(run.config.evaluate)
+    results = run.folder.path / f"results{suffix}.json"
+    judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
+    for sampling, questions in judged.items():
+        tell_of_limits(sampling, questions, settings.ar_max_tokens, run.config.sample.max_blocks)
+    write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
+    write_results(
+        results,
+        rows,
+        task=settings.task,
+        num_questions=len(next(iter(judged.values()))),
+        num_trajectories=settings.num_trajectories,
+        seed=run.config.run.seed,
+        split=settings.split,
+        snapshot=settings.snapshot,
+        sample=asdict(run.config.sample),
+    )
+    console = Console()
+    console.print(results_table(read_results(results)))
+    shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
+    console.print(examples(judged[shown], settings.examples))
+
+
+def tell_of_limits(sampling: str, questions: Sequence[QuestionResult], ar_max_tokens: int, max_blocks: int) -> None:
+    """A method that is cut off is judged by less than it would have said."""
+    ended = [trajectory.stopped for question in questions for trajectory in question.trajectories]
+    limit = f"evaluate.ar_max_tokens={ar_max_tokens}" if model_of(sampling) == "ar" else f"sample.max_blocks={max_blocks}"
+    if not all(ended):
+        logger.warning("%s: %d of %d answers were cut off or forced at %s", sampling, ended.count(False), len(ended), limit)
