@@ -60,7 +60,7 @@ def encode_records(
     or where nothing usable is left; with ``skip`` they are counted and listed in the log.
     """
     usable, bad = check_records(record_set, tokenizer, settings)
-    _refuse_or_list(bad, record_set.total, settings)
+    refuse_or_list(bad, record_set.total, settings)
     return usable, bad
 
 
@@ -74,11 +74,11 @@ def encode_sentence_set(sentence_set: SentenceSet, tokenizer: PreTrainedTokenize
         else:
             reason = f"it has {len(ids)} tokens, of 1 to data.max_block_tokens={settings.max_block_tokens}"
             bad.append(BadRecord(source, reason, "correct or shorten it, or raise data.max_block_tokens"))
-    _refuse_or_list(bad, len(usable) + len(bad), settings)
+    refuse_or_list(bad, len(usable) + len(bad), settings)
     return usable
 
 
-def _refuse_or_list(bad: list[BadRecord], total: int, settings: DataSettings) -> None:
+def refuse_or_list(bad: list[BadRecord], total: int, settings: DataSettings) -> None:
     """Raise BadRecords, or list in the log what is left out."""
     if bad and (settings.on_bad_record == "error" or len(bad) == total):
         raise BadRecords(bad, total)
@@ -108,6 +108,13 @@ def _tokenize(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iter
         yield EncodedRecord(question, blocks, answer, record)
 
 
+def length_problem(what: str, length: int, name: str, most: int) -> tuple[str, str] | None:
+    """(reason, remedy) where ``what`` of a record has no tokens, or more than the setting ``name`` allows."""
+    if length > most:
+        return f"its {what} has {length} tokens, more than {name}={most}", f"shorten it or raise {name}"
+    return (f"its {what} has no tokens", "check the text and the tokenizer") if length == 0 else None
+
+
 def _problem(encoded: EncodedRecord, settings: DataSettings) -> tuple[str, str] | None:
     """(reason, remedy) of the first limit that the record breaks, or None."""
     longest = max(range(len(encoded.blocks)), key=lambda i: len(encoded.blocks[i]))
@@ -116,11 +123,9 @@ def _problem(encoded: EncodedRecord, settings: DataSettings) -> tuple[str, str] 
         (f"block {longest + 1}", len(encoded.blocks[longest]), "data.max_block_tokens", settings.max_block_tokens),
         ("answer", len(encoded.answer), "data.max_answer_tokens", settings.max_answer_tokens),
     )
-    for what, length, name, most in checks:
-        if length > most:
-            return f"its {what} has {length} tokens, more than {name}={most}", f"shorten it or raise {name}"
-        if length == 0:
-            return f"its {what} has no tokens", "check the text and the tokenizer"
+    for check in checks:
+        if problem := length_problem(*check):
+            return problem
     if len(encoded.blocks) > settings.max_blocks:
         return (
             f"it has {len(encoded.blocks)} blocks, more than data.max_blocks={settings.max_blocks}",

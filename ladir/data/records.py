@@ -75,7 +75,7 @@ class RecordSet:
     total: int
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A record that cannot be used; turned into a BadRecord by the reader."""
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -84,7 +84,7 @@ class _Refused(Exception):
         self.remedy = remedy
 
 
-# A source of a record and a function that gives its object or raises _Refused.
+# A source of a record and a function that gives its object or raises Refused.
 _Row = tuple[str, Callable[[], Any]]
 
 
@@ -96,11 +96,11 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
     a missing file, ValueError for one that cannot be read as a whole (unknown extension, damaged compression, no records).
     """
     result = RecordSet([], [], 0)
-    for source, load in _rows(path):
+    for source, load in file_rows(path):
         result.total += 1
         try:
-            result.records.append(_record(load(), source, settings))
-        except _Refused as refused:
+            result.records.append(record_of(load(), source, settings))
+        except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
     if result.total == 0:
         raise UnusableError(f"{path}: no records in it; write one JSON object per line")
@@ -118,25 +118,26 @@ class SentenceSet:
 def read_sentences(path: str) -> SentenceSet:
     """The texts of a file of ``{"text": sentence}``."""
     result = SentenceSet([], [])
-    for source, load in _rows(path):
+    for source, load in file_rows(path):
         try:
-            result.sentences.append((source, _text(_mapping(load()), "text", "the sentence")))
-        except _Refused as refused:
+            result.sentences.append((source, text_of(mapping_of(load()), "text", "the sentence")))
+        except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
     return result
 
 
-def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
-    row = _mapping(loaded)
+def record_of(loaded: Any, source: str, settings: DataSettings) -> Record:
+    """A loaded row as a record.  Raises Refused where it cannot be trained on."""
+    row = mapping_of(loaded)
     published = _published(row) if settings.input_field not in row else None
     question, reasoning, answer = _own_texts(row, settings) if published is None else _published_texts(published)
     if not answer:
-        raise _Refused("its final answer is empty", "write the answer after the prefix")
+        raise Refused("its final answer is empty", "write the answer after the prefix")
     if settings.strip_calculator:
         reasoning = strip_calculator(reasoning)
     sentences = split_sentences(reasoning)
     if not sentences:
-        raise _Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
+        raise Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
     read = (settings.input_field, settings.output_field) if published is None else ()
     return Record(
         question=question,
@@ -149,18 +150,18 @@ def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
 
 def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str, str]:
     """Question, reasoning and answer by the names in the settings."""
-    question = _text(row, settings.input_field, "the question (data.input_field)")
-    output = _text(row, settings.output_field, "the reasoning (data.output_field)")
+    question = text_of(row, settings.input_field, "the question (data.input_field)")
+    output = text_of(row, settings.output_field, "the reasoning (data.output_field)")
     reasoning, answer = split_answer(output, settings.answer_prefixes)
     # A data set may call its chain "answer" (GSM8K does): then there is no explicit answer beside it.
     has_explicit = settings.answer_field not in (settings.input_field, settings.output_field)
     if has_explicit and row.get(settings.answer_field) is not None:
-        written, answer = answer, _text(row, settings.answer_field, "the answer (data.answer_field)").strip()
+        written, answer = answer, text_of(row, settings.answer_field, "the answer (data.answer_field)").strip()
         if written is not None and not _closes(written, answer):
             reasoning = output.strip()
     if answer is None:
         prefixes = " or ".join(repr(prefix) for prefix in settings.answer_prefixes)
-        raise _Refused(
+        raise Refused(
             "no final answer in it",
             f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes",
         )
@@ -183,39 +184,40 @@ def _published(row: Mapping[str, Any]) -> Published | None:
     try:
         return read_published(row)
     except ValueError as error:
-        raise _Refused(str(error), "write it as the published set does") from error
+        raise Refused(str(error), "write it as the published set does") from error
 
 
 def _published_texts(row: Published) -> tuple[str, str, str]:
     """The same of a public set's row; its whole reasoning is kept, whatever ``data.answer_prefixes`` says."""
     texts = {"question": row.question, "reasoning": row.reasoning, "answer": row.answer}
-    question = _text(texts, "question", "the question")
-    reasoning = _text(texts, "reasoning", "the reasoning")
+    question = text_of(texts, "question", "the question")
+    reasoning = text_of(texts, "reasoning", "the reasoning")
     if row.answer is None:
-        raise _Refused("no final answer in it", "end its text with '#### ANSWER' (GSM8K) or put it into \\boxed{} (MATH)")
-    return question, reasoning, _text(texts, "answer", "the answer").strip()
+        raise Refused("no final answer in it", "end its text with '#### ANSWER' (GSM8K) or put it into \\boxed{} (MATH)")
+    return question, reasoning, text_of(texts, "answer", "the answer").strip()
 
 
-def _mapping(loaded: Any) -> Mapping[str, Any]:
+def mapping_of(loaded: Any) -> Mapping[str, Any]:
+    """What was loaded, where it is an object; else Refused."""
     if not isinstance(loaded, Mapping):
-        raise _Refused(f"a JSON {_json_type(loaded)}, not an object", 'write {"input": ..., "output": ...} on the line')
+        raise Refused(f"a JSON {_json_type(loaded)}, not an object", 'write {"input": ..., "output": ...} on the line')
     return loaded
 
 
-def _text(row: Mapping[str, Any], name: str, meaning: str) -> str:
-    """The text of a field, or _Refused: missing, of another type, empty, or not encodable."""
+def text_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
+    """The text of a field, or Refused: missing, of another type, empty, or not encodable."""
     if name not in row:
         present = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
-        raise _Refused(f"no field {name!r} for {meaning}; its fields: {present}", "add it, or name the right field")
+        raise Refused(f"no field {name!r} for {meaning}; its fields: {present}", "add it, or name the right field")
     value = row[name]
     if not isinstance(value, str):
-        raise _Refused(f"field {name!r} is of type {_json_type(value)}, not a string", "write it in quotes")
+        raise Refused(f"field {name!r} is of type {_json_type(value)}, not a string", "write it in quotes")
     if not value.strip():
-        raise _Refused(f"field {name!r} is empty", f"write {meaning} into it")
+        raise Refused(f"field {name!r} is empty", f"write {meaning} into it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Refused(
+        raise Refused(
             f"field {name!r} holds half a surrogate pair at character {error.start}", "write the character as UTF-8"
         ) from error
     return value
@@ -226,7 +228,7 @@ def _json_type(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _rows(path: str) -> Iterator[_Row]:
+def file_rows(path: str) -> Iterator[_Row]:
     """Where each record is and how to load it; the format follows from the name."""
     file = Path(path)
     if path.endswith((".jsonl", ".jsonl.gz")):
@@ -265,16 +267,16 @@ def _parse_json(line: bytes) -> Any:
     try:
         text = line.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Refused(
+        raise Refused(
             f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})", "convert the file to UTF-8"
         ) from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{error.msg} at column {error.colno}"
-        raise _Refused(f"invalid JSON: {where}", "write one JSON object per line") from error
+        raise Refused(f"invalid JSON: {where}", "write one JSON object per line") from error
     except (ValueError, RecursionError) as error:
-        raise _Refused(f"unreadable JSON: {error}", "write one flat JSON object per line") from error
+        raise Refused(f"unreadable JSON: {error}", "write one flat JSON object per line") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[_Row]:
@@ -296,7 +298,7 @@ def _parquet_row(batch: Any, i: int) -> dict[str, Any]:
     try:
         row: dict[str, Any] = batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        raise _Refused("a text in it is not UTF-8", "convert the column to UTF-8") from error
+        raise Refused("a text in it is not UTF-8", "convert the column to UTF-8") from error
     return row
 
 
