@@ -403,7 +403,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_completions_and_whole_programs_are_judged(answer: str) -> None:
     task = CodeTask(PATIENT)
-    assert task.correct(answer, RECORD) is ANSWERS[answer]
+    assert task.verdict(answer, RECORD).right is ANSWERS[answer]
     assert task.chain_correct(["b"], RECORD) is None
 
 
@@ -411,13 +411,13 @@ def test_agreeing_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr("ladir.tasks.code.run_program", lambda program, *_: ran.append(program) or Outcome(True, "passed"))
     task = CodeTask(PATIENT)
-    assert all(task.correct("return a + b", RECORD) for _ in range(3)) and len(ran) == 1
-    assert task.correct("return b + a", RECORD) and len(ran) == 2
+    assert all(task.verdict("return a + b", RECORD).right for _ in range(3)) and len(ran) == 1
+    assert task.verdict("return b + a", RECORD).right and len(ran) == 2
 
 
 def test_a_record_without_tests_is_named() -> None:
     with pytest.raises(ValueError, match=r'y:1: not a record of the task code: it needs "tests"'):
-        CodeTask().correct("x", Record("q", ("b",), "a", "y:1"))
+        CodeTask().verdict("x", Record("q", ("b",), "a", "y:1"))
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_any_text_is_a_program_of_some_form(text: str) -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
 def test_any_text_is_judged(text: str) -> None:
-    assert CodeTask(PATIENT).correct(text, RECORD) is False
+    assert CodeTask(PATIENT).verdict(text, RECORD).right is False
 
 
 def test_settings_reach_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,5 +458,5 @@ def test_settings_reach_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda _, limits, isolation: seen.append((limits, isolation)) or Outcome(False, "no"),
     )
     task = get_task("code", EvaluateSettings(check_seconds=7.0, check_memory_mb=300, isolation="limits"))
-    assert not task.correct("x", RECORD)
+    assert not task.verdict("x", RECORD).right and task.verdict("x", RECORD).reason == "no"
     assert seen == [(Limits(seconds=7.0, memory=300 << 20), "limits")] * 2  # the trial run and the answer

@@ -353,10 +353,10 @@ def test_files_hold_known_words_and_all_sentences(tmp_path) -> None:
 def test_task_judges_records_and_names_those_that_are_no_puzzles() -> None:
     task = get_task("countdown")
     record = Record("3 7 12 -> 105", ("12 + 3 = 15",), "( 12 + 3 ) * 7", "x.jsonl:1", {"numbers": [3, 7, 12], "target": 105})
-    assert task.correct("7 * (3 + 12)", record) and not task.correct("7 * 15", record)
+    assert task.verdict("7 * (3 + 12)", record).right and not task.verdict("7 * 15", record).right
     assert task.chain_correct(["12 + 3 = 15", "15 * 7 = 105"], record)
     with pytest.raises(ValueError, match=r"y.jsonl:7: not a Countdown record"):
-        task.correct("1", Record("q", ("b",), "a", "y.jsonl:7", {"numbers": "3 7"}))
+        task.verdict("1", Record("q", ("b",), "a", "y.jsonl:7", {"numbers": "3 7"}))
     with pytest.raises(ValueError, match="valid: countdown, maths, code"):
         get_task("chess")
 

@@ -23,6 +23,7 @@ from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.errors import UnusableError
+from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
 from ladir.inference.ar import complete
 from ladir.models.ar import ArModel
@@ -39,7 +40,7 @@ from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answer
 from training.evaluation.answers import AnswerLog, cut
 from training.evaluation.questions import read_questions_asked
 from training.evaluation.stages import evaluate
-from training.evaluation.table import tell_of_limits
+from training.evaluation.table import tell_of_limits, tell_of_undecided
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
@@ -448,6 +449,17 @@ def test_zero_noise_is_without_randomness_whatever_the_sampler() -> None:
         **{name: value for name, value in VARIANTS["ladir-zero-noise"].items() if name != "num_trajectories"},
     )
     assert (settings.sampler, settings.initial_noise, settings.answer_temperature) == ("ode", 0.0, 0.0)
+
+
+def test_answers_that_could_not_be_judged_are_told_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    wrong, right = Trajectory("a", False, "a", reason="not equal"), Trajectory("b", True, "b")
+    undecided = [Trajectory("c", False, "c", reason=reason, undecided=True) for reason in ("too long", "unreadable", "too long")]
+    decided, both = QuestionResult("q", (wrong, right)), QuestionResult("q", (wrong, *undecided, right))
+    tell_of_undecided("ar", [decided])
+    assert not caplog.messages and summarise([decided])["undecided"] == 0
+    tell_of_undecided("ar", [decided, both])
+    assert caplog.messages == ["ar: 3 of 7 answers could not be judged and count as wrong (2 too long, 1 unreadable)"]
+    assert summarise([decided, both])["undecided"] == 3
 
 
 def test_answers_that_were_cut_off_are_told(caplog: pytest.LogCaptureFixture) -> None:

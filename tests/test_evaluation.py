@@ -168,6 +168,7 @@ def results(folder: Path) -> Path:
 
 def test_results_file_holds_what_readers_expect(tmp_path: Path) -> None:
     content = json.loads(results(tmp_path).read_text())
+    assert [row["undecided"] for row in content["rows"]] == [0, 0]
     assert {"task", "num_questions", "num_trajectories", "seed", "rows"} <= content.keys()
     expected = {"method", "pass@1", "pass@10", "pass@100", "chain", "distinct_correct"}
     for row in content["rows"]:
@@ -189,7 +190,7 @@ def test_reading_something_else_as_results_says_so(tmp_path: Path) -> None:
 
 def test_questions_round_trip(tmp_path: Path) -> None:
     written = {
-        "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False, True),), "gold")],
+        "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False, True, "why", True),), "gold")],
         "ar": [question(("x", False), ("y", True))],
     }
     write_questions(tmp_path / "questions.jsonl", written)

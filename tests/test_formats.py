@@ -75,7 +75,7 @@ def test_math_takes_the_boxed_answer_and_keeps_the_whole_solution(tmp_path: Path
     assert (boxed.question, boxed.answer, explicit.answer) == (MATH["problem"], "\\frac{2}{3}", "2/3")
     assert boxed.blocks == explicit.blocks and " ".join(boxed.blocks) == MATH["solution"]
     assert boxed.reference["level"] == "Level 2"
-    assert get_task("maths", PATIENT).correct(explicit.answer, boxed)
+    assert get_task("maths", PATIENT).verdict(explicit.answer, boxed).right
 
 
 @pytest.mark.parametrize("row", [MBPP, SANITIZED])
@@ -85,8 +85,8 @@ def test_mbpp_shows_its_tests_and_is_judged_by_them(tmp_path: Path, row: dict[st
     assert all(test in record.question for test in row["test_list"])
     assert record.answer == row["code"] and record.blocks[1] == "def shared(a, b):" and len(record.blocks) == 4
     task = get_task("code", PATIENT)
-    assert task.correct(record.answer, record)
-    assert not task.correct(record.answer.replace("&", "|"), record)
+    assert task.verdict(record.answer, record).right
+    assert not task.verdict(record.answer.replace("&", "|"), record).right
 
 
 @pytest.mark.parametrize("name", ["HumanEval.jsonl", "HumanEval.jsonl.gz"])
@@ -96,8 +96,8 @@ def test_human_eval_is_judged_by_its_check_function(tmp_path: Path, name: str) -
     assert record.blocks == ("c = a  # see 1.5", "c += b", "return c")
     task = get_task("code", PATIENT)
     for answer in (record.answer, COMPLETION["canonical_solution"], COMPLETION["canonical_solution"].strip()):
-        assert task.correct(answer, record)
-    assert not task.correct("    return a - b", record)
+        assert task.verdict(answer, record).right
+    assert not task.verdict("    return a - b", record).right
 
 
 def test_gsm8k_needs_no_settings_and_its_own_names_come_first(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_gsm8k_gold_answers_are_right_in_every_spelling(gsm8k: list[Record]) -> 
             f"so it is \\boxed{{{gold}}}",
             f"{float(gold.replace(',', ''))}",
         ):
-            assert task.correct(spelling, record), (spelling, record.source)
-        assert not task.correct(f"{gold}1", record)
+            assert task.verdict(spelling, record).right, (spelling, record.source)
+        assert not task.verdict(f"{gold}1", record).right
 
 
 def without_space(text: str) -> str:

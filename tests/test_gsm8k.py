@@ -97,7 +97,7 @@ def test_blocks_hold_the_whole_reasoning_and_the_answer_is_split_off(record_set:
         assert record.answer == answer.strip()
         assert "".join("".join(record.blocks).split()) == "".join(without_calculator(reasoning).split())
         assert not any("<<" in block or "####" in block for block in record.blocks)
-        assert task.correct(record.answer, record)
+        assert task.verdict(record.answer, record).right
 
 
 def without_calculator(text: str) -> str:

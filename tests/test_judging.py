@@ -13,6 +13,7 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks.code import CodeTask
 from ladir.tasks.sandbox import Limits, run_program
+from ladir.tasks.verdict import Verdict
 from tests.toy_task import Judge
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
@@ -29,10 +30,10 @@ class Meeting(Judge):
         self.asked: list[tuple[str, str]] = []
         self._barrier = threading.Barrier(together)
 
-    def correct(self, answer: str, record: Record) -> bool:
+    def verdict(self, answer: str, record: Record) -> Verdict:
         self.asked.append((record.question, answer))
         self._barrier.wait(timeout=60)
-        return answer == record.answer
+        return Verdict(answer == record.answer)
 
 
 def samples(*answers: str) -> list[Sampled]:
@@ -50,7 +51,7 @@ def test_what_a_checker_raises_is_raised_and_ends_the_rest() -> None:
     calls: list[str] = []
 
     class Refusing(Meeting):
-        def correct(self, answer: str, record: Record) -> bool:
+        def verdict(self, answer: str, record: Record) -> Verdict:
             calls.append(answer)
             raise ValueError(f"{record.source}: no tests")
 

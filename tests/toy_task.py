@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ladir.data.records import Record
+from ladir.tasks.verdict import Verdict
 
 
 class Judge:
@@ -15,8 +16,8 @@ class Judge:
     def check(self, record: Record) -> None:
         pass
 
-    def correct(self, answer: str, record: Record) -> bool:
-        return False
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        return Verdict(False)
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         return None

@@ -38,7 +38,8 @@ def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_
     (None: the task cannot tell); ``distinct_correct``, different right answers per question; ``majority`` and
     ``majority_consistent``, the share of questions whose elected answer is right; ``stopped``, the share of trajectories that
     ended by themselves; ``standard_errors`` and ``confidence_intervals``, by question, under the same keys; ``pass_curve``,
-    pass@k for k = 1, 2, 5, 10, ... as {"k": rate}.  Raises ValueError without questions.
+    pass@k for k = 1, 2, 5, 10, ... as {"k": rate}; ``undecided``, the number of trajectories that the checker could not judge
+    and that count as wrong.  Raises ValueError without questions.
     """
     if not questions:
         raise ValueError("there are no questions to summarise")
@@ -65,6 +66,7 @@ def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_
         "standard_errors": {name: standard_error(values[name]) if name in values else None for name in names},
         "confidence_intervals": {name: confidence_interval(values[name]) if name in values else None for name in names},
         "pass_curve": {str(k): _mean([_pass(question, k) for question in questions]) for k in _curve_ks(fewest)},
+        "undecided": sum(entry.undecided for entry in everything),
     }
 
 

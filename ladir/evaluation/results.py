@@ -28,6 +28,10 @@ class Trajectory:
     """Whether the model ended its reasoning itself, before the limit on blocks or tokens."""
     consistent: bool | None = None
     """Whether the thoughts lead to this answer, right or wrong; None where the task cannot tell."""
+    reason: str = ""
+    """Why the answer is not right, where the checker says."""
+    undecided: bool = False
+    """Whether the checker came to no end or could not read the answer (``correct`` is false)."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,17 @@ class MethodResult:
 
 def judge(task: Task, record: Record, answer: str, thoughts: Sequence[str] = (), stopped: bool = True) -> Trajectory:
     """A trajectory with the verdicts of the task's checker on its ``answer`` and, where there are any, ``thoughts``."""
+    verdict = task.verdict(answer, record)
     return Trajectory(
         answer=answer,
-        correct=task.correct(answer, record),
+        correct=verdict.right,
         canonical=task.canonical(answer),
         thoughts=tuple(thoughts),
         chain_correct=task.chain_correct(thoughts, record),
         stopped=stopped,
         consistent=task.agrees(thoughts, answer),
+        reason=verdict.reason,
+        undecided=verdict.undecided,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ladir.config import EvaluateSettings
 from ladir.data.records import Record
+from ladir.tasks.verdict import Verdict
 
 
 class Task(Protocol):
@@ -18,8 +19,8 @@ class Task(Protocol):
         """Raise UnusableError where the record lacks what answers are judged by."""
         ...
 
-    def correct(self, answer: str, record: Record) -> bool:
-        """Whether the answer text is right for the record.  Never raises on any answer text, and ends on any."""
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        """Whether the answer text is right for the record, or why not.  Never raises on any answer text, and ends on any."""
         ...
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:

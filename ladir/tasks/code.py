@@ -16,6 +16,7 @@ from functools import lru_cache
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks.sandbox import Limits, Outcome, run_program
+from ladir.tasks.verdict import Verdict
 
 _MAX_LENGTH = 50_000  # characters of an answer that are looked at
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
@@ -80,10 +81,11 @@ class CodeTask:
         """Raise UnusableError where the record has no tests."""
         _tests_of(record)
 
-    def correct(self, answer: str, record: Record) -> bool:
-        """Whether the tests run through.  Raises UnusableError on a record without tests, and where programs cannot be
-        isolated here."""
-        return self.outcome(answer, record).passed
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        """Whether the tests run through, or how the program ended.  Raises UnusableError on a record without tests, and where
+        programs cannot be isolated here."""
+        outcome = self.outcome(answer, record)
+        return Verdict(outcome.passed, "" if outcome.passed else outcome.reason)
 
     def outcome(self, answer: str, record: Record) -> Outcome:
         """How the answer with the record's tests ended."""

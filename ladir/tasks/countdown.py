@@ -30,6 +30,7 @@ from ladir.tasks.arithmetic import (
     number_form,
     steps_agree,
 )
+from ladir.tasks.verdict import Verdict
 from ladir.tokens import build_word_tokenizer
 
 # Puzzles are drawn from a pool this many times larger than asked for (or all there are), so that large ranges, which
@@ -330,9 +331,9 @@ class CountdownTask:
         """Raise UnusableError where the record is no puzzle."""
         _puzzle_of(record)
 
-    def correct(self, answer: str, record: Record) -> bool:
+    def verdict(self, answer: str, record: Record) -> Verdict:
         """Whether the answer solves the record's puzzle.  Raises UnusableError on a record that is none."""
-        return check_answer(answer, *_puzzle_of(record))
+        return Verdict(check_answer(answer, *_puzzle_of(record)))
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """Whether the decoded thoughts alone solve the record's puzzle."""

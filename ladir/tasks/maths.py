@@ -16,6 +16,7 @@ from typing import Any
 
 from ladir.data.blocks import last_boxed
 from ladir.data.records import Record
+from ladir.tasks.verdict import Verdict
 from ladir.tasks.worker import Worker
 
 _SCRIPT = Path(__file__).with_name("isolated") / "maths_worker.py"
@@ -38,6 +39,7 @@ _MATHS = re.compile(
 _SEVERAL = re.compile(r"[<>≤≥≠]|\\(?:[lg]eq?|neq?|lt|gt)\b|[0-9]\s{0,3}(?:;|or\b|and\b|,(?![0-9]{3}(?![0-9])))", re.IGNORECASE)
 _STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\s?\{([^{}]{0,200})\}|\\(?:left|right|[,;!])|\$|\\[()\[\]]")
 _SPACE = re.compile(r"(?<!\w) | (?!\w)")  # between two words or numbers it counts
+_ENDLESS = "took too long or too much memory to compare"
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 
 
@@ -99,29 +101,31 @@ class MathsTask:
 
         # Trajectories of one question often agree: each pair of texts is compared once.
         @lru_cache(maxsize=8192)
-        def equal(gold: str, answer: str) -> bool:
-            return ask({"gold": gold, "answer": answer}, answer).get("equal") is True
+        def compare(gold: str, answer: str) -> Verdict:
+            reply = ask({"gold": gold, "answer": answer}, answer)
+            equal = reply.get("equal")
+            return Verdict(equal is True, reply.get("error", _ENDLESS) if equal is None else "", undecided=equal is None)
 
         @lru_cache(maxsize=8192)
         def form(text: str) -> str | None:
             return ask({"text": text}, text).get("form")
 
-        self._equal, self._form = equal, form
+        self._compare, self._form = compare, form
 
     def check(self, record: Record) -> None:
         """Every record has an answer to compare with."""
 
-    def correct(self, answer: str, record: Record) -> bool:
-        """Whether the answer equals the record's; one that takes too long to judge is wrong."""
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        """Whether the answer equals the record's; one that takes too long to judge is undecided."""
         gold, given = answer_of(record.answer), answer_of(answer)
         if not plain_text(given):
-            return False
+            return Verdict(False)
         if plain_text(gold) == plain_text(given):
-            return True
+            return Verdict(True)
         numbers = plain_number(gold), plain_number(given)
         if None not in numbers and "%" not in gold + given:
-            return numbers[0] == numbers[1]
-        return numbers[0] == numbers[1] is not None or self._equal(gold, given)
+            return Verdict(numbers[0] == numbers[1])
+        return Verdict(True) if numbers[0] == numbers[1] is not None else self._compare(gold, given)
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """None: free-form steps are not judged."""

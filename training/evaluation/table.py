@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -56,6 +57,7 @@ def report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     for sampling, questions in judged.items():
         tell_of_limits(sampling, questions, settings.ar_max_tokens, run.config.sample.max_blocks)
+        tell_of_undecided(sampling, questions)
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
     write_results(
         results,
@@ -72,6 +74,17 @@ def report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping
     console.print(results_table(read_results(results)))
     shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
     console.print(examples(judged[shown], settings.examples))
+
+
+def tell_of_undecided(sampling: str, questions: Sequence[QuestionResult]) -> None:
+    """What the checker could not judge counts as wrong, which is said."""
+    entries = [trajectory for question in questions for trajectory in question.trajectories]
+    reasons = Counter(entry.reason or "no reason given" for entry in entries if entry.undecided)
+    if reasons:
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        logger.warning(
+            "%s: %d of %d answers could not be judged and count as wrong (%s)", sampling, reasons.total(), len(entries), told
+        )
 
 
 def tell_of_limits(sampling: str, questions: Sequence[QuestionResult], ar_max_tokens: int, max_blocks: int) -> None:
