@@ -59,20 +59,29 @@ def clean_group(denoiser: Denoiser, z: Tensor) -> Tensor:
     return torch.cat([marks[Mark.BOT][None], vectors, marks[Mark.EOT][None]])
 
 
-def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor) -> Tensor:
-    """<BOT> z~*L [L + 1, H] of noisy latents [L, d] at t []."""
+def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor, carried: Tensor | None = None) -> Tensor:
+    """<BOT> z~*L [L + 1, H] of noisy latents [L, d] at t [], handed the hidden states ``carried`` [L, H] of the step before."""
     vectors = F.linear(z_t.to(denoiser.dtype), denoiser.latent_in.weight, denoiser.latent_in.bias)
-    return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors + denoiser.time_embedding(t[None])])
+    vectors = vectors + denoiser.time_embedding(t[None])
+    if carried is not None and denoiser.carry_in is not None:
+        centred = carried.float() - carried.float().mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        vectors = vectors + normed.to(vectors.dtype) @ denoiser.carry_in.weight.T
+    return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors])
 
 
-def span_hidden(denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor) -> Tensor:
+def span_hidden(
+    denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor, carried: Tensor | None = None
+) -> Tensor:
     """Hidden states [J, L, H] at a span's noisy latents [J, L, d], each block at its t [J], behind what is ``before``.
 
+    ``carried`` [J, L, H]: hidden states of the step before; None: this is the first one.
     Between two blocks a position is left out, where a finished block has its <EOT>.
     """
     span, latents = z_t.shape[:2]
     start = sum(map(len, before))
-    noisy = torch.cat([noisy_group(denoiser, z, time) for z, time in zip(z_t, t, strict=True)])
+    states = [None] * span if carried is None else list(carried)
+    noisy = torch.cat([noisy_group(denoiser, z, time, state) for z, time, state in zip(z_t, t, states, strict=True)])
     places = [start + block * (latents + 2) + offset for block in range(span) for offset in range(latents + 1)]
     hidden = plain_forward(denoiser.backbone, [*before, noisy], [*range(start), *places])[start:]
     return hidden.unflatten(0, (span, latents + 1))[:, 1:]
@@ -130,7 +139,13 @@ def _one_draw(
     """Flow loss (and token loss) of one noisy copy of one span, whose own blocks are ``blocks``, behind what is before it."""
     z0, eps, t = batch.z0[rows], batch.eps[rows, draw], batch.t[rows, draw]
     times = t[:, None, None]
-    hidden = span_hidden(denoiser, before, (1 - times) * z0 + times * eps, t)
+    carried = None
+    if batch.carry_t is not None:
+        earlier = batch.carry_t[rows, draw]
+        with torch.no_grad():
+            z_earlier = (1 - earlier)[:, None, None] * z0 + earlier[:, None, None] * eps
+            carried = span_hidden(denoiser, before, z_earlier, earlier)
+    hidden = span_hidden(denoiser, before, (1 - times) * z0 + times * eps, t, carried)
     prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
     wanted = objective_target(denoiser.settings.objective, z0, eps, times)
     noisy = [place for place, time in enumerate(t.tolist()) if time > 0]
@@ -184,10 +199,11 @@ def reference_blocks(
         z = settings.initial_noise * noise.normal(rows, shape).to(device)
         group = torch.tensor([*groups, *[len(groups)] * (shape[0] + 1)], device=device)
         visible, positions = (group[None, :] <= group[:, None])[None], torch.arange(len(group), device=device)[None]
+        state = d.null_state(z)
         for step in range(settings.num_steps):
             t = torch.full((count,), 1 - step / settings.num_steps, device=device)
-            hidden = d.backbone(torch.cat([clean, bot, d.noisy_inputs(z, t)], dim=1), visible, positions)
-            prediction = d.predict(hidden[:, -shape[0] :])
+            hidden = d.backbone(torch.cat([clean, bot, d.noisy_inputs(z, t, state)], dim=1), visible, positions)
+            prediction, state = d.predict(hidden[:, -shape[0] :]), d.next_state(hidden[:, -shape[0] :])
             z = z - flow.to_velocity(d.settings.objective, prediction, z, t[:, None, None]) / settings.num_steps
             if on_step is not None:
                 on_step(block, step)

@@ -115,6 +115,59 @@ def test_random_layouts_equal_the_reference(
     assert_one_pass_is_the_reference(denoiser, records, numbers, prefix=(3,), condition_dropout=0.3, samples_per_step=8)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(sorted(SHAPES)), st.integers(1, 3), st.booleans()
+)
+def test_a_carried_state_equals_the_reference(latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool) -> None:
+    carry = {"carry": "hidden", "carry_probability": 0.7, "carry_earlier": 0.6 * earlier}
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, span=span, token_weight=0.5, **carry)
+    numbers = range((seed % 100) * 8, (seed % 100) * 8 + 3)
+    assert_one_pass_is_the_reference(denoiser, random_records(3, seed=seed, latents=latents), numbers, condition_dropout=0.3)
+
+
+def test_a_first_pass_is_part_of_its_share_of_steps_and_of_every_validation() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), span=2, carry="hidden", carry_probability=0.25, carry_earlier=0.5)
+    records = random_records(2, seed=1)
+    batches = [collator(denoiser)(records, [8 * step, 8 * step + 5]) for step in range(400)]
+    assert 0.17 < np.mean([batch.carry_t is not None for batch in batches]) < 0.33
+    later = collator(denoiser)(records[1:], [8 * 7 + 5])  # another micro batch of the same step
+    assert (later.carry_t is None) == (batches[7].carry_t is None)
+    held_out = collator(denoiser)(records, [0, 1], training=False)
+    assert held_out.carry_t is not None
+    assert torch.equal(held_out.carry_t, held_out.t)
+    moved = []
+    for batch in batches:
+        if batch.carry_t is not None:
+            assert bool((batch.carry_t >= batch.t).all())
+            assert bool((batch.carry_t <= 1).all())
+            assert bool((batch.carry_t == batch.t)[batch.t == 0].all())
+            moved += (batch.carry_t > batch.t)[(batch.t > 0) & (batch.t < 1)].tolist()
+    assert 0.45 < np.mean(moved) < 0.55
+
+
+def test_a_carry_draws_nothing_that_others_draw() -> None:
+    denoiser, records = tiny_denoiser(tiny_lm(), span=2), random_records(3, seed=2)
+    plain, carried = (collator(denoiser, carry=carry, carry_earlier=0.5)(records, range(3)) for carry in ("none", "hidden"))
+    assert torch.equal(plain.eps, carried.eps)
+    assert torch.equal(plain.t, carried.t)
+
+
+def test_a_fresh_carry_changes_nothing_and_learns() -> None:
+    fresh = Denoiser(Backbone(tiny_lm()), tiny_denoiser(tiny_lm(), carry="hidden").settings, 2, torch.zeros(3), torch.ones(3))
+    records = random_records(3, seed=4)
+    with_state = collator(fresh, carry_probability=1.0)(records, range(3))
+    without = replace(with_state, carry_t=None)
+    ours, our_gradients = losses_and_gradients(fresh, lambda: fresh(with_state))
+    theirs, _ = losses_and_gradients(fresh, lambda: fresh(without))
+    assert ours == theirs
+    assert float(our_gradients["carry_in.weight"].abs().max()) > 1e-6
+    _, null_gradients = losses_and_gradients(fresh, lambda: fresh(without))
+    assert float(null_gradients["carry_in.weight"].abs().max()) == 0.0
+    assert fresh.carry_in is not None
+    assert fresh.carry_in.weight.grad is not None  # zeros: under ZeRO-3 a missing gradient would be the last one again
+
+
 def test_lora_trains_the_adapters_alone_and_equals_the_reference() -> None:
     denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=2)
     randomise_adapters(denoiser, seed=3)
@@ -187,7 +240,7 @@ def outputs(denoiser: Denoiser, batch: DenoiserBatch) -> Outputs:
         listening(denoiser.token_head, token),
     ):
         denoiser(batch)
-    return Outputs(noisy[0], stop[0], answer[0], token[0])
+    return Outputs(noisy[-1], stop[-1], answer[-1], token[-1])
 
 
 def perturbed(tensor: Tensor, *places: Any) -> Tensor:
@@ -207,9 +260,9 @@ def differs(before: Tensor, after: Tensor) -> Tensor:
 class Case:
     """Records with 3 and 1 blocks (the second is padded), two draws; rows 0..2 are the blocks of the first."""
 
-    def __init__(self, attention: str = "eager", span: int = 1, **changes: Any) -> None:
+    def __init__(self, attention: str = "eager", span: int = 1, carry: str = "none", **changes: Any) -> None:
         self.denoiser = tiny_denoiser(
-            tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0, span=span
+            tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0, span=span, carry=carry
         )
         rng = np.random.default_rng(0)
         zeros = [torch.from_numpy(rng.standard_normal((count, 2, 3), dtype=np.float32)) for count in (3, 1)]
@@ -258,6 +311,19 @@ def test_noise_and_time_reach_the_whole_copy_of_their_span(attention: str) -> No
             assert effect == {**SILENT, "noisy": copies}
     behind = case.effect(z0=perturbed(case.batch.z0, 3))  # a block that the record does not have is in its noisy copies only
     assert behind == {**SILENT, "noisy": [*nothing[:2], YES, YES, *nothing[4:]]}
+
+
+def test_a_first_passs_time_reaches_its_own_copy_alone_and_nothing_clean() -> None:
+    case = Case(carry="hidden", carry_probability=1.0)
+    assert case.batch.carry_t is not None
+    effect = case.effect(carry_t=perturbed(case.batch.carry_t, (1, 0)))
+    assert effect == {**SILENT, "noisy": [NO, [True, False], NO, NO]}
+    for name, tensor in (("eps", case.batch.eps), ("t", case.batch.t)):
+        assert case.effect(**{name: perturbed(tensor, (1, 1))}) == {**SILENT, "noisy": [NO, [False, True], NO, NO]}
+    span = Case(carry="hidden", carry_probability=1.0, span=2, independent_levels=1.0)
+    assert span.batch.carry_t is not None
+    effect = span.effect(carry_t=perturbed(span.batch.carry_t, (0, 0)))
+    assert effect == {**SILENT, "noisy": [[True, False], [True, False], *[NO] * 4]}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -36,6 +36,7 @@ class SampleSettings:
     )
     restart_time: float = setting(0.9, "time back to which a restart goes; 1: nothing is left of the block")
     restart_steps: int = setting(5, "Euler steps of a restart")
+    restart_keeps_state: bool = setting(False, "a restart goes on with the carried state (denoiser.carry); false: with zeros")
     reencode: bool = setting(
         False,
         "read every finished block as text and encode that again: what follows reads latents as the VAE makes them; the export "

@@ -85,6 +85,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("denoiser.draws", _COUNT),
     ("denoiser.span", _COUNT),
     ("denoiser.independent_levels", _FRACTION),
+    ("denoiser.carry_probability", _FRACTION),
+    ("denoiser.carry_earlier", _FRACTION),
     ("denoiser.*_weight", _NOT_NEGATIVE),
     ("denoiser.token_rank", _COUNT),
     ("denoiser.token_positions", _COUNT),

@@ -88,6 +88,21 @@ class DenoiserSettings:
         "share of a span's noisy copies whose blocks draw their levels independently; in the others the blocks before a random "
         "one are finished and those behind it noise (span above 1)",
     )
+    carry: str = setting(
+        "none",
+        "what a denoising step hands to the next one; hidden: its hidden states at the noisy latents, layer-normed and mapped, "
+        "are added to the next step's inputs (zeros at first), so that more steps think further; a training step then takes a "
+        "second forward pass",
+        ("none", "hidden"),
+    )
+    carry_probability: float = setting(
+        0.8, "share of training steps in which a first pass without gradient supplies the state; else it is zeros"
+    )
+    carry_earlier: float = setting(
+        0.0,
+        "share of noisy copies whose first pass stands at a random earlier time (more noise) of the same path, as in sampling; "
+        "in the others at the same latents",
+    )
     flow_weight: float = setting(5.0, "weight of the flow loss")
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
@@ -126,6 +141,9 @@ class RolloutSettings:
         1.0,
         "share of steps whose flow loss stands behind the model's own blocks (in small models this costs accuracy: 0); in the "
         "others it stands behind the true ones",
+    )
+    carry_gradient: bool = setting(
+        False, "the carried state (denoiser.carry) keeps its gradient through the steps that carry gradient"
     )
     initial_noise: float = setting(1.0, "scale of the noise a block starts from")
     gold: str = setting(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
-from ladir.data.randomness import Streams
+from ladir.data.randomness import Streams, derive, generator
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 from ladir.spans import with_room
 
@@ -187,6 +187,7 @@ class DenoiserBatch(TensorBatch):
     answer_labels: Tensor
     block_tokens: Tensor  # [K, P] labels of the auxiliary token head, IGNORE-padded; P may be 0
     context: Tensor | None = None  # [K, L, d], what the clean stream holds where it is not z0
+    carry_t: Tensor | None = None  # [K, M], times of the first pass, which supplies the carried state; None: there is none
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class _Noise:
     z0: np.ndarray  # [K, L, d], standardised
     eps: np.ndarray  # [K, M, L, d]
     t: np.ndarray  # [K, M], 0 where the block is finished
+    carry_t: np.ndarray  # [K, M], times of a first pass
     hidden_question: np.ndarray  # bool [N]
 
 
@@ -252,8 +254,16 @@ class DenoiserCollator:
             answer_labels=flat_ids(answers),
             stop_labels=flat_ids(stops),
             block_tokens=block_tokens,
+            carry_t=torch.from_numpy(noise.carry_t) if self._has_first_pass(step, training) else None,
             **batch,
         )
+
+    def _has_first_pass(self, step: int, training: bool) -> bool:
+        """Whether a first pass supplies the carried state: all micro batches and ranks of a step alike; always in validation."""
+        s = self.settings
+        if s.carry == "none":
+            return False
+        return not training or generator(derive(self.seed, "carry"), step).random() < s.carry_probability
 
     def _noise(self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool) -> _Noise:
         """Posterior draws, noise, timesteps, and whose question is hidden, each sample's from its own number.
@@ -269,6 +279,7 @@ class DenoiserCollator:
         t = np.empty(eps.shape[:2], dtype=np.float32)
         split = np.empty((shape[0] // s.span, s.draws, 2), dtype=np.float32)
         real = np.zeros(shape[0], dtype=bool)
+        shift = np.zeros((shape[0] // s.span, s.draws, 2), dtype=np.float32)
         hidden = np.zeros(len(records), dtype=bool)
         start, streams = 0, Streams(self.seed)
         for row, (record, number, size) in enumerate(zip(records, numbers, sizes, strict=True)):
@@ -284,13 +295,25 @@ class DenoiserCollator:
                 rng.standard_normal(dtype=np.float32, out=posterior[true])
             if s.span > 1:
                 rng.random(dtype=np.float32, out=split[own.start // s.span : own.stop // s.span])
+            if s.carry_earlier and training:
+                rng.random(dtype=np.float32, out=shift[own.start // s.span : own.stop // s.span])
         if sampled:
             mu += spread * posterior
         if s.timesteps != "uniform":
             t = 1.0 / (1.0 + np.exp(-(s.timestep_mean + s.timestep_std * t)))
         if s.span > 1:
             t = self._levels(t, split, real)
-        return _Noise(np.where(real[:, None, None], (mu - self.mean) / self.std, 0.0), eps, t, hidden)
+        z0 = np.where(real[:, None, None], (mu - self.mean) / self.std, 0.0)
+        return _Noise(z0, eps, t, self._carry_times(t, shift), hidden)
+
+    def _carry_times(self, t: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        """Times [K, M] of a first pass: ``t``, or t + u (1 - t) in the share of copies that ``carry_earlier`` says.
+
+        ``shift`` [K / J, M, 2] uniform, u and which copies; finished blocks stay finished.
+        """
+        shift = shift.repeat(self.settings.span, axis=0)
+        earlier = (shift[..., 1] < self.settings.carry_earlier) & (t > 0)
+        return np.where(earlier, t + shift[..., 0] * (1 - t), t).astype(np.float32)
 
     def _levels(self, t: np.ndarray, split: np.ndarray, real: np.ndarray) -> np.ndarray:
         """Noise levels [K, M] of spans: as drawn, ``t`` [K, M], in the share of copies that ``independent_levels`` says.

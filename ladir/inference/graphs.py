@@ -13,8 +13,8 @@ from ladir.inference.cost import Cost
 from ladir.models.backbone import is_split
 from ladir.models.denoiser import Denoiser
 
-#: latents [R, L, d] and time (a scalar) to velocity [R, L, d]
-Velocity = Callable[[Tensor, Tensor], Tensor]
+#: latents [R, J, L, d], times [J] and the carried state to the velocity [R, J, L, d] and the next state
+Velocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: steps of a block from which on capturing one (it costs about as much as a step) pays
 _WORTH_CAPTURING = 4
@@ -54,33 +54,34 @@ class _Replayed:
         self._calls = 0
         self._graph = torch.cuda.CUDAGraph()
 
-    def __call__(self, z: Tensor, time: Tensor) -> Tensor:
-        """The velocity; it is overwritten by the next call."""
+    def __call__(self, z: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity and the next state; they are overwritten by the next call."""
         self._calls += 1
         if self._calls == 1:
-            return self._velocity(z, time)
+            return self._velocity(z, time, state)
         if self._calls == 2:
-            self._capture(z, time)
+            self._capture(z, time, state)
         else:
-            self._z.copy_(z)
-            self._time.copy_(time)
+            for buffer, value in zip(self._inputs, (z, time, state), strict=True):
+                buffer.copy_(value)
             for cost, passes, flops in self._each:
                 cost.passes += passes
                 cost.flops += flops
         self._graph.replay()
         return self._output
 
-    def _capture(self, z: Tensor, time: Tensor) -> None:
+    def _capture(self, *inputs: Tensor) -> None:
         before = [replace(cost) for cost in self._costs]
-        self._z, self._time = z.clone(), time.clone()
-        stream = torch.cuda.Stream(z.device)
-        stream.wait_stream(torch.cuda.current_stream(z.device))
+        self._inputs = [value.clone() for value in inputs]
+        device = inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         # Not torch.cuda.graph, which gives back all cached memory of the process first.
         with torch.cuda.stream(stream):
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._output = self._velocity(self._z, self._time)
+                self._output = self._velocity(*self._inputs)
             finally:
                 self._graph.capture_end()
-        torch.cuda.current_stream(z.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self._each = [(c, c.passes - b.passes, c.flops - b.flops) for c, b in zip(self._costs, before, strict=True)]

@@ -238,6 +238,7 @@ class Rollout(nn.Module):
         positions = self._positions(batch, rows, first, offsets)
         true = given[..., None, None]
         z = torch.where(true, _span(batch.gold[rows, 0], first, span), _span(batch.noise[rows], first, span))
+        state = d.null_state(z)
         times = torch.linspace(1.0, 0.0, steps + 1).tolist()
         now = torch.tensor(staggered(times, span, s.lag), device=device)
         for number, moving in enumerate(turns(steps, span, s.lag)):
@@ -245,12 +246,14 @@ class Rollout(nn.Module):
             learns = any(step >= learned for _, step in moving)
             with nullcontext() if learns else torch.no_grad():
                 t = now[number].masked_fill(given, 0.0)
-                prediction = thoughts.past.read(rows, _predict(d, t, visible, positions), z)
+                prediction, state = thoughts.past.read(rows, _predict(d, t, state, visible, positions), z)
                 velocity = flow.to_velocity(d.settings.objective, prediction, z, t[..., None, None])
                 for block, step in moving:
                     moved = blocks[block] + (times[step + 1] - times[step]) * velocity[:, block]
                     blocks[block] = moved if step >= learned else moved.detach()
             z = torch.where(true, z, torch.stack(blocks, 1))
+            if not s.carry_gradient:
+                state = state.detach()
             if learns:  # ranks whose blocks here are all true go backward through this pass as well
                 thoughts.anchor = thoughts.anchor + 0.0 * prediction.sum()
         return z
@@ -304,9 +307,11 @@ class Rollout(nn.Module):
         return losses
 
 
-def _predict(denoiser: Denoiser, time: Tensor, visible: Tensor, positions: Tensor) -> Callable[[Cache, Tensor], Tensor]:
-    """The network's prediction at ``time``, as a function of cache and noisy latents."""
-    return lambda cache, z: denoiser.denoise_step(z, time, visible, positions, cache)
+def _predict(
+    denoiser: Denoiser, time: Tensor, state: Tensor, visible: Tensor, positions: Tensor
+) -> Callable[[Cache, Tensor], tuple[Tensor, Tensor]]:
+    """The network's prediction at ``time`` and what it hands on, as a function of cache and noisy latents."""
+    return lambda cache, z: denoiser.denoise_step(z, time, state, visible, positions, cache)
 
 
 def _span(blocks: Tensor, first: int, span: int) -> Tensor:

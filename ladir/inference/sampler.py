@@ -162,13 +162,14 @@ class BlockSampler:
         """
         s = self.settings
         z = s.initial_noise * self._noise(prefix, rows)
+        null = self.denoiser.null_state(z.repeat(len(prefix) // len(z), 1, 1, 1))
         with prefix.cache.read_only():
-            z = self._denoise(prefix, rows, owner, z, step_times(s), _numbered(on_step, first, 0))
+            z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), _numbered(on_step, first, 0))
             for restart in range(s.restarts):
                 noise = s.initial_noise * self._noise(prefix, rows)
                 z = flow.interpolate(z, noise, torch.tensor(s.restart_time))
                 hook = _numbered(on_step, first, s.num_steps + restart * s.restart_steps)
-                z = self._denoise(prefix, rows, owner, z, restart_times(s), hook)
+                z, state = self._denoise(prefix, rows, owner, z, state if s.restart_keeps_state else null, restart_times(s), hook)
         return z
 
     def _settled(self, z: Tensor) -> Tensor:
@@ -185,10 +186,14 @@ class BlockSampler:
         rows: list[int],
         owner: Tensor,
         z: Tensor,
+        state: Tensor,
         times: Sequence[float],
         on_step: StepHook | None,
-    ) -> Tensor:
-        """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before."""
+    ) -> tuple[Tensor, Tensor]:
+        """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before.
+
+        ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.
+        """
         s, span, steps = self.settings, z.shape[1], len(times) - 1
         now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), turns(steps, span, s.lag)
         offsets = torch.from_numpy(span_offsets(span, z.shape[2])).to(z.device)
@@ -196,13 +201,13 @@ class BlockSampler:
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []
         fresh = self._fresh_noise(rows, steps, z)
 
-        def eager(z: Tensor, times: Tensor) -> Tensor:
-            return self._velocity(prefix, z, times, visible, positions)
+        def eager(z: Tensor, times: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return self._velocity(prefix, z, times, state, visible, positions)
 
         velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(passes))
         # Nothing in the loop waits for the device or copies to it (settling apart); shapes are the same at every pass.
         for number, moving in enumerate(passes):
-            velocity = velocity_at(z, now[number])
+            velocity, state = velocity_at(z, now[number], state)
             force = diversity_force(z, groups) if s.diversity_scale else None
             blocks, estimates = list(z.unbind(1)), []
             for block, step in moving:
@@ -216,20 +221,23 @@ class BlockSampler:
             if on_step is not None:
                 for block, step, x0 in estimates:
                     on_step(rows, block, step, x0)
-        return z
+        return z, state
 
-    def _velocity(self, prefix: Prefix, z: Tensor, times: Tensor, visible: Visibility, positions: Tensor) -> Tensor:
-        """The network's velocity [R, J, L, d] at every block's time [J], of both branches where there are two."""
+    def _velocity(
+        self, prefix: Prefix, z: Tensor, times: Tensor, state: Tensor, visible: Visibility, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The network's velocity [R, J, L, d] at every block's time [J], of both branches where there are two, each with a
+        ``state`` of its own; and what the step hands on."""
         d = self.denoiser
         branches = len(prefix) // len(z)
         inputs = z.repeat(branches, 1, 1, 1)
         t = times.expand(len(inputs), -1)
-        prediction = d.denoise_step(inputs, t, visible, positions, prefix.cache)
+        prediction, state = d.denoise_step(inputs, t, state, visible, positions, prefix.cache)
         velocity = flow.to_velocity(d.settings.objective, prediction, inputs, t[..., None, None])
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)
             velocity = classifier_free(conditional, unconditional, self.settings.guidance_scale)
-        return velocity
+        return velocity, state
 
     def _bent(self, velocity: Tensor, z: Tensor, t: float, force: Tensor | None) -> Tensor:
         """``velocity`` [R, L, d] at a block ``z`` and time t, drawn by the reward and by ``force``, away from its neighbours."""

@@ -62,6 +62,9 @@ class Denoiser(nn.Module):
         self.latent_out = nn.Linear(hidden, d)
         self.time_in = nn.Linear(settings.timestep_features, hidden)
         self.time_out = nn.Linear(hidden, hidden)
+        self.carry_in = None
+        if settings.carry == "hidden":
+            self.carry_in = nn.Linear(hidden, hidden, bias=False)
         self.stop_head = nn.Linear(hidden, 1)
         self.token_head = None
         if settings.token_weight:
@@ -74,8 +77,10 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Marks at the scale of the embeddings; time starts without effect; everything in the backbone's dtype."""
+        """Marks at the scale of the embeddings; time and state start without effect; everything in the backbone's dtype."""
         nn.init.normal_(self.marks.weight, std=self.backbone.embedding_std())
+        if self.carry_in is not None:
+            nn.init.zeros_(self.carry_in.weight)
         nn.init.zeros_(self.time_out.weight)
         nn.init.zeros_(self.time_out.bias)
         for module in self.heads().values():
@@ -121,9 +126,21 @@ class Denoiser(nn.Module):
         """Input vectors [..., H] of finished, standardised latents [..., d]."""
         return self.latent_in(z.to(self.dtype))
 
-    def noisy_inputs(self, z: Tensor, t: Tensor) -> Tensor:
-        """Input vectors [..., L, H] of noisy latents [..., L, d] at t [...]."""
-        return self.latent_in(z.to(self.dtype)) + self.time_embedding(t)[..., None, :]
+    def null_state(self, z: Tensor) -> Tensor:
+        """What the first step of noisy latents ``z`` [..., L, d] is handed: zeros [..., L, H], or [..., L, 0] without a carry."""
+        return z.new_zeros(*z.shape[:-1], 0 if self.carry_in is None else self.backbone.hidden_size, dtype=self.dtype)
+
+    def noisy_inputs(self, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
+        """Input vectors [..., L, H] of noisy latents [..., L, d] at t [...] with what the step before handed on, ``state``.
+
+        Zeros stay zeros through norm and map (Wang et al. 2025, "Loopholing discrete diffusion", arXiv 2510.19304).
+        """
+        inputs = self.latent_in(z.to(self.dtype)) + self.time_embedding(t)[..., None, :]
+        return inputs if self.carry_in is None else inputs + self.carry_in(F.layer_norm(state, state.shape[-1:]))
+
+    def next_state(self, hidden: Tensor) -> Tensor:
+        """What a step hands on, of the hidden states [..., L, H] at its noisy latents."""
+        return hidden[..., :0] if self.carry_in is None else hidden
 
     def predict(self, hidden: Tensor) -> Tensor:
         """The objective's prediction, fp32 [..., d], from hidden states [..., H] at noisy latents."""
@@ -133,18 +150,23 @@ class Denoiser(nn.Module):
         """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""
         return self.stop_head(hidden)[..., 0].float()
 
-    def denoise_step(self, z: Tensor, t: Tensor, visible: Visibility, positions: Tensor, cache: Cache) -> Tensor:
-        """Prediction [R, J, L, d] for a span's noisy latents ``z`` [R, J, L, d] at ``t`` [R, J] behind a cached prefix."""
+    def denoise_step(
+        self, z: Tensor, t: Tensor, state: Tensor, visible: Visibility, positions: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction [R, J, L, d] for a span's noisy latents ``z`` [R, J, L, d] at ``t`` [R, J] behind a cached prefix.
+
+        ``state``: what the step before handed on (:meth:`null_state` at first); beside the prediction is what this one does.
+        """
         bot = self.mark(Mark.BOT).expand(*z.shape[:2], 1, -1)
-        inputs = torch.cat([bot, self.noisy_inputs(z, t)], dim=2)
+        inputs = torch.cat([bot, self.noisy_inputs(z, t, state)], dim=2)
         hidden = self.backbone(inputs.flatten(1, 2), visible, positions, cache)
-        return self.predict(hidden.unflatten(1, inputs.shape[1:3])[:, :, 1:])
+        noisy = hidden.unflatten(1, inputs.shape[1:3])[:, :, 1:]
+        return self.predict(noisy), self.next_state(noisy)
 
     def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
         t = batch.t[..., None, None]
-        z_t = flow.interpolate(batch.z0[:, None], batch.eps, t)
-        hidden = self._hidden(batch, z_t)
+        hidden = self._hidden(batch, batch.t, self._carried(batch))
         noisy = hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
         wanted = flow.target(self.settings.objective, batch.z0[:, None], batch.eps, t)
         flow_loss = (self.predict(noisy) - wanted).square().sum((-2, -1)) * (batch.t > 0)
@@ -157,14 +179,24 @@ class Denoiser(nn.Module):
             losses["token"] = self._token_loss(noisy, batch)
         return {**losses, **self._metrics(hidden, batch), **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
 
-    def _hidden(self, batch: DenoiserBatch, z_t: Tensor) -> Tensor:
-        """Hidden states [N * T, H] of the whole layout."""
+    @torch.no_grad()
+    def _carried(self, batch: DenoiserBatch) -> Tensor:
+        """What the step before would have handed on [K, M, L, H]: of a pass at ``batch.carry_t``, or zeros."""
+        state = self.null_state(batch.eps)
+        if batch.carry_t is None or self.carry_in is None:
+            return state
+        hidden = self._hidden(batch, batch.carry_t, state)
+        return self.next_state(hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3]))
+
+    def _hidden(self, batch: DenoiserBatch, t: Tensor, state: Tensor) -> Tensor:
+        """Hidden states [N * T, H] of the whole layout, its noisy latents at ``t`` [K, M] with ``state`` [K, M, L, H]."""
+        z_t = flow.interpolate(batch.z0[:, None], batch.eps, t[..., None, None])
         table = torch.cat(
             [
                 self.backbone.embed(batch.text_ids),
                 self.marks(torch.arange(len(Mark), device=z_t.device)),
                 self.clean_inputs(batch.z0 if batch.context is None else batch.context).flatten(0, 1),
-                self.noisy_inputs(z_t, batch.t).flatten(0, 2),
+                self.noisy_inputs(z_t, t, state).flatten(0, 2),
             ]
         )
         inputs = table[batch.table_index]
