@@ -61,10 +61,11 @@ def tiny_reasoner(
     objective: str = "velocity",
     span: int = 1,
     bidirectional_question: bool = False,
+    carry: str = "none",
     dtype: torch.dtype = torch.float64,
     **controls: Any,
 ) -> Reasoner:
-    settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question}
+    settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention), **settings))
     vae = tiny_vae(kind, dtype=dtype)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
@@ -81,13 +82,15 @@ class PlainTrajectory:
     answer: list[int]
 
 
-def plain_velocity(reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: list[float], hidden: bool) -> Tensor:
-    """The network's velocity for a noisy span [J, L, d], from the whole sequence."""
+def plain_velocity(
+    reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: list[float], hidden: bool, carried: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The network's velocity for a noisy span [J, L, d], from the whole sequence; and its hidden states [J, L, H]."""
     d = reasoner.denoiser
     clean = [clean_group(d, block) for block in blocks]
     times = torch.tensor(t)
-    prediction = d.latent_out(span_hidden(d, [*question_groups(d, ids, hidden), *clean], z, times)).float()
-    return flow.to_velocity(d.settings.objective, prediction, z, times[:, None, None])
+    states = span_hidden(d, [*question_groups(d, ids, hidden), *clean], z, times, carried)
+    return flow.to_velocity(d.settings.objective, d.latent_out(states).float(), z, times[:, None, None]), states
 
 
 def plain_step(settings: SampleSettings, z: Tensor, velocity: Tensor, t: float, s: float, fresh: Tensor) -> Tensor:
@@ -122,12 +125,16 @@ def plain_span(
     shape = (size, d.latents_per_block, d.latent_dim)
     zs = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
     paths: list[list[list[Tensor]]] = [[[] for _ in range(size)] for _ in rows]
+    carried: list[Tensor | None] = [None] * len(rows)
+    free_carried = [*carried]
     for attempt in range(1 + s.restarts):
         steps = s.restart_steps if attempt else s.num_steps
         times = [(s.restart_time if attempt else 1.0) * plain_time(s, step, steps) for step in range(steps + 1)]
         if attempt:
             again = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
             zs = [(1 - s.restart_time) * z + s.restart_time * eps for z, eps in zip(zs, again, strict=True)]
+            if not s.restart_keeps_state:
+                carried, free_carried = [None] * len(rows), [None] * len(rows)
         inner = (size, steps - 1 if s.sampler == "sde" else 0, *shape[1:])
         fresh = [torch.cat([noise.normal([row], inner)[0], torch.zeros(size, 1, *shape[1:])], dim=1) for row in rows]
         lag = min(s.lag, steps)
@@ -137,9 +144,9 @@ def plain_span(
             force = diversity_force(torch.stack(zs), [len(zs)])
             moved = [z.clone() for z in zs]
             for i in range(len(rows)):
-                velocity = plain_velocity(reasoner, ids, before[i], zs[i], now, hidden=False)
+                velocity, carried[i] = plain_velocity(reasoner, ids, before[i], zs[i], now, False, carried[i])
                 if s.guidance_scale != 1.0:
-                    free = plain_velocity(reasoner, ids, before[i], zs[i], now, hidden=True)
+                    free, free_carried[i] = plain_velocity(reasoner, ids, before[i], zs[i], now, True, free_carried[i])
                     velocity = free + s.guidance_scale * (velocity - free)
                 for block, step in enumerate(taken):
                     if 0 <= step < steps:
@@ -271,6 +278,10 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"span": 2, "lag": 0, "diversity_scale": 0.5},
         {"span": 3, "lag": 1, "max_blocks": 4, "sampler": "sde", "guidance_scale": 2.0},
         {"span": 2, "lag": 9, "reencode": True, "restarts": 1, "restart_steps": 2},
+        {"carry": "hidden"},
+        {"carry": "hidden", "span": 2, "lag": 1, "guidance_scale": 2.0, "sampler": "sde"},
+        {"carry": "hidden", "restarts": 2, "restart_steps": 2, "guidance_scale": 2.0, "reencode": True},
+        {"carry": "hidden", "restarts": 1, "restart_keeps_state": True, "span": 2, "diversity_scale": 0.5},
         {"bidirectional_question": True, "guidance_scale": 2.0},
         {"bidirectional_question": True, "span": 2},
     ],

@@ -73,12 +73,13 @@ def own_span(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor],
     steps, lag = rollout.num_steps, min(rollout.lag, rollout.num_steps)
     gradient = steps if rollout.gradient_steps is None else rollout.gradient_steps
     times = torch.linspace(1.0, 0.0, steps + 1).tolist()
-    blocks = list(start)
+    blocks, carried = list(start), None
     for number in range(steps + lag * (len(blocks) - 1)):
         taken = [number - lag * block for block in range(len(blocks))]
         now = torch.tensor([0.0 if true else times[min(max(n, 0), steps)] for n, true in zip(taken, given, strict=True)])
         with nullcontext() if any(0 <= steps - 1 - step < gradient for step in taken) else torch.no_grad():
-            hidden = span_hidden(denoiser, before, torch.stack(blocks), now)
+            hidden = span_hidden(denoiser, before, torch.stack(blocks), now, carried)
+            carried = hidden if rollout.carry_gradient else hidden.detach()
             prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
             for block, step in enumerate(taken):
                 if given[block] or not 0 <= step < steps:
@@ -137,7 +138,11 @@ def flow_behind(denoiser: Denoiser, batch: RolloutBatch, row: int, context: Tens
         z0, rows = batch.gold[row, chosen, start : start + size], slice(first + start, first + start + size)
         for eps, t in zip(teacher.eps[rows].unbind(1), teacher.t[rows].unbind(1), strict=True):
             times = t[:, None, None]
-            hidden = span_hidden(denoiser, groups, (1 - times) * z0 + times * eps, t)
+            carried = None
+            if teacher.carry_t is not None:
+                with torch.no_grad():
+                    carried = span_hidden(denoiser, groups, (1 - times) * z0 + times * eps, t)
+            hidden = span_hidden(denoiser, groups, (1 - times) * z0 + times * eps, t, carried)
             wanted = flow.target(denoiser.settings.objective, z0, eps, times)
             loss = loss + ((denoiser.predict(hidden) - wanted).square() * (times > 0)).sum()
         groups = [*groups, *(clean_group(denoiser, z) for z in context[start : start + size])]
@@ -226,6 +231,16 @@ def test_random_shapes(
     assert_rollout_is_the_reference(denoiser, rollout, recompute, seed, count)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("carry_gradient", "variant"), [(False, "all"), (True, "own context"), (True, "all together")])
+def test_a_carried_state_equals_the_reference(carry_gradient: bool, variant: str, recompute: bool) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=1, objective="x0", span=2, carry="hidden", carry_probability=1.0)
+    if recompute:
+        denoiser.backbone.enable_activation_checkpointing()
+    rollout = rollout_settings(**VARIANTS[variant], carry_gradient=carry_gradient)
+    assert_rollout_is_the_reference(denoiser, rollout, recompute, seed=6, count=3)
+
+
 def test_lora_with_recomputation_equals_the_reference() -> None:
     denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=1, objective="x0")
     randomise_adapters(denoiser, seed=3)
@@ -281,8 +296,8 @@ def test_nothing_but_the_latents_is_kept_per_step_where_passes_are_recomputed() 
 def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, Any]) -> dict[str, Tensor]:
     """Weights after two steps on four records, which the ranks share: in the first step one has all the long ones."""
     changes = {**changes}
-    span = changes.pop("span", 1)
-    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32, num_hidden_layers=1), draws=1, objective="x0", span=span)
+    model_settings = {"span": changes.pop("span", 1), "carry": changes.pop("carry", "none")}
+    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32, num_hidden_layers=1), draws=1, objective="x0", **model_settings)
     if recompute:
         denoiser.backbone.enable_activation_checkpointing()
     rollout = rollout_settings(**changes)
@@ -310,6 +325,7 @@ def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, An
         (False, {"num_steps": 2}),
         (True, {"num_steps": 2, "own_context": 1.0}),
         (True, {"num_steps": 2, "span": 2, "lag": 1, "gradient_steps": 1, "last_blocks": 1}),
+        (True, {"num_steps": 2, "carry": "hidden", "carry_gradient": True, "own_context": 1.0}),
     ],
 )
 def test_two_ranks_of_zero3_train_what_one_process_trains(
