@@ -21,7 +21,8 @@ from training.runtime.engine import Engine
 
 def model_of(what: str) -> Vae | Denoiser:
     if what.startswith("denoiser"):
-        denoiser = tiny_denoiser(tiny_lm("llama", dtype=torch.float32), answer_every=1)
+        carry = {"carry": "hidden", "carry_probability": 0.7} if what == "denoiser with a carry" else {}
+        denoiser = tiny_denoiser(tiny_lm("llama", dtype=torch.float32), answer_every=1, **carry)
         with_activation_checkpointing(denoiser.backbone, "full" if what == "denoiser recomputed" else "none")
         return denoiser
     lora = LoraSettings(rank=2) if what == "vae lora" else None
@@ -30,7 +31,7 @@ def model_of(what: str) -> Vae | Denoiser:
 
 def batch_of(model: Vae | Denoiser, first: int) -> VaeBatch | DenoiserBatch:
     if isinstance(model, Denoiser):
-        return collator(model)(random_records(3, seed=first), range(first, first + 3))
+        return collator(model, samples_per_step=100)(random_records(3, seed=first), range(first, first + 3))
     rng = np.random.default_rng(first)
     return VaeCollator(model.settings, VOCAB, EOS, 0)([tokens(rng, 2, 5) for _ in range(3)], range(first, first + 3))
 
@@ -63,6 +64,7 @@ def both_ways(world: World, what: str) -> dict[str, Any]:
     [
         ("denoiser", True),
         ("denoiser recomputed", True),
+        ("denoiser with a carry", True),
         ("vae trained", True),
         ("vae frozen", True),
         ("vae lora", False),  # encoder and decoder share their layers: a unit would be reduced twice in one backward pass

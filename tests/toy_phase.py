@@ -21,6 +21,7 @@ class ToyBatch:
     sample_ids: list[int]
     counts: dict[str, float]
     num_tokens: int
+    kind: str = ""
 
     def to(self, device: torch.device) -> ToyBatch:
         return dataclasses.replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))

@@ -34,6 +34,11 @@ class TensorBatch:
     num_tokens: int
     sample_ids: list[int]
 
+    @property
+    def kind(self) -> str:
+        """Batches of one kind take the same passes of the model, in which a token costs about the same."""
+        return ""
+
     def to(self: BatchT, device: torch.device | str) -> BatchT:
         """The batch with every tensor on ``device``."""
         moved: dict[str, Any] = {
@@ -188,6 +193,11 @@ class DenoiserBatch(TensorBatch):
     block_tokens: Tensor  # [K, P] labels of the auxiliary token head, IGNORE-padded; P may be 0
     context: Tensor | None = None  # [K, L, d], what the clean stream holds where it is not z0
     carry_t: Tensor | None = None  # [K, M], times of the first pass, which supplies the carried state; None: there is none
+
+    @property
+    def kind(self) -> str:
+        """Whether there is a first pass."""
+        return "one pass" if self.carry_t is None else "two passes"
 
 
 @dataclass(frozen=True)

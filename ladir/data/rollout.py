@@ -72,6 +72,11 @@ class RolloutBatch(TensorBatch):
     block_at: Tensor  # [K]: the teacher's blocks among the R * B blocks of this batch
     most_labels: int  # of the answers, if every record took its longest
 
+    @property
+    def kind(self) -> str:
+        """The teacher's, and whose context is read."""
+        return f"{self.teacher.kind}, {'own' if self.own_context else 'true'} context"
+
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The batch with every tensor on ``device``."""
         return replace(super().to(device), teacher=self.teacher.to(device))

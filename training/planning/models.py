@@ -170,7 +170,10 @@ def micro_batch(
         blocks = [[_ID] * lengths.block] * lengths.blocks
         record = LatentRecord([_ID] * lengths.question, blocks, [_ID] * lengths.answer, latents, latents)
         zeros = np.zeros(d, dtype=np.float32)
-        every_step, pack = replace(config.denoiser, answer_every=1), getattr(config, phase).train.pack_tokens
+        every_step, pack = (
+            replace(config.denoiser, answer_every=1, carry_probability=1.0),
+            getattr(config, phase).train.pack_tokens,
+        )
         collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
         if phase == "denoiser":
             return collator([record] * count, numbers).to(device)

@@ -88,11 +88,11 @@ class Trainer:
         self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
         self._counts: dict[str, float] = {}
         self._window = {"tokens": 0.0, "wait": 0.0}
-        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": 0.0}
+        self._interval = {"tokens": 0.0, "flops": 0.0, "wait": 0.0, "seconds": 0.0}
         self._sample_ids: list[list[int]] = []
         self._first = True
         self._heartbeat = Heartbeat(run.world, run.phase)
-        self._flops_per_token: float | None = None
+        self._flops_per_token: dict[str, float] = {}
         self._peak = 0.0
         self._unlogged: tuple[float, float] | None = None
         self._started = 0.0
@@ -186,8 +186,8 @@ class Trainer:
         sums, losses = LossSums(self.phase.weights, self.world.device), []
         for number, batch in enumerate(window.batches):
             torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
-            # The first pass is counted, for which compiled layers run as they were written, forward and back.
-            with as_written(self.engine.model) if self._flops_per_token is None else nullcontext():
+            # The first of a kind is counted, for which compiled layers run as they were written, forward and back.
+            with nullcontext() if batch.kind in self._flops_per_token else as_written(self.engine.model):
                 outputs = self._forward(batch)
                 loss = self._weighted(outputs)
                 self.engine.backward(loss, last=number + 1 == len(window.batches))
@@ -212,12 +212,14 @@ class Trainer:
         return torch.stack([term.float() for term in terms]).sum()
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The engine's forward pass; the first one's FLOPs per token stand for all (MFU)."""
-        if self._flops_per_token is not None:
-            return self.engine.forward(batch)
-        with counted_flops(self.engine.model) as count:
+        """The engine's forward pass; the FLOPs per token of the first batch of a kind stand for all of it (MFU)."""
+        if batch.kind in self._flops_per_token:
             outputs = self.engine.forward(batch)
-        self._flops_per_token = count.flops / max(batch.num_tokens, 1)
+        else:
+            with counted_flops(self.engine.model) as count:
+                outputs = self.engine.forward(batch)
+            self._flops_per_token[batch.kind] = count.flops / max(batch.num_tokens, 1)
+        self._interval["flops"] += self._flops_per_token[batch.kind] * batch.num_tokens
         return outputs
 
     def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
@@ -280,13 +282,13 @@ class Trainer:
             "skipped_steps": float(self.engine.skipped_steps),
             "tokens_per_second": self._interval["tokens"] / seconds,
             "tokens_per_second_per_device": per_device,
-            "mfu": per_device * (self._flops_per_token or 0.0) / self._peak,
+            "mfu": self._interval["flops"] / seconds / self._peak,
             "data_wait": self._interval["wait"] / seconds,
             "memory_gib": self._telemetry.memory_gib(),
             "epoch": self.progress.samples / self.phase.num_samples,
             "seconds": now,
         }
-        self._interval = {"tokens": 0.0, "wait": 0.0, "seconds": now}
+        self._interval = {"tokens": 0.0, "flops": 0.0, "wait": 0.0, "seconds": now}
         self.metrics.update(averages)
         self._telemetry.record("train", self.progress.step, {**averages, **speed})
         shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}

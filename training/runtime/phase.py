@@ -21,6 +21,10 @@ class Batch(Protocol):
         """Labels per loss term in this micro batch, e.g. ``{"flow": 512, "answer": 40}``."""
 
     @property
+    def kind(self) -> str:
+        """Batches of one kind take the same passes: their FLOPs per token are counted once."""
+
+    @property
     def num_tokens(self) -> int:
         """Real (not padding) tokens, for the throughput."""
 
