@@ -156,7 +156,9 @@ def _one_draw(
             if place < len(blocks):
                 labels = torch.tensor(blocks[place][: denoiser.settings.token_positions], device=hidden.device)
                 logits = denoiser.token_head(hidden[place][None, None], len(labels))[0, 0].float()
-                losses["token"] = losses["token"] + F.cross_entropy(logits, labels, reduction="sum")
+                probability = logits.softmax(-1)[torch.arange(len(labels)), labels]
+                weights = (1 - probability) ** denoiser.settings.token_focus
+                losses["token"] = losses["token"] - (weights * probability.log()).sum()
     return losses
 
 

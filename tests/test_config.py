@@ -150,6 +150,7 @@ def test_all_errors_are_reported_at_once_with_place_and_closest_name(tmp_path: P
         ("data.answer_prefixes=['']", "empty prefix"),
         ("data.answer_prefixes=[]", "name at least one"),
         ("denoiser.timestep_features=7", "even"),
+        ("denoiser.token_focus=0.5", "no finite gradient"),
         ("countdown.min_target=101", "countdown.max_value=100"),
         ("evaluate.methods=[ar,ar]", "twice"),
     ],

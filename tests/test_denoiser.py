@@ -22,7 +22,7 @@ from ladir.data.randomness import Streams, generator
 from ladir.layout import CLEAN, PAD
 from ladir.models import flow
 from ladir.models.backbone import Backbone
-from ladir.models.denoiser import Denoiser
+from ladir.models.denoiser import Denoiser, focal
 from ladir.reference import reference_losses
 from tests.tiny import (
     SHAPES,
@@ -115,19 +115,31 @@ def test_random_layouts_equal_the_reference(
     assert_one_pass_is_the_reference(denoiser, records, numbers, prefix=(3,), condition_dropout=0.3, samples_per_step=8)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_a_focal_token_loss_equals_the_reference(gamma: float) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), draws=2, span=2, token_weight=1.0, token_focus=gamma)
+    assert_one_pass_is_the_reference(denoiser, random_records(3, seed=3), range(3))
+
+
+def test_a_certain_token_has_a_finite_focal_gradient() -> None:
+    losses = torch.tensor([0.0, 2.0], requires_grad=True)
+    focal(losses, 2.0).sum().backward()
+    assert losses.grad is not None and losses.grad[0] == 0 and losses.grad[1] > 0
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(sorted(SHAPES)), st.integers(1, 3), st.booleans()
 )
 def test_a_carried_state_equals_the_reference(latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool) -> None:
-    carry = {"carry": "hidden", "carry_probability": 0.7, "carry_earlier": 0.6 * earlier}
+    carry = {"carry": "hidden", "carry_probability": 0.7, "carry_own_rollout": 0.6 * earlier}
     denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, span=span, token_weight=0.5, **carry)
     numbers = range((seed % 100) * 8, (seed % 100) * 8 + 3)
     assert_one_pass_is_the_reference(denoiser, random_records(3, seed=seed, latents=latents), numbers, condition_dropout=0.3)
 
 
 def test_a_first_pass_is_part_of_its_share_of_steps_and_of_every_validation() -> None:
-    denoiser = tiny_denoiser(tiny_lm(), span=2, carry="hidden", carry_probability=0.25, carry_earlier=0.5)
+    denoiser = tiny_denoiser(tiny_lm(), span=2, carry="hidden", carry_probability=0.25, carry_own_rollout=0.5)
     records = random_records(2, seed=1)
     batches = [collator(denoiser)(records, [8 * step, 8 * step + 5]) for step in range(400)]
     assert 0.17 < np.mean([batch.carry_t is not None for batch in batches]) < 0.33
@@ -148,7 +160,7 @@ def test_a_first_pass_is_part_of_its_share_of_steps_and_of_every_validation() ->
 
 def test_a_carry_draws_nothing_that_others_draw() -> None:
     denoiser, records = tiny_denoiser(tiny_lm(), span=2), random_records(3, seed=2)
-    plain, carried = (collator(denoiser, carry=carry, carry_earlier=0.5)(records, range(3)) for carry in ("none", "hidden"))
+    plain, carried = (collator(denoiser, carry=carry, carry_own_rollout=0.5)(records, range(3)) for carry in ("none", "hidden"))
     assert torch.equal(plain.eps, carried.eps)
     assert torch.equal(plain.t, carried.t)
 

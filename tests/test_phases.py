@@ -44,7 +44,7 @@ VARIANTS = {
     "lora": ["backbone.lora.rank=4"],
     "trained-lora": ["backbone.lora.rank=4", "vae.decoder=trained"],
     "full": ["denoiser.token_weight=0.5", "denoiser.answer_every=2"],
-    "carry": ["denoiser.carry=hidden", "denoiser.carry_probability=0.7", "denoiser.carry_earlier=0.5", "denoiser.span=2"],
+    "carry": ["denoiser.carry=hidden", "denoiser.carry_probability=0.7", "denoiser.carry_own_rollout=0.5", "denoiser.span=2"],
     "both-ways": ["ar.bidirectional_question=true"],
     "lora-parts": ["backbone.lora.rank=4", "backbone.logits_parts=3"],
     "full-parts": ["denoiser.token_weight=0.5", "denoiser.answer_every=2", "backbone.logits_parts=3"],

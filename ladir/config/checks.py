@@ -86,8 +86,9 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("denoiser.span", _COUNT),
     ("denoiser.independent_levels", _FRACTION),
     ("denoiser.carry_probability", _FRACTION),
-    ("denoiser.carry_earlier", _FRACTION),
+    ("denoiser.carry_own_rollout", _FRACTION),
     ("denoiser.*_weight", _NOT_NEGATIVE),
+    ("denoiser.token_focus", _NOT_NEGATIVE),
     ("denoiser.token_rank", _COUNT),
     ("denoiser.token_positions", _COUNT),
     ("denoiser.answer_every", _COUNT),
@@ -206,6 +207,11 @@ def _combination_errors(config: Config) -> Iterator[str]:
         yield "ar.from_scratch=true: a new LM brings no tokenizer; set backbone.tokenizer"
     if backbone.lora.rank > 0 and not backbone.lora.targets:
         yield "backbone.lora.targets is empty, so no layer would get an adapter; name some, or set backbone.lora.rank=0"
+    if 0 < config.denoiser.token_focus < 1:
+        yield (
+            f"denoiser.token_focus={config.denoiser.token_focus:g}: below 1 a certain token has no finite gradient; "
+            "set 0 (off) or 1 and more"
+        )
     if config.denoiser.timestep_features % 2:
         yield (
             f"denoiser.timestep_features={config.denoiser.timestep_features}: must be even, every frequency has a sine and a "

@@ -98,7 +98,7 @@ class DenoiserSettings:
     carry_probability: float = setting(
         0.8, "share of training steps in which a first pass without gradient supplies the state; else it is zeros"
     )
-    carry_earlier: float = setting(
+    carry_own_rollout: float = setting(
         0.0,
         "share of noisy copies whose first pass stands at a random earlier time (more noise) of the same path, as in sampling; "
         "in the others at the same latents",
@@ -107,6 +107,11 @@ class DenoiserSettings:
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
     token_weight: float = setting(0.0, "weight of the auxiliary token head (training only); 0: no such head")
+    token_focus: float = setting(
+        0.0,
+        "exponent gamma of the token head's focal loss: a token's cross-entropy counts (1 - p) ** gamma, p being its "
+        "probability, so that what is known already weighs little; 0: plain cross-entropy",
+    )
     token_rank: int = setting(64, "rank of the auxiliary token head")
     token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
     answer_every: int = setting(1, "the answer, the stop decisions and the last clean block are part of every n-th step only")

@@ -305,7 +305,7 @@ class DenoiserCollator:
                 rng.standard_normal(dtype=np.float32, out=posterior[true])
             if s.span > 1:
                 rng.random(dtype=np.float32, out=split[own.start // s.span : own.stop // s.span])
-            if s.carry_earlier and training:
+            if s.carry_own_rollout and training:
                 rng.random(dtype=np.float32, out=shift[own.start // s.span : own.stop // s.span])
         if sampled:
             mu += spread * posterior
@@ -317,12 +317,12 @@ class DenoiserCollator:
         return _Noise(z0, eps, t, self._carry_times(t, shift), hidden)
 
     def _carry_times(self, t: np.ndarray, shift: np.ndarray) -> np.ndarray:
-        """Times [K, M] of a first pass: ``t``, or t + u (1 - t) in the share of copies that ``carry_earlier`` says.
+        """Times [K, M] of a first pass: ``t``, or t + u (1 - t) in the share of copies that ``carry_own_rollout`` says.
 
         ``shift`` [K / J, M, 2] uniform, u and which copies; finished blocks stay finished.
         """
         shift = shift.repeat(self.settings.span, axis=0)
-        earlier = (shift[..., 1] < self.settings.carry_earlier) & (t > 0)
+        earlier = (shift[..., 1] < self.settings.carry_own_rollout) & (t > 0)
         return np.where(earlier, t + shift[..., 0] * (1 - t), t).astype(np.float32)
 
     def _levels(self, t: np.ndarray, split: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -36,6 +36,11 @@ class TokenHead(nn.Module):
         return self.up(F.silu(low[..., :positions, :]))
 
 
+def focal(losses: Tensor, gamma: float) -> Tensor:
+    """Cross-entropies -log p, each times (1 - p)^gamma (Lin et al. 2017, "Focal loss for dense object detection", eq. 4)."""
+    return losses if gamma == 0 else losses * (1 - (-losses).exp()) ** gamma
+
+
 class Denoiser(nn.Module):
     """``forward`` gives the training losses; ``denoise_step``, ``clean_inputs``, marks and heads serve the sampler."""
 
@@ -215,7 +220,8 @@ class Denoiser(nn.Module):
         assert self.token_head is not None
         logits = self.token_head(noisy, batch.block_tokens.shape[1]).float()
         labels = batch.block_tokens[:, None].masked_fill(batch.t[..., None] == 0, IGNORE)
-        return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return focal(losses, self.settings.token_focus).sum()
 
     @torch.no_grad()
     def _metrics(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
