@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, completion_text, parse_completion
 from ladir.data.records import Record
+from ladir.inference.decode import choose_tokens, nucleus
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from ladir.models.folders import reads_questions_both_ways, save_lm
@@ -93,4 +96,123 @@ def test_headings_are_not_taken_for_the_answer() -> None:
     program = "#### reads\nprint(3)\n#### prints"
     text = completion_text(Record("q", blocks, program, "f:1"), "####")
     lines = [line for block in blocks for line in block.splitlines()]
-    assert parse_completion(text, ["####"]) == ChainText(lines, program)
+    assert parse_completion(text, ["####"], programs=True) == ChainText(lines, program)
+
+
+PROGRAM = "def f(x):\n    return x + 1\n\nclass A:\n    pass"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        # another question, labelled
+        ("Six.\n#### 6\nQuestion: How many are 3 and 4?\nSeven.\n#### 7", "6"),
+        ("Six.\n#### 6\n\nQuestion: How many?\n#### 7", "6"),
+        ("Six.\n#### 6. Question: How many? Seven. #### 7", "6."),
+        ("Six.\nThe answer is 6. Question: How many? The answer is 7.", "6."),
+        ("The answer is 6.\n\nQ: How many?\n#### 7", "6."),
+        ("#### $6\n### Question 2\nAnd 3 and 4?\n#### 7", "$6"),
+        ("a\n#### (C) 12\n\n**Problem:** What now?\n#### A", "(C) 12"),
+        # not labelled
+        ("Six.\n#### 6\nJohn has 3 and buys 4.\n#### 7", "6"),
+        ("#### 3 + 4\n3 5 -> 8\n3 + 5 = 8\n#### 3 + 5", "3 + 4"),
+        ("#### Monday\nWhich day is next?\n#### Tuesday", "Monday"),
+        ("The answer is $\\frac{1}{2}$. Now x = 3. The answer is 3", "$\\frac{1}{2}$."),
+        ("#### 6 apples. Next. #### 7", "6 apples."),
+        ("#### \\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}\nFind x.\n#### 7", "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"),
+        # the mark again and again
+        ("#### 6\n#### 6\n#### 7", "6"),
+        ("#### #### 6\n#### 7", "6"),
+        ("The answer is The answer is 6", "6"),
+        ("####\n#### 6", "6"),
+        # the mark in the reasoning
+        ("#### Step 1\nAdd 3 and 4.\n#### Step 2\nDouble it: 14.\n#### 14", "14"),
+        ("#### 1. The sum\n3 + 4 = 7\n#### 2. Twice\n14\n#### 14", "14"),
+        ("#### Sum\nAdd.\n#### 14\nJohn has 3. How many?\n#### 3", "14"),
+        ("#### How many are there?\n3 + 4 = 7\n#### 7", "7"),
+        ("#### Step 1\nAdd 3 and 4.\n#### Step 2\nDouble it: 14.", ""),
+        ("The answer is what we seek. Add 3 and 4: 7. The answer is 7.", "7."),
+        ("The answer is not 5. The answer is 6", "6"),
+        ("#### Final Answer\n6\nQuestion: And now?", "6"),
+        # an answer of more than a word stays whole
+        ("The answer is 3.5 million. John came.", "3.5 million."),
+        ("The answer is Yes. It is prime.", "Yes. It is prime."),
+        ("#### 3 apples. 4 pears.", "3 apples. 4 pears."),
+        ("#### Case 2", "Case 2"),
+        ("**The answer is 6.**", "6."),
+        ("####", ""),
+        # programs
+        (f"a\n#### {PROGRAM}", PROGRAM),
+        (f"a\n#### {PROGRAM}\n\nQuestion: next\n#### def g():\n    return 2", PROGRAM),
+        (f"a\n#### {PROGRAM}\nWrite a function g of two numbers.\n#### def g():\n    return 2", PROGRAM),
+        (f"a\n#### {PROGRAM}\n# The answer is f.", f"{PROGRAM}\n# The answer is f."),
+        (f"a\n#### ```python\n{PROGRAM}\n```\nIt adds one.\n#### 3", f"```python\n{PROGRAM}\n```"),
+        ("a\n#### def f(:\n    return\nprint(", "def f(:\n    return\nprint("),
+    ],
+)
+def test_a_completion_that_runs_on_is_judged_by_its_first_answer(text: str, answer: str) -> None:
+    assert parse_completion(text, ["####", "The answer is"]).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("x = int(input())\nprint(x)\n\nWrite a program that adds.\nx = 1\n#### y = 2", "x = int(input())\nprint(x)"),
+        ("\ndef f():\n    pass\nThis function does nothing.", "def f():\n    pass"),
+        ("s = '''\nQuestion: what now?\n'''\nprint(s)", "s = '''\nQuestion: what now?\n'''\nprint(s)"),
+        ("    c = a\n    return c\n", "c = a\n    return c"),
+    ],
+)
+def test_programs_of_many_lines_stay_whole_and_end_where_prose_begins(text: str, answer: str) -> None:
+    """Also behind headings, which are no programs."""
+    for before in ("", "#### Step 1\nWe read.\n", "#### Plan\nWe read it.\n"):
+        assert parse_completion(f"{before}#### {text}", ["####"], programs=True).answer == answer
+
+
+@given(
+    st.lists(st.text("ab #.?:1\n", min_size=1, max_size=12).filter(str.strip), max_size=3),
+    st.text("ab #.?:1$\\{}", min_size=1, max_size=12).map(str.strip).filter(bool),
+)
+def test_any_answer_of_one_line_reads_back_as_it_was_written(blocks: list[str], answer: str) -> None:
+    assume(not answer.startswith(("#", ":")) and "####" not in answer)
+    text = completion_text(Record("q", tuple(blocks), answer, "f:1"), "####")
+    assert parse_completion(text, ["####", "The answer is"]).answer == answer
+
+
+@given(st.text("#aT \n?Q:1.*`\"'(", max_size=60), st.booleans())
+def test_any_completion_is_taken_apart(text: str, programs: bool) -> None:
+    chain = parse_completion(text, ["####", "Q:"], programs)
+    assert chain.answer in text and all(thought in text for thought in chain.thoughts)
+
+
+def drawn(logits: list[float], temperature: float, uniform: float, top_p: float) -> int:
+    """The token at ``uniform`` of the nucleus, one by one."""
+    weights = torch.tensor([logit / temperature for logit in logits]).softmax(0).tolist()
+    kept: list[int] = []
+    for token in sorted(range(len(weights)), key=lambda token: (-weights[token], token)):
+        if kept and sum(weights[other] for other in kept) >= top_p:
+            break
+        kept.append(token)
+    left = uniform * sum(weights[token] for token in kept)
+    for token in sorted(kept):
+        left -= weights[token]
+        if left < 0:
+            return token
+    return max(kept)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 30), st.floats(0.2, 3.0), st.floats(0.01, 0.99))
+def test_tokens_are_drawn_from_the_nucleus(seed: int, words: int, temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, uniform = torch.randn(8, words, generator=generator) * 3, torch.rand(8, generator=generator)
+    expected = [drawn(row, temperature, u, top_p) for row, u in zip(logits.tolist(), uniform.tolist(), strict=True)]
+    assert choose_tokens(logits, temperature, uniform, top_p).tolist() == expected
+
+
+def test_a_nucleus_has_its_first_token_ends_at_ties_in_order_and_holds_no_other() -> None:
+    probabilities = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.5, 0.4, 0.0]])
+    assert nucleus(probabilities, 0.5).tolist() == [[0.25, 0.25, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0]]
+    assert torch.equal(nucleus(probabilities, 0.95), probabilities)
+    logits, edges = torch.tensor([[0.0, 3.0, 2.9, -1.0]]).expand(2, -1), torch.tensor([0.0, 1.0 - 2**-24])
+    assert choose_tokens(logits, 1.0, edges, 0.6).tolist() == [1, 2]
+    assert choose_tokens(logits, 1.0, edges, 1e-9).tolist() == [1, 1]

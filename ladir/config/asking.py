@@ -74,7 +74,22 @@ class EvaluateSettings:
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")
     questions_per_batch: int = setting(20, "questions answered in one batch")
+    left_out: str = setting(
+        "count",
+        "questions of the file that are not asked (data.on_bad_record=skip); count: as questions without a right answer; "
+        "exclude: all figures are of the questions asked",
+        ("count", "exclude"),
+    )
+    on_bad_gold: str = setting(
+        "error",
+        "records whose own answer is refused by the task's checker; error: refuse the file; skip: leave them out of everything, "
+        "counted and listed; ignore: ask them all the same",
+        ("error", "skip", "ignore"),
+    )
     ar_temperature: float = setting(1.0, "temperature of the AR baseline's samples")
+    ar_top_p: float = setting(
+        1.0, "the AR baseline's samples are of the likeliest tokens that have this probability together (nucleus); 1: of all"
+    )
     ar_max_tokens: int = setting(256, "longest AR answer (reasoning included), in tokens")
     snapshot: int | None = setting(
         None, "ask the models of this training step (train.snapshot_every) in place of the finished ones; results-<step>.json"

@@ -117,6 +117,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.voters", _COUNT),
     ("evaluate.snapshot", _COUNT),
     ("evaluate.ar_temperature", _POSITIVE),
+    ("evaluate.ar_top_p", Range(above=0, at_most=1)),
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),
     ("telemetry.line_every_seconds", _NOT_NEGATIVE),

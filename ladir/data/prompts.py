@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ladir.data.blocks import split_answer
+from ladir.data.completions import first_answer
 from ladir.data.records import Record
 from ladir.tokens import encode_stream, encode_text
 
@@ -64,12 +64,10 @@ def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[str]) -> 
         yield start + ids + newline, [*ids, eos]
 
 
-def parse_completion(text: str, answer_prefixes: Sequence[str]) -> ChainText:
-    """Reasoning lines and answer of a completion; the answer is empty where none was marked.
+def parse_completion(text: str, answer_prefixes: Sequence[str], programs: bool = False) -> ChainText:
+    """Reasoning lines and first answer of a completion; the answer is empty where none was marked.
 
-    It begins at the first line that starts as :func:`completion_text` starts it (a program may hold the mark, too), else
-    where a record's would.
+    ``programs``: answers are programs, of many lines, which may hold a mark, too (:mod:`ladir.data.completions`).
     """
-    begun = _at_line_start(answer_prefixes[0]).search(text) if answer_prefixes else None
-    reasoning, answer = (text[: begun.start()], text[begun.end() :].strip()) if begun else split_answer(text, answer_prefixes)
+    reasoning, answer = first_answer(text, answer_prefixes, programs)
     return ChainText([line.strip() for line in reasoning.splitlines() if line.strip()], answer or "")

@@ -25,11 +25,12 @@ def complete(
     temperature: float,
     seed: int,
     bidirectional_question: bool = False,
+    top_p: float = 1.0,
 ) -> list[list[list[int]]]:
     """Sampled completions: ``num_samples`` token-id lists per prompt.
 
     The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers;
-    ``bidirectional_question``: their tokens see each other, as the model was trained.
+    ``bidirectional_question``: their tokens see each other, as the model was trained; ``top_p``: tokens are of the nucleus.
     """
     device = next(backbone.parameters()).device
     ids, lengths = pad_left(prompts, pad_id)
@@ -38,5 +39,5 @@ def complete(
     owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
     uniform = noise.uniform(list(range(len(owner))), max_tokens).to(device)
-    texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform)
+    texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform, top_p)
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]

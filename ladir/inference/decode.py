@@ -14,18 +14,41 @@ from ladir.tokens import decode_text
 _COLDEST = float(torch.finfo(torch.float32).tiny)
 
 
-def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
-    """Token ids [R] from logits [R, V]: greedy at temperature 0, else by inverting the distribution at ``uniform`` [R]."""
+def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None, top_p: float = 1.0) -> Tensor:
+    """Token ids [R] from logits [R, V]: greedy at temperature 0, else by inverting the distribution at ``uniform`` [R].
+
+    With ``top_p`` below 1 it is that of the nucleus alone (:func:`nucleus`).
+    """
     if temperature == 0.0 or uniform is None:
         return logits.argmax(-1)
     below = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature divides to infinity above
-    cumulative = (below / max(temperature, _COLDEST)).softmax(-1).cumsum(-1)
+    probabilities = (below / max(temperature, _COLDEST)).softmax(-1)
+    if top_p < 1.0:
+        probabilities = nucleus(probabilities, top_p)
+    cumulative = probabilities.cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None].contiguous(), right=True)[:, 0]
+    if top_p < 1.0:  # where rounding leads behind the last token, to the last one of the nucleus
+        return torch.minimum(drawn, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0])
     return drawn.clamp_max(logits.shape[-1] - 1)
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """``probabilities`` [R, V] without those outside the nucleus, not normalised: the smallest set of likeliest tokens that have
+    ``top_p`` together (Holtzman et al. 2020, section 3.1); of equally likely ones the first come first."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    outside = torch.zeros_like(ordered, dtype=torch.bool)
+    outside[:, 1:] = ordered[:, :-1].double().cumsum(-1) >= top_p  # the likelier ones have it without them
+    return probabilities.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
+
+
 def decode(
-    prefix: Prefix, hidden: Tensor, eos_id: int, max_tokens: int, temperature: float = 0.0, uniform: Tensor | None = None
+    prefix: Prefix,
+    hidden: Tensor,
+    eos_id: int,
+    max_tokens: int,
+    temperature: float = 0.0,
+    uniform: Tensor | None = None,
+    top_p: float = 1.0,
 ) -> list[list[int]]:
     """Token ids of each row up to, without, <eos>.
 
@@ -37,7 +60,7 @@ def decode(
     rows = torch.arange(len(prefix), device=hidden.device)
     for step in range(max_tokens):
         draw = uniform[rows, step] if uniform is not None else None
-        tokens = choose_tokens(backbone.logits(hidden), temperature, draw)
+        tokens = choose_tokens(backbone.logits(hidden), temperature, draw, top_p)
         alive = tokens != eos_id
         for row, token in zip(rows[alive].tolist(), tokens[alive].tolist(), strict=True):
             texts[row].append(token)

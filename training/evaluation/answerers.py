@@ -109,6 +109,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                     temperature,
                     config.run.seed,
                     bidirectional_question=bidirectional,
+                    top_p=config.evaluate.ar_top_p,
                 )
             prefixes = config.data.answer_prefixes
             return Answers([[sampled_of(ids, prefixes) for ids in group] for group in texts], cost)
@@ -116,7 +117,7 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
         return answer
 
     def sampled_of(ids: list[int], prefixes: Sequence[str]) -> Sampled:
-        chain = parse_completion(decode_text(tokenizer, ids), prefixes)
+        chain = parse_completion(decode_text(tokenizer, ids), prefixes, programs=config.evaluate.task == "code")
         return Sampled(chain.answer, tuple(chain.thoughts), stopped=len(ids) < config.evaluate.ar_max_tokens)
 
     greedy = answerer(1, 0.0)
