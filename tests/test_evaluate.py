@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ladir.config import Config, CountdownSettings, SampleSettings
 from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
-from ladir.data.records import Record
+from ladir.data.records import BadRecords, Record
 from ladir.errors import UnusableError
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
@@ -30,7 +31,8 @@ from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_denoiser, save_lm
 from ladir.reasoner import Reasoner
-from ladir.tasks import countdown
+from ladir.tasks import countdown, get_task
+from ladir.tasks.countdown import CountdownTask
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text, load_tokenizer
 from tests.distributed import ProcessGroup
 from tests.test_code import why_not_isolated
@@ -38,7 +40,7 @@ from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.evaluation import asking, table
 from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
 from training.evaluation.answers import AnswerLog, cut
-from training.evaluation.questions import read_questions_asked
+from training.evaluation.questions import read_split
 from training.evaluation.stages import evaluate
 from training.evaluation.table import tell_of_limits, tell_of_undecided
 from training.runtime.distributed import World
@@ -280,8 +282,8 @@ MATHS = [
 ]
 #: tests of the second program that it does not pass
 CODE = [
-    {"input": name, "output": "So.\n#### gold", "tests": f"assert {name}(1) == {result}"}
-    for name, result in (("inc", 2), ("dec", 0))
+    {"input": name, "output": f"So.\n#### {name} = lambda a: {body}", "tests": f"assert {name}(1) == {result}"}
+    for name, body, result in (("inc", "1 + a", 2), ("dec", "a - 1", 0))
 ]
 
 
@@ -391,7 +393,7 @@ def test_the_baseline_reads_questions_as_its_folder_says(models: Path, tmp_path:
     config = configure(models, tmp_path)
     folder, tokenizer = RunFolder(config), load_tokenizer(config.backbone)
     backbone = Backbone(tiny_lm(dtype=torch.float32, seed=3))
-    records = read_questions_asked(config)[:3]
+    records = read_split(config, get_task("countdown")).asked[:3]
     prompts, keys = [prompt_ids(tokenizer, record.question) for record in records], [record.question for record in records]
     found: dict[bool, list[ChainText]] = {}
     for bidirectional in (False, True):
@@ -428,19 +430,103 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     config = configure(models, tmp_path)
     reasoner = Reasoner.from_pretrained(folder.export, "cpu", denoiser=folder.model("denoiser-7"))
     reasoner.settings = config.sample
-    asked = read_questions_asked(config)
+    asked = read_split(config, get_task("countdown")).asked
     expected = reasoner.generate([record.question for record in asked[:2]], 10, seed=config.run.seed)
     found = read_questions(folder.path / "generations-7.jsonl")["ladir"]
     assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]
 
 
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.evaluation.asking.load_answerers", lambda *_: pytest.fail("loaded a model"))
+
+
 def test_records_that_cannot_be_judged_are_refused_before_a_model_is_loaded(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.evaluation.asking.load_answerers", lambda *_: pytest.fail("loaded a model"))
+    refuse_to_load(monkeypatch)
     (tmp_path / "test.jsonl").write_text('{"input": "1 2 -> 3", "output": "1 + 2 = 3\\n#### 1 + 2"}\n')
     with pytest.raises(UnusableError, match=r"test\.jsonl:1: not a Countdown record"):
         evaluate_in(models, tmp_path, f"data.test={tmp_path / 'test.jsonl'}")
+
+
+def test_all_that_is_missing_is_told_at_once_before_anything_is_read(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_load(monkeypatch)
+    monkeypatch.setattr("training.evaluation.questions.read_questions", lambda *_: pytest.fail("read questions"))
+    run = RunFolder(configure(models, tmp_path))
+    run.path.mkdir(parents=True)
+    (run.path / "export").mkdir()
+    (run.path / "export" / "ladir.json").write_text('{"kind": "denoiser", "origin": "of stage 2"}')
+    with pytest.raises(FileNotFoundError) as told:
+        evaluate_in(models, tmp_path, f"data.test={tmp_path / 'none.jsonl'}", "evaluate.methods=[ar-greedy,ar,ladir,ladir-sde]")
+    lines = str(told.value).splitlines()
+    assert lines[0] == f"data.test={tmp_path}/none.jsonl: no such file (looked in {Path.cwd()}); correct the path"
+    left_out = "or leave them out (evaluate.methods)"
+    assert lines[1] == f"rows ar-greedy, ar: {run.model('ar')} is not there; run training/train_ar.py {left_out}"
+    assert lines[2] == f"rows ladir, ladir-sde: {run.model('denoiser')} is not there; run training/train_denoiser.py {left_out}"
+    shutil.rmtree(run.export)
+    with pytest.raises(
+        FileNotFoundError, match=r"^data.validation is not set.*\nrows ladir-majority: .*export is not there; run "
+    ):
+        evaluate_in(models, tmp_path, "evaluate.split=validation", "evaluate.methods=[ladir-majority]")
+    with pytest.raises(
+        FileNotFoundError, match=r"^evaluate.methods: nothing is left to ask; run .*train_denoiser.py stage=rollout"
+    ):
+        evaluate_in(models, tmp_path, "evaluate.methods=[ladir-rollout]")
+
+
+#: MATH's form: a solution of 2,000 tokens, none at all, a short one; and a question that is too long
+PUBLISHED = [
+    {"problem": "sum", "solution": f"{'3 + 4 = 7 ' * 400}so $\\boxed{{7}}$.", "level": "Level 1"},
+    {"problem": "half", "answer": "\\frac{1}{2}"},
+    {"problem": "nine", "solution": "It is $\\boxed{9}$."},
+    {"problem": "sum " * 20, "solution": "It is $\\boxed{7}$."},
+]
+
+
+@pytest.mark.parametrize("left_out", ["count", "exclude"])
+def test_reasoning_leaves_no_question_out_and_what_is_left_out_is_counted(left_out: str, taught: Path, tmp_path: Path) -> None:
+    file, sizes = (
+        tmp_path / "math.jsonl",
+        ("data.max_question_tokens=8", "evaluate.ar_max_tokens=16", "evaluate.check_seconds=60"),
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in PUBLISHED))
+    asked = (f"data.test={file}", "evaluate.task=maths", "evaluate.methods=[ar-greedy]", f"evaluate.left_out={left_out}")
+    with pytest.raises(BadRecords, match=r"math\.jsonl:4: its question has 20 tokens, more than data\.max_question_tokens=8"):
+        evaluate_in(taught, tmp_path, *asked, *sizes)
+    evaluate_in(taught, tmp_path, *asked, *sizes, "data.on_bad_record=skip")
+    results, generations = outcome(tmp_path)
+    assert [json.loads(line)["question"] for line in generations.splitlines()] == ["sum", "half", "nine"]
+    assert (results["num_questions"], results["left_out"]["number"], results["gold"]["judged"]) == (3, 1, 3)
+    assert results["left_out"]["counted"] == (left_out == "count") and "math.jsonl:4" in results["left_out"]["reasons"][0]
+    (row,) = results["rows"]
+    assert row["pass@1"] == row["majority"] == row["pass_curve"]["1"] == pytest.approx(0.75 if left_out == "count" else 1.0)
+
+
+def test_a_file_whose_own_answers_are_refused_is_refused_or_counted(
+    taught: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A puzzle's own answer that is wrong; what was right is not judged again."""
+    file = tmp_path / "puzzles.jsonl"
+    rows = [("sum", [3, 4], 7, "3 + 4"), ("inc", [3, 4], 8, "3 + 4"), ("nine", [4, 5], 9, None)]
+    file.write_text("".join(json.dumps({"input": q, "numbers": n, "target": t, "answer": a}) + "\n" for q, n, t, a in rows))
+    asked = (f"data.test={file}", "evaluate.methods=[ar-greedy]")
+    judged: list[str] = []
+    judge = CountdownTask.verdict
+    monkeypatch.setattr(CountdownTask, "verdict", lambda *about: judged.append(about[2].question) or judge(*about))
+    with monkeypatch.context() as patch:
+        refuse_to_load(patch)
+        with pytest.raises(UnusableError, match=r"(?s)^1 of 2 records have .*puzzles\.jsonl:2 \('inc'\): .*on_bad_gold=skip"):
+            evaluate_in(taught, tmp_path, *asked)
+    for handling, questions in (("skip", ["sum", "nine"]), ("ignore", ["sum", "inc", "nine"])):
+        judged.clear()
+        evaluate_in(taught, tmp_path, *asked, f"evaluate.on_bad_gold={handling}")
+        assert judged == ["inc", *questions]
+        results, generations = outcome(tmp_path)
+        assert [json.loads(line)["question"] for line in generations.splitlines()] == questions
+        assert (results["gold"]["judged"], results["gold"]["refused"], results["left_out"]["number"]) == (2, 1, 0)
+        assert any(message.startswith("1 of 2 records have an own answer") for message in caplog.messages)
 
 
 def test_zero_noise_is_without_randomness_whatever_the_sampler() -> None:

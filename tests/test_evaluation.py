@@ -70,6 +70,17 @@ def test_summary_means_and_standard_errors_are_by_question() -> None:
     assert summary["pass_curve"] == {"1": pytest.approx(0.5), "2": pytest.approx(2 / 3)}
 
 
+def test_questions_that_were_not_asked_count_as_not_solved() -> None:
+    asked = [question(("a", True), ("b", False), chain=True), question(("a", True), ("b", True), chain=True)]
+    nothing = QuestionResult("q", (Trajectory("", False, "", chain_correct=False),) * 2)
+    found, expected = summarise(asked, ks=(1, 2), unasked=2), summarise([*asked, nothing, nothing], ks=(1, 2))
+    assert found["pass@1"] == pytest.approx(0.375) and found["pass@2"] == pytest.approx(0.5)
+    for name in ("pass@1", "pass@2", "chain", "distinct_correct", "majority", "pass_curve", "undecided"):
+        assert found[name] == expected[name]
+        assert found["standard_errors"].get(name) == expected["standard_errors"].get(name)
+    assert found["stopped"] == 1 and summarise(asked) == summarise(asked, unasked=0)
+
+
 def test_summary_without_chain_verdicts_and_of_nothing() -> None:
     summary = summarise([question(("a", True), chain=None)])
     assert summary["chain"] is None
@@ -207,6 +218,23 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     assert "…" not in long and max(map(len, long.splitlines())) <= 80
     assert "1234" in text
     assert "…" not in text  # fits a narrow terminal
+
+
+def test_the_table_s_foot_says_what_the_figures_do_not(tmp_path: Path) -> None:
+    content = read_results(results(tmp_path))
+    assert rendered(results_table(content)).count("\n") == rendered(results_table({**content, "left_out": {"number": 0}})).count(
+        "\n"
+    )
+    gold = {"judged": 3, "refused": 1, "on_bad_gold": "ignore"}
+    told = {**content, "left_out": {"number": 2, "counted": True}, "gold": gold}
+    told["rows"] = [{**content["rows"][0], "undecided": 7}, content["rows"][1]]
+    text = " ".join(rendered(results_table(told)).split())
+    assert "2 of 5 questions were not asked (see data.on_bad_record); they count as not solved" in text
+    assert "1 of 3 own answers are refused by the task's checker: asked all the same" in text
+    assert "answers that could not be judged, counted as wrong: ladir 7" in text
+    told |= {"left_out": {"number": 2, "counted": False}, "gold": {**gold, "on_bad_gold": "skip"}}
+    text = " ".join(rendered(results_table(told)).split())
+    assert "; no figure counts them" in text and "left out of all figures" in text
 
 
 def test_examples_show_thoughts_and_verdict() -> None:

@@ -30,8 +30,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_KS, samples: int | None = None) -> dict[str, Any]:
+#: figures of a question that are of what was answered, not of what is right: those not asked say nothing about them
+_OF_ANSWERS = ("consistent", "stopped")
+
+
+def summarise(
+    questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_KS, samples: int | None = None, unasked: int = 0
+) -> dict[str, Any]:
     """The figures of one method: means over questions, from 0 to 1 (``distinct_correct``: a count), and their errors.
+
+    ``unasked``: questions that count beside them as ones without a right answer.
 
     Keys: ``pass@k`` for each k (None: some question has fewer than k trajectories, or fewer are ``samples``); ``chain``, the
     share of trajectories whose thoughts alone solve the question; ``consistent``, of those whose thoughts lead to their answer
@@ -60,12 +68,13 @@ def summarise(questions: Sequence[QuestionResult], ks: Sequence[int] = REPORTED_
 
     names = [*(f"pass@{k}" for k in ks), "chain", "consistent", "distinct_correct"]
     names += ["majority", "majority_consistent", "stopped"]
-    values = {name: [figure(question) for question in questions] for name, figure in figures.items()}
+    missed = [0.0] * unasked
+    values = {name: [*map(figure, questions), *(() if name in _OF_ANSWERS else missed)] for name, figure in figures.items()}
     return {
         **{name: _mean(values[name]) if name in values else None for name in names},
         "standard_errors": {name: standard_error(values[name]) if name in values else None for name in names},
         "confidence_intervals": {name: confidence_interval(values[name]) if name in values else None for name in names},
-        "pass_curve": {str(k): _mean([_pass(question, k) for question in questions]) for k in _curve_ks(fewest)},
+        "pass_curve": {str(k): _mean([*(_pass(question, k) for question in questions), *missed]) for k in _curve_ks(fewest)},
         "undecided": sum(entry.undecided for entry in everything),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -30,7 +30,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
-        caption="percent, ± standard error by question; chain: the thoughts alone are right",
+        caption="\n".join(["percent, ± standard error by question; chain: the thoughts alone are right", *_foot(results)]),
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -41,6 +41,19 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for row in results["rows"]:
         table.add_row(row["method"], *(_cell(row, name) for name in _COLUMNS))
     return table
+
+
+def _foot(results: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures do not say by themselves."""
+    left_out, gold = results.get("left_out") or {}, results.get("gold") or {}
+    if number := left_out.get("number"):
+        share = f"{number} of {number + results['num_questions']} questions were not asked (see data.on_bad_record)"
+        yield f"{share}; {'they count as not solved' if left_out['counted'] else 'no figure counts them'}"
+    if refused := gold.get("refused"):
+        done = "left out of all figures" if gold["on_bad_gold"] == "skip" else "asked all the same"
+        yield f"{refused} of {gold['judged']} own answers are refused by the task's checker: {done}"
+    if undecided := [f"{row['method']} {row['undecided']}" for row in results["rows"] if row.get("undecided")]:
+        yield f"answers that could not be judged, counted as wrong: {', '.join(undecided)}"
 
 
 def examples(questions: Sequence[QuestionResult], count: int) -> RenderableType:

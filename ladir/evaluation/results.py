@@ -111,10 +111,15 @@ def write_results(
     split: str = "test",
     snapshot: int | None = None,
     sample: Mapping[str, Any] | None = None,
+    ar: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, Any] | None = None,
+    gold: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell.
 
-    ``sample``: the controls of the generation; ``snapshot``: the training step of models that are not the finished ones.
+    ``sample`` and ``ar``: the controls of LaDiR's generation and of the baseline's; ``snapshot``: the training step of models
+    that are not the finished ones; ``left_out`` and ``gold``: what was not asked, and what the checker said of the records' own
+    answers.
     """
     content = {
         "task": task,
@@ -124,6 +129,9 @@ def write_results(
         "num_trajectories": num_trajectories,
         "seed": seed,
         "sample": dict(sample or {}),
+        "ar": dict(ar or {}),
+        "left_out": dict(left_out or {}),
+        "gold": dict(gold or {}),
         "rows": [method.row() for method in methods],
     }
     _write(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ladir.data.blocks import last_boxed
 from ladir.data.records import Record
+from ladir.errors import UnusableError
 from ladir.tasks.verdict import Verdict
 from ladir.tasks.worker import Worker
 
@@ -113,7 +114,12 @@ class MathsTask:
         self._compare, self._form = compare, form
 
     def check(self, record: Record) -> None:
-        """Every record has an answer to compare with."""
+        """Raise UnusableError where the record has no answer to compare with."""
+        if not record.answer:
+            raise UnusableError(
+                f'{record.source}: it has no final answer to compare with; give it a field "answer", or mark it in the text '
+                "(data.answer_prefixes, \\boxed)"
+            )
 
     def verdict(self, answer: str, record: Record) -> Verdict:
         """Whether the answer equals the record's; one that takes too long to judge is undecided."""

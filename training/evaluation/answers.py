@@ -21,8 +21,8 @@ from training.runtime.run import Run, evaluation_label
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
-#: settings in them that do not: which answers are shown, and how, and how many are judged at a time
-ABOUT_ROWS = ("evaluate.methods", "evaluate.voters", "evaluate.examples", "evaluate.name", "evaluate.judges")
+#: settings in them that do not: which answers are shown, and how, how many are judged at a time, what else is counted
+ABOUT_ROWS = tuple(f"evaluate.{name}" for name in ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold"))
 
 
 @dataclass(frozen=True)

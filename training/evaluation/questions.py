@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ladir.config import Config
-from ladir.data.records import Record
+from ladir.data.questions import QuestionSet, read_questions
+from ladir.data.records import BadRecord, Record
+from ladir.errors import UnusableError
+from ladir.tasks import Task
 from ladir.tokens import load_tokenizer
-from training.phases.base import read_encoded
+from training.evaluation.gold import GoldCheck, check_gold
+from training.evaluation.readiness import question_file
+from training.runtime.run import Run
 
 
-def read_questions_asked(config: Config) -> list[Record]:
-    """The records of the split, as many as are asked."""
-    path = config.data.test if config.evaluate.split == "test" else config.data.validation
-    if path is None:
-        raise FileNotFoundError(f"data.{config.evaluate.split} is not set: name the records to evaluate on")
-    encoded = read_encoded(config, path, load_tokenizer(config.backbone))[: config.evaluate.num_questions]
-    return [entry.record for entry in encoded]
+@dataclass(frozen=True)
+class Asked:
+    """The questions of an evaluation, and what became of the others."""
+
+    records: list[Record]
+    left_out: list[BadRecord]
+    """Lines that are not asked, as far as the last question that is."""
+    gold: GoldCheck
+
+
+def choose_questions(run: Run, task: Task) -> Asked:
+    """Those of the split that ``task`` can judge, as many as are asked; what is wrong with the others is told or raised."""
+    found = read_split(run.config, task)
+    gold = check_gold(run, task, found.asked)
+    skipped = gold.refused.keys() if run.config.evaluate.on_bad_gold == "skip" else ()
+    records = [record for place, record in enumerate(found.asked) if place not in skipped]
+    if not records:
+        raise UnusableError(f"{question_file(run.config)}: no question is left whose own answer is right; nothing can be asked")
+    return Asked(records, found.left_out, gold)
+
+
+def read_split(config: Config, task: Task) -> QuestionSet:
+    """The questions in the file of the split, and the lines of it that are none."""
+    path = question_file(config)
+    assert path is not None  # else the run was not ready
+    tokenizer = load_tokenizer(config.backbone)
+    return read_questions(path, config.data, tokenizer, task.check, config.evaluate.num_questions)

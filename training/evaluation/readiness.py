@@ -1,31 +1,39 @@
-"""What an evaluation needs is there: looked for before anything is read or loaded."""
+"""What an evaluation needs is there: looked for before anything is read or loaded, and all that is missing told at once."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from ladir.config import Config
+from training.evaluation.answerers import stage_folder
 from training.evaluation.rows import PHASES, model_of, sampling_of
-from training.runtime.run import Run
+from training.runtime.run import Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
-
-def check_snapshot(run: Run) -> None:
-    """FileNotFoundError where a model of the asked training step, or what its training said of it, is missing."""
-    step, folder = run.config.evaluate.snapshot, run.folder
-    models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in run.config.evaluate.methods if step is not None)
-    for phase in [PHASES[model][-1] for model in models if model != "rollout"]:
-        name = folder.snapshot(phase, step)
-        if missing := [str(path) for path in (folder.model(name), folder.outcome_file(name)) if not path.exists()]:
-            found = [path.name.removeprefix(f"{phase}-") for path in folder.model(phase).parent.glob(f"{phase}-*")]
-            kept = sorted(int(number) for number in found if number.isdecimal() and folder.outcome(f"{phase}-{number}"))
-            raise FileNotFoundError(
-                f"there is no snapshot of step {step}: {' and '.join(missing)} missing; kept are the steps {kept or 'none'}; set "
-                f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
-            )
+_ENDINGS = (".jsonl", ".gz", ".parquet")
 
 
-def is_trained(run: Run, method: str) -> bool:
+def ready_methods(run: Run) -> list[str]:
+    """The rows of the table that can be filled: all, or all but the second stage's where it was not trained.
+
+    Raises FileNotFoundError with a line for everything else that is missing: models, their snapshots, the file of questions.
+    """
+    methods = [method for method in run.config.evaluate.methods if _is_trained(run, method)]
+    problems = [*_missing_file(run.config), *_missing_models(run, methods)] if run.world.is_main else None
+    if problems := run.world.broadcast(problems):
+        raise FileNotFoundError("\n".join(problems))
+    return methods
+
+
+def question_file(config: Config) -> str | None:
+    """The file, or Hub data set, of the split that is asked."""
+    return config.data.test if config.evaluate.split == "test" else config.data.validation
+
+
+def _is_trained(run: Run, method: str) -> bool:
     """False for the one method that is part of the default table and of which a run may have no model."""
     rollout = run.folder.model(run.folder.snapshot("rollout", run.config.evaluate.snapshot))
     trained = model_of(sampling_of(method)[0]) != "rollout" or rollout.is_dir()
@@ -33,3 +41,45 @@ def is_trained(run: Run, method: str) -> bool:
         logger.info("%s: left out, %s was not trained", method, rollout)
         return False
     return True
+
+
+def _missing_file(config: Config) -> Iterator[str]:
+    name, path = f"data.{config.evaluate.split}", question_file(config)
+    if path is None:
+        yield f"{name} is not set: name the records to evaluate on"
+    elif path.endswith(_ENDINGS) and not Path(path).is_file():
+        yield f"{name}={path}: no such file (looked in {Path.cwd()}); correct the path"
+
+
+def _missing_models(run: Run, methods: Sequence[str]) -> Iterator[str]:
+    folder, step = run.folder, run.config.evaluate.snapshot
+    rows: dict[str, list[str]] = {}
+    for method in methods:
+        rows.setdefault(model_of(sampling_of(method)[0]), []).append(method)
+    if not methods:
+        yield "evaluate.methods: nothing is left to ask; run training/train_denoiser.py stage=rollout, or name other rows"
+    if "ar" in rows and step is None and not folder.model("ar").is_dir():
+        yield _lacking(rows["ar"], folder.model("ar"), "training/train_ar.py")
+    denoisers = [method for model in ("ladir", "rollout") for method in rows.get(model, [])]
+    if denoisers and not folder.export.is_dir():
+        yield _lacking(denoisers, folder.export, "training/export.py (behind the trainings)")
+    elif "ladir" in rows and step is None and (first := stage_folder(folder, False, None)) and not first.is_dir():
+        yield _lacking(rows["ladir"], first, "training/train_denoiser.py")
+    if step is not None:
+        yield from (line for model in rows if model != "rollout" for line in _missing_snapshot(folder, PHASES[model][-1], step))
+
+
+def _lacking(rows: Sequence[str], folder: Path, program: str) -> str:
+    return f"rows {', '.join(rows)}: {folder} is not there; run {program} or leave them out (evaluate.methods)"
+
+
+def _missing_snapshot(folder: RunFolder, phase: str, step: int) -> Iterator[str]:
+    """Where a model of the asked training step, or what its training said of it, is missing."""
+    name = folder.snapshot(phase, step)
+    if missing := [str(path) for path in (folder.model(name), folder.outcome_file(name)) if not path.exists()]:
+        found = [path.name.removeprefix(f"{phase}-") for path in folder.model(phase).parent.glob(f"{phase}-*")]
+        kept = sorted(int(number) for number in found if number.isdecimal() and folder.outcome(f"{phase}-{number}"))
+        yield (
+            f"there is no snapshot of step {step}: {' and '.join(missing)} missing; kept are the steps {kept or 'none'}; set "
+            f"{phase}.train.snapshot_every in training, or ask for the other model's evaluate.methods only"
+        )

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -14,10 +15,14 @@ from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import MethodResult, QuestionResult, read_results, write_questions, write_results
 from ladir.evaluation.voting import elections
 from training.evaluation.answers import Answered
+from training.evaluation.gold import GoldCheck
+from training.evaluation.questions import Asked
 from training.evaluation.rows import PHASES, model_of, sampling_of
 from training.runtime.run import Run, RunFolder, evaluation_label
 
 logger = logging.getLogger(__name__)
+
+_LISTED = 20  # questions that are not asked, or whose own answer is refused, in results.json
 
 
 def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None) -> float:
@@ -27,8 +32,8 @@ def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None
     return sum(outcome.seconds for outcome in outcomes if outcome is not None)
 
 
-def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answered]]) -> MethodResult:
-    """A row of the table: a method's samples, or those elected among them at the voters' cost."""
+def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answered]], unasked: int = 0) -> MethodResult:
+    """A row of the table: a method's samples, or those elected among them at the voters' cost; ``unasked`` questions count."""
     sampling, rule = sampling_of(method)
     entries = list(answers[sampling].values())
     questions, samples, share = [entry.result for entry in entries], None, 1.0
@@ -41,7 +46,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
         spent[entry.rank] = spent.get(entry.rank, 0.0) + entry.elapsed
     return MethodResult(
         method,
-        summarise(questions, samples=samples),
+        summarise(questions, samples=samples, unasked=unasked),
         seconds_per_question=share * sum(cost.seconds for cost in costs) / len(entries),
         training_seconds=training_seconds(run.folder, method, run.config.evaluate.snapshot),
         wall_seconds=max(spent.values()),
@@ -50,7 +55,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
     )
 
 
-def report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping[int, Answered]]) -> None:
+def report(run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, Answered]], asked: Asked) -> None:
     """Write the results and show them (rank 0)."""
     settings, suffix = run.config.evaluate, evaluation_label(run.config.evaluate)
     results = run.folder.path / f"results{suffix}.json"
@@ -59,21 +64,31 @@ def report(run: Run, rows: Sequence[MethodResult], answers: Mapping[str, Mapping
         tell_of_limits(sampling, questions, settings.ar_max_tokens, run.config.sample.max_blocks)
         tell_of_undecided(sampling, questions)
     write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
+    counted = settings.left_out == "count"
     write_results(
         results,
-        rows,
+        [result_row(run, method, answers, len(asked.left_out) if counted else 0) for method in methods],
         task=settings.task,
-        num_questions=len(next(iter(judged.values()))),
+        num_questions=len(asked.records),
         num_trajectories=settings.num_trajectories,
         seed=run.config.run.seed,
         split=settings.split,
         snapshot=settings.snapshot,
         sample=asdict(run.config.sample),
+        ar={name: getattr(settings, f"ar_{name}") for name in ("temperature", "top_p", "max_tokens")},
+        left_out={"number": len(asked.left_out), "counted": counted, "reasons": list(map(str, asked.left_out[:_LISTED]))},
+        gold=gold_facts(asked.gold, settings.on_bad_gold),
     )
     console = Console()
     console.print(results_table(read_results(results)))
     shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
     console.print(examples(judged[shown], settings.examples))
+
+
+def gold_facts(check: GoldCheck, handling: str) -> dict[str, Any]:
+    """What the checker said of the records' own answers, as ``results.json`` has it."""
+    reasons = list(check.refused.values())[:_LISTED]
+    return {"judged": check.records, "refused": len(check.refused), "on_bad_gold": handling, "reasons": reasons}
 
 
 def tell_of_undecided(sampling: str, questions: Sequence[QuestionResult]) -> None:

@@ -90,6 +90,8 @@ class RunFolder:
         self.sources = self.latents / "sources.json"
         self.export = self.path / "export"
         self.interrupted = self.path / INTERRUPTED
+        #: says which records' own answers their checker accepted
+        self.gold = self.path / "gold.json"
 
     def lock(self, lane: str = "") -> Path:
         """Who holds this file locked works in the folder; ``lane``: beside others."""

@@ -1,0 +1,151 @@
+"""Questions of an evaluation: every line with a question and something to judge by is asked, whatever its reasoning is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladir.config import DataSettings
+from ladir.data.questions import QuestionSet, read_questions
+from ladir.data.records import BadRecords, Record, read_records
+from ladir.errors import UnusableError
+from ladir.tasks import get_task
+from ladir.tokens import build_word_tokenizer
+
+TOKENIZER = build_word_tokenizer(["q", "\n"])
+TESTS = "def check(candidate):\n    assert candidate(1) == 2\n"
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, **settings: Any) -> QuestionSet:
+    return read_questions(write(path, *rows), DataSettings(**settings), TOKENIZER, get_task(task).check, most)
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"input": "q", "output": "One. #### 7"}, "7"),
+        ({"input": "q", "output": "#### 7"}, "7"),
+        ({"input": "q", "output": "word " * 2000 + "#### 7"}, "7"),
+        ({"input": "q", "output": "One. Two.", "answer": "7"}, "7"),
+        ({"input": "q", "answer": "7"}, "7"),
+        ({"input": "q", "answer": 7}, "7"),
+        ({"input": "q", "answer": 0.5, "output": None}, "0.5"),
+        ({"input": "q", "output": "So it is $\\boxed{7}$."}, "7"),
+        ({"input": "q", "output": "No mark. None at all.", "final_answer": ["7"]}, "7"),
+        ({"question": "q", "answer": "One. Two.\n#### 7"}, "7"),
+        ({"question": "q", "answer": "#### 7"}, "7"),
+        ({"question": "q", "answer": "7"}, "7"),
+        ({"question": "q", "answer": "x = 3.5 or x = 7"}, "x = 3.5 or x = 7"),
+        ({"question": "q", "answer": "One. Two. It is $\\boxed{7}$."}, "7"),
+        ({"question": "q", "solution": ["One.", "Two."], "final_answer": ["$7$", "8"], "answer_type": "Numerical"}, "$7$, 8"),
+        ({"Question": "q", "Answer": "True", "Answer_type": "bool"}, "True"),
+        ({"Question": "q", "Answer": [1, 2], "Picture": None}, "1, 2"),
+        ({"problem": "q", "solution": "One. It is $\\boxed{7}$.", "level": "Level 5"}, "7"),
+        ({"problem": "q", "solution": "", "answer": "7"}, "7"),
+        ({"problem": "q", "answer": "7", "subject": "Algebra"}, "7"),
+        ({"problem": "q", "solution": None, "answer": 7}, "7"),
+    ],
+)
+def test_a_question_with_an_answer_is_asked_in_every_form(row: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "a.jsonl", row).asked
+    assert (record.question, record.answer, record.blocks, record.source) == ("q", answer, (), f"{tmp_path}/a.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "q", "tests": "assert True"},
+        {"input": "q", "tests": "assert True", "output": "A chain without a program."},
+        {"prompt": "q", "test": TESTS, "entry_point": "f"},
+        {"prompt": "q", "test": TESTS, "entry_point": "f", "canonical_solution": "    return 1\n" * 1000},
+        {"text": "q", "test_list": ["assert True"]},
+        {"prompt": "q", "test_list": ["assert True"], "code": "", "test_imports": []},
+    ],
+)
+def test_a_program_is_asked_for_where_there_are_tests(row: dict[str, Any], tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "a.jsonl", row, task="code").asked
+    assert record.question.startswith("q") and (record.answer != "") == (row.get("canonical_solution") is not None)
+    assert "assert" in record.reference["tests"]
+
+
+def test_other_trainings_names_leave_a_set_readable(tmp_path: Path) -> None:
+    """The settings of a training set whose names the test set does not have, and one that calls its chain an answer."""
+    names = {
+        "input_field": "query",
+        "output_field": "response",
+        "answer_field": "final_answer",
+        "answer_prefixes": ["The answer is"],
+    }
+    rows = ({"question": "q", "answer": "7"}, {"query": "q", "answer": "7"}, {"query": "q", "response": "The answer is: 7"})
+    assert [record.answer for record in read(tmp_path / "a.jsonl", *rows, **names).asked] == ["7", "7", "7"]
+    chain = read(tmp_path / "b.jsonl", {"question": "q", "answer": "7"}, input_field="question", output_field="answer").asked
+    assert [record.answer for record in chain] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{", "invalid JSON"),
+        ("[]", "a JSON array, not an object"),
+        ({"output": "One. #### 7"}, "no field 'input'"),
+        ({"input": " ", "answer": "7"}, "field 'input' is empty"),
+        ({"input": "q", "output": "No mark. None at all."}, "it has no final answer to compare with; give it"),
+        ({"question": "q", "answer": "Two sentences. None of them boxed."}, "it has no final answer to compare with; give it"),
+        ({"question": "q"}, "it has no final answer to compare with; give it"),
+        ({"problem": 3, "answer": "7"}, "field 'question' is of type number"),
+        ({"input": "q " * 9, "answer": "7"}, "its question has 9 tokens, more than data.max_question_tokens=8; shorten it"),
+        ({"text": "q", "test_list": 3}, "field 'test_list' is neither"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_or_left_out_and_counted(
+    row: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, limit = ({"input": "q", "answer": "1"}, row, {"input": "q", "answer": "2"}), {"max_question_tokens": 8}
+    with pytest.raises(BadRecords, match=rf"1 of 3 records cannot be used:\n  .*a\.jsonl:2: {reason}"):
+        read(tmp_path / "a.jsonl", *rows, **limit)
+    with caplog.at_level(logging.WARNING):
+        found = read(tmp_path / "a.jsonl", *rows, on_bad_record="skip", **limit)
+    assert [record.answer for record in found.asked] == ["1", "2"]
+    assert len(found.left_out) == 1 and f"a.jsonl:2: {reason}" in caplog.text
+    first = read(tmp_path / "a.jsonl", *rows, most=1, on_bad_record="skip", **limit)
+    assert ([record.answer for record in first.asked], first.left_out) == (["1"], [])
+
+
+def test_a_file_of_another_task_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UnusableError, match=r"^\S*a\.jsonl:1: not a record of the task code[^\n]*$"):
+        read(tmp_path / "a.jsonl", {"input": "q", "answer": "7"}, {"input": "q", "answer": "8"}, task="code")
+    with pytest.raises(UnusableError, match="no records in it"):
+        read(tmp_path / "b.jsonl")
+
+
+WORDS = st.text("ab1 .#\n", max_size=12)
+FIELDS = st.sampled_from(["input", "output", "answer", "question", "problem", "solution", "final_answer", "prompt", "test_list"])
+
+
+@given(st.lists(st.dictionaries(FIELDS, st.one_of(WORDS, st.none(), st.integers(), st.lists(WORDS, max_size=2))), max_size=4))
+def test_no_line_is_lost_and_what_is_trained_on_is_asked_with_the_same_answer(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
+    path, settings = write(tmp_path_factory.getbasetemp() / "any.jsonl", {"input": "q", "answer": "1"}, *rows), DataSettings()
+    settings.on_bad_record = "skip"
+    found = read_questions(path, settings, TOKENIZER)
+    assert len(found.asked) + len(found.left_out) == 1 + len(rows)
+    asked = {record.source: record for record in found.asked}
+
+    def bare(record: Record) -> tuple[Any, ...]:
+        return record.question, record.answer, record.reference
+
+    for record in read_records(path, settings).records:
+        if record.question.split():
+            assert bare(asked[record.source]) == bare(record)

@@ -1,0 +1,113 @@
+"""Every record's own answer is judged before anything is asked: a checker that refuses it would refuse right answers, too."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import ladir.tasks
+from ladir.config import EvaluateSettings
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.tasks import Task
+from training.evaluation.judging import judges_of
+from training.runtime.files import read_json, write_json
+from training.runtime.run import Run
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 20  # refused ones that are named in a message
+_SHOWN = 60  # characters of a question by which it is recognised
+#: a set of programs may take so long, while the other ranks wait
+_MINUTES = 24 * 60
+
+
+@dataclass(frozen=True)
+class GoldCheck:
+    """What the task's checker said of the records' own answers."""
+
+    records: int
+    """Records that have one."""
+    refused: Mapping[int, str]
+    """By the record's index: where it is, how its question begins, and why its answer is refused."""
+    seconds: float
+    """That judging took, without those known from before."""
+
+    def listed(self) -> str:
+        """The first refused ones, one a line, and how many more there are."""
+        lines = [f"  {text}" for text in list(self.refused.values())[:_LISTED]]
+        return "\n".join([*lines, *([f"  ... and {len(self.refused) - _LISTED} more"] if len(self.refused) > _LISTED else [])])
+
+
+def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck:
+    """Judge the own answers of all records (rank 0, in as many judges as the node's ranks have together).
+
+    Those accepted before are not judged again: they are kept in the run folder, by content and checker.  Raises UnusableError
+    where some are refused and ``evaluate.on_bad_gold=error``; else they are told.
+    """
+    judges = judges_of(run.config, ranks := run.world.largest([run.world.local_rank])[0] + 1) * ranks
+    run.world.wait_at_most(_MINUTES)
+    found = _judged(run.folder.gold, run.config.evaluate, task, records, judges) if run.world.is_main else None
+    check: GoldCheck = run.world.broadcast(found)
+    if check.refused:
+        counted = f"{len(check.refused)} of {check.records} records have an own answer that evaluate.task={task.name} refuses"
+        if run.config.evaluate.on_bad_gold == "error":
+            raise UnusableError(
+                f"{counted}: right answers might be refused as well\n{check.listed()}\nCorrect them, or set "
+                "evaluate.on_bad_gold=skip to leave them out or =ignore to ask them all the same (counted and listed)"
+            )
+        done = "left out" if run.config.evaluate.on_bad_gold == "skip" else "asked all the same"
+        logger.warning("%s; they are %s (evaluate.on_bad_gold):\n%s", counted, done, check.listed())
+    return check
+
+
+def _judged(file: Path, settings: EvaluateSettings, task: Task, records: Sequence[Record], judges: int) -> GoldCheck:
+    start, checker = time.perf_counter(), _checker(settings)
+    known = set(read_json(file).get(checker, []))
+    asked = {place: _digest(record) for place, record in enumerate(records) if record.answer}
+    new = [place for place, digest in asked.items() if digest not in known]
+    with ThreadPoolExecutor(judges) as judging:
+        verdicts = dict(zip(new, judging.map(lambda place: _reason(task, records[place]), new), strict=True))
+    refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
+    accepted = known | {digest for place, digest in asked.items() if place not in refused}
+    if accepted != known:
+        write_json(file, {checker: sorted(accepted)})
+    seconds = time.perf_counter() - start
+    logger.info("own answers of %d records: %d judged in %.1f s, %d refused", len(asked), len(new), seconds, len(refused))
+    return GoldCheck(len(asked), refused, seconds)
+
+
+def _reason(task: Task, record: Record) -> str | None:
+    """Why the record's own answer is refused; None where it is not."""
+    verdict = task.verdict(record.answer, record)
+    return None if verdict.right else f"{verdict.reason or 'judged wrong'} ({_start(record.answer)!r})"
+
+
+def _named(record: Record, reason: str) -> str:
+    return f"{record.source} ({_start(record.question)!r}): {reason}"
+
+
+def _start(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN else f"{words[: _SHOWN - 3]}..."
+
+
+def _checker(settings: EvaluateSettings) -> str:
+    """What a verdict depends on beside the record: the task, its limits and its program."""
+    limits = [settings.task, settings.check_seconds, settings.check_memory_mb, settings.isolation]
+    digest = hashlib.sha256(json.dumps(limits).encode())
+    for file in sorted(Path(ladir.tasks.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return f"{settings.task}-{digest.hexdigest()[:16]}"
+
+
+def _digest(record: Record) -> str:
+    facts = {name: value for name, value in dataclasses.asdict(record).items() if name != "source"}
+    return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:16]
