@@ -147,7 +147,8 @@ def test_judge_asks_the_task() -> None:
     assert right.chain_correct
     assert right.canonical == task.canonical("3 + ( 7 + 12 )")
     wrong = judge(task, record, "( 12 + 3 ) + 3 + 4", ["12 + 7 = 19", "19 + 3 = 23"], stopped=False)
-    assert not wrong.correct
+    assert not wrong.correct and wrong.reason and not right.reason
+    assert judge(task, record, " ").reason == "no answer"
     assert not wrong.chain_correct
     assert not wrong.stopped
 

@@ -29,7 +29,7 @@ class Trajectory:
     consistent: bool | None = None
     """Whether the thoughts lead to this answer, right or wrong; None where the task cannot tell."""
     reason: str = ""
-    """Why the answer is not right, where the checker says."""
+    """Why the answer is not right; empty where it is."""
     undecided: bool = False
     """Whether the checker came to no end or could not read the answer (``correct`` is false)."""
 
@@ -95,7 +95,7 @@ def judge(task: Task, record: Record, answer: str, thoughts: Sequence[str] = (),
         chain_correct=task.chain_correct(thoughts, record),
         stopped=stopped,
         consistent=task.agrees(thoughts, answer),
-        reason=verdict.reason,
+        reason=verdict.reason or ("" if verdict.right else "judged wrong" if answer.strip() else "no answer"),
         undecided=verdict.undecided,
     )
 

@@ -64,7 +64,8 @@ def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck:
                 "evaluate.on_bad_gold=skip to leave them out or =ignore to ask them all the same (counted and listed)"
             )
         done = "left out" if run.config.evaluate.on_bad_gold == "skip" else "asked all the same"
-        logger.warning("%s; they are %s (evaluate.on_bad_gold):\n%s", counted, done, check.listed())
+        if run.world.is_main:
+            logger.warning("%s; they are %s (evaluate.on_bad_gold):\n%s", counted, done, check.listed())
     return check
 
 
