@@ -147,6 +147,7 @@ PROGRAM = "def f(x):\n    return x + 1\n\nclass A:\n    pass"
         (f"a\n#### {PROGRAM}\nWrite a function g of two numbers.\n#### def g():\n    return 2", PROGRAM),
         (f"a\n#### {PROGRAM}\n# The answer is f.", f"{PROGRAM}\n# The answer is f."),
         (f"a\n#### ```python\n{PROGRAM}\n```\nIt adds one.\n#### 3", f"```python\n{PROGRAM}\n```"),
+        ("a\n####     for x in y:\n        s += x\n    return s\n\nJohn has 3.", "for x in y:\n        s += x\n    return s"),
         ("a\n#### def f(:\n    return\nprint(", "def f(:\n    return\nprint("),
     ],
 )

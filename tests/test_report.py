@@ -83,6 +83,7 @@ def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
         methods = [MethodResult(method, summary, 0.01 * (steps + diversity), 60.0 * minutes) for method in names]
         sample = {"num_steps": steps, "diversity_scale": diversity, "guidance_scale": guidance}
         facts = {"num_questions": 3, "num_trajectories": 5, "seed": 3, "snapshot": snapshot, "sample": sample}
+        facts |= {"left_out": {"number": 2, "counted": True}, "ar": {"temperature": 0.7, "top_p": 0.9}}
         write_results(folder / name, methods, task=HOSTILE[0], **facts)
     if export:
         tiny_reasoner().save_pretrained(folder / "export")
@@ -127,6 +128,8 @@ def test_every_table_is_there_as_markdown_too(report: Path) -> None:
     text = (report.parent / "tables.md").read_text(encoding="utf-8")
     tables = re.findall(r"^(.+), (results.*\.json):\n\n((?:\|.*\|\n)+)", text, re.M)
     runs = ("one", "two <b>")
+    assert text.count("2 of 5 questions were not asked (see data.on_bad_record); they count as not solved") == len(tables)
+    assert "ar temperature 0.7, ar top p 0.9" in report.read_text(encoding="utf-8")
     assert sorted((run, file) for run, file, _ in tables) == sorted((run, name) for run in runs for name, *_ in EVALUATIONS)
     for *_, table in tables:
         head, rule, *rows = table.splitlines()

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ladir.errors import UnusableError
+from ladir.evaluation.report import remarks
 from ladir.evaluation.results import QuestionResult
 from ladir.report.charts import chart_sections
 from ladir.report.figures import denoising_figure, png
 from ladir.report.page import TracedQuestion, page
-from ladir.report.runs import RunData, read_runs
+from ladir.report.runs import Results, RunData, read_runs
 from ladir.report.tables import markdown_table
 from ladir.report.text import printable
 
@@ -43,8 +44,7 @@ def run(argv: Sequence[str]) -> int:
     images = {picture.name: png(picture.figure) for section in sections for picture in section.pictures}
     for name, data in images.items():
         (out / f"{_file_name(name)}.png").write_bytes(data)
-    found = (results for run in runs for results in run.results)
-    tables = [f"{printable(f'{results.run}, {results.file}')}:\n\n{markdown_table(results.rows)}\n" for results in found]
+    tables = [_table(results) for run in runs for results in run.results]
     (out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     traced, notes = [], []
     for run_data in runs:
@@ -56,6 +56,16 @@ def run(argv: Sequence[str]) -> int:
     beside = f"{len(images)} pictures as PNG, {len(tables)} tables as Markdown (tables.md)"
     sys.stdout.write(f"{target}: {target.stat().st_size / 2**20:.1f} MiB; beside it {beside}\n")
     return 0
+
+
+def _table(results: Results) -> str:
+    """Results as Markdown: the table, and what it does not say by itself."""
+    lines = [
+        f"{printable(f'{results.run}, {results.file}')}:",
+        markdown_table(results.rows),
+        *map(printable, remarks(results.content)),
+    ]
+    return "".join(f"{line}\n\n" for line in lines).removesuffix("\n")
 
 
 def _traced(run: RunData, count: int, trajectories: int, device: str | None, out: Path) -> tuple[list[TracedQuestion], str]:

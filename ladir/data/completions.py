@@ -34,7 +34,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _VALUE = re.compile(r"[0-9\\^=√π∞]|^\W*[A-Za-z]\W*$")
 _FENCED = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n.*?(?:^[ \t]*\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
-_PROGRAM = re.compile(r"(?:def|class|import|from|async def)\s+\w|@\w|```")
+_PROGRAM = re.compile(r"(?:def|class|import|from|async def|return)\s+\w|@\w|```|(?:for|while|if|with) [^\n]*:[ \t]*\n")
 _CODE = re.compile(r"[=(\[]|\b(?:def|class|return|import|lambda|pass)\b")
 _PROSE = re.compile(
     r"^(?!(?:def|class|import|from|return|if|elif|else|for|while|with|try|except|finally|async|await|assert|raise|del|global|"

@@ -30,7 +30,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
-        caption="\n".join(["percent, ± standard error by question; chain: the thoughts alone are right", *_foot(results)]),
+        caption="\n".join(["percent, ± standard error by question; chain: the thoughts alone are right", *remarks(results)]),
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -43,15 +43,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _foot(results: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures do not say by themselves."""
+def remarks(results: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures of a ``results.json`` do not say by themselves: questions left out, answers not judged."""
     left_out, gold = results.get("left_out") or {}, results.get("gold") or {}
     if number := left_out.get("number"):
         share = f"{number} of {number + results['num_questions']} questions were not asked (see data.on_bad_record)"
-        yield f"{share}; {'they count as not solved' if left_out['counted'] else 'no figure counts them'}"
+        yield f"{share}; {'they count as not solved' if left_out.get('counted') else 'no figure counts them'}"
     if refused := gold.get("refused"):
-        done = "left out of all figures" if gold["on_bad_gold"] == "skip" else "asked all the same"
-        yield f"{refused} of {gold['judged']} own answers are refused by the task's checker: {done}"
+        done = "left out of all figures" if gold.get("on_bad_gold") == "skip" else "asked all the same"
+        yield f"{refused} of {gold.get('judged')} own answers are refused by the task's checker: {done}"
     if undecided := [f"{row['method']} {row['undecided']}" for row in results["rows"] if row.get("undecided")]:
         yield f"answers that could not be judged, counted as wrong: {', '.join(undecided)}"
 

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ladir.evaluation.report import remarks
 from ladir.evaluation.results import QuestionResult
 from ladir.report.charts import Section
 from ladir.report.runs import RunData
@@ -106,9 +107,11 @@ def _tables(runs: Sequence[RunData]) -> Iterator[str]:
             f"{content.get('num_trajectories')} trajectories each",
             f"seed {content.get('seed')}",
             *(f"{name.replace('_', ' ')} {value}" for name, value in results.sample.items() if name in _SHOWN_CONTROLS),
+            *(f"ar {name.replace('_', ' ')} {value}" for name, value in results.ar.items()),
         ]
         yield f'<p class="muted">{escaped(", ".join(facts))}; ± is the standard error by question.</p>'
         yield f'<div class="wide">{html_table(results.rows)}</div>'
+        yield from (f'<p class="muted">{escaped(remark)}</p>' for remark in remarks(content))
         if not first:
             yield "</details>"
 

@@ -23,7 +23,7 @@ Curves = dict[str, dict[str, tuple[list[float], list[float]]]]
 
 @dataclass(frozen=True)
 class Results:
-    """One ``results*.json`` of a run; ``sample``: the controls it was made with."""
+    """One ``results*.json`` of a run; ``sample``: LaDiR's controls it was made with."""
 
     run: str
     file: str
@@ -34,6 +34,12 @@ class Results:
     def rows(self) -> list[dict[str, Any]]:
         """One per method."""
         return list(self.content["rows"])
+
+    @property
+    def ar(self) -> Mapping[str, Any]:
+        """The baseline's controls, where it has a row."""
+        asked = any(str(row["method"]).startswith("ar") for row in self.rows)
+        return self.content.get("ar") or {} if asked else {}
 
 
 @dataclass(frozen=True)
