@@ -38,6 +38,23 @@ from ladir.data.blocks import group_sentences, split_answer, split_sentences, st
         ["We get \\(a. B\\) here.", "Next."],
         ["Use `a. B` here.", "Next."],
         ["これは五です。", "次は六です。"],
+        ["There are 6!/(2! * 3!) = 60 ways.", "So 5! = 120.", "Then (3!)! = 720.", "n! > 2^n for n > 3."],
+        ["She yelled 5!", "Then she left."],
+        ["a = 5.", "b = 6.", "x_1 = 3.", "f(x) = 2.", "x, y = 1, 2.", "cost > 5."],
+        ["So x is 5.", "y is 6."],
+        ["It is 5 ft.", "x = 6."],
+        ["We take e.g. x = 5 or approx. y = 6."],
+        ["यह पाँच है।", "अगला छह है।"],
+        ["هل هو خمسة؟", "نعم هو كذلك."],
+        ["یہ پانچ ہے۔", "اگلا چھ ہے۔"],
+        ["これは３．５です．", "次は六です．"],
+        ["「止まれ。」と彼は言った。", "次は六です。"],
+        ["We get $x = 5.$", "Then \\(y = 2.\\)", "Next."],
+        ["**1.** Add three.", "**2.** Take two."],
+        ["Step 1. Add three.", "Step 2. Take two."],
+        ["See www.a.com.", "Mail a.b@c.org.", "Use v1.2.3 or https://a.b/c?d=1.", "Is it so?!", "Yes."],
+        ["a) Add three.", "b) Take two."],
+        ["Mt. Everest is 5\u00a0km high.", "It is cold."],
     ],
     ids=lambda sentences: sentences[0][:24],
 )
@@ -144,10 +161,18 @@ def test_long_hostile_texts_do_not_hang(piece: str) -> None:
         ("no answer", "no answer", None),
         ("steps ####", "steps", ""),
         ("#### 7", "", "7"),
+        ("It is 3. THE ANSWER IS 3", "It is 3.", "3"),
+        ("It is 3. So, the answer is 3", "It is 3.", "3"),
+        ("##### 7", "##### 7", None),
+        ("The answer isn't 3.", "The answer isn't 3.", None),
     ],
 )
 def test_last_prefix_starts_the_answer(text: str, reasoning: str, answer: str | None) -> None:
     assert split_answer(text, ["####", "The answer is"]) == (reasoning, answer)
+
+
+def test_other_line_ends_end_sentences_too() -> None:
+    assert split_sentences("one\rtwo\u2028three\x0cfour") == ["one", "two", "three", "four"]
 
 
 def test_no_prefix_no_answer() -> None:
@@ -157,5 +182,6 @@ def test_no_prefix_no_answer() -> None:
 
 def test_calculator_annotations_are_removed_and_shifts_are_not() -> None:
     assert strip_calculator("48/2 = <<48/2=24>>24 clips, <<5=5>>5") == "48/2 = 24 clips, 5"
+    assert strip_calculator("so 6 = <<2*3=6>>. And $5 = $<<10/2=5>> each") == "so 6 = 6. And $5 = $5 each"
     assert strip_calculator("cout << x;\ncin >> y") == "cout << x;\ncin >> y"
     assert strip_calculator("a << 2; b >> 3") == "a << 2; b >> 3"

@@ -115,13 +115,77 @@ def test_gsm8k_needs_no_settings_and_its_own_names_come_first(tmp_path: Path) ->
     assert (named.question, named.answer) == ("Q", "2")
 
 
+CHAIN = "Five and two. That is 7.\nThe answer is: 7"
+TURNS = [("user", "human", "How many?"), ("assistant", "gpt", CHAIN)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "How many?", "response": "Five and two. That is 7.\n#### 7\nThe answer is: 7", "type": "GSM_Rephrased"},
+        {"prompt": "How many?", "completion": CHAIN},
+        {"instruction": "How many?", "output": CHAIN},
+        {"instruction": "How many?", "input": " ", "output": CHAIN},
+        {"messages": [{"role": role, "content": text} for role, _, text in TURNS]},
+        {"conversations": [{"from": role, "value": text} for _, role, text in TURNS]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_marked_chains_of_other_sets_are_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    (record,) = read(tmp_path / "a.jsonl", row).records
+    assert (record.question, record.blocks, record.answer) == ("How many?", ("Five and two.", "That is 7."), "7")
+    (record,) = read(tmp_path / "a.jsonl", {**row, "answer": 7}).records
+    assert (record.blocks, record.answer) == (("Five and two.", "That is 7."), "7")
+
+
+def test_an_instruction_is_part_of_the_question_unless_a_field_is_named(tmp_path: Path) -> None:
+    row = {"instruction": "Add them.", "input": "5 and 2", "output": CHAIN}
+    (record,) = read(tmp_path / "a.jsonl", row).records
+    assert record.question == "Add them.\n5 and 2"
+    (record,) = read(tmp_path / "a.jsonl", row, input_field="instruction").records
+    assert record.question == "Add them."
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"question": "q", "cot": "<<3*5=15>>", "answer": "15"}, ("question", "cot", "answer")),
+        ({"question": "q", "steps": ["<<3*5=15>>"], "answer": "15"}, ("question", "steps", "answer")),
+        ({"question": "q", "rationale": "Add.", "answer": 15}, ("question", "rationale", "answer")),
+        ({"Problem": "q", "Solution": "Add.", "Final_Answer": "15"}, ("Problem", "Solution", "Final_Answer")),
+        ({"question": "q", "label": "Add. #### 3", "id": 1}, ("question", "label", "...")),
+        ({"id": 1, "x": "q"}, ("...", "...", "...")),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_other_fields_are_refused_with_the_settings_that_name_them(
+    tmp_path: Path, row: dict[str, Any], fields: tuple[str, str, str]
+) -> None:
+    (bad,) = read(tmp_path / "a.jsonl", row).bad
+    assert all(repr(name) in str(bad) for name in row)
+    names = zip(("input_field", "output_field", "answer_field"), fields, strict=True)
+    assert " ".join(f"data.{setting}={name}" for setting, name in names) in bad.remedy
+
+
+def test_named_fields_hold_a_chain_of_annotations_or_a_list_of_steps(tmp_path: Path) -> None:
+    codi = {"question": "q", "cot": "<<3*5=15>> <<15+1=16>>", "answer": "16"}
+    names = {"input_field": "question", "output_field": "cot"}
+    (bad,) = read(tmp_path / "a.jsonl", codi, **names).bad
+    assert "data.strip_calculator=false" in bad.remedy
+    (record,) = read(tmp_path / "a.jsonl", codi, strip_calculator=False, **names).records
+    assert (record.blocks, record.answer) == (("<<3*5=15>> <<15+1=16>>",), "16")
+    coconut = {"question": "q", "cot": ["<<3*5=15>>", "Add one: <<15+1=16>>16."], "answer": "16"}
+    (record,) = read(tmp_path / "a.jsonl", coconut, **names).records
+    assert record.blocks == ("3*5=15", "Add one: 16.")
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({**MATH, "solution": "It is two thirds."}, "no final answer in it; .*boxed"),
         ({**MATH, "solution": "It is $\\boxed{\\frac{2}{3}$."}, "no final answer in it"),
         ({**MATH, "solution": None}, "'reasoning' is of type null"),
-        ({**MATH, "solution": ["x"], "answer": "1"}, "'reasoning' is of type array"),
+        ({**MATH, "solution": [["x"]], "answer": "1"}, "'reasoning' is of type array and holds array"),
         ({**MATH, "problem": 3}, "'question' is of type number"),
         ({**MATH, "solution": "$\\boxed{1}$", "answer": " "}, "'answer' is empty"),
         ({"question": "q", "answer": "It is 7."}, "no final answer in it; .*####"),
@@ -135,6 +199,16 @@ def test_gsm8k_needs_no_settings_and_its_own_names_come_first(tmp_path: Path) ->
         ({**COMPLETION, "canonical_solution": ""}, "'reasoning' is empty"),
         ({**COMPLETION, "prompt": None}, "'question' is of type null"),
         ({"prompt": "p", "code": "c"}, "no field 'input'"),
+        ({"messages": "x"}, "'messages' is no list of messages.*data.input_field"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "no single question with its reply .* of: user"),
+        ({"conversations": [{"from": r, "value": "x"} for r in ("system", "human", "gpt")]}, "of: system, human, gpt"),
+        (
+            {"messages": [{"role": "user", "content": ["q"]}, {"role": "assistant", "content": "r"}]},
+            "'question' is of type array",
+        ),
+        ({"query": "q", "response": "It is 7."}, "no final answer in it; .*'The answer is ANSWER'.*data.answer_field"),
+        ({"question": "q", "answer": "Six. #### 6\nQuestion: r\nSeven. #### 7"}, "two marked answers, '6' and '7'"),
+        ({"data": [{"input": "q", "output": "One. #### 1"}]}, "its list 'data' one per line"),
     ],
 )
 def test_rows_that_lack_something_are_refused(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from ladir.config import DataSettings
 from ladir.data.encode import encode_records, encode_sentence_set
-from ladir.data.records import BadRecords, read_records, read_sentences
+from ladir.data.records import BadRecords, Record, list_bad_records, read_records, read_sentences
+from ladir.errors import UnusableError
 from ladir.tokens import build_word_tokenizer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
@@ -96,7 +97,7 @@ def test_sentences_per_block(tmp_path: Path, per_block: int, blocks: int) -> Non
 
 BAD_LINES = {
     b'{"input": "q", "output": "r': "invalid JSON: .* at column 26",
-    b"{'input': 'q'}": "invalid JSON",
+    b"{'input': 'q'}": "invalid JSON.*a Python dict: write it with json.dumps",
     b"": None,
     b"[]": "a JSON array, not an object",
     b"null": "a JSON null, not an object",
@@ -106,14 +107,28 @@ BAD_LINES = {
     b'{"input": " ", "output": "a. #### 3"}': "field 'input' is empty",
     b'{"input": "q", "output": ""}': "field 'output' is empty",
     b'{"input": 5, "output": "a. #### 3"}': "field 'input' is of type number, not a string",
-    b'{"input": "q", "output": ["a"]}': "field 'output' is of type array",
-    b'{"input": "q", "output": null}': "field 'output' is of type null",
-    b'{"input": "q", "output": "a.", "answer": 3}': "field 'answer' is of type number",
+    b'{"input": "q", "output": ["a"]}': "no final answer in it",
+    b'{"input": "q", "output": null}': "field 'output' is of type null, not a string; write the text, or leave the record out",
+    b'{"input": "q", "output": "a.", "answer": true}': "field 'answer' is of type boolean.*the word",
+    b'{"input": "q", "output": "a.", "answer": NaN}': "field 'answer' is nan, a missing value",
+    b'{"input": "q", "output": "a. #### 3", "input": "r"}': "field 'input' stands in it twice",
+    b'{"input": "q", "output": "a. #### 3", "more": [{"x": 1, "x": 2}]}': "field 'x' stands in it twice",
+    b'{"input": "q", "output": "a. #### 3"},': "invalid JSON: Extra data .*remove the comma at its end",
+    b'{"input": "q", "output": "a. #### 3",}': "invalid JSON: .*remove the comma before the closing bracket",
+    b'{"input": "q", "output": "a. #### 3"} {"input": "q"}': "invalid JSON: .*a line of its own",
+    b'{"input": "q", "output": ["a", 3]}': "field 'output' is of type array and holds number; write its steps as texts",
+    b'{"input": "q", "output": []}': "field 'output' is of type array and holds nothing",
+    b'{"input": ["q"], "output": "a. #### 3"}': "field 'input' is of type array, not a string; write one text",
+    b'{"input": "q", "output": {"a": 1}}': "field 'output' is of type object",
+    b'{"input": "q", "output": "a. The answer is 5. But wait, it is 6."}': "behind its answer it goes on: 'But wait, it is 6.'",
+    b'{"input": "q", "output": "a. #### 5\\nQuestion: What now?"}': "behind its answer it goes on: 'Question: What now[?]'",
+    b'{"input": "q", "output": "Six. #### 6\\nQuestion: Now?\\nSeven. #### 7"}': "two marked answers, '6' and '7'",
+    b'{"input": "q", "output": "a. The answer is red. But the answer is blue."}': "two marked answers, 'red' and 'blue'",
     b'{"input": "q", "output": "a.", "answer": " "}': "field 'answer' is empty",
     b'{"input": "q", "output": "a."}': "no final answer in it; .* '####' or 'The answer is'",
     b'{"input": "q", "output": "a. ####"}': "its final answer is empty",
     b'{"input": "q", "output": "#### 3"}': "no reasoning, only an answer",
-    b'{"input": "q", "output": "<<1+2=3>>\\n#### 3"}': "no reasoning, only an answer",
+    b'{"input": "q", "output": "<<1+2=3>>\\n#### 3"}': "no reasoning beside calculator annotations.*data.strip_calculator=false",
     b'{"input": "\xff", "output": "a. #### 3"}': "not UTF-8 .byte 0xff at position 11",
     b'{"input": "\\ud800", "output": "a. #### 3"}': "field 'input' holds half a surrogate pair",
     b'{"input": "q", "output": ' + b"[" * 100_000: "unreadable JSON",
@@ -133,6 +148,13 @@ def test_each_fault_is_reported_with_its_line_and_none_is_lost(tmp_path: Path) -
             if reason is not None:
                 with pytest.raises(ValueError, match=reason):
                     raise ValueError(str(faults[f"{path}:{2 * number}"]))
+
+
+def is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
+    except ValueError:
+        return False
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -159,7 +181,11 @@ def test_hostile_bytes(tmp_path: Path, lines: list[bytes], suffix: str) -> None:
         with pytest.raises(ValueError, match="no records in it"):
             read_records(path, DataSettings())
         return
-    result = read_records(path, DataSettings())
+    try:
+        result = read_records(path, DataSettings())
+    except UnusableError as error:  # as a whole, and only where the first line is no object
+        assert str(error).startswith(path) and not is_object(lines[filled[0] - 1])
+        return
     sources = [r.source for r in result.records] + [b.source for b in result.bad]
     assert sorted(sources) == sorted(f"{path}:{n}" for n in filled)
     assert result.total == len(filled)
@@ -183,7 +209,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         "empty.jsonl": "no records in it",
         "table.csv": "unknown kind of file",
         "torn.jsonl.gz": r"torn.jsonl.gz:\d+: the compressed data are damaged",
-        "plain.jsonl.gz": "the compressed data are damaged",
+        "plain.jsonl.gz": "is not gzip data, although its name ends so; name it plain.jsonl",
         "text.parquet": "not a readable Parquet file",
     }
     (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
@@ -197,10 +223,148 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
             read_records(str(tmp_path / name), DataSettings())
 
 
+def packed(data: bytes) -> bytes:
+    return gzip.compress(data)
+
+
+LINE = json.dumps(GOOD).encode()
+OTHER_KINDS = {
+    "a.jsonl": (packed(LINE), "is gzip data; name it .jsonl.gz"),
+    "b.jsonl.gz": (packed(packed(LINE)), "holds gzip data"),
+    "c.jsonl": (b"PK\x03\x04....", "a zip archive; unpack it"),
+    "d.jsonl": (b"PAR1....", "a Parquet table; name it .parquet"),
+    "e.parquet": (LINE, "it is JSON; name it .jsonl"),
+    "f.jsonl": (LINE.decode().encode("utf-16"), "text in UTF-16; convert it: iconv"),
+    "g.jsonl.gz": (packed(LINE.decode().encode("utf-16-le")), "holds text in UTF-16"),
+    "h.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "i.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page"),
+    "j.json": (b"[\n" + LINE + b",\n" + LINE + b",\n]", r"j.json:3: a JSON array ends in a comma"),
+    "k.jsonl": (json.dumps([GOOD, GOOD], indent=1).encode()[:-20], r"k.jsonl:9: invalid JSON: Unterminated string"),
+    "l.json": (b"[\n" + LINE + b"\n" + LINE + b"\n]", "l.json:3: in a JSON array a comma or ] is missing"),
+    "m.json": (b"[1, 2]", "something else than an object"),
+    "n.json": (b"[]", "no records in it"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_of_another_kind_is_refused_once_and_named(tmp_path: Path, name: str) -> None:
+    data, message = OTHER_KINDS[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UnusableError, match=message) as raised:
+        read_records(str(tmp_path / name), DataSettings())
+    assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("array.json", json.dumps([GOOD, GOOD]).encode()),
+        ("array.jsonl", json.dumps([GOOD, GOOD], indent=2).encode()),
+        ("array.json.gz", packed(b"\n" + json.dumps([GOOD, GOOD], indent=2).encode())),
+        ("objects.json", b"\n".join([json.dumps(GOOD, indent=2).encode()] * 2)),
+        ("mac.jsonl", LINE + b"\r" + LINE),
+        ("windows.jsonl", b"\xef\xbb\xbf" + LINE + b"\r\n" + LINE + b"\r\n"),
+        ("joined.jsonl", b"\n" + LINE + b"\n\xef\xbb\xbf" + LINE),
+        ("LINES.JSONL", LINE + b"\n" + LINE),
+    ],
+)
+def test_records_over_several_lines_or_in_an_array_are_read(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    result = read_records(str(tmp_path / name), DataSettings())
+    assert [record.answer for record in result.records] == ["3", "3"] and result.bad == []
+    places = [int(record.source.rpartition(":")[2]) for record in result.records]
+    assert places == [data_line(data, place) for place in (0, 1)]
+
+
+def data_line(data: bytes, number: int) -> int:
+    """The line on which the record with this number begins."""
+    text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    found = [place for place in range(len(text)) if text[place : place + 1] == b"{"]
+    return text.count(b"\n", 0, found[number]) + 1
+
+
+def test_a_field_that_stands_twice_in_an_array_is_that_records_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"[" + LINE + b',\n{"input": "a", "input": "b"}]')
+    result = read_records(str(tmp_path / "a.json"), DataSettings())
+    assert (len(result.records), [bad.reason for bad in result.bad]) == (1, ["field 'input' stands in it twice"])
+
+
+def test_folders_and_files_without_permission_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    with pytest.raises(UnusableError, match=r"is a folder; name a file in it, e.g. .*a.jsonl"):
+        read_records(str(tmp_path), DataSettings())
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UnusableError, match=r"a.jsonl: cannot be read .Permission denied."):
+        read_records(str(tmp_path / "a.jsonl"), DataSettings())
+
+
+ANNOTATED = "<<60*30/100=18>>\n<<60*10/100=6>>. <<18+6=24>>\nSo 60 - 24 = <<60-24=36>>36 are black.\n#### 36"
+
+
+def read_one(tmp_path: Path, row: dict[str, Any], **fields: Any) -> Record:
+    (record,) = read_records(write_lines(tmp_path / "a.jsonl", [json.dumps(row).encode()]), DataSettings(**fields)).records
+    return record
+
+
+def test_steps_that_are_nothing_but_annotations_do_not_vanish(tmp_path: Path) -> None:
+    record = read_one(tmp_path, {"input": "q", "output": ANNOTATED})
+    assert record.blocks == ("60*30/100=18", "60*10/100=6.", "18+6=24", "So 60 - 24 = 36 are black.")
+    kept = read_one(tmp_path, {"input": "q", "output": ANNOTATED}, strip_calculator=False)
+    assert len(kept.blocks) == 4 and kept.blocks[0] == "<<60*30/100=18>>"
+
+
+@pytest.mark.parametrize(
+    ("output", "blocks", "answer"),
+    [
+        ("Ann has 4.\nThat is 20.\n#### 20\nThe answer is: 20", ("Ann has 4.", "That is 20."), "20"),
+        ("That is 1,200. So the answer is $1,200$.\n#### 1200", ("That is 1,200.",), "1200"),
+        ("That is 20. Therefore, THE ANSWER IS 20.", ("That is 20.",), "20."),
+        ("Add them, and so the answer is 20", ("Add them, and so",), "20"),
+        ("The answer isn't clear. the answer is: 7", ("The answer isn't clear.",), "7"),
+        ("##### Sum\nAdd.\n#### 7", ("##### Sum", "Add."), "7"),
+        ("#### Step 1\nAdd.\n#### Step 2\nDouble.\n#### 14", ("#### Step 1", "Add.", "#### Step 2", "Double."), "14"),
+        ("The answer is what we seek. It is 14. The answer is 14", ("The answer is what we seek.", "It is 14."), "14"),
+        ("We choose. The answer is B. Paris", ("We choose.",), "B. Paris"),
+        ("Write it.\n####\ndef f():\n    return 1", ("Write it.",), "def f():\n    return 1"),
+        (["Ann has 4.", "That is 20.", "#### 20"], ("Ann has 4.", "That is 20."), "20"),
+    ],
+)
+def test_the_marked_answer_is_found_whatever_stands_around_it(
+    tmp_path: Path, output: Any, blocks: tuple[str, ...], answer: str
+) -> None:
+    record = read_one(tmp_path, {"input": "q", "output": output})
+    assert (record.blocks, record.answer) == (blocks, answer)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(42, "42"), (42.0, "42"), (0.5, "0.5"), (-3, "-3"), (1e-7, "0.0000001"), (1e20, "1" + "0" * 20)]
+)
+def test_a_number_is_an_answer(tmp_path: Path, number: float, text: str) -> None:
+    record = read_one(tmp_path, {"input": "q", "output": "One. Two.", "answer": number})
+    assert record.answer == text and record.reference["answer"] == number
+
+
+def test_a_fault_that_all_records_share_is_said_once(tmp_path: Path) -> None:
+    row = json.dumps({"question": "q", "steps": ["a", "b"], "answer": "3", "id": 12})
+    result = read_records(write_lines(tmp_path / "a.jsonl", [row.encode()] * 10_000), DataSettings())
+    (line,) = list_bad_records(result.bad, result.total).splitlines()
+    assert "a.jsonl:1: no field 'input'" in line and "(all 10000 records alike)" in line
+    assert "data.input_field=question data.output_field=steps data.answer_field=answer" in line
+    mixed = read_records(write_lines(tmp_path / "a.jsonl", [row.encode()] * 30 + [b"{}", LINE]), DataSettings())
+    lines = list_bad_records(mixed.bad, mixed.total).splitlines()
+    assert len(lines) == 5 and "27 more like these" in lines[3] and "a.jsonl:31" in lines[4]
+
+
 def test_sentences_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"text": "c"}'])
     tokenizer, limits = build_word_tokenizer(["a", "b", "c"]), DataSettings(max_block_tokens=2)
     assert list(encode_sentence_set(read_sentences(path), tokenizer, limits)) == [[3, 4], [5]]
+    with pytest.raises(UnusableError, match="no records in it"):
+        read_sentences(write_lines(tmp_path / "empty.jsonl", [b""]))
     path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"txt": "c"}', b"1", b'{"text": "a b c"}'])
     message = (
         r"3 of 4 records(.|\n)*s.jsonl:2: no field 'text'(.|\n)*s.jsonl:3: a JSON number(.|\n)*s.jsonl:4: it has 3 tokens, "

@@ -24,7 +24,7 @@ _Row = tuple[str, Iterable[int], int]
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 1 where training would refuse the file."""
     parser = argparse.ArgumentParser(prog="python -m ladir inspect", description=__doc__)
-    parser.add_argument("file", help=".jsonl, .jsonl.gz, .parquet, or a Hub id (name:split or name:config:split)")
+    parser.add_argument("file", help=".jsonl, .json (either with .gz), .parquet, or a Hub id (name:split or name:config:split)")
     parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder or Hub id; not set: backbone.tokenizer")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records shown with their blocks")
@@ -111,7 +111,7 @@ def _verdict(console: Console, record_set: RecordSet, bad: Sequence[BadRecord], 
     usable = record_set.total - len(bad)
     console.print(f"{record_set.total} records: {usable} usable, {len(bad)} bad", highlight=False)
     if bad:
-        console.print(escape(list_bad_records(list(bad))), highlight=False)
+        console.print(escape(list_bad_records(list(bad), record_set.total)), highlight=False)
     if not usable or (bad and settings.on_bad_record == "error"):
         console.print("Training would refuse this file. Correct the records, or set data.on_bad_record=skip.")
         return 1

@@ -71,20 +71,26 @@ class BackboneSettings:
 
 @dataclass
 class DataSettings:
-    train: str | None = setting(None, "training records: .jsonl, .jsonl.gz, .parquet, or a Hub id read through datasets")
+    train: str | None = setting(
+        None, "training records: .jsonl or .json (either with .gz), .parquet, or a Hub id read through datasets"
+    )
     validation: str | None = setting(None, "validation records: settings are chosen on them")
     test: str | None = setting(None, "test records: the final table is made on them")
     sentences: str | None = setting(None, 'extra sentences the VAE also trains on: JSONL of {"text": sentence} (optional)')
     input_field: str = setting("input", "name of the question's field")
-    output_field: str = setting("output", "name of the reasoning chain's field")
-    answer_field: str = setting("answer", "name of the explicit answer's field, used where a record has it")
+    output_field: str = setting("output", "name of the reasoning chain's field: a text, or a list of steps")
+    answer_field: str = setting("answer", "name of the explicit answer's field (a text or a number), used where a record has it")
     answer_prefixes: list[str] = setting(
         ["####", "The answer is"],
-        "literal text that starts the final answer; the last occurrence counts (beside an explicit answer only where one "
-        "sentence or that answer follows); the AR baseline writes the first",
+        "literal text, whatever its case, that starts the final answer; the last occurrence counts (beside an explicit answer "
+        "only where one sentence or that answer follows); the AR baseline writes the first",
     )
     sentences_per_block: int = setting(1, "sentences in one block; 0: the whole chain is one block")
-    strip_calculator: bool = setting(True, "remove GSM8K's <<...>> calculator annotations from the reasoning")
+    strip_calculator: bool = setting(
+        True,
+        "remove GSM8K's <<...>> calculator annotations from the reasoning; a step that is nothing else keeps what is in them, a "
+        "chain of nothing else is a bad record",
+    )
     on_bad_record: str = setting(
         "error", "error: refuse the file; skip: leave the record out, count and list it", ("error", "skip")
     )

@@ -9,14 +9,23 @@ import re
 from collections.abc import Iterator, Sequence
 
 # GSM8K's calculator annotations, e.g. <<48/2=24>>.
-_CALCULATOR = re.compile(r"<<[^<>;=\n]*=[^<>;\n]*>>")
+_CALCULATOR = re.compile(r"<<([^<>;=\n]*)=([^<>;\n]*)>>")
+
+_ONLY_MARKS = re.compile(r"[\W_]*")
+
+# Words before "the answer is" that say nothing by themselves; they stand at the beginning of its sentence.
+_LEAD_IN = re.compile(
+    r"(?:^|(?<=[.!?:\n\u3002\uff01\uff1f]))(?:[\s*_>-]|(?:so|thus|therefore|hence|then|and|finally|now|consequently|overall|"
+    r"in (?:conclusion|summary|total)|as a result|to conclude)\b[,:]?){1,12}$",
+    re.IGNORECASE,
+)
 
 # Abbreviations that never end a sentence, those that are words unless a number follows ("No. 5"), and those that end
 # one before a capital letter.
 # fmt: off
 _NEVER_FINAL = frozenset({
     "mr", "mrs", "ms", "dr", "prof", "st", "sr", "gen", "col", "lt", "sgt", "capt", "rev", "hon", "vs", "e.g", "i.e",
-    "cf", "viz", "resp", "approx", "fig", "figs", "eq", "eqs", "vol", "eds", "al", "dept", "ph.d",
+    "cf", "viz", "resp", "approx", "fig", "figs", "eq", "eqs", "vol", "eds", "al", "dept", "ph.d", "mt",
 })
 _FINAL_UNLESS_NUMBERED = frozenset({"no", "nos", "p", "pp", "ed", "sec", "ch"})
 _FINAL_BEFORE_CAPITAL = frozenset({
@@ -31,30 +40,88 @@ _ENVIRONMENT = re.compile(r"\\(begin|end)\{([^{}\n]{1,40})\}")
 # Pandoc's rule tells $x$ from prices: no space inside the dollars, no digit after the closing one.
 _INLINE_MATH = re.compile(r"(?<![\\$])\$(?![\s$])(?:\\.|[^$\n\\])*(?<![\s\\])\$(?![\d$])")
 _INLINE_CODE = re.compile(r"`[^`\n]+`")
+_FORMULA_END = re.compile(r"[.!?]\s*(?:\$\$?|\\\)|\\\])$")
 _PAIRS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s?\{| \S{1,40})")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
+# Full stops and question marks of scripts that put no space behind them, or whose marks mean nothing else.
+_FOREIGN = "\u3002\uff01\uff1f\uff0e\uff61\u0964\u0965\u061f\u06d4\u1362\u104b\u17d4\u203c\u2047\u2048\u2049"
+_LINE_ENDS = "\n\r\x0b\x0c\x85\u2028\u2029"
 # Anchored at the start of a run and possessive, so that a long run of marks is read once.
 _BOUNDARY = re.compile(
-    r"\n|(?<![.!?\u2026])[.!?\u2026]++[\"'\u201d\u2019)\]}*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u300d\u300f]*"
+    rf"[{_LINE_ENDS}]|(?<![.!?\u2026])[.!?\u2026]++[\"'\u201d\u2019\u00bb)\]}}*_]*(?=\s|$)"
+    r"|(?<=[.!?])(?:\$\$?|\\[)\]])(?=\s)"
+    rf"|[{_FOREIGN}]++[!?]*[\u201d\u2019\u300d\u300f\u300b\uff09\u3011\u00bb\"')]*"
 )
-_LIST_MARK = re.compile(r"\s*(?:\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.)]|[-*+#>]+)\s*")
+_NAMED_PART = r"(?:Step|Case|Part|Example|Method|Option|Rule|Fact)[ \t]+\d{1,3}"
+_LIST_MARK = re.compile(
+    rf"\s*[*_]*(?:\(?(?:\d{{1,3}}|[A-Za-z]|[ivxIVX]{{1,4}}|{_NAMED_PART})[.)\uff0e]{{1,2}}[*_]*|[-*+#>]+)\s*", re.IGNORECASE
+)
+_LONGEST_LIST_MARK = 20
+# "b = 6", "x_1 > 2", "f(x) = 3", "x, y = 1, 2", "n is even": a lower-case name that a sentence can begin with.
+_NAME = r"[a-z]\w*(?:_\{[^{}\s]{1,20}\})?(?:\([^()\n]{1,30}\))?!{0,2}(?:\^\S{1,20})?"
+_VARIABLE = re.compile(
+    rf"{_NAME}(?:, ?{_NAME}){{0,5}}\s*(?:[-+*/]\s*\w{{1,20}}\s*){{0,5}}(?:[:!<>=+*/-]?=|[<>\u2248\u2260\u2264\u2265])"
+    r"|\(?(?:[a-z]|[ivx]{2,4})\)\s"  # b) of a list
+    r"|[b-hj-z]\s+(?:is|are|has|equals|must|can|will|was|stands|denotes|represents)\b"
+)
+# What follows a factorial, not an exclamation: an operator, a bracket, the end of a part of the formula.
+_OPERATOR = frozenset("=+-*/^<>%(,;:\\\u00d7\u00f7\u00b7\u2212\u2013\u2248\u2260\u2264\u2265\u22c5\u2217\u2044")
+_FACTORIAL = re.compile(r"(?:\d|[)\]}]|(?<![^\W_])[A-Za-z])!{1,2}[)\]}]*")
+_QUOTE_GOES_ON = re.compile("(?:\u3068|\u3063\u3066|\uff0c|\u3001)")
 _WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'\u201c\u2018])([^\s(\[\"'\u201c\u2018]*)$")
 
 
 def strip_calculator(text: str) -> str:
-    """``text`` without GSM8K's ``<<...>>`` annotations."""
-    return _CALCULATOR.sub("", text)
+    """``text`` without GSM8K's ``<<...>>`` annotations; a result that stands in one alone (``6 = <<2*3=6>>``) stays."""
+    return _CALCULATOR.sub(lambda found: found[2] if _result_is_missing(text, found) else "", text)
+
+
+def _result_is_missing(text: str, found: re.Match[str]) -> bool:
+    before = text[max(0, found.start() - 8) : found.start()].rstrip(" $\\(")
+    behind = text[found.end() :][:80].lstrip(" -+$\\(")
+    return before.endswith("=") and not (behind.lstrip(".")[:1].isdigit() or behind.startswith(found[2].strip()))
+
+
+def calculations(sentence: str) -> str | None:
+    """The sentence's annotations without their brackets, where it is nothing but annotations and marks; else None.
+
+    GSM8K's annotations stand beside text that says the same.  In sets that keep them alone they are the steps themselves.
+    """
+    found = list(_CALCULATOR.finditer(sentence))
+    if not found or not _ONLY_MARKS.fullmatch(_CALCULATOR.sub("", sentence)):
+        return None
+    return _CALCULATOR.sub(lambda one: f"{one[1]}={one[2]}", re.sub(r">>[ \t]*<<", ">>, <<", sentence)).strip()
 
 
 def split_answer(text: str, prefixes: Sequence[str]) -> tuple[str, str | None]:
-    """(reasoning, answer): the answer is what follows the last occurrence of any prefix, None where none occurs."""
-    start, prefix = max(((text.rfind(prefix), prefix) for prefix in prefixes if prefix), default=(-1, ""))
-    if start < 0:
+    """(reasoning, answer): the answer is what follows the last occurrence of any prefix, None where none occurs.
+
+    Prefixes are found whatever their case.  Words that only lead to one ("So", "Therefore,") go with it.
+    """
+    marks = answer_marks(text, prefixes)
+    if not marks:
         return text.strip(), None
-    return text[:start].strip(), text[start + len(prefix) :].strip().removeprefix(":").strip()
+    start, end = marks[-1].span()
+    before = _LEAD_IN.sub("", text[:start]) if marks[-1][0][0].isalpha() else text[:start]
+    return before.strip(), text[end:].strip().removeprefix(":").strip()
+
+
+def answer_marks(text: str, prefixes: Sequence[str]) -> list[re.Match[str]]:
+    """Every place at which a prefix stands, as a whole word and whatever its case, in order."""
+    patterns = [_mark_pattern(prefix) for prefix in sorted(prefixes, key=len, reverse=True) if prefix]
+    return list(re.finditer("|".join(patterns), text, re.IGNORECASE)) if patterns else []
+
+
+def _mark_pattern(prefix: str) -> str:
+    """A prefix as a pattern: not within a longer word (``The answer isn't``), nor in a deeper heading (``#####``)."""
+    guards = {character: f"[{character}]" for character in "#"}
+    before, after = (
+        guards.get(end) or ("[A-Za-z]" if end.isascii() and end.isalpha() else None) for end in (prefix[0], prefix[-1])
+    )
+    return (f"(?<!{before})" if before else "") + re.escape(prefix) + (f"(?!{after})" if after else "")
 
 
 def last_boxed(text: str) -> str | None:
@@ -108,30 +175,65 @@ def _boundaries(text: str) -> Iterator[int]:
             current += 1
         if spans[current][0] <= match.start() < spans[current][1]:
             position = max(position, spans[current][1])
-        elif match[0] == "\n" or _ends_sentence(text, start, match):
+            if _formula_ends_sentence(text, position):
+                start = position
+                yield position
+        elif match[0] in _LINE_ENDS or _ends_sentence(text, start, match):
             start = position
             yield position
 
 
+def _formula_ends_sentence(text: str, end: int) -> bool:
+    """Whether the full stop of a sentence stands within the formula that ends there, as in ``$x = 5.$ Then``."""
+    return _FORMULA_END.search(text[max(0, end - 8) : end]) is not None and text[end : end + 8].lstrip(" \t")[:1].isupper()
+
+
 def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     mark = match[0]
-    following = text[match.end() : match.end() + 80].lstrip(" \t")[:1]
+    if mark[0] in "$\\":  # the end of a formula, seen where it is one
+        return False
+    rest = text[match.end() : match.end() + 80].lstrip(" \t\u00a0\u3000")
+    following = rest[:1]
     before = text[max(start, match.start() - 60) : match.start()]
-    if not following or following == "\n" or mark[0] in "\u3002\uff01\uff1f":
+    if not following or following in _LINE_ENDS:
         return True
-    if following.islower():
+    if mark[0] in _FOREIGN:
+        return _ends_foreign(before, mark, text[match.end() : match.end() + 2]) and not _is_list_mark(text, start, match)
+    if (
+        mark[0] == "!"
+        and following in _OPERATOR
+        and not rest.startswith("**")
+        and _FACTORIAL.fullmatch(before[-2:] + mark, max(0, len(before[-2:]) - 1))
+    ):
+        return False
+    begins = following.isupper() or _VARIABLE.match(rest) is not None
+    if following.islower() and not begins:
         return False
     if mark.startswith(("...", "..", "\u2026")):
         return following.isupper()
     if mark[0] != ".":
         return True
-    if match.start() - start < 8 and _LIST_MARK.fullmatch(text[start : match.start() + 1]):
+    return not _is_list_mark(text, start, match) and not _is_abbreviation(before, following, begins)
+
+
+def _is_list_mark(text: str, start: int, match: re.Match[str]) -> bool:
+    """Whether the full stop belongs to a number or letter of a list at the beginning of the sentence."""
+    short = match.start() - start < _LONGEST_LIST_MARK
+    return short and _LIST_MARK.fullmatch(text[start : match.end()]) is not None
+
+
+def _ends_foreign(before: str, mark: str, behind: str) -> bool:
+    """Not within a number (a full-width point), nor where a quoted sentence is part of a longer one."""
+    if mark == "\uff0e" and before[-1:].isdigit() and behind[:1].isdigit():
         return False
-    return not _is_abbreviation(before, following)
+    return mark[-1] in _FOREIGN or _QUOTE_GOES_ON.match(behind) is None
 
 
-def _is_abbreviation(before: str, following: str) -> bool:
-    """Whether the full stop after ``before`` belongs to an abbreviation or an initial, not to the sentence."""
+def _is_abbreviation(before: str, following: str, begins: bool) -> bool:
+    """Whether the full stop after ``before`` belongs to an abbreviation or an initial, not to the sentence.
+
+    ``begins``: what follows may begin a sentence.
+    """
     word_match = _WORD_BEFORE.search(before)
     word = word_match[1] if word_match else ""
     lowered = word.lower()
@@ -140,7 +242,7 @@ def _is_abbreviation(before: str, following: str) -> bool:
     if lowered in _FINAL_UNLESS_NUMBERED:
         return following.isdigit()
     if lowered in _FINAL_BEFORE_CAPITAL:
-        return not following.isupper() and following not in "\"'\u201c$\\"
+        return not begins and following not in "\"'\u201c$\\"
     if re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word):
         return True
     if len(word) == 1 and word.isupper() and following.isupper():

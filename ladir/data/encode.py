@@ -84,7 +84,7 @@ def refuse_or_list(bad: list[BadRecord], total: int, settings: DataSettings) -> 
         raise BadRecords(bad, total)
     if bad:
         counted = f"{len(bad)} of {total} records are left out (data.on_bad_record=skip):"
-        logger.warning("%s\n%s", counted, list_bad_records(bad))
+        logger.warning("%s\n%s", counted, list_bad_records(bad, total))
 
 
 def check_records(

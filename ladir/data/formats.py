@@ -8,7 +8,13 @@ MATH           problem, solution [, answer]                 solution            
 HumanEval      prompt, canonical_solution, test,            lines of the solution   prompt and solution
                entry_point
 MBPP           text or prompt, code, test_list              lines of the code       code
+MetaMath       query, response                              before the mark         behind it
+completions    prompt, completion                           before the mark         behind it
+Alpaca         instruction [, input], output                before the mark         behind it, or ``answer``
+chat           messages, or conversations                   before the mark         behind it, or ``answer``
 ============== ============================================ ======================= ===========================
+
+The mark is one of ``data.answer_prefixes`` (GSM8K's own is ``####``).  A chat is one question and one reply.
 
 Programs get the fields ``setup``, ``tests`` and ``entry_point`` that :mod:`ladir.tasks.code` asks for.  The sets without
 written reasoning have their programs' lines as blocks: a draft before the answer.
@@ -16,11 +22,11 @@ written reasoning have their programs' lines as blocks: a draft before the answe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ladir.data.blocks import last_boxed, split_answer
+from ladir.data.blocks import last_boxed
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,24 @@ class Published:
     answer: Any
     extra: dict[str, Any] = field(default_factory=dict)
     """Fields that the task's checker needs beside those of the row."""
+    marked: bool = False
+    """Whether the answer stands behind a mark at the end of the reasoning, where ``answer`` is None."""
+    mark: str | None = None
+    """The set's own mark; None: those of the settings."""
+
+
+class FormatError(ValueError):
+    """A row of a public set's fields that does not hold what the set's rows hold; ``remedy`` says what to do."""
+
+    def __init__(self, reason: str, remedy: str = "write it as the published set does") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def read_published(row: Mapping[str, Any]) -> Published | None:
     """The row as question, reasoning and answer (of whatever type the row has), None for no known format.
 
-    Raises ValueError where its tests are no program texts.
+    Raises FormatError where its tests are no program texts, or its messages no question with one reply.
     """
     for needed, convert in _FORMATS:
         if needed <= row.keys():
@@ -66,7 +84,7 @@ def _program(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     lines = [value] if isinstance(value, str) else ([] if value is None else value)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"field {name!r} is neither a program text nor a list of lines")
+        raise FormatError(f"field {name!r} is neither a program text nor a list of lines")
     return "\n".join(lines)
 
 
@@ -77,14 +95,90 @@ def _math(row: Mapping[str, Any]) -> Published:
     return Published(question=row["problem"], reasoning=solution, answer=answer)
 
 
-def _gsm8k(row: Mapping[str, Any]) -> Published:
-    reasoning, answer = split_answer(row["answer"], ("####",)) if isinstance(row["answer"], str) else (row["answer"], None)
-    return Published(question=row["question"], reasoning=reasoning, answer=answer)
+def _gsm8k(row: Mapping[str, Any]) -> Published | None:
+    """None where the chain seems to stand in another field, and ``answer`` holds no more than its name says."""
+    chain = row["answer"]
+    alone = not (isinstance(chain, str) and chain.partition("####")[0].strip() and "####" in chain)
+    if alone and _first(row, _CHAINS, taken={"question", "answer"}) is not None:
+        return None
+    return Published(question=row["question"], reasoning=chain, answer=None, marked=True, mark="####")
 
 
-_FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published]], ...] = (
+def _marked(question: str, reasoning: str) -> Callable[[Mapping[str, Any]], Published]:
+    """A set of two fields, the answer behind a mark at the end of the second."""
+    return lambda row: Published(row[question], row[reasoning], answer=row.get("answer"), marked=True)
+
+
+def _alpaca(row: Mapping[str, Any]) -> Published:
+    """The instruction and what it is about, where there is something, are the question together."""
+    asked, about = row["instruction"], row.get("input")
+    question = f"{asked}\n{about}" if isinstance(asked, str) and isinstance(about, str) and about.strip() else asked
+    return Published(question, row["output"], answer=row.get("answer"), marked=True)
+
+
+_ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1, "model": 1}
+
+
+def _chat(name: str, role: str, content: str) -> Callable[[Mapping[str, Any]], Published]:
+    def convert(row: Mapping[str, Any]) -> Published:
+        turns, apart = row[name], "write question and reply into fields of their own: data.input_field, data.output_field"
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise FormatError(f"field {name!r} is no list of messages", apart)
+        roles = [turn.get(role) for turn in turns]
+        if [_ROLES.get(str(found)) for found in roles] != [0, 1]:
+            listed = ", ".join(map(str, roles[:6])) or "none"
+            raise FormatError(f"field {name!r} is no single question with its reply (its messages are of: {listed})", apart)
+        question, reply = (turn.get(content) for turn in turns)
+        return Published(question, reply, answer=row.get("answer"), marked=True)
+
+    return convert
+
+
+# fmt: off
+_QUESTIONS = ("question", "problem", "query", "prompt", "instruction", "input", "task", "text", "body", "puzzle", "user")
+_CHAINS = (
+    "cot", "chain_of_thought", "chain", "steps", "rationale", "rationales", "reasoning", "solution", "solutions", "thoughts",
+    "thought", "thinking", "explanation", "response", "completion", "output", "generation", "generated_solution", "proof",
+)
+_ANSWERS = (
+    "answer", "final_answer", "expected_answer", "gold_answer", "gold", "ground_truth", "target", "label", "result", "correct",
+)
+# fmt: on
+
+
+def fields_hint(row: Mapping[str, Any]) -> str:
+    """Which settings name a row's fields, with those of its fields that seem to be meant."""
+    inner = next(
+        (name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)), None
+    )
+    if inner is not None:
+        return f"write the {len(row[inner])} objects in its list {inner!r} one per line, e.g. jq -c '.{inner}[]' OLD > NEW"
+    settings: dict[str, str] = {}
+    for setting, known in (("input_field", _QUESTIONS), ("output_field", _CHAINS), ("answer_field", _ANSWERS)):
+        found = _first(row, known, taken=set(settings.values()))
+        if found is not None:
+            settings[setting] = found
+    if "answer_field" in settings and "output_field" not in settings:
+        settings["output_field"] = settings.pop("answer_field")
+    shown = [f"data.{setting}={settings.get(setting, '...')}" for setting in ("input_field", "output_field", "answer_field")]
+    optional = "" if "answer_field" in settings else " (the last only where the answer has a field of its own)"
+    return f"name its fields: {' '.join(shown)}{optional}"
+
+
+def _first(row: Mapping[str, Any], known: Sequence[str], taken: set[str]) -> str | None:
+    """The row's field with the first of the ``known`` names, whatever its case."""
+    names = {str(name).lower(): str(name) for name in row if name not in taken}
+    return next((names[name] for name in known if name in names), None)
+
+
+_FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published | None]], ...] = (
     (frozenset({"prompt", "canonical_solution", "test", "entry_point"}), _human_eval),
     (frozenset({"code", "test_list"}), _mbpp),
     (frozenset({"problem", "solution"}), _math),
     (frozenset({"question", "answer"}), _gsm8k),
+    (frozenset({"query", "response"}), _marked("query", "response")),
+    (frozenset({"instruction", "output"}), _alpaca),
+    (frozenset({"prompt", "completion"}), _marked("prompt", "completion")),
+    (frozenset({"messages"}), _chat("messages", "role", "content")),
+    (frozenset({"conversations"}), _chat("conversations", "from", "value")),
 )

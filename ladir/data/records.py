@@ -1,25 +1,26 @@
-"""Reading records: JSONL, gzipped JSONL, Parquet or a Hub data set.  Every record is either read or reported."""
+"""From rows to records: question, blocks, answer.  Every row is either read or reported."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
 from ladir.config import DataSettings
-from ladir.data.blocks import group_sentences, split_answer, split_sentences, strip_calculator
-from ladir.data.formats import Published, read_published
+from ladir.data.answers import bare, goes_on, other_answer, without_repeats
+from ladir.data.blocks import calculations, group_sentences, split_answer, split_sentences, strip_calculator
+from ladir.data.formats import FormatError, Published, fields_hint, read_published
+from ladir.data.rows import Refused, rows
 from ladir.errors import UnusableError
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 20  # bad records named one by one in an error message
-_EXTENSIONS = (".jsonl", ".jsonl.gz", ".parquet")
+_ALIKE = 3  # of those that share a fault with more than are listed
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,36 @@ class BadRecords(ValueError):
         self.total = total
         of_total = "" if total is None else f" of {total}"
         super().__init__(
-            f"{len(records)}{of_total} records cannot be used:\n{list_bad_records(records)}\n"
+            f"{len(records)}{of_total} records cannot be used:\n{list_bad_records(records, total)}\n"
             "Correct them, or set data.on_bad_record=skip to leave them out (counted and listed)."
         )
 
 
-def list_bad_records(bad: list[BadRecord]) -> str:
-    """The first bad records, one a line, and how many more there are."""
-    lines = [f"  {record}" for record in bad[:_LISTED]]
-    if len(bad) > _LISTED:
-        lines.append(f"  ... and {len(bad) - _LISTED} more")
+def list_bad_records(bad: list[BadRecord], total: int | None = None) -> str:
+    """The first bad records, one a line, and how many more there are.
+
+    A fault that all ``total`` records share, or more than are listed, is said once.
+    """
+    alike: dict[str, list[BadRecord]] = {}
+    for record in bad:
+        alike.setdefault(_fault(record), []).append(record)
+    if len(alike) == 1 and len(bad) == total and len(bad) > 1:
+        return f"  {bad[0]} (all {total} records alike)"
+    often = {fault: found for fault, found in alike.items() if len(found) > _LISTED}
+    lines = []
+    for found in often.values():
+        lines += [f"  {record}" for record in found[:_ALIKE]]
+        lines.append(f"  ... and {len(found) - _ALIKE} more like these, to {found[-1].source}")
+    others = [record for record in bad if _fault(record) not in often]
+    lines += [f"  {record}" for record in others[:_LISTED]]
+    if len(others) > _LISTED:
+        lines.append(f"  ... and {len(others) - _LISTED} more")
     return "\n".join(lines)
+
+
+def _fault(record: BadRecord) -> str:
+    """The kind of a record's fault: its words, whatever the numbers and quoted texts in them."""
+    return re.sub(r"0x[0-9a-f]+|\d+|'[^']*' is no answer", "#", f"{record.reason}; {record.remedy}")
 
 
 @dataclass
@@ -75,35 +95,21 @@ class RecordSet:
     total: int
 
 
-class Refused(Exception):
-    """A record that cannot be used; turned into a BadRecord by the reader."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-
-
-# A source of a record and a function that gives its object or raises Refused.
-_Row = tuple[str, Callable[[], Any]]
-
-
 def read_records(path: str, settings: DataSettings) -> RecordSet:
-    """All records of a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``) or a Hub data set (``name[:config][:split]``).
+    """All records of a file (``.jsonl``, ``.json``, either with ``.gz``, ``.parquet``) or a Hub set (``name[:config][:split]``).
 
     A row without ``data.input_field`` is read by its own field names where it is one of a known public set
     (:mod:`ladir.data.formats`).  Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for
-    a missing file, ValueError for one that cannot be read as a whole (unknown extension, damaged compression, no records).
+    a missing file, ValueError for one that cannot be read as a whole (unknown kind, damaged compression, no records).
     """
     result = RecordSet([], [], 0)
-    for source, load in file_rows(path):
+    for source, load in rows(path):
         result.total += 1
         try:
-            result.records.append(record_of(load(), source, settings))
+            result.records.append(_record(load(), source, settings))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
-    if result.total == 0:
-        raise UnusableError(f"{path}: no records in it; write one JSON object per line")
+    _refuse_empty(path, result.total)
     return result
 
 
@@ -118,54 +124,102 @@ class SentenceSet:
 def read_sentences(path: str) -> SentenceSet:
     """The texts of a file of ``{"text": sentence}``."""
     result = SentenceSet([], [])
-    for source, load in file_rows(path):
+    for source, load in rows(path):
         try:
-            result.sentences.append((source, text_of(mapping_of(load()), "text", "the sentence")))
+            result.sentences.append((source, _text(_mapping(load()), "text", "the sentence")))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
+    _refuse_empty(path, len(result.sentences) + len(result.bad))
     return result
 
 
-def record_of(loaded: Any, source: str, settings: DataSettings) -> Record:
-    """A loaded row as a record.  Raises Refused where it cannot be trained on."""
-    row = mapping_of(loaded)
-    published = _published(row) if settings.input_field not in row else None
-    question, reasoning, answer = _own_texts(row, settings) if published is None else _published_texts(published)
+def _refuse_empty(path: str, total: int) -> None:
+    if total == 0:
+        raise UnusableError(f"{path}: no records in it; write one JSON object per line")
+
+
+def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
+    row = _mapping(loaded)
+    published = _published(row, settings)
+    question, reasoning, answer = _own_texts(row, settings) if published is None else _published_texts(published, settings)
     if not answer:
         raise Refused("its final answer is empty", "write the answer after the prefix")
-    if settings.strip_calculator:
-        reasoning = strip_calculator(reasoning)
-    sentences = split_sentences(reasoning)
-    if not sentences:
-        raise Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
     read = (settings.input_field, settings.output_field) if published is None else ()
     return Record(
         question=question,
-        blocks=tuple(group_sentences(sentences, settings.sentences_per_block)),
+        blocks=tuple(group_sentences(_sentences(reasoning, settings), settings.sentences_per_block)),
         answer=answer,
         source=source,
         reference={k: v for k, v in row.items() if k not in read} | ({} if published is None else published.extra),
     )
 
 
+def _sentences(reasoning: str, settings: DataSettings) -> list[str]:
+    """The sentences of a chain; one that is nothing but calculator annotations stays as what they say."""
+    sentences = split_sentences(reasoning)
+    if not sentences:
+        raise Refused("it has no reasoning, only an answer", f"put the steps first in {settings.output_field!r}")
+    if not settings.strip_calculator:
+        return sentences
+    alone = [calculations(sentence) for sentence in sentences]
+    if all(step is not None for step in alone):
+        raise Refused(
+            "it has no reasoning beside calculator annotations (<<...>>), which are removed",
+            "set data.strip_calculator=false to keep them as its steps",
+        )
+    stripped = (step or strip_calculator(sentence).strip() for step, sentence in zip(alone, sentences, strict=True))
+    return [sentence for sentence in stripped if sentence]
+
+
 def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str, str]:
     """Question, reasoning and answer by the names in the settings."""
-    question = text_of(row, settings.input_field, "the question (data.input_field)")
-    output = text_of(row, settings.output_field, "the reasoning (data.output_field)")
-    reasoning, answer = split_answer(output, settings.answer_prefixes)
+    question = _text(row, settings.input_field, "the question (data.input_field)")
+    output = _chain(row, settings.output_field, "the reasoning (data.output_field)")
     # A data set may call its chain "answer" (GSM8K does): then there is no explicit answer beside it.
     has_explicit = settings.answer_field not in (settings.input_field, settings.output_field)
+    explicit = None
     if has_explicit and row.get(settings.answer_field) is not None:
-        written, answer = answer, text_of(row, settings.answer_field, "the answer (data.answer_field)").strip()
-        if written is not None and not _closes(written, answer):
-            reasoning = output.strip()
-    if answer is None:
-        prefixes = " or ".join(repr(prefix) for prefix in settings.answer_prefixes)
+        explicit = _answer(row, settings.answer_field, "the answer (data.answer_field)")
+    prefixes = " or ".join(repr(prefix) for prefix in settings.answer_prefixes)
+    remedy = f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes"
+    hint = _answer_hint(row, settings)
+    return question, *_taken_apart(output, explicit, settings.answer_prefixes, f"{remedy}{hint}")
+
+
+def _answer_hint(row: Mapping[str, Any], settings: DataSettings) -> str:
+    own = {settings.input_field, settings.output_field}
+    others = [repr(name)[:40] for name in row if name not in own]
+    return f"; its other fields, one of which data.answer_field may name: {', '.join(others[:8])}" if others else ""
+
+
+def _taken_apart(output: str, explicit: str | None, prefixes: list[str], remedy: str) -> tuple[str, str]:
+    """(reasoning, answer) of a chain, whose answer is ``explicit`` or stands behind its last mark.
+
+    Refused where it has none, or more than one.
+    """
+    reasoning, answer = split_answer(output, prefixes)
+    if explicit is not None:
+        if answer is not None and not _closes(answer, explicit):
+            return output.strip(), explicit
+        answer = answer or explicit
+    elif answer is None:
+        raise Refused("no final answer in it", remedy)
+    elif (more := goes_on(output, answer, prefixes)) is not None:
         raise Refused(
-            "no final answer in it",
-            f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes",
+            f"behind its answer it goes on: {_shortened(more)}",
+            "end its text with the answer, or give the answer a field of its own",
         )
-    return question, reasoning, answer
+    reasoning = without_repeats(reasoning, answer, prefixes)
+    if (other := other_answer(reasoning, answer, prefixes)) is not None:
+        raise Refused(
+            f"two marked answers, {_shortened(other)} and {_shortened(bare(answer))}",
+            "keep one record per question and one answer per record, or take its mark out of data.answer_prefixes",
+        )
+    return reasoning, answer if explicit is None else explicit
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def _closes(text: str, answer: str) -> bool:
@@ -180,38 +234,102 @@ def _bare(text: str) -> str:
     return " ".join(text.split()).rstrip(".!")
 
 
-def _published(row: Mapping[str, Any]) -> Published | None:
+def _published(row: Mapping[str, Any], settings: DataSettings) -> Published | None:
+    """The row as one of a public set; None where it has the fields of the settings."""
+    asked = "instruction" in row and settings.input_field == "input" and settings.output_field == "output"
+    if settings.input_field in row and not asked:
+        return None
     try:
-        return read_published(row)
-    except ValueError as error:
-        raise Refused(str(error), "write it as the published set does") from error
+        published = read_published(row)
+    except FormatError as error:
+        raise Refused(str(error), error.remedy) from error
+    if published is None and not (settings.input_field in row or asked):
+        raise _no_field(row, settings.input_field, "the question (data.input_field)")
+    return published
 
 
-def _published_texts(row: Published) -> tuple[str, str, str]:
-    """The same of a public set's row; its whole reasoning is kept, whatever ``data.answer_prefixes`` says."""
+def _published_texts(row: Published, settings: DataSettings) -> tuple[str, str, str]:
+    """The same of a public set's row.
+
+    The whole reasoning is kept, whatever ``data.answer_prefixes`` says, unless the set itself marks answers in it.
+    """
     texts = {"question": row.question, "reasoning": row.reasoning, "answer": row.answer}
-    question = text_of(texts, "question", "the question")
-    reasoning = text_of(texts, "reasoning", "the reasoning")
-    if row.answer is None:
-        raise Refused("no final answer in it", "end its text with '#### ANSWER' (GSM8K) or put it into \\boxed{} (MATH)")
-    return question, reasoning, text_of(texts, "answer", "the answer").strip()
+    question = _text(texts, "question", "the question")
+    answer = None if row.answer is None else _answer(texts, "answer", "the answer")
+    if row.marked:
+        return question, *_marked_texts(row, texts, answer, settings)
+    reasoning = _chain(texts, "reasoning", "the reasoning")
+    if answer is None:
+        raise Refused("no final answer in it", "put it into \\boxed{} (MATH), or give it a field 'answer'")
+    return question, reasoning, answer
 
 
-def mapping_of(loaded: Any) -> Mapping[str, Any]:
-    """What was loaded, where it is an object; else Refused."""
+def _marked_texts(row: Published, texts: Mapping[str, Any], answer: str | None, settings: DataSettings) -> tuple[str, str]:
+    """Reasoning and answer of a set that marks answers in its reasoning."""
+    prefixes = [row.mark] if row.mark else settings.answer_prefixes
+    marks = " or ".join(repr(f"{prefix} ANSWER") for prefix in prefixes)
+    names = "or name its fields: data.input_field, data.output_field, data.answer_field"
+    try:
+        reasoning, answer = _taken_apart(
+            _chain(texts, "reasoning", "the reasoning"), answer, prefixes, f"end its text with {marks}"
+        )
+        return _text({"reasoning": reasoning}, "reasoning", "the reasoning"), answer
+    except Refused as refused:
+        raise Refused(refused.reason, f"{refused.remedy}, {names}") from refused
+
+
+def _mapping(loaded: Any) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise Refused(f"a JSON {_json_type(loaded)}, not an object", 'write {"input": ..., "output": ...} on the line')
     return loaded
 
 
-def text_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
+def _chain(row: Mapping[str, Any], name: str, meaning: str) -> str:
+    """A text, or a list of steps as the lines of one."""
+    steps = row.get(name)
+    if not isinstance(steps, list):
+        return _text(row, name, meaning)
+    if not steps or not all(isinstance(step, str) for step in steps):
+        inside = "nothing" if not steps else _json_type(next(step for step in steps if not isinstance(step, str)))
+        raise Refused(f"field {name!r} is of type array and holds {inside}", "write its steps as texts, or as one text")
+    return _text({name: "\n".join(steps)}, name, meaning)
+
+
+def _answer(row: Mapping[str, Any], name: str, meaning: str) -> str:
+    """An answer's text; a number is one as it is written without an exponent."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return _text(row, name, meaning).strip()
+    if isinstance(value, float) and not value.is_integer():
+        return format(Decimal(repr(value)), "f")
+    return str(int(value))
+
+
+def _no_field(row: Mapping[str, Any], name: str, meaning: str) -> Refused:
+    present = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
+    return Refused(f"no field {name!r} for {meaning}; its fields: {present}", fields_hint(row))
+
+
+#: what to do about a field that is no text, by its type
+_NO_TEXT = {
+    "null": "write the text, or leave the record out",
+    "number": "write it in quotes",
+    "boolean": "write it in quotes, as the word that is to be answered",
+    "array": "write one text, or name the field that holds it",
+    "object": "write one text, or name the field that holds it",
+}
+
+
+def _text(row: Mapping[str, Any], name: str, meaning: str) -> str:
     """The text of a field, or Refused: missing, of another type, empty, or not encodable."""
     if name not in row:
-        present = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
-        raise Refused(f"no field {name!r} for {meaning}; its fields: {present}", "add it, or name the right field")
+        raise _no_field(row, name, meaning)
     value = row[name]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refused(f"field {name!r} is {value}, a missing value", f"write {meaning} into it, or leave the field out")
     if not isinstance(value, str):
-        raise Refused(f"field {name!r} is of type {_json_type(value)}, not a string", "write it in quotes")
+        kind = _json_type(value)
+        raise Refused(f"field {name!r} is of type {kind}, not a string", _NO_TEXT.get(kind, "write it as text"))
     if not value.strip():
         raise Refused(f"field {name!r} is empty", f"write {meaning} into it")
     try:
@@ -226,93 +344,3 @@ def text_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
 def _json_type(value: Any) -> str:
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def file_rows(path: str) -> Iterator[_Row]:
-    """Where each record is and how to load it; the format follows from the name."""
-    file = Path(path)
-    if path.endswith((".jsonl", ".jsonl.gz")):
-        _require(file)
-        yield from _jsonl_rows(file)
-    elif path.endswith(".parquet"):
-        _require(file)
-        yield from _parquet_rows(file)
-    elif file.exists() or file.suffix in (".json", ".csv", ".txt", ".gz", ".tsv"):
-        raise UnusableError(f"{path}: unknown kind of file; known: {', '.join(_EXTENSIONS)}, Hub ids (name:config:split)")
-    else:
-        yield from _hub_rows(path)
-
-
-def _require(file: Path) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file (looked in {Path.cwd()}); correct the path in data.*")
-
-
-def _jsonl_rows(file: Path) -> Iterator[_Row]:
-    number = 0
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f"{file}:{number}", lambda line=line: _parse_json(line)  # type: ignore[misc]
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UnusableError(
-                f"{file}:{number + 1}: the compressed data are damaged from here on ({error}); copy the file again"
-            ) from error
-
-
-def _parse_json(line: bytes) -> Any:
-    try:
-        text = line.rstrip(b"\r\n").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})", "convert the file to UTF-8"
-        ) from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at column {error.colno}"
-        raise Refused(f"invalid JSON: {where}", "write one JSON object per line") from error
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"unreadable JSON: {error}", "write one flat JSON object per line") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[_Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        batches = pq.ParquetFile(file).iter_batches(batch_size=1024)
-        for batch in batches:
-            for i in range(batch.num_rows):
-                number += 1
-                yield f"{file}:row {number}", lambda batch=batch, i=i: _parquet_row(batch, i)  # type: ignore[misc]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UnusableError(f"{file}: not a readable Parquet file after row {number}: {error}; write it again") from error
-
-
-def _parquet_row(batch: Any, i: int) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = batch.slice(i, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        raise Refused("a text in it is not UTF-8", "convert the column to UTF-8") from error
-    return row
-
-
-def _hub_rows(name: str) -> Iterator[_Row]:
-    import datasets
-
-    hub_id, *rest = name.split(":")
-    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
-    try:
-        rows = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the Hub client raises many unrelated types
-        raise UnusableError(
-            f"{name}: neither a file ({', '.join(_EXTENSIONS)}) nor a data set that can be loaded "
-            f"(name:split or name:config:split): {type(error).__name__}: {error}"
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{name}:row {number + 1}", lambda row=row: row  # type: ignore[misc]
