@@ -92,6 +92,44 @@ def test_values_are_read_as_the_setting_says() -> None:
     assert config.data.test == f"{config.run.name}/test.jsonl"
 
 
+TEXTS = ["1E3", "no", "on", "007", "1:30", "0x10", "1_000", "2026-01-02", ".5", "1.", "true", "null-like", "~a", "é ü"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_setting_keeps_its_text(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, f"run:\n  name: {text}\n  folder: {text}/x\nbackbone: {{lora: {{targets: [{text}, q]}}}}\n")
+    for config in (
+        load_config(str(path)),
+        load_config(None, [f"run.name={text}", f"run.folder={text}/x", f"backbone.lora.targets=[{text}, q]"]),
+        load_config(None, [f"run={{name: {text}, folder: {text}/x}}", f"backbone.lora.targets=[{text}, q]"]),
+    ):
+        assert (config.run.name, config.run.folder) == (text, f"{text}/x")
+        assert config.backbone.lora.targets == [text, "q"]
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(str(tmp_path / "saved.yaml")) == config
+
+
+def test_a_text_on_the_command_line_is_what_was_typed(tmp_path: Path) -> None:
+    typed = {
+        "data.train": "my #1: file.jsonl",
+        "data.test": "@x",
+        "run.name": "*a",
+        "data.validation": "&b c",
+        "run.folder": "- d",
+    }
+    config = load_config(None, [f"{name}={text}" for name, text in typed.items()])
+    found = dict(values(config))
+    assert {name: found[name] for name in typed} == typed
+    assert load_config(None, ["data.train=null"]).data.train is None
+    assert load_config(None, ["data.train='null'", "data.test=\"a: 'b'\""]).data.test == "a: 'b'"
+    assert "must be text" in errors_of("run.name=null")[0] and "must be text" in errors_of("run.name={a: 1}")[0]
+    path = write(tmp_path, "base: &b {name: no, folder: on}\nrun: {<<: *b, name: 007}\n")
+    with pytest.raises(ConfigError, match="unknown setting base"):
+        load_config(str(path))
+    path = write(tmp_path, "run: {<<: [{name: no, folder: on}, {name: off}], seed: 1}\n")
+    assert (load_config(str(path)).run.name, load_config(str(path)).run.folder) == ("no", "on")
+
+
 def test_all_errors_are_reported_at_once_with_place_and_closest_name(tmp_path: Path) -> None:
     path = write(
         tmp_path,

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ladir.config import Config
 from ladir.config.checks import validate
+from ladir.config.texts import is_text, is_text_list, plainly, written
 
 __all__ = ["ConfigError", "describe", "load_config", "parse_args", "save_config", "setting_names", "validate"]
 
@@ -155,7 +156,7 @@ def _merge_file(tree: DictConfig, path: str, errors: list[str]) -> None:
         errors.append(f"{path}: must hold sections (run:, backbone:, ...), each with its settings")
         return
     lines = _line_numbers(root)
-    _merge(tree, content, lambda name: f"{path}:{lines[name]}" if name in lines else path, errors)
+    _merge(tree, content, written(root), lambda name: f"{path}:{lines[name]}" if name in lines else path, errors)
 
 
 def _merge_override(tree: DictConfig, override: str, errors: list[str]) -> None:
@@ -163,18 +164,30 @@ def _merge_override(tree: DictConfig, override: str, errors: list[str]) -> None:
     if not equals or not name:
         errors.append(f"{override!r}: an override is section.key=value, e.g. vae.train.lr=1e-4")
         return
+    entry = next((entry for entry in _settings() if entry.name == name), None)
+    as_typed = plainly(text) if entry is not None and is_text(entry.annotation) else None
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        content, texts = (as_typed, {}) if as_typed is not None else _parse_override(name, text)
     except (yaml.YAMLError, OmegaConfBaseException):
         errors.append(f"command line: {name}: {text!r} is not valid YAML; quote it, e.g. '{name}=\"{text}\"'")
         return
+    _merge(tree, _nested(name, content), texts, lambda _: "command line", errors)
+
+
+def _parse_override(name: str, text: str) -> tuple[Any, dict[str, Any]]:
+    """The value of an override, and the texts in it as they are written."""
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     value = typing.cast("dict[str, Any]", parsed)["value"]
-    content: Any = "" if value is None and not text else value
-    _merge(tree, _nested(name, content), lambda _: "command line", errors)
+    return "" if value is None and not text else value, written(yaml.compose(text, Loader=yaml.SafeLoader), name)
 
 
-def _merge(tree: DictConfig, content: Mapping[Any, Any], where: Callable[[str], str], errors: list[str]) -> None:
-    """Put each value of ``content`` into ``tree``; what does not fit is added to ``errors``, the rest still goes in."""
+def _merge(
+    tree: DictConfig, content: Mapping[Any, Any], texts: Mapping[str, Any], where: Callable[[str], str], errors: list[str]
+) -> None:
+    """Put each value of ``content`` into ``tree``; what does not fit is added to ``errors``, the rest still goes in.
+
+    ``texts``: what YAML has read as something else where a setting is a text, as it is written.
+    """
     known = {entry.name: entry for entry in _settings()}
     sections = {name[: i + 1].rstrip(".") for name in known for i, mark in enumerate(name) if mark == "."}
 
@@ -191,6 +204,9 @@ def _merge(tree: DictConfig, content: Mapping[Any, Any], where: Callable[[str], 
                 errors.append(f"{where(name)}: {name} is a section with settings of its own, not a value")
 
     def put(entry: _Setting, value: Any) -> None:
+        as_written = texts.get(entry.name)
+        if as_written is not None and (is_text if isinstance(as_written, str) else is_text_list)(entry.annotation):
+            value = as_written
         try:
             OmegaConf.update(tree, entry.name, value, merge=True)
             # OmegaConf lets containers into a list of texts.
