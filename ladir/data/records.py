@@ -14,7 +14,7 @@ from ladir.config import DataSettings
 from ladir.data.answers import bare, goes_on, other_answer, without_repeats
 from ladir.data.blocks import calculations, group_sentences, split_answer, split_sentences, strip_calculator
 from ladir.data.formats import FormatError, Published, fields_hint, read_published
-from ladir.data.rows import Refused, rows
+from ladir.data.rows import Refused, file_rows
 from ladir.errors import UnusableError
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
     a missing file, ValueError for one that cannot be read as a whole (unknown kind, damaged compression, no records).
     """
     result = RecordSet([], [], 0)
-    for source, load in rows(path):
+    for source, load in file_rows(path):
         result.total += 1
         try:
-            result.records.append(_record(load(), source, settings))
+            result.records.append(record_of(load(), source, settings))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
     _refuse_empty(path, result.total)
@@ -124,9 +124,9 @@ class SentenceSet:
 def read_sentences(path: str) -> SentenceSet:
     """The texts of a file of ``{"text": sentence}``."""
     result = SentenceSet([], [])
-    for source, load in rows(path):
+    for source, load in file_rows(path):
         try:
-            result.sentences.append((source, _text(_mapping(load()), "text", "the sentence")))
+            result.sentences.append((source, text_of(mapping_of(load()), "text", "the sentence")))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
     _refuse_empty(path, len(result.sentences) + len(result.bad))
@@ -138,8 +138,9 @@ def _refuse_empty(path: str, total: int) -> None:
         raise UnusableError(f"{path}: no records in it; write one JSON object per line")
 
 
-def _record(loaded: Any, source: str, settings: DataSettings) -> Record:
-    row = _mapping(loaded)
+def record_of(loaded: Any, source: str, settings: DataSettings) -> Record:
+    """A loaded row as a record.  Raises Refused where it cannot be trained on."""
+    row = mapping_of(loaded)
     published = _published(row, settings)
     question, reasoning, answer = _own_texts(row, settings) if published is None else _published_texts(published, settings)
     if not answer:
@@ -173,13 +174,13 @@ def _sentences(reasoning: str, settings: DataSettings) -> list[str]:
 
 def _own_texts(row: Mapping[str, Any], settings: DataSettings) -> tuple[str, str, str]:
     """Question, reasoning and answer by the names in the settings."""
-    question = _text(row, settings.input_field, "the question (data.input_field)")
+    question = text_of(row, settings.input_field, "the question (data.input_field)")
     output = _chain(row, settings.output_field, "the reasoning (data.output_field)")
     # A data set may call its chain "answer" (GSM8K does): then there is no explicit answer beside it.
     has_explicit = settings.answer_field not in (settings.input_field, settings.output_field)
     explicit = None
     if has_explicit and row.get(settings.answer_field) is not None:
-        explicit = _answer(row, settings.answer_field, "the answer (data.answer_field)")
+        explicit = answer_of(row, settings.answer_field, "the answer (data.answer_field)")
     prefixes = " or ".join(repr(prefix) for prefix in settings.answer_prefixes)
     remedy = f"give it a field {settings.answer_field!r}, end its text with {prefixes}, or set data.answer_prefixes"
     hint = _answer_hint(row, settings)
@@ -254,8 +255,8 @@ def _published_texts(row: Published, settings: DataSettings) -> tuple[str, str, 
     The whole reasoning is kept, whatever ``data.answer_prefixes`` says, unless the set itself marks answers in it.
     """
     texts = {"question": row.question, "reasoning": row.reasoning, "answer": row.answer}
-    question = _text(texts, "question", "the question")
-    answer = None if row.answer is None else _answer(texts, "answer", "the answer")
+    question = text_of(texts, "question", "the question")
+    answer = None if row.answer is None else answer_of(texts, "answer", "the answer")
     if row.marked:
         return question, *_marked_texts(row, texts, answer, settings)
     reasoning = _chain(texts, "reasoning", "the reasoning")
@@ -273,12 +274,13 @@ def _marked_texts(row: Published, texts: Mapping[str, Any], answer: str | None, 
         reasoning, answer = _taken_apart(
             _chain(texts, "reasoning", "the reasoning"), answer, prefixes, f"end its text with {marks}"
         )
-        return _text({"reasoning": reasoning}, "reasoning", "the reasoning"), answer
+        return text_of({"reasoning": reasoning}, "reasoning", "the reasoning"), answer
     except Refused as refused:
         raise Refused(refused.reason, f"{refused.remedy}, {names}") from refused
 
 
-def _mapping(loaded: Any) -> Mapping[str, Any]:
+def mapping_of(loaded: Any) -> Mapping[str, Any]:
+    """What was loaded, where it is an object; else Refused."""
     if not isinstance(loaded, Mapping):
         raise Refused(f"a JSON {_json_type(loaded)}, not an object", 'write {"input": ..., "output": ...} on the line')
     return loaded
@@ -288,18 +290,18 @@ def _chain(row: Mapping[str, Any], name: str, meaning: str) -> str:
     """A text, or a list of steps as the lines of one."""
     steps = row.get(name)
     if not isinstance(steps, list):
-        return _text(row, name, meaning)
+        return text_of(row, name, meaning)
     if not steps or not all(isinstance(step, str) for step in steps):
         inside = "nothing" if not steps else _json_type(next(step for step in steps if not isinstance(step, str)))
         raise Refused(f"field {name!r} is of type array and holds {inside}", "write its steps as texts, or as one text")
-    return _text({name: "\n".join(steps)}, name, meaning)
+    return text_of({name: "\n".join(steps)}, name, meaning)
 
 
-def _answer(row: Mapping[str, Any], name: str, meaning: str) -> str:
+def answer_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
     """An answer's text; a number is one as it is written without an exponent."""
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return _text(row, name, meaning).strip()
+        return text_of(row, name, meaning).strip()
     if isinstance(value, float) and not value.is_integer():
         return format(Decimal(repr(value)), "f")
     return str(int(value))
@@ -320,7 +322,7 @@ _NO_TEXT = {
 }
 
 
-def _text(row: Mapping[str, Any], name: str, meaning: str) -> str:
+def text_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
     """The text of a field, or Refused: missing, of another type, empty, or not encodable."""
     if name not in row:
         raise _no_field(row, name, meaning)

@@ -52,7 +52,7 @@ class Refused(Exception):
         self.remedy = remedy
 
 
-def rows(path: str) -> Iterator[Row]:
+def file_rows(path: str) -> Iterator[Row]:
     """Where each record is and how to load it; the format follows from the name.
 
     Raises FileNotFoundError for a missing file, UnusableError for one that cannot be read as a whole.
