@@ -149,3 +149,21 @@ def test_no_line_is_lost_and_what_is_trained_on_is_asked_with_the_same_answer(
     for record in read_records(path, settings).records:
         if record.question.split():
             assert bare(asked[record.source]) == bare(record)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "q", "output": "Six. #### 6\n\nQuestion: r\nSeven. #### 7"},
+        {"question": "q", "answer": "Six. #### 6\n\nQuestion: r\nSeven. #### 7"},
+        {"input": "q", "output": "Five. The answer is 5. But wait, it is 6."},
+    ],
+)
+def test_a_question_with_two_answers_is_not_judged_by_the_last(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BadRecords, match=r"two marked answers, '6' and '7'|it goes on: 'But wait, it is 6.'"):
+        read(tmp_path / "a.jsonl", row)
+
+
+def test_an_instruction_without_a_marked_answer_is_asked_whole(tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "3, 4", "output": "7.", "final_answer": 7}).asked
+    assert (record.question, record.answer) == ("Add.\n3, 4", "7")

@@ -95,13 +95,15 @@ def _math(row: Mapping[str, Any]) -> Published:
     return Published(question=row["problem"], reasoning=solution, answer=answer)
 
 
-def _gsm8k(row: Mapping[str, Any]) -> Published | None:
-    """None where the chain seems to stand in another field, and ``answer`` holds no more than its name says."""
-    chain = row["answer"]
-    alone = not (isinstance(chain, str) and chain.partition("####")[0].strip() and "####" in chain)
-    if alone and _first(row, _CHAINS, taken={"question", "answer"}) is not None:
-        return None
-    return Published(question=row["question"], reasoning=chain, answer=None, marked=True, mark="####")
+def _gsm8k(row: Mapping[str, Any]) -> Published:
+    return Published(question=row["question"], reasoning=row["answer"], answer=None, marked=True, mark="####")
+
+
+def chain_elsewhere(row: Mapping[str, Any]) -> bool:
+    """Whether a row of GSM8K's fields has its chain in another one, and in ``answer`` no more than the name says."""
+    chain = row.get("answer")
+    whole = isinstance(chain, str) and "####" in chain and chain.partition("####")[0].strip() != ""
+    return {"question", "answer"} <= row.keys() and not whole and _first(row, _CHAINS, taken={"question", "answer"}) is not None
 
 
 def _marked(question: str, reasoning: str) -> Callable[[Mapping[str, Any]], Published]:
@@ -171,7 +173,7 @@ def _first(row: Mapping[str, Any], known: Sequence[str], taken: set[str]) -> str
     return next((names[name] for name in known if name in names), None)
 
 
-_FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published | None]], ...] = (
+_FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published]], ...] = (
     (frozenset({"prompt", "canonical_solution", "test", "entry_point"}), _human_eval),
     (frozenset({"code", "test_list"}), _mbpp),
     (frozenset({"problem", "solution"}), _math),

@@ -6,7 +6,6 @@ reasoning is read as well: chains of any length, answers without a chain, questi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,18 @@ from ladir.config import DataSettings
 from ladir.data.blocks import last_boxed, split_answer, split_sentences
 from ladir.data.encode import length_problem, refuse_or_list
 from ladir.data.formats import Published, read_published
-from ladir.data.records import BadRecord, Record, Refused, file_rows, mapping_of, record_of, text_of
+from ladir.data.records import (
+    AmbiguousAnswer,
+    BadRecord,
+    Record,
+    Refused,
+    file_rows,
+    has_own_fields,
+    mapping_of,
+    number_text,
+    record_of,
+    text_of,
+)
 from ladir.errors import UnusableError
 from ladir.tokens import encode_stream
 
@@ -65,6 +75,8 @@ def _question(source: str, load: Callable[[], Any], settings: DataSettings) -> R
         row = mapping_of(load())
         try:
             return replace(record_of(row, source, settings), blocks=())
+        except AmbiguousAnswer:
+            raise
         except Refused:
             return _bare_question(row, source, settings)
     except Refused as refused:
@@ -73,14 +85,14 @@ def _question(source: str, load: Callable[[], Any], settings: DataSettings) -> R
 
 def _bare_question(row: Mapping[str, Any], source: str, settings: DataSettings) -> Record:
     """A record that cannot be trained on, as far as it can be asked.  Raises Refused where there is no question in it."""
-    published = _published(row) if settings.input_field not in row else None
+    published = None if has_own_fields(row, settings) else _published(row)
     if published is None:
         question = text_of(row, settings.input_field, "the question (data.input_field)")
         answer = next(_own_answers(row, settings), "")
         read: tuple[str, ...] = (settings.input_field, settings.output_field)
     else:
         question, read = text_of({"question": published.question}, "question", "the question"), ()
-        answer = next(_published_answers(row, published), "")
+        answer = next(_published_answers(row, published, settings), "")
     reference = {name: value for name, value in row.items() if name not in read}
     return Record(question, (), answer, source, reference | ({} if published is None else published.extra))
 
@@ -112,9 +124,12 @@ def _own_answers(row: Mapping[str, Any], settings: DataSettings) -> Iterator[str
         yield from _written(last_boxed(output))
 
 
-def _published_answers(row: Mapping[str, Any], published: Published) -> Iterator[str]:
+def _published_answers(row: Mapping[str, Any], published: Published, settings: DataSettings) -> Iterator[str]:
     names = {name.lower(): value for name, value in row.items()}
     yield from _written(published.answer)
+    if published.marked and isinstance(published.reasoning, str):
+        prefixes = [published.mark] if published.mark else settings.answer_prefixes
+        yield from _written(split_answer(published.reasoning, prefixes)[1])
     for name in _ANSWER_FIELDS:
         yield from _unmarked(names.get(name))
 
@@ -123,13 +138,9 @@ def _written(value: Any) -> Iterator[str]:
     """The text of an answer, where it is one: of a number its digits, of a list its entries."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         value = ", ".join(text for entry in value for text in _written(entry))
-    text = value if isinstance(value, str) else str(value) if isinstance(value, bool) else _number(value)
+    text = value if isinstance(value, str) else str(value) if isinstance(value, bool) else number_text(value)
     if text.strip() and _encodable(text):
         yield text.strip()
-
-
-def _number(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (int, float)) else ""
 
 
 def _encodable(text: str) -> bool:

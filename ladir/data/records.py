@@ -13,8 +13,8 @@ from typing import Any
 from ladir.config import DataSettings
 from ladir.data.answers import bare, goes_on, other_answer, without_repeats
 from ladir.data.blocks import calculations, group_sentences, split_answer, split_sentences, strip_calculator
-from ladir.data.formats import FormatError, Published, fields_hint, read_published
-from ladir.data.rows import Refused, file_rows
+from ladir.data.formats import FormatError, Published, chain_elsewhere, fields_hint, read_published
+from ladir.data.rows import AmbiguousAnswer, Refused, file_rows
 from ladir.errors import UnusableError
 
 logger = logging.getLogger(__name__)
@@ -206,13 +206,13 @@ def _taken_apart(output: str, explicit: str | None, prefixes: list[str], remedy:
     elif answer is None:
         raise Refused("no final answer in it", remedy)
     elif (more := goes_on(output, answer, prefixes)) is not None:
-        raise Refused(
+        raise AmbiguousAnswer(
             f"behind its answer it goes on: {_shortened(more)}",
             "end its text with the answer, or give the answer a field of its own",
         )
     reasoning = without_repeats(reasoning, answer, prefixes)
     if (other := other_answer(reasoning, answer, prefixes)) is not None:
-        raise Refused(
+        raise AmbiguousAnswer(
             f"two marked answers, {_shortened(other)} and {_shortened(bare(answer))}",
             "keep one record per question and one answer per record, or take its mark out of data.answer_prefixes",
         )
@@ -237,16 +237,21 @@ def _bare(text: str) -> str:
 
 def _published(row: Mapping[str, Any], settings: DataSettings) -> Published | None:
     """The row as one of a public set; None where it has the fields of the settings."""
-    asked = "instruction" in row and settings.input_field == "input" and settings.output_field == "output"
-    if settings.input_field in row and not asked:
+    if has_own_fields(row, settings):
         return None
     try:
         published = read_published(row)
     except FormatError as error:
         raise Refused(str(error), error.remedy) from error
-    if published is None and not (settings.input_field in row or asked):
+    if published is None or (published.mark is not None and chain_elsewhere(row)):
         raise _no_field(row, settings.input_field, "the question (data.input_field)")
     return published
+
+
+def has_own_fields(row: Mapping[str, Any], settings: DataSettings) -> bool:
+    """Whether a row's question stands where the settings say; where ``input`` only goes with an ``instruction`` it does not."""
+    alpaca = "instruction" in row and (settings.input_field, settings.output_field) == ("input", "output")
+    return settings.input_field in row and not alpaca
 
 
 def _published_texts(row: Published, settings: DataSettings) -> tuple[str, str, str]:
@@ -276,7 +281,7 @@ def _marked_texts(row: Published, texts: Mapping[str, Any], answer: str | None, 
         )
         return text_of({"reasoning": reasoning}, "reasoning", "the reasoning"), answer
     except Refused as refused:
-        raise Refused(refused.reason, f"{refused.remedy}, {names}") from refused
+        raise type(refused)(refused.reason, f"{refused.remedy}, {names}") from refused
 
 
 def mapping_of(loaded: Any) -> Mapping[str, Any]:
@@ -299,12 +304,14 @@ def _chain(row: Mapping[str, Any], name: str, meaning: str) -> str:
 
 def answer_of(row: Mapping[str, Any], name: str, meaning: str) -> str:
     """An answer's text; a number is one as it is written without an exponent."""
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return text_of(row, name, meaning).strip()
-    if isinstance(value, float) and not value.is_integer():
-        return format(Decimal(repr(value)), "f")
-    return str(int(value))
+    return number_text(row[name]) or text_of(row, name, meaning).strip()
+
+
+def number_text(value: Any) -> str:
+    """A number as one writes it, without an exponent; empty for what is none (NaN, true, a text)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in (math.inf, -math.inf):
+        return ""
+    return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
 
 
 def _no_field(row: Mapping[str, Any], name: str, meaning: str) -> Refused:

@@ -52,6 +52,10 @@ class Refused(Exception):
         self.remedy = remedy
 
 
+class AmbiguousAnswer(Refused):
+    """A record that gives more than one answer: it can be neither trained on nor judged by."""
+
+
 def file_rows(path: str) -> Iterator[Row]:
     """Where each record is and how to load it; the format follows from the name.
 
