@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
 from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
 from tests.distributed import ProcessGroup
+from tests.ds_schema import FILE, schema
 from tests.toy_phase import ToyModel, ToyPhase
 from training.runtime.distributed import World
-from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
+from training.runtime.ds_checks import OURS, UNSUPPORTED, known_keys
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, complete_ds_config, read_ds_config
 from training.runtime.engine import Engine
 
 STAGES = [0, 2, 3]
@@ -198,12 +201,127 @@ def test_a_ds_config_that_sets_what_we_decide_is_refused(tmp_path: Path) -> None
     with pytest.raises(DeepSpeedConfigError) as caught:
         read_ds_config(str(file))
     assert "train_batch_size" in str(caught.value) and "global_batch" in str(caught.value)
-    assert "optimizer" in str(caught.value) and "stage=1" in str(caught.value)
+    assert "optimizer" in str(caught.value) and "stage' is 1" in str(caught.value)
     file.write_text("{")
     with pytest.raises(DeepSpeedConfigError, match=r"ds\.json:1: not JSON"):
         read_ds_config(str(file))
     with pytest.raises(DeepSpeedConfigError, match=r"zero3\.json"):
         read_ds_config("nowhere.json")
+
+
+ZERO = "zero_optimization"
+FAULTS: dict[str, tuple[str, str]] = {
+    '{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}': (f"{ZERO}.reduce_bucket_size", "Trainer.*500000000"),
+    '{"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 1}}': (
+        "stage3_max_live_paramters",
+        "mean .*live_parameters",
+    ),
+    '{"zero_optimization": {"stage": 3, "param_persistence_threshold": 1}}': (ZERO, "did you mean .*stage3_param_persist"),
+    '{"zero_optimisation": {"stage": 3}}': ("zero_optimisation", "did you mean zero_optimization"),
+    '{"stage": 3}': ("'stage'", "did you mean zero_optimization.stage"),
+    '{"zero_optimization": {"steps_per_print": 3}}': (f"{ZERO}.steps_per_print", "mean steps_per_print .outside"),
+    '{"zero_optimization": {"offload_param": {"devise": "cpu"}, "stage": 3}}': (f"{ZERO}.offload_param.devise", "param.device"),
+    '{"zero_optimization": {"overlap_comm": "true"}}': (f"{ZERO}.overlap_comm", "must be true or false"),
+    '{"zero_optimization": {"overlap_comm": 1}}': (f"{ZERO}.overlap_comm", "must be true or false"),
+    '{"zero_optimization": {"reduce_bucket_size": true}}': (f"{ZERO}.reduce_bucket_size", "a whole number above 0"),
+    '{"zero_optimization": {"reduce_bucket_size": 1.5}}': (f"{ZERO}.reduce_bucket_size", "a whole number above 0"),
+    '{"zero_optimization": {"reduce_bucket_size": 0}}': (f"{ZERO}.reduce_bucket_size", "a whole number above 0"),
+    '{"zero_optimization": {"reduce_bucket_size": NaN}}': (f"{ZERO}.reduce_bucket_size", "a whole number above 0"),
+    '{"zero_optimization": {"reduce_bucket_size": null}}': (f"{ZERO}.reduce_bucket_size", "a whole number above 0"),
+    '{"zero_optimization": {"stage": "3"}}': (f"{ZERO}.stage", "must be one of 0, 1, 2, 3"),
+    '{"zero_optimization": {"stage": 7}}': (f"{ZERO}.stage", "must be one of 0, 1, 2, 3"),
+    '{"zero_optimization": true}': (ZERO, "must be an object"),
+    '{"zero_optimization": [{"stage": 3}]}': (ZERO, "must be an object"),
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}': (f"{ZERO}.offload_optimizer", "must be an object"),
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "gpu"}}}': (".device", '"none", "cpu", "nvme"'),
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': (".device", 'use "cpu"'),
+    '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}': (f"{ZERO}.offload_param", "needs stage 3"),
+    '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}': (f"{ZERO}.offload_optimizer", "needs stage 2"),
+    '{"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": 0.5}}}': (".ratio", "needs stage 3"),
+    '{"zero_optimization": {"stage": 3, "cpu_offload": true}}': (f"{ZERO}.cpu_offload", "offload_optimizer"),
+    '{"zero_optimization": {"stage": 3, "leaf_module": {}}}': (f"{ZERO}.leaf_module", "deepspeed.leaf_layers"),
+    '{"tensor_parallel": {"autotp_size": 2}}': ("tensor_parallel", "split by ZeRO alone"),
+    '{"sequence_parallel_size": 2}': ("sequence_parallel_size", "split by ZeRO alone"),
+    '{"sparse_attention": {}}': ("sparse_attention", "backbone.attention"),
+    '{"compression_training": {}}': ("compression_training", "removed"),
+    '{"pipeline": {"stages": 2}}': ("pipeline", "split by ZeRO alone"),
+    '{"fp16": {"enabled": "auto"}}': ("fp16", "backbone.dtype"),
+    '{"gradient_clipping": "auto"}': ("gradient_clipping", "max_grad_norm"),
+    '{"steps_per_print": 0}': ("steps_per_print", "at least 1"),
+    '{"communication_data_type": "float8"}': ("communication_data_type", '"fp32", "bf16", "fp16"'),
+    '{"data_types": {"grad_dtype": "fp32"}}': ("data_types.grad_dtype", "grad_accum_dtype"),
+    '{"steps_per_print": 1, "steps_per_print": 2}': ("steps_per_print", "twice"),
+    '{"steps_per_print": 1,}': ("ds.json:1", "not JSON.*no comma before a bracket"),
+    "// zero\n{}": ("ds.json:1", "not JSON.*no comments"),
+    "[]": ("ds.json", "must hold a JSON object"),
+    "null": ("ds.json", "must hold a JSON object"),
+    "": ("ds.json:1", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_every_fault_of_a_ds_config_is_one_line_with_file_and_key(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    key, message = FAULTS[text]
+    with pytest.raises(DeepSpeedConfigError, match=message) as caught:
+        read_ds_config(str(file))
+    assert key in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_faults_of_a_ds_config_come_together(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": "auto", "overlap_com": true}, "zero": 1, "optimizer": {}}')
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        read_ds_config(str(file))
+    assert [line.startswith(f"{file}: ") for line in str(caught.value).splitlines()] == [True] * 4
+    file.write_bytes('{"steps_per_print": 1}'.encode("utf-16"))
+    with pytest.raises(DeepSpeedConfigError, match="not JSON in UTF-8"):
+        read_ds_config(str(file))
+    with pytest.raises(DeepSpeedConfigError, match="is a folder; there are"):
+        read_ds_config(str(tmp_path))
+
+
+def test_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    assert json.loads(FILE.read_text()) == schema(), "write the file anew: python -m tests.ds_schema"
+    here = {*known_keys(), *OURS, *UNSUPPORTED}
+    assert set(schema()["read"]) - here == set()
+    assert {key.partition(".")[0] for key in here} - set(schema()["read"]) == {"autotp_size", "sequence_parallel_size"}
+
+
+def usable(keys: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Values other than DeepSpeed's own for every key of a section that a file may hold."""
+    found: dict[str, Any] = {}
+    for name, entry in keys.items():
+        full = f"{prefix}.{name}"
+        if full in OURS or full in UNSUPPORTED or name in ("stage", "nvme_path"):
+            continue
+        if "keys" in entry:
+            found[name] = usable(entry["keys"], full)
+        elif "choices" in entry:
+            found[name] = entry["choices"][0]
+        else:
+            values = {
+                "boolean": not entry.get("default"),
+                "whole number": 7e3,
+                "number": 0.5,
+                "list": ["all_reduce"],
+                "text": "x",
+            }
+            found[name] = next(value for kind, value in values.items() if kind in entry["types"])
+    return found
+
+
+def test_what_is_accepted_deepspeed_accepts(tmp_path: Path) -> None:
+    config = {name: usable(entry["keys"], name) for name, entry in known_keys().items() if "keys" in entry}
+    config[ZERO] |= {"stage": 3}
+    single = {name: entry for name, entry in known_keys().items() if "keys" not in entry}
+    config |= usable(single, "")
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    read = read_ds_config(str(tmp_path / "ds.json"))
+    completed = complete_ds_config(read, TrainSettings(), torch.float32, 1)
+    accepted = DeepSpeedConfig(completed)
+    assert accepted.zero_config.reduce_bucket_size == 7000 and accepted.zero_config.param_persistence_threshold == 7000
 
 
 def test_compiled_layers_are_refused_under_zero_3_only() -> None:

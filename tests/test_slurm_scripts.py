@@ -127,11 +127,14 @@ def test_every_configuration_of_the_project_names_what_its_chain_reads(config: P
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued() -> None:
+def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued(tmp_path: Path) -> None:
     result = settings("--phases", "configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero9.json", "data.test=null")
     assert result.returncode == 2
     first, second = result.stderr.splitlines()
     assert first.startswith("error: deepspeed.config=ds_configs/zero9.json: no such file") and "data.test is not set" in second
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_com": true}}')
+    result = settings("configs/gsm8k.yaml", f"deepspeed.config={tmp_path}/ds.json")
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.count(f"error: {tmp_path}/ds.json: ") == 2
     result = settings("configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero3.json", "backbone.compile=true")
     assert result.returncode == 2 and "does not go with ZeRO stage 3" in result.stderr
 

@@ -1,6 +1,5 @@
 """Encoding every block of the training and validation records with the trained VAE, in parts, on all ranks."""
 
-
 from __future__ import annotations
 
 import dataclasses

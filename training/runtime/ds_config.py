@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
+from training.runtime.ds_checks import problems
 
 if TYPE_CHECKING:
     import torch  # seconds to import, and slurm/settings.py only wants the checks
@@ -15,19 +16,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 #: elements up to which ZeRO-3 keeps a weight whole, where the file does not say (DeepSpeed's own value)
 PERSISTENCE_THRESHOLD = 100_000
-
-OURS = {
-    "train_batch_size": "<phase>.train.global_batch",
-    "train_micro_batch_size_per_gpu": "<phase>.train.micro_batch",
-    "gradient_accumulation_steps": "<phase>.train.global_batch and micro_batch, from which it follows",
-    "optimizer": "<phase>.train.lr, weight_decay, beta1, beta2, eps",
-    "scheduler": "<phase>.train.schedule, warmup_fraction, decay_fraction, min_lr_ratio",
-    "gradient_clipping": "<phase>.train.max_grad_norm",
-    "bf16": "backbone.dtype",
-    "fp16": "backbone.dtype",
-    "checkpoint": "<phase>.train.checkpoint_every",
-}
-"""Keys a file must not set, and the setting of ours that decides instead."""
 
 
 class DeepSpeedConfigError(ValueError):
@@ -39,24 +27,45 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
     Raises :class:`DeepSpeedConfigError` with everything that is wrong with it.
     """
-    file = Path(path) if Path(path).is_file() else REPOSITORY / path
-    if not file.is_file():
+    file = Path(path) if Path(path).exists() else REPOSITORY / path
+    if not file.exists() or file.is_dir():
         known = ", ".join(sorted(f"ds_configs/{found.name}" for found in (REPOSITORY / "ds_configs").glob("*.json")))
-        raise DeepSpeedConfigError(f"deepspeed.config={path}: no such file; there are {known}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DeepSpeedConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    problems = [f"'{key}' is decided by {setting}: remove it" for key, setting in OURS.items() if key in config]
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (0, 2, 3):
-        problems.append(f"zero_optimization.stage={zero['stage']} is not supported: use 0, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
-            problems.append(f"zero_optimization.{key}.device=nvme is not supported: use cpu")
-    if problems:
-        raise DeepSpeedConfigError("\n".join(f"{file}: {problem}" for problem in problems))
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise DeepSpeedConfigError(f"deepspeed.config={path}: {what}; there are {known}")
+    config = _loaded(file)
+    if found := problems(config):
+        raise DeepSpeedConfigError("\n".join(f"{file}: {problem}" for problem in found))
     return config
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    """The object that a file holds."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise DeepSpeedConfigError(
+            f"{file}:{error.lineno}: not JSON: {error.msg} (no comments, no comma before a bracket)"
+        ) from error
+    except OSError as error:
+        raise DeepSpeedConfigError(f"{file}: cannot be read ({error.strerror}); correct its permissions") from error
+    except RepeatedKey as error:
+        raise DeepSpeedConfigError(f"{file}: key {str(error)!r} stands in one object twice: remove one of the two") from error
+    except (ValueError, RecursionError) as error:
+        raise DeepSpeedConfigError(f"{file}: not JSON in UTF-8 ({error}); write it as the files in ds_configs/") from error
+    if not isinstance(config, dict):
+        raise DeepSpeedConfigError(f'{file}: must hold a JSON object, e.g. {{"zero_optimization": {{"stage": 3}}}}')
+    return config
+
+
+class RepeatedKey(ValueError):
+    """A key stands twice in an object, of which JSON would keep the last one in silence."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise RepeatedKey(repeated)
+    return dict(pairs)
 
 
 def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
