@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator, DenoiserCollator, TensorBatch, VaeCollator
 from ladir.data.encode import EncodedRecord, encode_records
 from ladir.data.latents import LatentRecord, LatentStore
-from ladir.data.prompts import chain_pairs, parse_completion
+from ladir.data.prompts import chain_pairs, completion_text, parse_completion
 from ladir.data.records import RecordSet, read_records
 from ladir.layout import Layout
 from ladir.models.ar import ArModel
@@ -121,6 +122,14 @@ def test_chains_read_back_as_they_were_written(record_set: RecordSet, tokenizer:
         chain = parse_completion(decode_text(tokenizer, completion), config.data.answer_prefixes)
         assert chain.answer == record.answer
         assert "".join(chain.thoughts) == "".join(line.strip() for block in record.blocks for line in block.splitlines())
+
+
+@pytest.mark.parametrize("mark", ["####", "The answer is"])
+@pytest.mark.parametrize("between", ["\n", "\n\n", "\nQuestion: ", " Question: "])
+def test_chains_that_run_on_to_another_question_read_back_as_the_first(record_set: RecordSet, mark: str, between: str) -> None:
+    for record, following in itertools.pairwise(record_set.records[::20]):
+        text = f"{completion_text(record, mark)}.{between}{following.question}\n{completion_text(following, mark)}."
+        assert parse_completion(text, [mark, "The answer is"]).answer.rstrip(".") == record.answer
 
 
 def vae_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Vae, VaeCollator]:
