@@ -146,7 +146,12 @@ PROGRAM = "def f(x):\n    return x + 1\n\nclass A:\n    pass"
         (f"a\n#### {PROGRAM}\n\nQuestion: next\n#### def g():\n    return 2", PROGRAM),
         (f"a\n#### {PROGRAM}\nWrite a function g of two numbers.\n#### def g():\n    return 2", PROGRAM),
         (f"a\n#### {PROGRAM}\n# The answer is f.", f"{PROGRAM}\n# The answer is f."),
-        (f"a\n#### ```python\n{PROGRAM}\n```\nIt adds one.\n#### 3", f"```python\n{PROGRAM}\n```"),
+        (f"a\n#### ```python\n{PROGRAM}\n```\nIt adds one.\n#### 3", f"```python\n{PROGRAM}\n```\nIt adds one."),
+        (
+            f"a\n#### ```\n{PROGRAM}\n```\nUse it:\n```\nf(1)\n```\nQuestion: Now?\n```",
+            f"```\n{PROGRAM}\n```\nUse it:\n```\nf(1)\n```",
+        ),
+        (f"a\n#### {PROGRAM}\n\nQuestion: Now?\n```python\nf()\n```", PROGRAM),
         ("a\n####     for x in y:\n        s += x\n    return s\n\nJohn has 3.", "for x in y:\n        s += x\n    return s"),
         ("a\n#### def f(:\n    return\nprint(", "def f(:\n    return\nprint("),
     ],

@@ -33,7 +33,7 @@ _TITLE = re.compile(r"(?:the )?(?:final )?(?:answer|result)[ \t]*[:.]?[*_ \t]*\n
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _VALUE = re.compile(r"[0-9\\^=√π∞]|^\W*[A-Za-z]\W*$")
-_FENCED = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n.*?(?:^[ \t]*\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _PROGRAM = re.compile(r"(?:def|class|import|from|async def|return)\s+\w|@\w|```|(?:for|while|if|with) [^\n]*:[ \t]*\n")
 _CODE = re.compile(r"[=(\[]|\b(?:def|class|return|import|lambda|pass)\b")
 _PROSE = re.compile(
@@ -82,7 +82,7 @@ def _chosen(found: Sequence[_Mark]) -> _Mark | None:
 
 def _chosen_program(found: Sequence[_Mark]) -> _Mark | None:
     pool = [mark for mark in found if mark.written] or found
-    programs = (mark for mark in pool if _FENCED.search(mark.answer) or (_CODE.search(mark.answer) and _parses(mark.answer)))
+    programs = (mark for mark in pool if _FENCE.search(mark.answer) or (_CODE.search(mark.answer) and _parses(mark.answer)))
     otherwise = next((mark for mark in pool if mark.written), pool[-1] if pool else None)
     return next(programs, otherwise)
 
@@ -142,16 +142,22 @@ def _line(text: str, sentences: Sequence[str]) -> str:
 
 
 def _program(text: str, marks: Sequence[str]) -> str:
-    """The program that begins a text: its first fenced block, or up to the first line of prose that makes it none."""
-    if fenced := _FENCED.search(text):
-        return text[: fenced.end()]
-    labels = (match.start() for match in _LABEL.finditer(text) if text[match.start() - 1] == "\n" and match[0][0] != "#")
-    text = next((text[:end].rstrip() for end in itertools.islice(labels, _MOST) if _parses(text[:end])), text)
-    if _parses(text):
-        return text
-    again = [match.start() for mark in marks if mark for match in re.finditer(rf"^{re.escape(mark)}", text, re.MULTILINE)]
-    ends = sorted([*(match.start() for match in _PROSE.finditer(text)), *again])
-    return next((text[:end].rstrip() for end in ends[:_MOST] if text[:end].strip() and _parses(text[:end])), text)
+    """The program that begins a text, up to another question or mark; one without fences, up to the prose that makes it none."""
+    labels = [match.start() for match in _LABEL.finditer(text) if text[match.start() - 1] == "\n" and match[0][0] != "#"]
+    again = [match.start() for mark in marks for match in re.finditer(rf"^{re.escape(mark)}", text, re.MULTILINE)]
+    prose = [match.start() for match in _PROSE.finditer(text)]
+    text = _first_whole(text, labels)
+    return text if _parses(text) else _first_whole(text, sorted([*again, *([] if _FENCE.search(text) else prose)]))
+
+
+def _first_whole(text: str, ends: Sequence[int]) -> str:
+    """The text up to the first of ``ends`` before which it is a program, or holds blocks of code that are closed; else all."""
+    return next((part.rstrip() for end in ends[:_MOST] if (part := text[:end]).strip() and _is_whole(part)), text)
+
+
+def _is_whole(text: str) -> bool:
+    fences = len(_FENCE.findall(text))
+    return fences % 2 == 0 if fences else _parses(text)
 
 
 def _parses(text: str) -> bool:
