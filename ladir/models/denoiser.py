@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
     def noisy_inputs(self, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
         """Input vectors [..., L, H] of noisy latents [..., L, d] at t [...] with what the step before handed on, ``state``.
 
-        Zeros stay zeros through norm and map (Wang et al. 2025, "Loopholing discrete diffusion", arXiv 2510.19304).
+        Zeros stay zeros through norm and map (Jo et al. 2025, "Loopholing discrete diffusion", arXiv 2510.19304).
         """
         inputs = self.latent_in(z.to(self.dtype)) + self.time_embedding(t)[..., None, :]
         return inputs if self.carry_in is None else inputs + self.carry_in(F.layer_norm(state, state.shape[-1:]))
