@@ -1,0 +1,118 @@
+"""What a reader is promised: links and file names that exist, settings that there are, a README that stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ladir.config.loader import setting_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md", *(ROOT / "docs").glob("*.md")])
+#: what was true on its day: files and settings named there may be gone
+HISTORY = ("CHANGELOG.md", "log.md")
+CURRENT = [page for page in PAGES if page.name not in HISTORY]
+#: a reader's own files, in examples
+EXAMPLES = {"configs/mine.yaml", "configs/NAME.yaml"}
+#: shown as a mistake that is refused
+MISTAKES = {"vae.latents_per_blok"}
+FOLDERS = ("configs", "docs", "ds_configs", "ladir", "slurm", "tests", "training")
+FIGURE = re.compile(r"\d[\d.,:]*")
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(text: str) -> str:
+    """The page without code, tables, comments and pictures; of links the words."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.S)
+    kept = [line for line in text.splitlines() if not line.startswith(("    ", "|", "#", "!["))]
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "`", "\n".join(kept)))
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a page's prose; a paragraph or an item ends one, too."""
+    paragraphs = re.split(r"\n\s*\n|\n(?=\d+\. |- )", prose(text))
+    return [
+        part for paragraph in paragraphs for part in re.split(r"(?<=[.!?])[\"*)]*\s+(?=[\"*(`A-Z])", " ".join(paragraph.split()))
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a page may lead, as GitHub names headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert not dead
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_files_that_are_named_exist(page: Path) -> None:
+    pattern = rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.(?:py|md|yaml|json|sh|sbatch|png)\b"
+    files = set(re.findall(pattern, page.read_text(encoding="utf-8"))) - EXAMPLES
+    assert [name for name in sorted(files) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_settings_that_are_named_exist(page: Path) -> None:
+    known = set(setting_names())
+    known |= {name.rpartition(".")[0] for name in known}
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    pattern = rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+(?:\.[a-z_]+)*)(?=[=`,; )]|$)"
+    found = set(re.findall(pattern, page.read_text(encoding="utf-8"), re.M)) - MISTAKES
+    files = {name for name in found if name.endswith((".py", ".md", ".json", ".jsonl", ".yaml"))}
+    assert [name for name in sorted(found - known - files) if not name.startswith("backbone.scratch.")] == []
+
+
+def test_entries_of_the_log_that_results_name_are_there() -> None:
+    headings = "\n".join(re.findall(r"^## (.+)$", (ROOT / "docs" / "log.md").read_text(encoding="utf-8"), re.M))
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = [line for line in " ".join(text.split("\n\n")).splitlines() if "log.md" in line or re.match(r"\| [PCEXZ]\d? \|", line)]
+    entries = [name for line in rows for name in re.findall(r'"([^"]{15,})"', line)]
+    assert len(entries) > 10
+    assert [name for name in entries if name not in headings] == []
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_comes_to_own_data_soon() -> None:
+    lines = readme().splitlines()
+    assert len(lines) <= 180
+    assert lines.index("## Your own data") + 1 < 70
+
+
+def test_the_demo_table_has_five_rows_and_few_words_beside_it() -> None:
+    table = re.search(r"<!-- demo-table -->\n(.*)<!-- /demo-table -->", readme(), re.S)
+    assert table is not None
+    rows = re.findall(r"^\| `([a-z-]+)`", table[1], re.M)
+    assert rows == ["ar", "ar-greedy", "ladir", "ladir-zero-noise", "ladir-rollout"]
+    assert len(sentences(table[1])) == 1
+
+
+def test_sentences_of_the_readme_have_two_figures_at_most() -> None:
+    assert [part for part in sentences(readme()) if len(FIGURE.findall(part)) > 2] == []
+
+
+def test_the_readme_is_free_of_words_that_only_the_project_knows() -> None:
+    text = prose(readme()).lower()
+    assert [word for word in ("lane", "track", "gold", "span", "zero noise") if re.search(rf"\b{word}s?\b", text)] == []
+
+
+def test_a_sentence_with_many_figures_is_seen() -> None:
+    assert [len(FIGURE.findall(part)) for part in sentences("One of 3. Two: 4.5 and 6,\n7 (see `8`).\n\n| 9 | 1 | 2 |")] == [1, 3]
