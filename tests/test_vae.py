@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
+from ladir.config import BackboneSettings, DenoiserSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.data.batches import VaeBatch, VaeCollator, flat_ids
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
 from ladir.models.backbone import Backbone
+from ladir.models.denoiser import Denoiser
 from ladir.models.folders import assemble_export, load_vae, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import ShardWriter, folder_fingerprint, load_settings, own_state
 from ladir.models.vae import Vae, encode_sentences
@@ -376,3 +377,18 @@ def test_a_streamed_lm_is_a_hugging_face_folder(tmp_path: Path) -> None:
     assert back.generation_config.eos_token_id == EOS
     weights = dict(back.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in backbone.base.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_what_enters_a_fresh_model_has_the_scale_of_the_embeddings(noise: float) -> None:
+    lm = Backbone(tiny_lm(hidden_size=64, vocab=500))
+    embedded = lm.embed(torch.arange(500)).std()
+    vae = Vae(lm, Backbone(tiny_lm(hidden_size=64, vocab=500, seed=1)), VaeSettings(latent_dim=96, latent_noise=noise))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(100, 4, 96, generator=generator) * (1 + noise**2) ** 0.5
+    assert vae.thought_decoder.prefix(z).std() == pytest.approx(float(embedded), rel=0.1)
+    denoiser = Denoiser(lm, DenoiserSettings(), 4, torch.zeros(96), torch.ones(96))
+    standard = torch.randn(100, 4, 96, generator=generator)
+    assert denoiser.clean_inputs(standard).std() == pytest.approx(float(embedded), rel=0.1)
+    assert denoiser.marks.weight.std() == pytest.approx(float(embedded), rel=0.2)

@@ -5,6 +5,8 @@ One forward pass trains all blocks and noise draws of a batch at once; :mod:`lad
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,8 +84,11 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Marks at the scale of the embeddings; time and state start without effect; everything in the backbone's dtype."""
-        nn.init.normal_(self.marks.weight, std=self.backbone.embedding_std())
+        """Marks and latents at the scale of the embeddings; time and state without effect; all in the backbone's dtype."""
+        scale = self.backbone.embedding_std()
+        nn.init.normal_(self.marks.weight, std=scale)
+        nn.init.normal_(self.latent_in.weight, std=scale / math.sqrt(self.latent_dim))
+        nn.init.zeros_(self.latent_in.bias)
         if self.carry_in is not None:
             nn.init.zeros_(self.carry_in.weight)
         nn.init.zeros_(self.time_out.weight)

@@ -6,6 +6,7 @@ decoder reads ``[W z, sentence]``, teacher-forced.  With LoRA the frozen decoder
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,14 @@ class Vae(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
+        """What enters an LM beside its embeddings has their scale: latents with the training's noise, of variance 1 + k^2 each.
+
+        A frozen decoder reads a hundredfold input (PyTorch's own start, beside a pretrained LM's embeddings) as noise for long.
+        """
         nn.init.normal_(self.queries.weight, std=self.encoder.embedding_std())
+        spread = self.settings.latent_dim * (1.0 + self.settings.latent_noise**2)
+        nn.init.normal_(self.from_latent.weight, std=self.thought_decoder.backbone.embedding_std() / math.sqrt(spread))
+        nn.init.zeros_(self.from_latent.bias)
         nn.init.normal_(self.to_logvar.weight, std=1e-3)
         nn.init.constant_(self.to_logvar.bias, _INITIAL_LOGVAR)
         for module in (self.queries, self.to_mean, self.to_logvar, self.from_latent):
