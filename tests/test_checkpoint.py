@@ -141,21 +141,21 @@ def test_without_a_whole_checkpoint_nothing_is_trained_over_it(two_processes: Pr
 
 
 def full_disk_on_rank_one(world: World, folder: Path) -> str:
-    real, calls = checkpoint.save_file, []
+    real, calls = checkpoint.save_tensors, []
 
-    def save_file(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
         calls.append(path)
         real(tensors, path, metadata)
         if world.rank == 1 and len(calls) == len(KINDS) + 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoint.save_file = save_file  # type: ignore[assignment]
+    checkpoint.save_tensors = save_tensors  # type: ignore[assignment]
     try:
         run_with(world, folder, 3, "float32", SETTINGS)
     except CheckpointError as error:
         return str(error)
     finally:
-        checkpoint.save_file = real
+        checkpoint.save_tensors = real
     return ""
 
 

@@ -80,10 +80,10 @@ def cut(file: Path) -> None:
     [
         ("ladir.json", "export/ladir.json cannot be read"),
         ("heads.safetensors", "export/heads.safetensors cannot be read"),
-        ("model.safetensors", "export' cannot be loaded"),
+        ("model.safetensors", "export/model.safetensors is cut short"),
         ("vae/ladir.json", "export/vae/ladir.json cannot be read"),
         ("vae/heads.safetensors", "export/vae/heads.safetensors cannot be read"),
-        ("vae/model.safetensors", "export/vae' cannot be loaded"),
+        ("vae/model.safetensors", "export/vae/model.safetensors is cut short"),
         ("vae_encoder/heads.safetensors", "export/vae_encoder/heads.safetensors cannot be read"),
     ],
 )

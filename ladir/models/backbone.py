@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from ladir.data.packing import IGNORE, Rows
 from ladir.errors import UnusableError
 from ladir.models.attention import BlockMasks, Visibility, attend, set_attention
 from ladir.models.prefix_attention import has_plain_attention
+from ladir.models.weights import check_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel  # seconds to import, and only adapters need it
@@ -250,6 +252,8 @@ def load_lm(
     name = name_or_path or settings.name_or_path
     if name is None:
         raise UnusableError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
+    if Path(name).is_dir():
+        check_weights(Path(name))
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             name,

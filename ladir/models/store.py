@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ladir.config import DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
 from ladir.files import replace_folder
 from ladir.models.backbone import Backbone
+from ladir.models.weights import save_tensors
 
 SETTINGS_FILE = "ladir.json"
 HEADS_FILE = "heads.safetensors"
@@ -53,7 +54,7 @@ class ShardWriter:
         self.total_bytes += size
 
     def _flush(self) -> None:
-        save_file(self.current, self._temporary(len(self.shards)), metadata={"format": "pt"})
+        save_tensors(self.current, self._temporary(len(self.shards)), metadata={"format": "pt"})
         self.shards.append(list(self.current))
         self.current, self.current_bytes = {}, 0
 
@@ -106,7 +107,7 @@ def save_model(
             heads[name] = tensor.detach().cpu().contiguous()
     for writer in writers.values():
         writer.close()
-    save_file(heads, aside / HEADS_FILE)
+    save_tensors(heads, aside / HEADS_FILE)
     (aside / SETTINGS_FILE).write_text(json.dumps(dict(settings), indent=1))
     replace_folder(aside, final)
 
@@ -145,7 +146,7 @@ class _LmWriter:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.lm, state_dict=self.adapters)
-        save_file(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.lm.peft_config["default"].save_pretrained(str(self.folder))
 
     def _write_config(self) -> None:

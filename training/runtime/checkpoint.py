@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ladir.files import sync_file
+from ladir.models.weights import save_tensors
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, StateReader
 from training.runtime.files import publish_folder, sha256, write_json, write_text
@@ -76,7 +76,7 @@ def _write_shard(folder: Path, engine: Engine) -> dict[str, Any]:
         if not tensors:  # safetensors writes a file it cannot read for no tensors and no metadata
             continue
         path = folder / f"rank-{engine.world.rank:05d}-{kind}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=places)
+        save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=places)
         sync_file(path)
         entries[path.name] = _entry(path)
     return entries
