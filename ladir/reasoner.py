@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import BackboneSettings, SampleSettings
+from ladir.config import SampleSettings
 from ladir.config.checks import section_errors
 from ladir.data.batches import pad_left
 from ladir.data.prompts import bos_ids
@@ -24,11 +25,14 @@ from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, passes
 from ladir.layout import Mark
 from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_export, save_denoiser, save_thought_decoder, save_vae_encoder
+from ladir.models.exports import Export, load_export, save_export
+from ladir.models.pairing import TrainedOn
 from ladir.models.store import settings_of
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.spans import num_spans
-from ladir.tokens import decode_text, encode_text, load_tokenizer
+from ladir.tokens import decode_text, encode_texts
+
+logger = logging.getLogger(__name__)
 
 #: called after every denoising step with (trajectory, block, step, the block's current text)
 TraceHook = Callable[[int, int, int, str], None]
@@ -97,9 +101,15 @@ class Reasoner:
         tokenizer: PreTrainedTokenizerBase,
         settings: SampleSettings | None = None,
         encoder: Vae | None = None,
+        trained_on: TrainedOn | None = None,
     ) -> None:
-        """``encoder``: the VAE, of which the encoder alone is asked; needed where blocks are encoded again."""
+        """``encoder``: the VAE, of which the encoder alone is asked; needed where blocks are encoded again.
+
+        ``trained_on``: what the denoiser's folder says of its training.
+        """
         self.encoder = encoder
+        self.trained_on = trained_on or TrainedOn()
+        self._longest_told = 0
         self.denoiser = denoiser.eval()
         self.thought_decoder = thought_decoder
         self.tokenizer = tokenizer
@@ -114,19 +124,22 @@ class Reasoner:
         attention: str = "auto",
         dtype: str | torch.dtype | None = None,
         denoiser: str | Path | None = None,
+        base: str | Path | None = None,
     ) -> Reasoner:
         """Load an export folder.
 
-        Raises UnusableError naming what is missing, damaged or of another version, and for a device or dtype that cannot be used.
+        Raises UnusableError naming what is missing, damaged, of another version or does not belong together, and for a device or
+        dtype that cannot be used.
 
         ``device`` defaults to CUDA where there is one; ``dtype`` (float32, bfloat16, or auto: the faster one) to the one it was
         saved in (float32 where the device only emulates bfloat16).  ``denoiser``: the model folder of another denoiser, trained
-        on the same latents, that takes the export's place.
+        on the same latents, that takes the export's place.  ``base``: the folder of the LM that the export's adapters stand on,
+        where it no longer lies where the export says.
         """
         device = usable_device(device)
-        model, thought_decoder, sample, encoder = load_export(folder, device, attention, _dtype_name(dtype), denoiser)
-        tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
-        return cls(model, thought_decoder, tokenizer, settings_of(SampleSettings, sample, folder), encoder)
+        loaded = load_export(folder, device, attention, _dtype_name(dtype), denoiser, base)
+        settings = settings_of(SampleSettings, loaded.sample, folder)
+        return cls(loaded.denoiser, loaded.thought_decoder, loaded.tokenizer, settings, loaded.encoder, loaded.trained_on)
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +182,8 @@ class Reasoner:
         guidance is.  A row is a trajectory of any question: the function must treat them one by one.
 
         Raises ValueError for questions that are none (:func:`check_questions`) and for controls that make no sense, all of them
-        at once; UnusableError where the latents did not stay finite.
+        at once; UnusableError for a question too long for the LM, and where the latents did not stay finite.  Warns of questions
+        longer than those of the training.
         """
         settings = self.settings_with(
             num_steps=num_steps,
@@ -193,6 +207,7 @@ class Reasoner:
         check_questions(questions)
         if not questions:
             return []
+        self._check_lengths(questions)
         noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(num_trajectories)])
         owner = torch.arange(len(questions), device=self.device).repeat_interleave(num_trajectories)
         prefix = self._question_prefix(questions, owner, settings.guidance_scale != 1.0)
@@ -243,10 +258,30 @@ class Reasoner:
             )
         return latents
 
+    def _check_lengths(self, questions: Sequence[str]) -> None:
+        """Warns of a question longer than the training's; UnusableError where the LM has no positions left to answer it."""
+        longest, number = max((len(ids), -n) for n, ids in enumerate(encode_texts(self.tokenizer, questions), start=1))
+        limit = getattr(self.denoiser.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+        rest = len(bos_ids(self.tokenizer)) + self.denoiser.latents_per_block + len((Mark.BOT, Mark.EOT, Mark.SOA))
+        if limit is not None and longest + rest >= limit:
+            raise UnusableError(
+                f"question {-number} has {longest} tokens, too many for an LM of {limit} positions, of which a block and an "
+                f"answer take {rest + 1} or more; shorten it"
+            )
+        seen = self.trained_on.longest_question
+        if seen is not None and longest > max(seen, self._longest_told):
+            self._longest_told = longest
+            logger.warning(
+                "question %d has %d tokens; the longest that this model was trained on has %d: the answer may suffer",
+                -number,
+                longest,
+                seen,
+            )
+
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
         bos = bos_ids(self.tokenizer)
-        ids, lengths = pad_left([bos + encode_text(self.tokenizer, q) for q in questions], self.tokenizer.pad_token_id)
+        ids, lengths = pad_left([bos + ids for ids in encode_texts(self.tokenizer, questions)], self.tokenizer.pad_token_id)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:
             places = torch.arange(inputs.shape[1], device=self.device)
@@ -319,8 +354,5 @@ class Reasoner:
 
         A model that is there already is replaced; UnusableError where ``folder`` holds anything else.
         """
-        save_denoiser(self.denoiser, folder, sample=asdict(self.settings))
-        save_thought_decoder(self.thought_decoder, Path(folder) / "vae", shared=self.denoiser.backbone)
-        if self.encoder is not None:
-            save_vae_encoder(self.encoder, folder)
-        self.tokenizer.save_pretrained(str(folder))
+        sample = asdict(self.settings)
+        save_export(Export(self.denoiser, self.thought_decoder, self.tokenizer, sample, self.encoder, self.trained_on), folder)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ladir.config import BackboneSettings
 from ladir.models.backbone import choose_dtype, new_lm
-from ladir.models.folders import _dtype_here
+from ladir.models.exports import _dtype_here
 from ladir.models.store import HEADS_FILE
 
 SCRATCH = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

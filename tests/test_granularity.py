@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
 from ladir.models.backbone import new_lm
-from ladir.models.store import load_settings
+from ladir.models.store import folder_fingerprint, load_settings
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
@@ -146,3 +147,42 @@ def test_stage_2_is_exported_only_on_top_of_the_stage_1_it_started_from(one_proc
     finally:
         heads.write_bytes(before)
     assert last_denoiser(run) == run.model("rollout")
+
+
+def refusals(world: World, folder: Path) -> dict[str, str]:
+    """What is said to the next step after the VAE was trained again, and after its latents were encoded again, too."""
+    config = configure(folder, 1)
+
+    def said(phase: str, action: Any) -> str:
+        with open_run(config, phase, world) as run, pytest.raises(UnusableError) as error:
+            action(run)
+        return str(error.value)
+
+    steps = {"export": export, "evaluate": evaluate, "denoiser": lambda run: denoiser_phase(run.config, world)}
+    found = {name: said(name, action) for name, action in steps.items()}
+    stats = RunFolder(config).latents / "train" / "stats.json"
+    saved = json.loads(stats.read_text())
+    stats.write_text(json.dumps({**saved, "fingerprint": folder_fingerprint(RunFolder(config).model("vae"))}))
+    RunFolder(config).outcome_file("rollout").unlink()
+    shutil.rmtree(RunFolder(config).checkpoints("rollout"))
+    config.data.validation = None
+    return {**found, "rollout": said("rollout", lambda run: rollout_phase(run.config, world))}
+
+
+@pytest.mark.distributed
+def test_nothing_goes_on_with_the_denoiser_of_another_vae(one_process: ProcessGroup, folder: Path) -> None:
+    run = RunFolder(configure(folder, 1))
+    if not run.export.is_dir():
+        one_process.run(chain, folder, 1, timeout=280)
+    trained_on = load_settings(run.export, "denoiser")["trained_on"]
+    decoder = load_settings(run.export / "vae", "thought_decoder")
+    assert trained_on["vae"] == decoder["vae"] == folder_fingerprint(run.model("vae"))
+    assert trained_on["longest_question"] == 6 and trained_on["tokenizer"]
+    heads = run.model("vae") / "heads.safetensors"
+    whole = heads.read_bytes()
+    heads.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    said = one_process.run(refusals, folder)[0]
+    assert "rollout was trained on the latents of another VAE" in said["export"]
+    assert "export was made before" in said["evaluate"] and "run training/export.py" in said["evaluate"]
+    assert "these latents were made by the VAE" in said["denoiser"]
+    assert "denoiser was trained on the latents of another VAE" in said["rollout"]

@@ -25,9 +25,11 @@ from ladir.inference.guidance import diversity_force, reward_gradient
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise, passes_per_span, step_times
 from ladir.layout import Mark
 from ladir.models import flow
+from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone, build_backbone
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import assemble_export, load_export, new_vae, save_denoiser, save_vae
+from ladir.models.exports import load_export
+from ladir.models.folders import new_vae, save_denoiser, save_vae
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
@@ -913,7 +915,7 @@ def test_an_export_is_a_hugging_face_folder(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(lm(ids).logits, parts.denoiser.backbone.base(ids).logits)
     assert Reasoner.from_pretrained(tmp_path / "export", device="cpu").settings == SETTINGS
-    saved = load_export(tmp_path / "export", CPU, "eager", None)[2]
+    saved = load_export(tmp_path / "export", CPU, "eager", None).sample
     assert saved == asdict(SETTINGS)
 
 
@@ -948,5 +950,5 @@ def test_questions_that_are_none_are_named() -> None:
 
 
 def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing is no denoiser folder"):
+    with pytest.raises(ValueError, match=r"nothing: no such folder"):
         Reasoner.from_pretrained(tmp_path / "nothing")

@@ -20,9 +20,10 @@ from ladir.data.batches import VaeBatch, VaeCollator, flat_ids
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
+from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import assemble_export, load_vae, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.folders import load_vae, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import ShardWriter, folder_fingerprint, load_settings, own_state
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import build_word_tokenizer
@@ -317,7 +318,7 @@ def test_an_export_has_all_files_of_the_decoding_lm_or_is_refused(tmp_path: Path
     assemble_export(*parts, tokenizer, tmp_path / "export", SampleSettings())
     assert sorted(path.name for path in (tmp_path / "export" / "vae").glob("*model*")) == files
     (base / files[0]).unlink()
-    with pytest.raises(UnusableError, match=f"has no {files[0]}"):
+    with pytest.raises(UnusableError, match=files[0]):
         assemble_export(*parts, tokenizer, tmp_path / "again", SampleSettings())
     assert not (tmp_path / "again").exists()
 

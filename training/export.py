@@ -1,7 +1,7 @@
 """Assemble runs/<name>/export: a Hugging Face folder that Reasoner.from_pretrained and `python -m ladir` read.
 
 The denoiser is that of stage 2 where there is one, else that of stage 1.  Files are copied, no model is loaded: it runs on any
-CPU node.
+CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA adapters).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from ladir.config import Config
 from ladir.errors import UnusableError
-from ladir.models.folders import assemble_export
+from ladir.models.assembling import assemble_export
+from ladir.models.pairing import adapter_base, base_fingerprint
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.runtime.distributed import run_as_program
@@ -45,8 +46,10 @@ def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
         "code": environment()["commit"],
         "denoiser": [str(denoiser), folder_fingerprint(denoiser, "denoiser")],
         "vae": folder_fingerprint(folder.model("vae")),
+        "base": base_fingerprint(adapter_base(denoiser)),
         "tokenizer": tokenizer,
         "sample": asdict(config.sample),
+        "export": asdict(config.export),
     }
 
 
@@ -67,7 +70,7 @@ def export(run: Run) -> None:
     made_of = parts(run.config, folder, denoiser)
     if not is_current(folder, made_of):
         tokenizer = load_tokenizer(run.config.backbone)
-        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample)
+        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
     ask = f'python -m ladir "question" --model {folder.export}'
     logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)

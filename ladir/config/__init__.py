@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ladir.config.asking import EvaluateSettings, SampleSettings
+from ladir.config.asking import EvaluateSettings, ExportSettings, SampleSettings
 from ladir.config.declare import section, setting
 from ladir.config.model import BackboneSettings, CountdownSettings, DataSettings, LoraSettings, RunSettings
 from ladir.config.runtime import DeepSpeedSettings, PlanSettings, TelemetrySettings
@@ -23,6 +23,7 @@ __all__ = [
     "DeepSpeedSettings",
     "DenoiserSettings",
     "EvaluateSettings",
+    "ExportSettings",
     "LatentSettings",
     "LoraSettings",
     "PlanSettings",
@@ -54,6 +55,7 @@ class Config:
     rollout: RolloutSettings = section(RolloutSettings, "the denoiser's stage 2: the answer through blocks it generates itself")
     ar: ArSettings = section(ArSettings, "the autoregressive baseline")
     sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
+    export: ExportSettings = section(ExportSettings, "what an export holds")
     evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")
     telemetry: TelemetrySettings = section(TelemetrySettings, "what people look at")
     deepspeed: DeepSpeedSettings = section(DeepSpeedSettings, "the engine")

@@ -118,3 +118,17 @@ class EvaluateSettings:
     name: str = setting(
         "", "set: results-<name>.json and generations-<name>.jsonl are written instead, to stand beside the others in a report"
     )
+
+
+@dataclass
+class ExportSettings:
+    merge_lora: bool = setting(
+        False,
+        "merge LoRA adapters into copies of the weights they stand on, shard by shard: the export needs no other LM and no PEFT, "
+        "and holds whole LMs (of the frozen decoder a second one)",
+    )
+    copy_base: bool = setting(
+        False,
+        "copy the LM under LoRA adapters, or a frozen decoder of the Hub, into the export; else it is named: a folder as it is "
+        "seen from the export, an LM of the Hub by its id",
+    )

@@ -212,6 +212,11 @@ class LatentStore:
         """Blocks of the record that has most."""
         return max((chunk.most_blocks for chunk in self._chunks), default=0)
 
+    @property
+    def longest_question(self) -> int:
+        """Tokens of the longest question."""
+        return max((chunk.longest_question for chunk in self._chunks), default=0)
+
     def same_question(self) -> list[list[int]]:
         """Which records have the same question: the places of each group of several."""
         groups: dict[bytes, list[int]] = {}
@@ -254,6 +259,11 @@ class _Chunk:
     def most_blocks(self) -> int:
         """Blocks of the record that has most."""
         return int(np.diff(self._blocks_of).max(initial=0))
+
+    @property
+    def longest_question(self) -> int:
+        """Tokens of the longest question."""
+        return int(np.diff(self._question.offsets).max(initial=0))
 
     def question(self, i: int) -> bytes:
         """The i-th record's question, to be compared."""

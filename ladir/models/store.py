@@ -92,23 +92,37 @@ def save_model(
     ``ladir.json``, written last: a folder that has it is whole.  A model that is there already is replaced; UnusableError where
     ``folder`` holds anything else.
     """
+    with written_aside(folder) as aside:
+        writers = {prefix: _LmWriter(backbone, aside / sub) for prefix, (backbone, sub) in lms.items()}
+        heads: dict[str, Tensor] = {}
+        for name, tensor in state:
+            prefix = next((p for p in writers if name.startswith(p)), None)
+            if prefix is not None:
+                writers[prefix].add(name.removeprefix(prefix), tensor)
+            elif not any(name.startswith(p) for p in skip):
+                heads[name] = tensor.detach().cpu().contiguous()
+        for writer in writers.values():
+            writer.close()
+        save_tensors(heads, aside / HEADS_FILE)
+        (aside / SETTINGS_FILE).write_text(json.dumps(dict(settings), indent=1))
+
+
+@contextmanager
+def written_aside(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of the model ``folder`` when the block ends without an error.
+
+    UnusableError where ``folder`` holds anything but a model.
+    """
     final = Path(folder).resolve()  # a link stays one
     refuse_foreign(final)
     aside = final.with_name(final.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    writers = {prefix: _LmWriter(backbone, aside / sub) for prefix, (backbone, sub) in lms.items()}
-    heads: dict[str, Tensor] = {}
-    for name, tensor in state:
-        prefix = next((p for p in writers if name.startswith(p)), None)
-        if prefix is not None:
-            writers[prefix].add(name.removeprefix(prefix), tensor)
-        elif not any(name.startswith(p) for p in skip):
-            heads[name] = tensor.detach().cpu().contiguous()
-    for writer in writers.values():
-        writer.close()
-    save_tensors(heads, aside / HEADS_FILE)
-    (aside / SETTINGS_FILE).write_text(json.dumps(dict(settings), indent=1))
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     replace_folder(aside, final)
 
 
@@ -186,6 +200,13 @@ def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     if settings.get("kind") != kind:
         raise UnusableError(f"{folder} holds a {settings.get('kind')!r}, not a {kind!r}")
     return settings
+
+
+def update_settings(folder: Path, **changes: Any) -> None:
+    """Change or begin ``ladir.json`` of a model folder."""
+    path = folder / SETTINGS_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **changes}, indent=1), encoding="utf-8")
 
 
 @contextmanager

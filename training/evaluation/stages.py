@@ -7,6 +7,7 @@ import logging
 from ladir.tasks import get_task
 from training.evaluation.answers import AnswerLog
 from training.evaluation.asking import ask_model
+from training.evaluation.kinship import check_export
 from training.evaluation.questions import choose_questions
 from training.evaluation.readiness import ready_methods
 from training.evaluation.rows import model_of, sampling_of
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 def evaluate(run: Run) -> None:
     """Fill the table: every method on every question; rank 0 writes and shows the results."""
     methods = ready_methods(run)
+    check_export(run, methods)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
     asked = choose_questions(run, task)
     log = AnswerLog(run, asked.records)

@@ -16,8 +16,9 @@ from ladir.errors import UnusableError
 from ladir.models.backbone import build_backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, save_denoiser
+from ladir.models.pairing import TrainedOn
 from ladir.models.store import folder_fingerprint
-from ladir.tokens import load_tokenizer
+from ladir.tokens import load_tokenizer, tokenizer_fingerprint
 from training.phases.base import Samples, TrainingPhase
 from training.phases.samples import denoiser_samples
 from training.runtime.distributed import World
@@ -46,9 +47,14 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
         model=model,
         weights=denoiser_weights(config.denoiser),
         validation=Samples(validation, collator) if validation is not None else None,
-        write=lambda target, state: save_denoiser(model, target, state),
+        write=lambda target, state: save_denoiser(model, target, state, trained_on=trained_on(store, tokenizer)),
         show=denoiser_samples(config, tokenizer, validation, store, vae),
     )
+
+
+def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase) -> TrainedOn:
+    """What is kept with a denoiser, to tell what belongs to it."""
+    return TrainedOn(store.fingerprint, tokenizer_fingerprint(tokenizer), longest_question=store.longest_question)
 
 
 def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:

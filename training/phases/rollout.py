@@ -12,10 +12,11 @@ from ladir.data.randomness import derive
 from ladir.data.rollout import GoldStore, RolloutCollator
 from ladir.inference.rollout import Rollout
 from ladir.models.folders import load_denoiser_to_train, save_denoiser
-from ladir.models.store import folder_fingerprint
+from ladir.models.pairing import TrainedOn, check_vae
+from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
-from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents
+from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
 from training.phases.samples import Show, denoiser_samples
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
@@ -29,9 +30,10 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
     store, validation = stored_latents(config, folder, world)
-    origin = world.broadcast(folder_fingerprint(folder.model("denoiser"), "denoiser") if world.is_main else None)
+    source = folder.model("denoiser")
+    check_vae(TrainedOn.of(load_settings(source, "denoiser")), store.fingerprint, source, folder.model("vae"))
+    origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
     with sharded_init(config, settings.train, world):
-        source = folder.model("denoiser")
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
     recompute = config.backbone.activation_checkpointing != "none"
     teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher")
@@ -40,7 +42,7 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
-        save_denoiser(denoiser, target, own, origin=origin)
+        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer))
 
     return TrainingPhase(
         items=GoldStore(store, settings.candidates if settings.gold == "nearest" else 1),

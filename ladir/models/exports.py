@@ -1,0 +1,202 @@
+"""Exports: what is made of a trained denoiser and its VAE to be asked and passed on, and how it comes back.
+
+A denoiser's folder (see :mod:`ladir.models.folders`) with ``vae/`` (the thought decoder), ``vae_encoder/`` where blocks are
+encoded again, ``base/`` where the LM under the adapters was copied, and the tokenizer.  Made of trained folders by
+:mod:`ladir.models.assembling`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import BackboneSettings
+from ladir.errors import UnusableError
+from ladir.models.backbone import Backbone, choose_dtype, load_lm
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_denoiser, load_vae, save_denoiser, save_vae
+from ladir.models.pairing import TrainedOn, adapter_base, check_tokenizer, check_vae, find_base, name_base
+from ladir.models.store import (
+    HEADS_FILE,
+    SETTINGS_FILE,
+    load_settings,
+    load_tensors,
+    own_state,
+    save_model,
+    update_settings,
+    weights_fingerprint,
+    without_adapters,
+    written_aside,
+)
+from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.models.weights import check_weights
+from ladir.tokens import load_tokenizer
+
+DECODER_HEAD = "from_latent."
+DECODER_FOLDER = "vae"
+#: the encoding half of the VAE, as a VAE's folder without decoder
+ENCODER_FOLDER = "vae_encoder"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export holds; ``sample``: its default controls; ``encoder``: where it has one."""
+
+    denoiser: Denoiser
+    thought_decoder: ThoughtDecoder
+    tokenizer: PreTrainedTokenizerBase
+    sample: dict[str, Any]
+    encoder: Vae | None
+    trained_on: TrainedOn
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An export that was looked at: its settings, those of the denoiser taken, and where the LMs under the adapters lie."""
+
+    folder: Path
+    source: Path
+    sample: dict[str, Any]
+    decoder: dict[str, Any]
+    trained_on: TrainedOn
+    denoiser_base: str | None
+    encoder_base: str | None
+
+
+def load_export(
+    folder: str | Path,
+    device: torch.device,
+    attention: str,
+    dtype: str | None,
+    other: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Export:
+    """An export folder on ``device``.
+
+    ``other``: the folder of another denoiser for it; ``base``: the folder of the LM under the adapters, where it is not where the
+    export says.  UnusableError for what is missing, damaged or does not belong together, before an LM is loaded.
+    """
+    found = _look_at(Path(folder), Path(other or folder), base)
+    tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
+    settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(found.source, device))
+    check_tokenizer(found.trained_on, tokenizer, found.denoiser_base or found.source, found.folder)
+    denoiser, _ = load_denoiser(found.source, settings, device, found.denoiser_base)
+    thoughts = _load_thought_decoder(found, denoiser, settings, device)
+    encoder = found.folder / ENCODER_FOLDER
+    vae = load_vae(encoder, settings, device, encoder_only=True, base=found.encoder_base) if encoder.is_dir() else None
+    return Export(denoiser, thoughts, tokenizer, found.sample, vae, found.trained_on)
+
+
+def _look_at(folder: Path, source: Path, base: str | Path | None) -> _Found:
+    """Whether everything is there, whole, and belongs together; nothing large is read."""
+    _check_is_export(folder)
+    own, taken = load_settings(folder, "denoiser"), load_settings(source, "denoiser")
+    decoder = load_settings(folder / DECODER_FOLDER, "thought_decoder")
+    trained_on = TrainedOn.of(taken)
+    check_vae(trained_on, decoder.get("vae"), source, folder / DECODER_FOLDER)
+    adapters = adapter_base(source)
+    if decoder["shared"] and adapters is None:
+        raise UnusableError(
+            f"{source}: its thoughts are read by the LM without the denoiser's adapters, and there are none: was the LM saved "
+            "there with them merged in? Then the LM that reads thoughts is lost: give the adapters back, or export again with "
+            "export.merge_lora=true, which keeps it"
+        )
+    encoder = folder / ENCODER_FOLDER / "encoder"
+    place, expected = own.get("base_place"), TrainedOn.of(own).base
+    if source != folder:
+        place, expected = None, trained_on.base
+    denoiser_base = find_base(source, adapters, place, expected, base) if adapters else None
+    named = adapter_base(encoder) if encoder.is_dir() else None
+    encoder_base = find_base(folder, named, own.get("base_place"), TrainedOn.of(own).base, base) if named else None
+    for lm in [path for path in (source, encoder, folder / DECODER_FOLDER, denoiser_base) if path and Path(path).is_dir()]:
+        check_weights(Path(lm))
+    return _Found(folder, source, own["sample"], decoder, trained_on, denoiser_base, encoder_base)
+
+
+def _check_is_export(folder: Path) -> None:
+    """UnusableError for a folder that is none or lacks the decoder; names the export that may have been meant."""
+    if (folder / SETTINGS_FILE).is_file() and (folder / DECODER_FOLDER).is_dir():
+        return
+    near = [place / "export" for place in (folder, *list(folder.parents)[:2])]
+    meant = next((place for place in near if (place / SETTINGS_FILE).is_file()), None)
+    hint = f"did you mean {meant}?" if meant else "training/export.py writes runs/<name>/export"
+    if not folder.is_dir():
+        raise UnusableError(f"{folder}: no such folder; {hint}")
+    lacks = DECODER_FOLDER + os.sep if (folder / SETTINGS_FILE).is_file() else SETTINGS_FILE
+    raise UnusableError(f"{folder} is no export ({lacks} is missing); {hint}")
+
+
+def _load_thought_decoder(found: _Found, denoiser: Denoiser, settings: BackboneSettings, device: torch.device) -> ThoughtDecoder:
+    folder = found.folder / DECODER_FOLDER
+    weights = load_tensors(folder / HEADS_FILE)
+    from_latent = nn.Linear(denoiser.latent_dim, denoiser.backbone.hidden_size)
+    from_latent.load_state_dict({name.removeprefix(DECODER_HEAD): value for name, value in weights.items()})
+    if found.decoder["shared"]:
+        backbone = denoiser.backbone
+    else:
+        lm = load_lm(settings, device.type, found.decoder["base"] or str(folder), device)
+        backbone = Backbone(lm).to(device).eval()
+    return ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype))
+
+
+def _dtype_here(folder: Path, device: torch.device) -> str:
+    """The dtype of a folder's heads, as a setting's value; float32 where ``device`` only emulates bfloat16."""
+    return choose_dtype("auto", device.type) if dtype_of(folder) == torch.bfloat16 else "float32"
+
+
+def dtype_of(folder: Path) -> torch.dtype:
+    """What the heads of a denoiser or a VAE are saved in, and its LM was trained in."""
+    heads = load_tensors(folder / HEADS_FILE)
+    return next((heads[name].dtype for name in ("marks.weight", "queries.weight") if name in heads), torch.float32)
+
+
+def save_export(parts: Export, folder: str | Path) -> None:
+    """Write an export out of loaded parts; the folder appears whole or not at all.
+
+    A model that is there already is replaced; UnusableError where ``folder`` holds anything else.
+    """
+    final = Path(folder).resolve()
+    with written_aside(folder) as aside:
+        save_denoiser(parts.denoiser, aside, sample=parts.sample, trained_on=parts.trained_on)
+        save_thought_decoder(parts.thought_decoder, aside / DECODER_FOLDER, shared=parts.denoiser.backbone)
+        if parts.encoder is not None:
+            save_vae_encoder(parts.encoder, aside / ENCODER_FOLDER)
+        parts.tokenizer.save_pretrained(str(aside))
+        # Parts that do not say what they were trained on are tied as they are.
+        vae = parts.trained_on.vae or weights_fingerprint(aside / DECODER_FOLDER)
+        update_settings(aside / DECODER_FOLDER, vae=vae)
+        saved = load_settings(aside, "denoiser")
+        update_settings(aside, trained_on={**saved["trained_on"], "vae": vae}, base_place=name_base(aside, final))
+
+
+def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Backbone | None = None) -> None:
+    """Write the decoding half of a VAE; where its LM is ``shared`` with the denoiser (adapters off), only the head.
+
+    Adapters take no part in decoding and are left out.  UnusableError where they were merged into the shared LM.
+    """
+    is_shared = decoder.backbone is shared
+    if is_shared and not decoder.backbone.has_adapters:
+        raise UnusableError(
+            "thoughts are read by the denoiser's LM without its adapters, and it has none any more: what read them is lost; load "
+            "the export again, or export with export.merge_lora=true, which keeps it"
+        )
+    holder = nn.ModuleDict({"from_latent": decoder.from_latent})
+    lms = {}
+    if not is_shared:
+        holder["backbone"] = plain = Backbone(decoder.backbone.base)
+        lms["backbone.lm."] = (plain, "")
+    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared}
+    save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
+
+
+def save_vae_encoder(vae: Vae, folder: str | Path) -> None:
+    """Write the encoding half of a VAE."""
+    encoder = Vae(vae.encoder, None, vae.settings)
+    encoder.load_state_dict({name: value for name, value in vae.state_dict().items() if not name.startswith("own_decoder.")})
+    save_vae(encoder, folder)

@@ -1,0 +1,56 @@
+"""What is asked belongs together: the export is of the run's models, and every other denoiser of the export's VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ladir.errors import UnusableError
+from ladir.models.exports import DECODER_FOLDER
+from ladir.models.pairing import TrainedOn, check_vae
+from ladir.models.store import folder_fingerprint, load_settings
+from training.evaluation.answerers import stage_folder
+from training.evaluation.rows import model_of, sampling_of
+from training.runtime.files import read_json
+from training.runtime.run import Run, RunFolder
+
+
+def check_export(run: Run, methods: Sequence[str]) -> None:
+    """UnusableError, on all ranks, where the export was made of other models, or a denoiser trained on another VAE's latents."""
+    models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in methods)
+    asked = [model for model in models if model != "ar"]
+    if problem := run.world.broadcast(_problem(run, asked) if run.world.is_main and asked else None):
+        raise UnusableError(problem)
+
+
+def _problem(run: Run, models: Sequence[str]) -> str | None:
+    snapshot = run.config.evaluate.snapshot
+    try:
+        _check_is_current(run.folder)
+        vae = run.folder.export / DECODER_FOLDER
+        others = [stage_folder(run.folder, model == "rollout", snapshot) for model in models]
+        for other in [folder for folder in others if folder is not None]:
+            _check_pair(other, vae)
+    except UnusableError as error:
+        return str(error)
+    return None
+
+
+def _check_is_current(folder: RunFolder) -> None:
+    """UnusableError where a model was trained anew since it was exported; what has no record of it is not looked at."""
+    made_of = read_json(folder.inputs("export"))
+    stage = "denoiser" if load_settings(folder.export, "denoiser").get("origin") is None else "rollout"
+    kept = [("vae", "vae", made_of.get("vae")), (stage, "denoiser", made_of.get("denoiser", [None, None])[1])]
+    for phase, kind, before in kept:
+        model = folder.model(phase)
+        if before is not None and model.is_dir() and folder_fingerprint(model, kind) != before:
+            raise UnusableError(
+                f"{folder.export} was made before {model} was trained anew: run training/export.py, then the same command again"
+            )
+
+
+def _check_pair(denoiser: Path, vae: Path) -> None:
+    """As loading will, but for the warning where it is not known."""
+    trained_on, fingerprint = TrainedOn.of(load_settings(denoiser, "denoiser")), load_settings(vae, "thought_decoder").get("vae")
+    if trained_on.vae is not None and fingerprint is not None:
+        check_vae(trained_on, fingerprint, denoiser, vae)
