@@ -3,6 +3,7 @@
 Reads runs/<name>/export, models/ar and models/rollout, writes runs/<name>/results.json and generations.jsonl; with
 evaluate.name=NAME results-NAME.json and generations-NAME.jsonl, for other controls of the same models, with
 evaluate.snapshot=STEP results-STEP.json (results-NAME-STEP.json) for models of that training step (train.snapshot_every).
+Before a model is loaded all models and files are looked for, and the records' own answers are judged (kept in gold.json).
 Questions are split over the ranks; answers are kept as they come, so that a stopped evaluation continues where it was.
 """
 
