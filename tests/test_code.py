@@ -20,7 +20,7 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks import get_task, sandbox
 from ladir.tasks.code import CodeTask, assembled, program_of
-from ladir.tasks.sandbox import Limits, Outcome, run_program
+from ladir.tasks.sandbox import Limits, Outcome, Program, run_program
 
 PATIENT = Limits(seconds=30.0)  # for programs that end by themselves, on a busy machine, too
 QUICK = Limits(seconds=1.0)
@@ -169,8 +169,10 @@ HOSTILE = {
     "10 GB of disk": ("for i in range(10_000): open(str(i), 'wb').write(bytes(1 << 20))", "OSError"),
     "many files": ("for i in range(100_000): open(str(i), 'w')", "OSError"),
     "large file": ("f = open('x', 'wb')\nfor i in range(100): f.write(bytes(1 << 20))", "OSError"),
-    "megabytes of output": ("for i in range(10_000): print('x' * 1_000)", "OSError"),
-    "megabytes of errors": ("import sys\nfor i in range(10_000): sys.stderr.write('x' * 1_000)", "OSError"),
+    "endless output": ("while True: print('x' * 1_000)", TIME),
+    "endless errors": ("import sys\nwhile True: sys.stderr.write('x' * 1_000)", TIME),
+    "write to a package": ("import numpy; open(numpy.__file__, 'a')", DENIED),
+    "other packages": ("import torch", "ModuleNotFoundError"),
     "fork bomb": ("import os\nwhile True: os.fork()", "BlockingIOError"),
     "fork bomb that catches all": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", TIME),
     "threads": (
@@ -328,9 +330,7 @@ def test_limits_alone_let_programs_pass(program: str, common_interpreter: None) 
     assert run_program(program, SMALL, isolation="limits") == Outcome(True, "passed")
 
 
-LIMITED = [
-    name for name in HOSTILE if name.startswith(("endless", "10 GB", "large", "megabytes", "fork bomb")) and "disk" not in name
-]
+LIMITED = [name for name in HOSTILE if name.startswith(("endless", "10 GB", "large", "fork bomb")) and "disk" not in name]
 
 
 @pytest.mark.parametrize("name", LIMITED)
@@ -396,6 +396,13 @@ ANSWERS = {
     "def add(a, b):\n    return a + b\n\nimport os\nos._exit(0)": False,
     "def check(candidate): pass\n\ndef add(a, b): return 0": False,
     "It is impossible.": False,
+    "    def add(a, b):\n        return a + b": True,
+    "a = a + b\nreturn a": True,
+    "    return a + b\n\n\ndef other(x):\n    if": True,
+    "from __future__ import annotations\ndef add(a: Missing, b) -> List:\n    return a + b": True,
+    "from operator import add": True,
+    "class Solution:\n    def add(self, a, b):\n        return a + b": False,
+    "Use:\n```\nadd(1, 2)\n```\nof\n```python\ndef add(a, b):\n    return a + b\n```": True,
 }
 
 
@@ -408,7 +415,7 @@ def test_completions_and_whole_programs_are_judged(answer: str) -> None:
 
 
 def test_agreeing_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
+    ran: list[Program] = []
     monkeypatch.setattr("ladir.tasks.code.run_program", lambda program, *_: ran.append(program) or Outcome(True, "passed"))
     task = CodeTask(PATIENT)
     assert all(task.verdict("return a + b", RECORD).right for _ in range(3)) and len(ran) == 1
@@ -440,8 +447,8 @@ def test_canonical_distinguishes_programs_not_layouts(one: str, other: str, same
 def test_any_text_is_a_program_of_some_form(text: str) -> None:
     task = CodeTask()
     assert isinstance(task.canonical(text), str)
-    assert program_of(text) in text
-    assert RECORD.reference["tests"] in assembled(text, RECORD)
+    assert isinstance(program_of(text), str)
+    assert assembled(text, RECORD).tests == RECORD.reference["tests"]
 
 
 @isolated

@@ -15,35 +15,44 @@ from functools import lru_cache
 
 from ladir.data.records import Record
 from ladir.errors import UnusableError
-from ladir.tasks.sandbox import Limits, Outcome, run_program
+from ladir.tasks.program_text import bodies, bound_names, readings, whole
+from ladir.tasks.sandbox import Limits, Outcome, Program, Reading, run_program
 from ladir.tasks.verdict import Verdict
 
-_MAX_LENGTH = 50_000  # characters of an answer that are looked at
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _LAYOUT = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER})
 
 
 def program_of(answer: str) -> str:
-    """The program in an answer: its first fenced block, or all of it."""
-    answer = answer[:_MAX_LENGTH]
-    fenced = _FENCE.search(answer)
-    return fenced[1] if fenced else answer
+    """The likeliest program in an answer, whatever it is asked to define; empty where there is none."""
+    return next(iter(readings(answer, lambda name: True)), "")
 
 
-def assembled(answer: str, record: Record) -> str:
-    """Set-up, answer and tests as one program.
+def assembled(answer: str, record: Record) -> Program:
+    """What the answer may mean, with the record's set-up and tests.
 
-    An answer that does not define ``entry_point`` is taken for the body of the function that the set-up begins
-    (HumanEval's completions); the reader may have stripped its first line's indentation.  Raises UnusableError on a record
-    without tests.
+    An answer that does not define ``entry_point`` is taken for the rest of the function that the set-up begins (HumanEval's
+    completions).  Raises UnusableError on a record without tests.
     """
     tests, setup, entry_point = _tests_of(record), *(record.reference.get(name) for name in ("setup", "entry_point"))
-    program = program_of(answer)
-    before = setup if isinstance(setup, str) else ""
-    if isinstance(entry_point, str) and not _defines(program, entry_point):
-        indented = program if program[:1] in (" ", "\t") else f"    {program}"
-        return f"{before.rstrip()}\n{indented}\n\n{tests}\n"
-    return f"{before}\n{program}\n\n{tests}\n"
+    setup = setup if isinstance(setup, str) else ""
+
+    def asked(name: str) -> bool:
+        return name == entry_point if isinstance(entry_point, str) else re.search(rf"\b{name}\b", tests) is not None
+
+    found: dict[Reading, None] = {}
+    for text in readings(answer, asked):
+        alone = [Reading(whole(text), before) for before in dict.fromkeys([setup, _without_head(setup)])]
+        rest = (
+            [Reading(body, setup.rstrip(), joined=True) for body in bodies(setup, text)] if isinstance(entry_point, str) else []
+        )
+        found |= dict.fromkeys([*alone, *rest] if not rest or entry_point in bound_names(text) else [*rest, *alone])
+    return Program(tuple(found), tests)
+
+
+def _without_head(setup: str) -> str:
+    """The set-up before its last function: where that is only its head, it is no program without the answer."""
+    heads = [match.start() for match in re.finditer(r"^(?:async[ \t]+)?def\b", setup, re.MULTILINE)]
+    return setup[: heads[-1]] if heads else setup
 
 
 def _tests_of(record: Record) -> str:
@@ -56,12 +65,6 @@ def _tests_of(record: Record) -> str:
     return tests
 
 
-def _defines(program: str, name: str) -> bool:
-    return (
-        re.search(rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", program, re.MULTILINE) is not None
-    )
-
-
 class CodeTask:
     """Runs the record's tests on the answer, isolated and limited (:mod:`ladir.tasks.sandbox`)."""
 
@@ -72,7 +75,7 @@ class CodeTask:
 
         # Trajectories of one question often agree: each program runs once.
         @lru_cache(maxsize=4096)
-        def run(program: str) -> Outcome:
+        def run(program: Program) -> Outcome:
             return run_program(program, limits, isolation)
 
         self._run = run
@@ -85,11 +88,12 @@ class CodeTask:
         """Whether the tests run through, or how the program ended.  Raises UnusableError on a record without tests, and where
         programs cannot be isolated here."""
         outcome = self.outcome(answer, record)
-        return Verdict(outcome.passed, "" if outcome.passed else outcome.reason)
+        return Verdict(outcome.passed, "" if outcome.passed else str(outcome))
 
     def outcome(self, answer: str, record: Record) -> Outcome:
         """How the answer with the record's tests ended."""
-        return self._run(assembled(answer, record))
+        program = assembled(answer, record)
+        return self._run(program) if program.readings else Outcome(False, "no program in the answer")
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """None: free-form steps are not judged."""

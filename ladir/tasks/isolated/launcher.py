@@ -51,9 +51,8 @@ class _MountAttributes(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
 
 
-def _bind(source: str, root: str, attributes: int) -> None:
-    """Show ``source`` (a folder, file or link) at the same place below ``root``, read-only with all that is mounted in it."""
-    target = root + source
+def _bind(source: str, target: str, attributes: int) -> None:
+    """Show ``source`` (a folder, file or link) as ``target``, read-only with all that is mounted in it."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_symlink():
         Path(target).symlink_to(Path(source).readlink())
@@ -78,8 +77,9 @@ def _die_with_parent() -> None:
     _checked("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _enter_namespaces(root: str, prefix: str, disk: int) -> None:
-    """Leave network, processes and files behind: what is left is the interpreter, read-only, and a small memory disk."""
+def _enter_namespaces(root: str, prefix: str, packages: dict[str, str], disk: int) -> None:
+    """Leave network, processes and files behind: what is left is the interpreter and ``packages`` (where they are: where they
+    are shown), read-only, and a small memory disk."""
     uid, gid = os.geteuid(), os.getegid()
     _checked("unshare", _NEW_MOUNT | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET | (_NEW_USER if uid else 0))
     if uid:
@@ -95,13 +95,15 @@ def _enter_namespaces(root: str, prefix: str, disk: int) -> None:
     covered: list[str] = []
     for source in (*_SYSTEM, prefix):
         if Path(source).exists() and not any(Path(source).is_relative_to(folder) for folder in covered):
-            _bind(source, jail, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
+            _bind(source, jail + source, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
             covered.append(source)
+    for source, target in packages.items():
+        _bind(source, jail + target, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
     for source in _DEVICES:
-        _bind(source, jail, _ATTR_RDONLY | _ATTR_NOSUID)
-    workplace = Path(jail, "tmp")
-    workplace.mkdir()
-    workplace.chmod(0o777)
+        _bind(source, jail + source, _ATTR_RDONLY | _ATTR_NOSUID)
+    for place in ("tmp", "dev/shm"):  # the second for semaphores between processes
+        Path(jail, place).mkdir(exist_ok=True)
+        Path(jail, place).chmod(0o777)
     os.chdir(root)
     _checked("pivot_root", b".", b".")
     _checked("umount2", b".", _MNT_DETACH)
@@ -132,8 +134,9 @@ def _tasks_of(user: int) -> int:
 
 
 def _limit(limits: dict[str, int]) -> None:
+    """Processor time ends with a signal that tells of it, a second later with one that cannot be caught."""
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + 1 if name == "CPU" else most))
 
 
 def _become_runner(settings: dict[str, Any], runner: str) -> NoReturn:
@@ -141,7 +144,8 @@ def _become_runner(settings: dict[str, Any], runner: str) -> NoReturn:
     verdict = settings["verdict"]
     os.write(verdict, b"ready\n")
     os.set_inheritable(verdict, True)
-    os.execve(settings["interpreter"], ["python", "-I", "-S", "-c", runner, str(verdict)], {})
+    # Each thread's memory of its own would be address space to the limit.
+    os.execve(settings["interpreter"], ["python", "-I", "-S", "-c", runner, str(verdict)], {"MALLOC_ARENA_MAX": "1"})
 
 
 def _be_init(settings: dict[str, Any], runner: str) -> NoReturn:
@@ -151,9 +155,14 @@ def _be_init(settings: dict[str, Any], runner: str) -> NoReturn:
     if program == 0:
         _become_runner(settings, runner)
     os.close(settings["verdict"])
-    while os.wait()[0] != program:
+    while (ended := os.wait())[0] != program:
         pass
-    os._exit(0)
+    os._exit(_shell_code(os.waitstatus_to_exitcode(ended[1])))
+
+
+def _shell_code(code: int) -> int:
+    """128 and the signal's number, as shells say it, where a process was killed."""
+    return code if code >= 0 else 128 - code
 
 
 def _isolate(settings: dict[str, Any]) -> None:
@@ -163,7 +172,7 @@ def _isolate(settings: dict[str, Any]) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     _checked("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if settings["isolation"] == "namespaces":
-        _enter_namespaces(settings["root"], settings["prefix"], settings["disk"])
+        _enter_namespaces(settings["root"], settings["prefix"], settings["packages"], settings["disk"])
     else:
         _checked("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whose parent ends stays in the program's family
     if os.geteuid() == 0:
@@ -176,6 +185,7 @@ def _isolate(settings: dict[str, Any]) -> None:
 def main() -> None:
     """Isolate, then run; process limits count the processes from here on."""
     settings = json.loads(sys.argv[1])
+    os.umask(0o022)  # whoever runs the program may enter the folders made here
     runner = Path(__file__).with_name("runner.py").read_text(encoding="utf-8")
     try:
         _isolate(settings)
@@ -188,7 +198,7 @@ def main() -> None:
     if init == 0:
         _be_init(settings, runner)
     os.close(settings["verdict"])
-    os.waitpid(init, 0)
+    sys.exit(_shell_code(os.waitstatus_to_exitcode(os.waitpid(init, 0)[1])))
 
 
 if __name__ == "__main__":
