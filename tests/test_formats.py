@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from ladir.config import DataSettings, EvaluateSettings
 from ladir.data.blocks import last_boxed, strip_calculator
 from ladir.data.records import Record, RecordSet, read_records
-from ladir.tasks import get_task
+from ladir.tasks import get_task, sandbox
 from ladir.tasks.code import CodeTask
 from ladir.tasks.maths import MathsTask
+from ladir.tasks.verdict import Verdict
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GSM8K = Path(os.environ.get("LADIR_GSM8K", DATA / "gsm8k_train.jsonl"))
@@ -56,6 +57,42 @@ COMPLETION = {
     "entry_point": "add",
     "canonical_solution": "    c = a  # see 1.5\n    c += b\n    return c\n",
     "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
+}
+# The form of the sets that EvalPlus publishes; the rows are our own.
+PLUS = """
+
+import numpy as np
+
+
+def is_floats(x) -> bool:
+    return isinstance(x, float) or isinstance(x, (list, tuple)) and all(isinstance(i, float) for i in x)
+
+
+def assertion(out, exp, atol):
+    if out != exp:
+        assert atol != 0 or is_floats(exp)
+        np.testing.assert_allclose(out, exp, atol=atol or 1e-6)
+
+
+"""
+COMPLETION_PLUS = {
+    **COMPLETION,
+    "test": PLUS
+    + "def check(candidate):\n    inputs = [[1, 2], [0.1, 0.2]]\n    results = [3, 0.3]\n"
+    + "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n        assertion(candidate(*inp), exp, 0)\n",
+}
+COMPLETION_PLUS_BY_REFERENCE = {
+    **COMPLETION,
+    "test": PLUS
+    + "def ref_func(a, b):\n    return a + b\n\n\ndef check(candidate):\n    inputs = [[1, 2], [0.1, 0.2]]\n"
+    + "    for i, inp in enumerate(inputs):\n        assertion(candidate(*inp), ref_func(*inp), 0)\n",
+}
+MBPP_PLUS = {
+    **SANITIZED,
+    "source_file": "a notebook.ipynb",
+    "test": PLUS.lstrip()
+    + "inputs = [[(3, 4), (4, 5)], [(1,), (1,)]]\nresults = [(4,), (1,)]\n"
+    + "for i, (inp, exp) in enumerate(zip(inputs, results)):\n    assertion(shared(*inp), exp, 0)\n",
 }
 
 
@@ -98,6 +135,37 @@ def test_human_eval_is_judged_by_its_check_function(tmp_path: Path, name: str) -
     for answer in (record.answer, COMPLETION["canonical_solution"], COMPLETION["canonical_solution"].strip()):
         assert task.verdict(answer, record).right
     assert not task.verdict("    return a - b", record).right
+
+
+@pytest.mark.parametrize("row", [COMPLETION_PLUS, COMPLETION_PLUS_BY_REFERENCE])
+def test_human_eval_plus_is_judged_with_numpy(tmp_path: Path, row: dict[str, Any]) -> None:
+    (record,) = read(tmp_path / "plus.jsonl", row).records
+    task = get_task("code", PATIENT)
+    for answer in (
+        record.answer,
+        COMPLETION["canonical_solution"],
+        "import numpy\ndef add(a, b): return float(numpy.sum([a, b]))",
+    ):
+        assert task.verdict(answer, record) == Verdict(True)
+    reason = task.verdict("    return a + b + 1e-3", record).reason
+    assert reason.startswith("AssertionError") and "(tests, line" in reason
+
+
+def test_mbpp_plus_is_judged_by_its_own_tests_and_shows_the_others(tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "plus.jsonl", MBPP_PLUS).records
+    assert all(test in record.question for test in MBPP_PLUS["test_list"]) and "assertion" not in record.question
+    task = get_task("code", PATIENT)
+    assert task.verdict(record.answer, record) == Verdict(True)
+    only_what_is_shown = "def shared(a, b): return (4,)"
+    reason = task.verdict(only_what_is_shown, record).reason
+    assert reason == "AssertionError: assert atol != 0 or is_floats(exp) (tests, line 10)"
+
+
+def test_where_numpy_is_not_its_absence_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_packages", lambda: ())
+    (record,) = read(tmp_path / "plus.jsonl", MBPP_PLUS).records
+    reason = get_task("code", PATIENT).verdict(record.answer, record).reason
+    assert reason == "ModuleNotFoundError: No module named 'numpy' (tests, line 1)"
 
 
 def test_gsm8k_needs_no_settings_and_its_own_names_come_first(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ GSM8K          question, answer                             before ``####``     
 MATH           problem, solution [, answer]                 solution                answer, or last ``\\boxed``
 HumanEval      prompt, canonical_solution, test,            lines of the solution   prompt and solution
                entry_point
-MBPP           text or prompt, code, test_list              lines of the code       code
+MBPP           text or prompt, code, test_list [, test]     lines of the code       code
 MetaMath       query, response                              before the mark         behind it
 completions    prompt, completion                           before the mark         behind it
 Alpaca         instruction [, input], output                before the mark         behind it, or ``answer``
@@ -17,7 +17,8 @@ chat           messages, or conversations                   before the mark     
 The mark is one of ``data.answer_prefixes`` (GSM8K's own is ``####``).  A chat is one question and one reply.
 
 Programs get the fields ``setup``, ``tests`` and ``entry_point`` that :mod:`ladir.tasks.code` asks for.  The sets without
-written reasoning have their programs' lines as blocks: a draft before the answer.
+written reasoning have their programs' lines as blocks: a draft before the answer.  HumanEval+ and MBPP+ have the fields of
+the sets that they extend; MBPP+ shows ``test_list`` and is judged by ``test``.
 """
 
 from __future__ import annotations
@@ -71,11 +72,13 @@ def _human_eval(row: Mapping[str, Any]) -> Published:
 
 
 def _mbpp(row: Mapping[str, Any]) -> Published:
-    """MBPP shows its tests with the task: without them the function's name would be a guess."""
+    """MBPP shows its tests with the task: without them the function's name would be a guess.  MBPP+ has further ones, which
+    stand for those shown, too."""
     task = row["text"] if "text" in row else row.get("prompt")
     setup = _program(row, "test_setup_code") or _program(row, "test_imports")
-    tests = _program(row, "test_list")
-    question = f"{task}\nYour code should pass these tests:\n\n{tests}" if isinstance(task, str) else task
+    shown = _program(row, "test_list")
+    question = f"{task}\nYour code should pass these tests:\n\n{shown}" if isinstance(task, str) else task
+    tests = _program(row, "test") or shown
     return Published(question=question, reasoning=row["code"], answer=row["code"], extra={"setup": setup, "tests": tests})
 
 
