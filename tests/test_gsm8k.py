@@ -31,6 +31,7 @@ from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tasks import get_task
+from ladir.tasks.verdict import Verdict
 from ladir.tokens import decode_text
 from tests.tiny import tiny_lm
 
@@ -99,6 +100,9 @@ def test_blocks_hold_the_whole_reasoning_and_the_answer_is_split_off(record_set:
         assert "".join("".join(record.blocks).split()) == "".join(without_calculator(reasoning).split())
         assert not any("<<" in block or "####" in block for block in record.blocks)
         assert task.verdict(record.answer, record).right
+    for one, other in itertools.pairwise(record_set.records):
+        numbers = [float(record.answer.replace(",", "")) for record in (one, other)]
+        assert task.verdict(other.answer, one) == (Verdict(True) if numbers[0] == numbers[1] else Verdict(False, "not equal"))
 
 
 def without_calculator(text: str) -> str:

@@ -1,23 +1,34 @@
-"""Maths answers: exact numbers, formulas by math-verify, and texts that would compute without end."""
+"""Maths answers: what is equal and what is not, exactly, and texts that would compute without end."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladir.data.records import Record
+from ladir.tasks.mathematics.comparison import equal
+from ladir.tasks.mathematics.forms import read_form
+from ladir.tasks.mathematics.formula import UnreadableError, read_formula
+from ladir.tasks.mathematics.prose import answer_of, read_answer
+from ladir.tasks.mathematics.quantities import read_quantity, same
+from ladir.tasks.mathematics.spelling import spelled
 from ladir.tasks.maths import MathsTask, plain_number, plain_text
 from ladir.tasks.worker import Worker
+
+ANSWERS = Path(__file__).with_name("data") / "maths_answers.jsonl"
 
 
 @pytest.fixture(scope="module")
 def task() -> MathsTask:
-    """One for the module: starting math-verify takes a second or more."""
+    """One for the module: starting computer algebra takes a second or more."""
     return MathsTask(seconds=2.0)
 
 
@@ -60,7 +71,7 @@ NUMBERS = [
 def test_numbers_and_equal_texts_are_judged_exactly_and_at_once(
     answer: str, gold: str, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Worker, "ask", lambda *_: pytest.fail("asked math-verify"))
+    monkeypatch.setattr(Worker, "ask", lambda *_: pytest.fail("asked computer algebra"))
     assert MathsTask().verdict(answer, record(gold)).right is right
 
 
@@ -116,6 +127,37 @@ def test_formulas_are_compared_as_mathematics(task: MathsTask, answer: str, gold
     assert task.verdict(answer, record(gold)).right is right
 
 
+def test_answers_of_every_kind_get_the_verdict_that_is_right(task: MathsTask) -> None:
+    """Equations, units, times, magnitudes, bounds, sets, bases, spellings: pairs that are equal and pairs that only look so."""
+    rows = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
+    verdicts = [(row, task.verdict(row["answer"], record(row["gold"]))) for row in rows]
+    assert [(row, verdict) for row, verdict in verdicts if verdict.right is not row["right"]] == []
+    assert sum(row["right"] for row in rows) > 200 and len(rows) > 500
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reason"),
+    [
+        ("7", "not 7", "cannot be read"),
+        ("7", "\\int_0^7 1 dx", "\\int is not read"),
+        ("May 5", "June 5", "the gold answer cannot be read"),
+        ("5 p.m.", "5:00", "half of the day"),
+        ("x", "2(3", "no formula at its end"),
+        ("1", "\\frac{1}{0}", "division by zero"),
+        ("9", "$9^{9^{9^{9}}}$", "too large"),
+    ],
+)
+def test_what_cannot_be_read_or_compared_is_undecided_and_says_why(task: MathsTask, gold: str, answer: str, reason: str) -> None:
+    verdict = task.verdict(answer, record(gold))
+    assert verdict.undecided and not verdict.right and reason in verdict.reason
+
+
+@pytest.mark.parametrize(("gold", "answer"), [("7", "8"), ("7", ""), ("x+1", "x+2"), ("7", "I do not know"), ("C", "(D)")])
+def test_what_is_wrong_is_decided(task: MathsTask, gold: str, answer: str) -> None:
+    verdict = task.verdict(answer, record(gold))
+    assert not verdict.right and not verdict.undecided and verdict.reason
+
+
 def test_chains_are_not_judged(task: MathsTask) -> None:
     assert task.chain_correct(["b"], record("1")) is None
 
@@ -159,8 +201,8 @@ def test_hostile_answers_are_wrong(task: MathsTask, text: str) -> None:
 
 
 def test_an_answer_that_computes_without_end_is_wrong_and_the_next_one_is_judged(task: MathsTask) -> None:
-    endless = "$9^{9^{9^{9}}}$"
-    verdict = task.verdict(endless, record("9"))
+    endless = "$e^{e^{e^{e^{x}}}}$"
+    verdict = task.verdict(endless, record("1"))
     assert not verdict.right and verdict.undecided and "too long" in verdict.reason
     assert isinstance(task.canonical(endless), str)
     assert task.verdict("x + 1", record("1 + x")).right
@@ -204,10 +246,75 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
         Worker(tmp_path / "bad.py", [], seconds=1).ask({})
 
 
-@given(st.text())
-def test_any_text_has_a_plain_form(text: str) -> None:
+@given(st.text() | st.text(alphabet="0123456789xyi+-*/^_()[]{}|\\\\$,.;:=<>!%&' fracsqtpmboedhu\n", max_size=60))
+def test_any_text_can_be_read(text: str) -> None:
     plain_text(text)
     plain_number(text)
+    read_answer(answer_of(text), gold=True)
+
+
+@given(st.text(alphabet="0123456789xyei+-*/^_()[]{}|\\\\,.!'& fracsqtlogbinm", max_size=40))
+def test_any_formula_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(UnreadableError, TypeError, ValueError, OverflowError):
+        read_formula(text)
+
+
+def respelled(value: Fraction, spelling: str) -> str:
+    whole, part = divmod(abs(value), 1)
+    mixed = f"{whole} {part}" if whole and part else str(abs(value))
+    return ("-" if value < 0 else "") + {
+        "fraction": str(abs(value)),
+        "latex": f"\\frac{{{abs(value).numerator}}}{{{abs(value).denominator}}}",
+        "mixed": mixed,
+        "grouped": f"{abs(value).numerator:,}/{abs(value).denominator}" if part else f"{abs(value).numerator:,}",
+    }[spelling]
+
+
+SPELLINGS = st.sampled_from(["fraction", "latex", "mixed", "grouped"])
+
+
+@given(
+    st.fractions(-5000, 5000, max_denominator=12),
+    st.fractions(-5000, 5000, max_denominator=12),
+    st.booleans(),
+    SPELLINGS,
+    SPELLINGS,
+)
+def test_quantities_are_the_same_where_computer_algebra_says_so(
+    one: Fraction, other: Fraction, alike: bool, spelling: str, other_spelling: str
+) -> None:
+    gold, answer = spelled(respelled(one, spelling)), spelled(respelled(one if alike else other, other_spelling))
+    quantities, forms = [read_quantity(gold), read_quantity(answer)], [read_form(gold), read_form(answer)]
+    if None in quantities:
+        return  # 1,234/5 is a list's spelling
+    assert same(*quantities) == equal(*forms) == (alike or one == other)
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [
+        ("2(3)", 6),
+        ("3\\frac{1}{2}", sympy.Rational(7, 2)),
+        ("3\\frac{x}{2}", 3 * sympy.Symbol("x") / 2),
+        ("6/3x", 2 * sympy.Symbol("x")),
+        ("-2^{2}", -4),
+        ("\\sin 2x", sympy.sin(2 * sympy.Symbol("x"))),
+        ("\\sqrt[3]{8}", 2),
+        ("e^{i\\pi}", -1),
+        ("||x|-1|", abs(abs(sympy.Symbol("x")) - 1)),
+        ("\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix}", -2),
+    ],
+)
+def test_formulas_mean_what_is_written(formula: str, value: object) -> None:
+    assert read_formula(formula) == value
+
+
+@pytest.mark.parametrize(
+    "formula", ["3 4", "101_2", "3\\frac{5}{2}", "x!!", "2+", "(3", "3)", "\\sum n", "1,2", "", "x=2", "2^{2^{99}}"]
+)
+def test_formulas_that_could_mean_several_things_are_refused(formula: str) -> None:
+    with pytest.raises(UnreadableError):
+        read_formula(formula)
 
 
 @settings(max_examples=300)

@@ -1,12 +1,13 @@
 """Maths problems (GSM8K, MATH and the like): an answer is right if it equals the gold one as mathematics.
 
-Plain numbers are compared exactly, here.  Everything else (LaTeX, ``\\boxed``, fractions, sets, intervals, matrices,
-equations) is compared by math-verify in a process of its own, which is killed where a text makes it compute or allocate
-without end: such an answer is wrong.
+Quantities, times, choices and words are compared here.  Everything else (formulas, equations, inequalities, lists, sets,
+intervals, matrices) is compared by SymPy in a process of its own, which is killed where a text makes it compute or allocate
+without end.  An answer that cannot be read or compared is undecided, which counts as wrong.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,77 +15,39 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ladir.data.blocks import last_boxed
 from ladir.data.records import Record
 from ladir.errors import UnusableError
+from ladir.tasks.mathematics.forms import Form
+from ladir.tasks.mathematics.prose import Reading, answer_of, loosely, read_answer
+from ladir.tasks.mathematics.quantities import last_number, same, same_time
+from ladir.tasks.mathematics.spelling import folded_words, spelled
+from ladir.tasks.mathematics.units import stem
 from ladir.tasks.verdict import Verdict
 from ladir.tasks.worker import Worker
 
 _SCRIPT = Path(__file__).with_name("isolated") / "maths_worker.py"
-_MAX_LENGTH = 2_000  # characters of an answer that are looked at, from its end
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,100})\}\{([^{}]{1,100})\}")
-_NUMBER = re.compile(
-    r"(?<![0-9.])(-\s{0,3})?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})(?:\.[0-9]{1,100})?|\.[0-9]{1,100})(?![0-9])"
-    r"(?:\s?/\s?([0-9]{1,100})(?![0-9]|\.[0-9]))?",
-    re.ASCII,
-)
-# What makes a text more than a number with words around it; so does a letter that touches a digit ("3x"), and a lone one that is
-# subtracted ("3 - x") or subtracted from ("x-3").  The number itself is looked at as 0.
-_MATHS = re.compile(
-    r"[\\^_{}|<>()\[\]*/+~±×÷√π∞!]|[^\W\d_][0-9]|[0-9][^\W\d_]|\b[^\W\d_]\s*-\s*0|0\s*-\s*[^\W\d_]\b|"
-    r"\b(?:sqrt|root|pi|square|squared|cubed|power|times|plus|minus|"
-    r"negative|over|divided|half|third|thirds|dozen|hundred|thousand|million|billion|log|sin|cos|tan|factorial|choose|mod|percent)\b",
-    re.IGNORECASE,
-)
-# What makes a text with ``=`` more than one equation: "x >= 5", "x = 5 or x = 6", "x = 1, y = 2".
-_SEVERAL = re.compile(r"[<>≤≥≠]|\\(?:[lg]eq?|neq?|lt|gt)\b|[0-9]\s{0,3}(?:;|or\b|and\b|,(?![0-9]{3}(?![0-9])))", re.IGNORECASE)
-_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\s?\{([^{}]{0,200})\}|\\(?:left|right|[,;!])|\$|\\[()\[\]]")
-_SPACE = re.compile(r"(?<!\w) | (?!\w)")  # between two words or numbers it counts
 _ENDLESS = "took too long or too much memory to compare"
-_CHOICE = re.compile(r"\(?([A-Za-z])\)?")
+_PLAIN_WORDS = tuple((stem(word),) for word in ("yes", "no", "true", "false"))
+_RIGHT, _WRONG = Verdict(True), Verdict(False, "not equal")
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The number of a text that holds just one, maybe with a currency, unit or words, or behind the last ``=``, exactly;
-    else None.  Thousands separators, ``$``, ``%``, ``a/b`` and ``\\frac`` are understood."""
-    text = text[-_MAX_LENGTH:].replace("\\$", "$").replace("\\%", "%").replace("\N{MINUS SIGN}", "-")
-    text = _FRACTION.sub(lambda match: f" {match[1].strip()}/{match[2].strip()}", text).replace("-$", "$-")
-    equations, _, text = text.rpartition("=")
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or _SEVERAL.search(equations):
-        return None
-    before, number, after = text[: found[0].start()], found[0], text[found[0].end() :]
-    rest = f"{before}{number[1] or ''}0{after}"
-    if re.search(r"[1-9]", rest) or _MATHS.search(rest) or int(number[3] or 1) == 0:
-        return None
-    value = Fraction(number[2].replace(",", "")) / int(number[3] or 1)
-    return -value if _is_sign(number[1], before) else value
-
-
-def _is_sign(minus: str | None, before: str) -> bool:
-    """Whether a minus before a number is its sign, not a hyphen ("top-7") nor a subtraction ("all - 7")."""
-    if not minus or before[-1:].isalnum():
-        return False
-    return minus == "-" or not before.rstrip()[-1:].isalnum()
+    """The number of a text that states just one, maybe with a currency, unit or words, or behind ``=``, exactly; else None."""
+    quantity = read_answer(answer_of(text)).quantity
+    return None if quantity is None else quantity.value
 
 
 def plain_text(text: str) -> str:
-    """The text without case, white space, a final full stop, and what only changes its looks in LaTeX."""
-    text = _STYLE.sub(lambda match: match[1] or "", text)
-    text = _SPACE.sub("", " ".join(text.casefold().split())).rstrip(".")
-    choice = _CHOICE.fullmatch(text)
+    """The text without case, white space, a final full stop, and what only changes its looks."""
+    text = spelled(text)
+    text = " ".join(folded_words(text).split()).rstrip(".")
+    text = re.sub(r"(?<!\w) | (?!\w)", "", text)  # between two words or numbers it counts
+    choice = re.fullmatch(r"\(?([A-Za-z])\)?", text)
     return choice[1] if choice else text
 
 
-def answer_of(text: str) -> str:
-    """The answer in a text: what its last ``\\boxed`` holds, or all of it; its end, where it is very long."""
-    text = text[-_MAX_LENGTH:].strip()
-    boxed = last_boxed(text)
-    return text if boxed is None else boxed
-
-
 class MathsTask:
-    """Judges by :mod:`math_verify`; obvious cases are decided without it."""
+    """Judges answers as mathematics; obvious cases are decided without computer algebra."""
 
     name = "maths"
 
@@ -94,24 +57,25 @@ class MathsTask:
         worker = Worker(_SCRIPT, [str(seconds), str(memory)], seconds=10 * seconds)
         deadly: set[str] = set()  # answers that had to be killed: each costs its time once
 
-        def ask(request: dict[str, str], answer: str) -> dict[str, Any]:
+        def ask(request: dict[str, Any], answer: str) -> dict[str, Any]:
             reply = None if answer in deadly else worker.ask(request)
             if reply is None:
                 deadly.add(answer)
-            return reply or {}
+            return reply or {"undecided": _ENDLESS}
 
-        # Trajectories of one question often agree: each pair of texts is compared once.
+        # Trajectories of one question often agree: each pair of forms is compared once.
         @lru_cache(maxsize=8192)
         def compare(gold: str, answer: str) -> Verdict:
-            reply = ask({"gold": gold, "answer": answer}, answer)
-            equal = reply.get("equal")
-            return Verdict(equal is True, reply.get("error", _ENDLESS) if equal is None else "", undecided=equal is None)
+            reply = ask({"gold": json.loads(gold), "answer": json.loads(answer)}, answer)
+            if "undecided" in reply:
+                return Verdict(False, reply["undecided"], undecided=True)
+            return _RIGHT if reply["equal"] else _WRONG
 
         @lru_cache(maxsize=8192)
-        def form(text: str) -> str | None:
-            return ask({"text": text}, text).get("form")
+        def canonical(form: str) -> str | None:
+            return ask({"form": json.loads(form)}, form).get("canonical")
 
-        self._compare, self._form = compare, form
+        self._compare, self._canonical = compare, canonical
 
     def check(self, record: Record) -> None:
         """Raise UnusableError where the record has no answer to compare with."""
@@ -122,16 +86,25 @@ class MathsTask:
             )
 
     def verdict(self, answer: str, record: Record) -> Verdict:
-        """Whether the answer equals the record's; one that takes too long to judge is undecided."""
+        """Whether the answer equals the record's; one that cannot be read or compared is undecided."""
         gold, given = answer_of(record.answer), answer_of(answer)
         if not plain_text(given):
-            return Verdict(False)
-        if plain_text(gold) == plain_text(given):
-            return Verdict(True)
-        numbers = plain_number(gold), plain_number(given)
-        if None not in numbers and "%" not in gold + given:
-            return Verdict(numbers[0] == numbers[1])
-        return Verdict(True) if numbers[0] == numbers[1] is not None else self._compare(gold, given)
+            return Verdict(False, "no answer")
+        return _RIGHT if _same_text(gold, given) else self._judge(gold, given)
+
+    def _judge(self, gold_text: str, given_text: str) -> Verdict:
+        gold, given = read_answer(gold_text, gold=True), read_answer(given_text)
+        if gold.label and given.label:
+            return Verdict(gold.label == given.label, "" if gold.label == given.label else "another choice")
+        if (gold.label and gold.rest) or (given.label and given.rest and not gold.label):
+            return self._judge(gold.rest or gold_text, given.rest or given_text)
+        if (decided := _decided(gold, given)) is not None:
+            return decided
+        if gold.quantity and not gold.quantity.unit and given.quantity is None and (loose := loosely(given.form)):
+            return _verdict(same(gold.quantity, loose))
+        if gold.form is None or given.form is None:
+            return _words_differ(gold, given)
+        return self._compare(json.dumps(gold.form), json.dumps(given.form))
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """None: free-form steps are not judged."""
@@ -143,15 +116,80 @@ class MathsTask:
         number = plain_number(given)
         if number is None:
             return bool(plain_text(given)) and plain_text(last).endswith(plain_text(given))
-        numbers = _NUMBER.finditer(last.rpartition("=")[2])
-        return number in (plain_number(last), *(plain_number(match[0]) for match in list(numbers)[-1:]))
+        return number in (plain_number(last), last_number(spelled(last)))
 
     def canonical(self, answer: str) -> str:
-        """A number as a reduced fraction, a formula in the computer algebra's spelling, else :func:`plain_text`."""
+        """A number as a reduced fraction, a form in the computer algebra's spelling, else :func:`plain_text`."""
         given = answer_of(answer)
-        number = plain_number(given)
-        if number is not None:
-            return str(number)
-        if not re.search(r"[0-9\\^_=]", given):
-            return plain_text(given)
-        return self._form(given) or plain_text(given)
+        reading = read_answer(given)
+        if reading.label:
+            return reading.label
+        if reading.quantity is not None:
+            return str(reading.quantity.value)
+        form: Form | None = reading.form if reading.mathematical else None
+        return (self._canonical(json.dumps(form)) if form else None) or plain_text(given)
+
+
+def _same_text(gold: str, given: str) -> bool:
+    return plain_text(gold) == plain_text(given)
+
+
+def _decided(gold: Reading, given: Reading) -> Verdict | None:
+    """The verdict where no formula has to be compared; None where one has."""
+    if (gold.time and given.time) or ((gold.time or given.time) and not (gold.ratio or given.ratio)):
+        return _times(gold, given)
+    if gold.based or given.based:
+        return Verdict(gold.based == given.based, "" if gold.based == given.based else "another base or number")
+    if gold.ratio or given.ratio:
+        return _ratios(gold, given)
+    if gold.quantity and given.quantity and not _differ_in_names(gold.form, given.form):
+        return _verdict(same(gold.quantity, given.quantity))
+    if not gold.mathematical and gold.form is None:
+        return _same_words(gold, given)
+    return None
+
+
+def _differ_in_names(gold: Form | None, given: Form | None) -> bool:
+    """Whether both are equations, of different left sides."""
+    return bool(gold and given and gold[0] == given[0] == "equation" and gold[1] != given[1])
+
+
+def _times(gold: Reading, given: Reading) -> Verdict:
+    if gold.time and given.time:
+        return _verdict(same_time(gold.time, given.time), "does not say which half of the day")
+    if given.time and gold.quantity and not gold.quantity.unit:
+        return _verdict(gold.quantity.value * 60 == (given.time.minutes or 720))
+    return _WRONG
+
+
+def _ratios(gold: Reading, given: Reading) -> Verdict:
+    if gold.ratio and given.ratio:
+        return _verdict(gold.ratio == given.ratio)
+    ratio, other = (gold.ratio, given.quantity) if gold.ratio else (given.ratio, gold.quantity)
+    return _verdict(bool(ratio and other and len(ratio) == 2 and ratio[1] == 1 and ratio[0] == other.value))
+
+
+def _verdict(same_: bool | None, otherwise: str = "") -> Verdict:
+    if same_ is None:
+        return Verdict(False, otherwise, undecided=True)
+    return _RIGHT if same_ else _WRONG
+
+
+def _same_words(gold: Reading, given: Reading) -> Verdict:
+    """Whether an answer says the gold one's words, or begins with its yes or no."""
+    wanted = gold.words[-1]
+    if wanted in given.words or gold.words[0] in given.words:
+        return _RIGHT
+    first = given.words[0][:1]
+    plain = wanted in _PLAIN_WORDS and first == wanted and given.opens
+    return _verdict(plain)
+
+
+def _words_differ(gold: Reading, given: Reading) -> Verdict:
+    """The verdict where one of two cannot be read as mathematics."""
+    if gold.words[0] in given.words:
+        return _RIGHT
+    if given.form is None and not given.mathematical:
+        return Verdict(False, "no value in the answer")
+    unread = "the gold answer" if gold.form is None and gold.quantity is None else "the answer"
+    return Verdict(False, f"{unread} cannot be read", undecided=True)

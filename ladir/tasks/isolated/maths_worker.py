@@ -1,8 +1,9 @@
-"""Compares mathematical texts with math-verify, in a process that may be killed.  Started by :mod:`ladir.tasks.maths`.
+"""Compares forms of mathematical answers, in a process that may be killed.  Started by :mod:`ladir.tasks.maths`.
 
-One JSON object a line on standard input, one on standard output: ``{"gold", "answer"}`` gives ``{"equal"}``, ``{"text"}``
-gives ``{"form"}`` (a normal form, or null).  The arguments are the processor seconds a request may take and the bytes
-of address space; a request that takes more ends the process, whatever it is in the middle of.
+One JSON object a line on standard input, one on standard output: ``{"gold", "answer"}``, two forms
+(:mod:`ladir.tasks.mathematics.forms`), gives ``{"equal"}``; ``{"form"}`` gives ``{"canonical"}``; ``{"undecided": reason}`` where
+that cannot be told.  The arguments are the processor seconds a request may take and the bytes of address space; a request that
+takes more ends the process, whatever it is in the middle of.
 """
 
 from __future__ import annotations
@@ -11,38 +12,27 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|sin|cos|tan|log|exp|min|max|mod|gcd|lcm)\b)[A-Za-z]{3,}")
-_FORMULA = 200  # characters; longer texts are prose and not tried as one formula
-_CALCULATION = re.compile(r"[\d\s.,+\-*/^()=!%]*")
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the package that this file is of, wherever it lies
+
+from ladir.tasks.mathematics.comparison import canonical, equal
+from ladir.tasks.mathematics.formula import UnreadableError
+
 _MAX_FORM = 2000
 
 
-def _readings(text: str) -> list[Any]:
-    """What the text may mean: a text of marked formulas or of words by what is in it, any other as one formula."""
-    from math_verify import parse
-
-    if _DELIMITED.search(text) or _WORD.search(text) or len(text) > _FORMULA or "\n" in text:
-        return list(parse(text, parsing_timeout=None))
-    formula = parse(f"${text}$", parsing_timeout=None)
-    # The last number of a calculation that is none is not its value.
-    return list(formula or ([] if _CALCULATION.fullmatch(text) else parse(text, parsing_timeout=None)))
-
-
-def _answer(request: dict[str, str]) -> dict[str, Any]:
-    from math_verify import verify
-
-    if "text" in request:
-        readings = _readings(request["text"])
-        form = str(readings[0]) if readings else None
-        return {"form": form if form and len(form) <= _MAX_FORM else None}
-    gold, answer = _readings(request["gold"]), _readings(request["answer"])
-    return {"equal": bool(gold and answer and verify(gold, answer, timeout_seconds=None))}
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if "form" in request:
+            form = canonical(request["form"])
+            return {"canonical": form if len(form) <= _MAX_FORM else None}
+        return {"equal": equal(request["gold"], request["answer"])}
+    except UnreadableError as error:
+        return {"undecided": str(error)}
 
 
 def _allow(seconds: float) -> None:
@@ -61,7 +51,9 @@ def main(seconds: float, memory: int) -> None:
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    _answer({"gold": "$x^2 + \\frac{1}{2}$", "answer": "$\\frac{2}{4} + x^2$"})  # loads what is loaded at first use
+    _answer(
+        {"gold": ["scalar", "x^2+\\sqrt{2}", ""], "answer": ["scalar", "\\sqrt{2}+x^2", ""]}
+    )  # loads what is loaded at first use
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin.buffer:
@@ -69,7 +61,7 @@ def main(seconds: float, memory: int) -> None:
         try:
             reply = _answer(json.loads(line))
         except Exception as error:  # whatever a library does with hostile text: no verdict
-            reply = {"error": type(error).__name__}
+            reply = {"undecided": f"{type(error).__name__} in comparing"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
