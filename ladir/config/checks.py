@@ -123,6 +123,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("telemetry.line_every_seconds", _NOT_NEGATIVE),
     ("telemetry.samples", _NOT_NEGATIVE),
     ("telemetry.peak_tflops", _POSITIVE),
+    ("deepspeed.start_seconds", _POSITIVE),
     ("deepspeed.*timeout_minutes", _POSITIVE),
     ("plan.*", _COUNT),
     ("countdown.numbers", Range(at_least=2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,14 +21,12 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings
+from training.runtime.rendezvous import LaunchError, check_numbers, meet
 
 logger = logging.getLogger(__name__)
 
+_STARTERS = "start with torchrun, deepspeed or srun"
 FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outgoing connections
-
-
-class LaunchError(RuntimeError):
-    """The process was started in a way that leaves its rank unknown."""
 
 
 class RankLostError(RuntimeError):
@@ -101,10 +100,11 @@ def start(settings: DeepSpeedSettings) -> World:
     """Join the job this process was started for.
 
     Ranks come from RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed), else from an srun step, else this is the only
-    process.  Raises :class:`LaunchError` when they are incomplete.
+    process.  Raises :class:`LaunchError` when they are incomplete, or the others do not come.
     """
     complete_environment(os.environ)
     configure_logging(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    store = None if dist.is_initialized() else meet(os.environ, settings.start_seconds)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
         # Else DeepSpeed counts "devices" by running numactl in every step (4 ms).
@@ -122,6 +122,7 @@ def start(settings: DeepSpeedSettings) -> World:
             timeout=timedelta(minutes=settings.timeout_minutes),
             verbose=False,
         )
+    del store  # the group has made its own
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -169,14 +170,17 @@ def complete_environment(environment: Any) -> None:
     if "RANK" not in environment and "SLURM_STEP_ID" in environment:
         _from_slurm(environment)
     if "RANK" not in environment:
+        if environment.get("WORLD_SIZE", "1") != "1":
+            raise LaunchError(f"WORLD_SIZE={environment['WORLD_SIZE']} is set but RANK is not: {_STARTERS}, or unset WORLD_SIZE")
         environment.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         environment.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
     missing = [name for name in names if name not in environment]
     if missing:
         raise LaunchError(
             f"RANK is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: "
-            "start with torchrun, deepspeed or srun, or unset RANK to run as one process"
+            f"{_STARTERS}, or unset RANK to run as one process"
         )
+    check_numbers(environment)
     if torch.cuda.is_available():  # where a process sees only its own GPU (--gpus-per-task=1), that one is number 0
         environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
 
@@ -184,6 +188,11 @@ def complete_environment(environment: Any) -> None:
 def _from_slurm(environment: Any) -> None:
     """One process per srun task.  A batch step has no SLURM_STEP_ID, so plain python there stays one process."""
     size = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+    if environment.get("WORLD_SIZE", str(size)) != str(size):
+        raise LaunchError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']}, but this srun step has {size} task{'s' * (size != 1)}: unset WORLD_SIZE, "
+            f"or start it with srun --ntasks={environment['WORLD_SIZE']}"
+        )
     environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(size)})
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     if size == 1:
@@ -191,11 +200,22 @@ def _from_slurm(environment: Any) -> None:
         environment.setdefault("MASTER_PORT", str(_free_port()))
         return
     if "MASTER_ADDR" not in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+        environment["MASTER_ADDR"] = _first_host(
+            environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        )
     job = int(environment.get("SLURM_JOB_ID", "0"))
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + job % NUM_PORTS))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a step's nodes."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise LaunchError(
+            f"MASTER_ADDR is not set, and {shlex.join(command)} named no node ({error}): set MASTER_ADDR to the first node's name"
+        ) from error
 
 
 def _free_port() -> int:
