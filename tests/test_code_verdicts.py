@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,15 @@ def test_numpy_is_there_as_it_is_installed_whatever_the_umask() -> None:
     assert run_program(NUMPY, Limits(seconds=30.0, memory=256 << 20)) == Outcome(True, "passed")
 
 
-def test_limits_alone_show_numpy_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def common_folder() -> Iterator[Path]:
+    """A folder that every user may enter (pytest's own are closed to others whenever a session begins)."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_limits_alone_show_numpy_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch, common_folder: Path) -> None:
     """Root's programs run as another user, who reaches neither this numpy nor, maybe, this Python: here are ones for all."""
     common = Path("/usr/bin/python3").resolve()
     if os.geteuid() == 0:
@@ -68,14 +78,19 @@ def test_limits_alone_show_numpy_and_nothing_beside_it(monkeypatch: pytest.Monke
             pytest.skip("NOT TESTED: there is no interpreter here that an unprivileged user may run")
         monkeypatch.setattr(sandbox, "interpreter", lambda: str(common))
     for name in ("numpy", "other"):
-        (tmp_path / name).mkdir(mode=0o755)
-        (tmp_path / name / "__init__.py").write_text("here = True")
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o555)
-    monkeypatch.setattr(sandbox, "_packages", lambda: (tmp_path / "numpy",))
+        (common_folder / name).mkdir(mode=0o755)
+        (common_folder / name / "__init__.py").write_text("here = True")
+    monkeypatch.setattr(sandbox, "_packages", lambda: (common_folder / "numpy",))
     assert run_program("import numpy\nassert numpy.here", PATIENT, isolation="limits") == Outcome(True, "passed")
     assert run_program("import other", PATIENT, isolation="limits").reason == "ModuleNotFoundError"
+
+
+@isolated
+def test_tests_are_the_main_program() -> None:
+    """Else those behind the usual condition would not run, and everything would pass."""
+    tests = "def check(g): assert g(1) == 2\nif __name__ == '__main__':\n    check(f)"
+    assert judged("def f(x): return 2\nif __name__ == '__main__': raise SystemExit", tests) == Verdict(True)
+    assert not judged("def f(x): return 3", tests).right
 
 
 HINTS = "def g(a: int) -> str: ...\nassert hints(g) == {'a': int, 'return': str}"

@@ -69,6 +69,12 @@ FORMS = {
     "tags": f'<pre><code class="python">\n{DOUBLE}</code></pre>',
     "end of text": f"{DOUBLE}<|im_end|>",
     "tags and fences in strings": f"a = '<code>x</code>'\nb = '```'\n{DOUBLE}",
+    "begun by the prompt": f"{DOUBLE}```\nIt doubles.\n```python\nprint(double(x))\n```",
+    "label": f"python\nCopy code\n{DOUBLE}",
+    "triple quotes": f"'''python\n{DOUBLE}'''",
+    "title": f"solution:\n{DOUBLE}",
+    "spaces of a web page": DOUBLE.replace("    ", "\xa0\u200b\xa0\xa0\xa0"),
+    "entities": f"<pre>{DOUBLE.replace('[2 * x for x in xs]', '[2 * x for x in xs if x &lt; 9]')}</pre>",
     "two names at once": f"a, b = 1, 2\n{DOUBLE}",
 }
 
@@ -103,6 +109,15 @@ def test_words_are_no_program(answer: str) -> None:
 def test_faulty_programs_are_not_mended(answer: str) -> None:
     with pytest.raises(AssertionError):
         first_program(readings(answer, lambda asked: asked == "double"))
+
+
+@pytest.mark.parametrize(
+    "answer", ["    return a\n```\nUsage:\n```python\nf(1)\n```", "return a\n```\nf(1)\n```", "a\nreturn a\n```\n"]
+)
+def test_a_body_may_stand_before_the_fence_that_ends_it(answer: str) -> None:
+    forms = readings(answer, lambda asked: asked == "f")
+    f = first_program(tuple(body for form in forms for body in bodies("def f(a):\n", form)))["f"]
+    assert callable(f) and f(3) == 3
 
 
 SETUP = 'def total(xs):\n    """Sum."""\n'

@@ -6,6 +6,7 @@ first reading that compiles.
 
 from __future__ import annotations
 
+import html
 import keyword
 import re
 import textwrap
@@ -19,6 +20,8 @@ Asked = Callable[[str], bool]
 _OPENING = re.compile(r"^(?P<before>.*?)(?P<fence>(?<!`)`{3,}+|(?<![^\s>])~{3,}+)(?P<info>[^`]*)$")
 _ONE_LINE = re.compile(r"(?<!`)`{3,}+(?:(?:python3?|py)[ \t]+)?([^`\n]+)`{3,}+")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_LABEL = re.compile(r"\A\s*(?:(?:python3?|py)[ \t]*(?:copy(?: code)?)?|copy code)[ \t]*\n(?:copy code[ \t]*\n)?", re.IGNORECASE)
+_QUOTES = re.compile(r"\A\s*('''|\"\"\")(?:python3?|py)[ \t]*\n(.*?)\s*(?:\1.*|\Z)", re.IGNORECASE | re.DOTALL)
 _QUOTED = re.compile(r"[ \t]*(?:>[ \t]?)+")
 _ITEM = re.compile(r"[ \t]*(?:[-*+]|\d+[.)])[ \t]+")
 _PYTHON = re.compile(r"\W*$|.*\b(?:i?python|pycon|py)(?![a-z])", re.IGNORECASE)
@@ -46,6 +49,7 @@ _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+[^\n]*\n?", re.MUL
 # Two words side by side are no Python, but for these and in strings.
 _PAIR = re.compile(r"(?<![\w'’.-])([A-Za-z][\w'’-]*) ([A-Za-z][\w'’-]*)")
 _STRING = re.compile(r"(?<!\w)[rbuf]{0,2}(['\"]).*?\1|#.*")
+_INVISIBLE = {0xA0: " ", 0x200B: None}  # spaces of web pages
 _STOPS = (".", ":", "!", "?", ",")
 _KEYWORDS = frozenset(keyword.kwlist) | {"match", "case", "type", "print", "exec"}
 _PROSE = re.compile(
@@ -59,6 +63,7 @@ def readings(answer: str, asked: Asked) -> tuple[str, ...]:
     Of several fenced blocks it is the last of those that define most of what is asked, with those that define what it uses.
     """
     text = answer.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
+    text = _QUOTES.sub(r"\2", _LABEL.sub("", text, count=1), count=1)
     inner = _unwrapped(text)
     fences = _fences(inner)
     picked = _picked(fences, asked)
@@ -121,7 +126,12 @@ def _is_prose(line: str) -> bool:
         return False
     words = _STRING.sub("", line).strip()
     pairs = _PAIR.findall(words) if words.count(" ") > 1 or words[-1:] in _STOPS else []
-    return bool(_PROSE.match(line)) or any(one not in _KEYWORDS and other not in _KEYWORDS for one, other in pairs)
+    title = re.fullmatch(r"(\w+)(?: \w+)*:", words)
+    return (
+        _PROSE.match(line) is not None
+        or (title is not None and title[1] not in _KEYWORDS)
+        or any(one not in _KEYWORDS and other not in _KEYWORDS for one, other in pairs)
+    )
 
 
 def _forms(text: str, asked: Asked) -> Iterator[str]:
@@ -131,6 +141,7 @@ def _forms(text: str, asked: Asked) -> Iterator[str]:
     if any(map(asked, bound_names(typed))):
         yield typed
     yield without_prose(text)
+    yield html.unescape(text.translate(_INVISIBLE))
 
 
 def _unwrapped(text: str) -> str:
@@ -227,7 +238,9 @@ def _picked(fences: _Fences, asked: Asked) -> str:
     scores = [_score(text, asked) for text in blocks]
     outside = "\n".join(fences.outside)
     if max(scores, default=(0, 0)) == (0, 0):
-        return blocks[0] if blocks and _score(outside, asked) == (0, 0) else outside
+        # Where the prompt has begun the fence, the first one ends it.
+        started = _score(outside, asked) > (0, 0) or outside[:1].isspace() or _STARTS_AS_CODE.match(outside)
+        return outside if (started and outside.strip()) or not blocks else blocks[0]
     return _with_helpers(blocks, max(range(len(blocks)), key=lambda place: (scores[place], place)))
 
 

@@ -142,7 +142,7 @@ def _run(request: dict[str, Any]) -> None:
     own = dict(vars(builtins))
     exec(parts[-1], names)  # noqa: S102
     _refuse_changed(kept)
-    names["__builtins__"] = used = dict(own)
+    names |= {"__builtins__": (used := dict(own)), "__name__": "__main__"}
     tests = _compiled_tests(request, parts[:-1])
     exec(tests, names)  # noqa: S102
     _refuse_others("builtins", used, own)
