@@ -54,6 +54,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([numbers, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
 
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that text is made of, ascending: no special or added token, and nothing beyond the tokenizer's own vocabulary.
+
+    A model may have more rows than its tokenizer has tokens.  Raises UnusableError where there are none.
+    """
+    apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found = sorted({*tokenizer.get_vocab().values()} - apart)
+    if not found:
+        raise UnusableError(
+            "the tokenizer has no ordinary tokens, only special and added ones; set backbone.tokenizer to another"
+        )
+    return found
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of every text; no special token is added, and none is read out of the text itself."""
     if not texts:

@@ -68,7 +68,7 @@ def denoiser_batch(seed: int, pack_tokens: int, count: int = 3) -> DenoiserBatch
 def vae_batch(vae: Vae, seed: int, pack_tokens: int) -> VaeBatch:
     rng = np.random.default_rng(seed)
     sentences = [tokens(rng, 1, 7) for _ in range(5)]
-    return VaeCollator(vae.settings, VOCAB, EOS, seed=3, pack_tokens=pack_tokens)(sentences, list(range(5)))
+    return VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, pack_tokens=pack_tokens)(sentences, list(range(5)))
 
 
 def losses_and_gradients(model: nn.Module, batch: Any) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -166,6 +166,21 @@ def test_a_perfect_network_reaches_the_data_in_any_number_of_steps(sampler: str)
         assert torch.allclose(z, z0, atol=1e-10)
 
 
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+def test_the_noise_keeps_its_scale_along_the_way(sampler: str, scale: float) -> None:
+    """z_t = (1 - t) x0 + t k e with e standard normal, for the scale k that a block starts from."""
+    count, steps, x0 = 4000, 10, 3.0
+    gaussian = GaussianSampler(SampleSettings(num_steps=steps, sampler=sampler, initial_noise=scale), count, seed=5)
+    z = scale * draw(count, 1, 1, seed=6)
+    [fresh] = gaussian._fresh_noise(list(range(count)), steps, z[:, None])
+    for number, noise in enumerate(fresh):
+        t, t_next = 1 - number / steps, 1 - (number + 1) / steps
+        z = gaussian._advance(z, (z - x0) / t, t, t_next, noise)
+        assert float(z.mean()) == pytest.approx((1 - t_next) * x0, abs=0.08 * scale * t_next + 1e-9)
+        assert float(z.std()) == pytest.approx(scale * t_next, rel=0.06, abs=1e-9)
+
+
 def test_one_sde_step_has_the_posteriors_mean_and_variance() -> None:
     """z_s | z_t, x0 by Bayes from z_s ~ N((1-s) x0, s^2) and z_t | z_s ~ N(a z_s, t^2 - a^2 s^2), a = (1-t)/(1-s)."""
     t, s, z_t, x0, count = 0.7, 0.4, 0.9, -0.3, 20000

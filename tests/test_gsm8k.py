@@ -140,7 +140,7 @@ def vae_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Vae, VaeCollator]:
     settings = VaeSettings(latent_dim=8, latents_per_block=2)
     encoder, decoder = (Backbone(tiny_lm("qwen2", vocab=len(tokenizer), dtype=torch.float32)) for _ in range(2))
     eos = int(tokenizer.eos_token_id)
-    return Vae(encoder, decoder, settings), VaeCollator(settings, len(tokenizer), eos, seed=0)
+    return Vae(encoder, decoder, settings), VaeCollator(settings, range(len(tokenizer)), eos, seed=0)
 
 
 def test_every_block_reaches_a_vae_batch(encoded: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:

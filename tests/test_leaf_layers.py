@@ -33,7 +33,7 @@ def batch_of(model: Vae | Denoiser, first: int) -> VaeBatch | DenoiserBatch:
     if isinstance(model, Denoiser):
         return collator(model, samples_per_step=100)(random_records(3, seed=first), range(first, first + 3))
     rng = np.random.default_rng(first)
-    return VaeCollator(model.settings, VOCAB, EOS, 0)([tokens(rng, 2, 5) for _ in range(3)], range(first, first + 3))
+    return VaeCollator(model.settings, range(VOCAB), EOS, 0)([tokens(rng, 2, 5) for _ in range(3)], range(first, first + 3))
 
 
 def trained(world: World, what: str, leaf_layers: bool) -> tuple[list[float], dict[str, torch.Tensor], int]:

@@ -184,7 +184,7 @@ def test_a_sample_reaches_no_other_sample_of_its_row() -> None:
 def vae_batches(vae: Vae, budget: int, seed: int) -> tuple[VaeBatch, VaeBatch]:
     rng = np.random.default_rng(seed)
     sentences = [tokens(rng, 1, 7) for _ in range(6)]
-    collate = VaeCollator(vae.settings, VOCAB, EOS, seed=3)
+    collate = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3)
     return replace(collate, pack_tokens=budget)(sentences, list(range(6))), collate(sentences, list(range(6)))
 
 

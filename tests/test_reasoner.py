@@ -138,7 +138,9 @@ def plain_span(
             if not s.restart_keeps_state:
                 carried, free_carried = [None] * len(rows), [None] * len(rows)
         inner = (size, steps - 1 if s.sampler == "sde" else 0, *shape[1:])
-        fresh = [torch.cat([noise.normal([row], inner)[0], torch.zeros(size, 1, *shape[1:])], dim=1) for row in rows]
+        fresh = [
+            torch.cat([s.initial_noise * noise.normal([row], inner)[0], torch.zeros(size, 1, *shape[1:])], dim=1) for row in rows
+        ]
         lag = min(s.lag, steps)
         for number in range(steps + lag * (size - 1)):
             taken = [number - lag * block for block in range(size)]

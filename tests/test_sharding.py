@@ -85,7 +85,7 @@ def sharded_and_whole(world: World, folder: str, variant: str, what: str, dtype:
 
 def losses(engine: Engine, whole: nn.Module, config: Config, world: World) -> list[tuple[float, float]]:
     """Reconstruction loss of the sharded and of the whole model; the sharded one is stepped in between."""
-    batch = VaeCollator(config.vae, VOCAB, EOS, 0)([[3, 4, 5], [6, 7]], [0, 1])
+    batch = VaeCollator(config.vae, range(VOCAB), EOS, 0)([[3, 4, 5], [6, 7]], [0, 1])
     found = []
     for _ in range(2):
         outputs = engine.forward(batch)

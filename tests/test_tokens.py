@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ladir import tokens
-from ladir.config import BackboneSettings
-from ladir.tokens import build_word_tokenizer, decode_text, encode_text, encode_texts, load_tokenizer
+from ladir.config import BackboneSettings, VaeSettings
+from ladir.data.batches import VaeCollator
+from ladir.errors import UnusableError
+from ladir.tokens import build_word_tokenizer, decode_text, encode_text, encode_texts, load_tokenizer, ordinary_ids
 
 WORDS = ["12", "3", "+", "(", ")", "####", "##", "->", "\n", "it's"]
 
@@ -108,3 +110,17 @@ def test_unusable_tokenizers_are_refused_with_a_remedy(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no end-of-sequence token"):
         load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+
+
+def test_ordinary_ids_are_those_of_words_alone() -> None:
+    words = [f"w{number}" for number in range(20)]
+    tokenizer = build_word_tokenizer(words)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+    ids = ordinary_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids) == words
+    settings = VaeSettings(latent_dim=2, latents_per_block=1, token_substitution=1.0)
+    batch = VaeCollator(settings, ids, int(tokenizer.eos_token_id), seed=0)([[3] * 50] * 20, list(range(20)))
+    assert set(batch.encoder_ids.tolist()) == set(ids)
+    with pytest.raises(UnusableError, match="no ordinary tokens"):
+        ordinary_ids(build_word_tokenizer([]))

@@ -51,7 +51,7 @@ def sentences(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def collate(vae: Vae, rows: list[list[int]], training: bool = True, first: int = 0) -> VaeBatch:
-    collator = VaeCollator(vae.settings, VOCAB, EOS, seed=3)
+    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3)
     return collator(rows, list(range(first, first + len(rows))), training)
 
 
@@ -110,12 +110,12 @@ def test_counts_are_the_labels_and_validation_is_without_noise() -> None:
 def test_substitution_has_its_rate_and_noise_its_size() -> None:
     settings = VaeSettings(latent_dim=4, latents_per_block=2, latent_noise=3.0, token_substitution=0.3)
     rows = [[VOCAB + 5] * 50] * 200  # an id that substitution never draws
-    batch = VaeCollator(settings, VOCAB, EOS, seed=0)(rows, list(range(200)))
+    batch = VaeCollator(settings, range(VOCAB), EOS, seed=0)(rows, list(range(200)))
     assert float((batch.encoder_ids != VOCAB + 5).float().mean()) == pytest.approx(0.3, abs=0.015)
     assert batch.encoder_ids[batch.encoder_ids != VOCAB + 5].unique().tolist() == list(range(VOCAB))
     assert float(batch.extra_noise.std()) == pytest.approx(3.0, rel=0.06)
     assert float(batch.posterior_noise.std()) == pytest.approx(1.0, rel=0.06)
-    again = VaeCollator(settings, VOCAB, EOS, seed=0)(rows[:1], [7])
+    again = VaeCollator(settings, range(VOCAB), EOS, seed=0)(rows[:1], [7])
     assert torch.equal(again.encoder_ids[0], batch.encoder_ids[7]) and torch.equal(again.extra_noise[0], batch.extra_noise[7])
 
 

@@ -25,7 +25,9 @@ class SampleSettings:
     spacing_power: float = setting(
         2.0, "exponent (spacing=power); above 1: shorter steps near the finished block, below 1: near noise"
     )
-    initial_noise: float = setting(1.0, "scale of the noise a block starts from (acts as a temperature)")
+    initial_noise: float = setting(
+        1.0, "scale of the noise a block starts from, and of what an SDE adds at every step (acts as a temperature)"
+    )
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off, 0: as if there were no question")
     diversity_scale: float = setting(
         0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"

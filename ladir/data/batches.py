@@ -85,11 +85,12 @@ class VaeBatch(TensorBatch):
 class VaeCollator:
     """Token-id lists of sentences to a :class:`VaeBatch`; ``training`` False leaves out noise and substitution.
 
+    ``ordinary``: the ids that substitution draws (:func:`ladir.tokens.ordinary_ids`).
     ``pack_tokens``: see :func:`ladir.data.packing.place`.
     """
 
     settings: VaeSettings
-    vocab_size: int
+    ordinary: Sequence[int] | np.ndarray
     eos_id: int
     seed: int
     pack_tokens: int = 0
@@ -128,9 +129,10 @@ class VaeCollator:
         )
 
     def _substitute(self, row: np.ndarray, rng: np.random.Generator) -> list[int]:
-        """Each token replaced by a random one with probability p."""
+        """Each token replaced by a random ordinary one with probability p."""
         chosen = rng.random(len(row)) < self.settings.token_substitution
-        return np.where(chosen, rng.integers(0, self.vocab_size, len(row)), row).tolist()
+        drawn = rng.integers(0, len(self.ordinary), len(row))
+        return [self.ordinary[other] if new else token for token, new, other in zip(row.tolist(), chosen, drawn, strict=True)]
 
 
 @dataclass

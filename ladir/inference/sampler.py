@@ -256,14 +256,16 @@ class BlockSampler:
         span = z.shape[1]
         if self.settings.sampler == "ode":
             return [[None] * steps for _ in range(span)]
-        noise = self.noise.normal(rows, (span, steps - 1, *z.shape[2:])).to(z.device)
+        # As large as what the block started from: the marginals keep that scale, at 0 nothing is random.
+        noise = self.settings.initial_noise * self.noise.normal(rows, (span, steps - 1, *z.shape[2:])).to(z.device)
         return [[*block.unbind(1), None] for block in noise.unbind(1)]
 
     def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
         """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
 
         SDE: z_s | z_t, x0 is Gaussian with variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's posterior, Ho et al.
-        2020, eq. 7, on the straight path).
+        2020, eq. 7, on the straight path).  Where noise has the scale k (``initial_noise``), ``z_t = (1 - t) x0 + t k e``, so has
+        ``fresh``; what is kept of the noise in z_t has it already, and ``kept^2 + variance = s^2``.
         """
         if self.settings.sampler == "ode":
             return z + (t_next - t) * velocity

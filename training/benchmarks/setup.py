@@ -131,7 +131,7 @@ class Bench:
 
     def vae_batch(self, sentences: Sequence[Sequence[int]], pack_tokens: int = 0) -> VaeBatch:
         """The micro batch of ``sentences``."""
-        collator = VaeCollator(self.config.vae, self.size.scratch["vocab_size"], EOS, 0, pack_tokens)
+        collator = VaeCollator(self.config.vae, range(self.size.scratch["vocab_size"]), EOS, 0, pack_tokens)
         return collator(sentences, range(len(sentences))).to(self.device)
 
     def seconds(self, way: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ from ladir.data.randomness import derive
 from ladir.data.records import read_sentences
 from ladir.data.token_lists import TokenLists
 from ladir.models.folders import new_vae, save_vae
-from ladir.tokens import load_tokenizer
+from ladir.tokens import load_tokenizer, ordinary_ids
 from training.phases.base import Samples, TrainingPhase, read_encoded
 from training.phases.samples import vae_samples
 from training.runtime.distributed import World
@@ -30,7 +30,7 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     held_out = _blocks(config, config.data.validation, tokenizer)
     collator = VaeCollator(
         config.vae,
-        model.encoder.vocab_size,
+        ordinary_ids(tokenizer),
         int(tokenizer.eos_token_id),
         seed=derive(config.run.seed, "vae"),
         pack_tokens=config.vae.train.pack_tokens,

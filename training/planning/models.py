@@ -162,7 +162,7 @@ def micro_batch(
     numbers = list(range(count))
     if phase == "vae":
         sentences = [[_ID] * lengths.block] * count
-        collate = VaeCollator(config.vae, vocab_size, _ID, 0, config.vae.train.pack_tokens)
+        collate = VaeCollator(config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens)
         return collate(sentences, numbers, training=False).to(device)
     if phase in ("denoiser", "rollout"):
         d = config.vae.latent_dim
