@@ -81,6 +81,6 @@ for phase in "${phases[@]}"; do
 done
 list=$(IFS=,; echo "${jobs[*]}")
 echo "watch        squeue --jobs=$list"
-echo "logs         tail -F $run_folder/logs/*.log"
-echo "tensorboard  tensorboard --logdir $run_folder/tensorboard"
+printf 'logs         tail -F %q/logs/*.log\n' "$run_folder"
+printf 'tensorboard  tensorboard --logdir %q\n' "$run_folder/tensorboard"
 echo "stop it all  scancel ${jobs[*]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from ladir.config.loader import parse_args
+from ladir.evaluation.results import QuestionResult, Trajectory
 from training.demo import Demo, Stage, Track, _add_arguments
 from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json
@@ -49,6 +51,14 @@ def demo(folder: Path, *overrides: str, ranks: int = 1) -> tuple[Demo, io.String
     config, arguments = parse_args(arguments, "demo", _add_arguments)
     output = io.StringIO()
     return Demo(config, arguments, Console(file=output, width=100)), output
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
+    made, _ = demo(tmp_path / "my runs [1]")
+    asked = [QuestionResult("3 $x \"a\" 'b' -> 4", (Trajectory("x", False, "x"),))]
+    ask, board, _ = [shlex.split(command) for command, _ in made._next_commands(asked)]
+    assert ask[3] == asked[0].question and ask[5] == str(tmp_path / "my runs [1]" / "d" / "export")
+    assert board[2] == str(tmp_path / "my runs [1]" / "d" / "tensorboard")
 
 
 def test_a_job_reports_status_time_and_memory_and_keeps_its_output(tmp_path: Path) -> None:

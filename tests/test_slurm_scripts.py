@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,6 +139,22 @@ def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.count(f"error: {tmp_path}/ds.json: ") == 2
     result = settings("configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero3.json", "backbone.compile=true")
     assert result.returncode == 2 and "does not go with ZeRO stage 3" in result.stderr
+
+
+def test_what_submit_prints_can_be_pasted(tmp_path: Path) -> None:
+    """With a folder whose name has spaces and brackets, and an sbatch that only counts."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n")
+    sbatch.chmod(0o755)
+    folder = tmp_path / "my runs [1]"
+    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "PHASES": "train_vae"}
+    command = ["slurm/submit.sh", "--gres=gpu:1", "configs/demo.yaml", f"run.folder={folder}", "run.name=d"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
+    assert shlex.split(lines["tensorboard"])[-1] == str(folder / "d" / "tensorboard")
+    assert shlex.split(lines["logs"])[-1] == str(folder / "d" / "logs" / "*.log")
 
 
 def test_settings_report_every_error_in_a_line_of_its_own() -> None:

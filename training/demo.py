@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import signal
 import sys
 import time
@@ -283,11 +284,11 @@ class Demo:
         puzzle = questions[0].question if questions else "3 7 12 -> 45"
         return [
             (
-                f'{tools}/python -m ladir "{puzzle}" --model {self.folder.export} --trace',
+                shlex.join([f"{tools}/python", "-m", "ladir", puzzle, "--model", str(self.folder.export), "--trace"]),
                 "ask it, and see each thought form out of noise",
             ),
-            (f"{tools}/tensorboard --logdir {self.folder.path}/tensorboard", "look at the training"),
-            (f"{tools}/python -m ladir inspect your.jsonl", "see how records of yours would be read"),
+            (shlex.join([f"{tools}/tensorboard", "--logdir", f"{self.folder.path}/tensorboard"]), "look at the training"),
+            (shlex.join([f"{tools}/python", "-m", "ladir", "inspect", "your.jsonl"]), "see how records of yours would be read"),
         ]
 
     def _line(self, text: str) -> None:

@@ -7,6 +7,7 @@ CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA ad
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,7 @@ def export(run: Run) -> None:
         tokenizer = load_tokenizer(run.config.backbone)
         assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
-    ask = f'python -m ladir "question" --model {folder.export}'
+    ask = f'python -m ladir "question" --model {shlex.quote(str(folder.export))}'
     logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
 
 

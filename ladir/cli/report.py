@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
     export = run.path / "export"
     if not _asked(run) or not export.is_dir():
         lacking = "generations.jsonl: python training/evaluate.py" if export.is_dir() else "export/: python training/export.py"
-        return [], f"{run.name}: nothing to show without {lacking} --config {run.path / 'config.yaml'} makes it."
+        config = shlex.quote(str(run.path / "config.yaml"))
+        return [], f"{run.name}: nothing to show without {lacking} --config {config} makes it."
     from transformers.utils.logging import disable_progress_bar
 
     from ladir.models.store import load_settings

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
+import shlex
 import textwrap
 import types
 import typing
@@ -169,7 +171,8 @@ def _merge_override(tree: DictConfig, override: str, errors: list[str]) -> None:
     try:
         content, texts = (as_typed, {}) if as_typed is not None else _parse_override(name, text)
     except (yaml.YAMLError, OmegaConfBaseException):
-        errors.append(f"command line: {name}: {text!r} is not valid YAML; quote it, e.g. '{name}=\"{text}\"'")
+        quoted = shlex.quote(f"{name}={json.dumps(text)}")
+        errors.append(f"command line: {name}: {text!r} is not valid YAML; quote it, e.g. {quoted}")
         return
     _merge(tree, _nested(name, content), texts, lambda _: "command line", errors)
 

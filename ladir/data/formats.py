@@ -23,6 +23,8 @@ the sets that they extend; MBPP+ shows ``test_list`` and is judged by ``test``.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +159,8 @@ def fields_hint(row: Mapping[str, Any]) -> str:
         (name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)), None
     )
     if inner is not None:
-        return f"write the {len(row[inner])} objects in its list {inner!r} one per line, e.g. jq -c '.{inner}[]' OLD > NEW"
+        path = shlex.quote(f".{json.dumps(inner)}[]")
+        return f"write the {len(row[inner])} objects in its list {inner!r} one per line, e.g. jq -c {path} OLD > NEW"
     settings: dict[str, str] = {}
     for setting, known in (("input_field", _QUESTIONS), ("output_field", _CHAINS), ("answer_field", _ANSWERS)):
         found = _first(row, known, taken=set(settings.values()))

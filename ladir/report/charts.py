@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,8 +217,8 @@ def _granularity(runs: Sequence[RunData]) -> Section:
     folder = runs[0].path if runs[0].path.name else runs[0].path.resolve()  # "." has no name
     other = folder.with_name(f"{folder.name}-whole-chain")
     command = (
-        f"# train a second run with data.sentences_per_block=0 run.name={other.name}, evaluate it, then\n"
-        f"python -m ladir report {runs[0].path} {other}"
+        f"# train a second run with data.sentences_per_block=0 {shlex.quote(f'run.name={other.name}')}, evaluate it, then\n"
+        + shlex.join(["python", "-m", "ladir", "report", str(runs[0].path), str(other)])
     )
     missing = ("Needs runs that differ in data.sentences_per_block.", command)
     return _section("Block granularity", text, pictures(), missing)
@@ -241,7 +242,7 @@ def _training(runs: Sequence[RunData]) -> Section:
                         yield Picture(f"training-{run.name}-{phase}-{what}", figure, f"{what} of phase {phase} of run {run.name}")
 
     config = runs[0].path / "config.yaml"
-    missing = ("Nothing has been trained yet.", f"deepspeed training/train_vae.py --config {config}")
+    missing = ("Nothing has been trained yet.", shlex.join(["deepspeed", "training/train_vae.py", "--config", str(config)]))
     text = "Losses of each phase, and on held-out samples (dashed, hollow). Everything else is in TensorBoard."
     return _section("Training", text, pictures(), missing)
 
