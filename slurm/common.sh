@@ -3,6 +3,7 @@
 set -euo pipefail
 
 readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to outgoing connections
+readonly INTERRUPTED_STATUS=75                # of a program that was asked to stop and has saved
 
 fail() {
     echo "error: $*" >&2
@@ -120,14 +121,14 @@ start_step() {
     srun "${options[@]}" ${extra[@]+"${extra[@]}"} bash slurm/node.sh "training/$1.py" "${@:2}"
 }
 
-# Interrupted runs left a mark and go back to the queue; launchers garble exit codes, so the mark decides.
+# Interrupted runs go back to the queue.  They end with status 75 and leave a mark, for launchers that garble statuses.
 finish() {
     local entry=$1 status=$2
-    if ! [ -e "$INTERRUPTED_MARK" ]; then
+    if [ "$status" -ne "$INTERRUPTED_STATUS" ] && ! [ -e "$INTERRUPTED_MARK" ]; then
         [ "$status" -eq 0 ] || echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
         exit "$status"
     fi
-    rm "$INTERRUPTED_MARK"
+    rm -f "$INTERRUPTED_MARK"
     # A job that somebody has cancelled is not RUNNING any more and stays cancelled.
     if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
         echo "$entry: interrupted and saved; this job was cancelled, submit it again to continue"

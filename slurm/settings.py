@@ -12,19 +12,8 @@ from pathlib import Path
 
 from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
+from training.runtime.chain import chain
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
-
-
-def phases(config: Config) -> list[str]:
-    """The chain for ``config``: an entry point per line, with sbatch options and settings of its own."""
-    # backbone.scratch alone may only describe the LM for plan.py: a base is trained where the run's own is to be read.
-    own = Path(config.run.folder) / config.run.name / "models" / "base"
-    wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
-    base = ["train_ar ar.phase=base ar.from_scratch=true"] if config.backbone.scratch and wanted else []
-    again = " ar.copy_fraction=0" if base else ""  # the sentences to repeat are for the base LM
-    baseline = [f"train_ar{again}"] if any(method.startswith("ar") for method in config.evaluate.methods) else []
-    second = ["train_denoiser stage=rollout"] if config.rollout.enabled else []
-    return [*base, "train_vae", "encode_latents", "train_denoiser", *second, *baseline, "export", "evaluate"]
 
 
 def missing(config: Config) -> list[str]:
@@ -48,16 +37,16 @@ def refused_by_every_training(config: Config) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Print the answer; returns the exit status."""
-    chain = arguments[:1] == ["--phases"]
-    path, *overrides = arguments[1:] if chain else arguments
+    whole = arguments[:1] == ["--phases"]
+    path, *overrides = arguments[1:] if whole else arguments
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
         return _refused(error.errors)
-    if wrong := [*refused_by_every_training(config), *(missing(config) if chain else [])]:
+    if wrong := [*refused_by_every_training(config), *(missing(config) if whole else [])]:
         return _refused(wrong)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
-    sys.stdout.write("\n".join([*lines, *(phases(config) if chain else [])]) + "\n")
+    sys.stdout.write("\n".join([*lines, *(step.words for step in chain(config) if whole)]) + "\n")
     return 0
 
 

@@ -50,6 +50,7 @@ mkdir -p "$run_folder/logs" "$run_folder/slurm" || fail "$run_folder cannot be w
 submitted=$run_folder/slurm/submitted-$(date +%Y%m%d-%H%M%S)-$$.yaml
 cp "$config" "$submitted"
 
+export LADIR_QUEUED=1 # the programs' last lines then name no command to queue the next phase
 jobs=()
 cancel() {
     [ ${#jobs[@]} -eq 0 ] || scancel "${jobs[@]}"

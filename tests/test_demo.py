@@ -19,6 +19,7 @@ from ladir.evaluation.results import QuestionResult, Trajectory
 from training.demo import Demo, Stage, Track, _add_arguments
 from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json
+from training.runtime.preemption import INTERRUPTED_STATUS
 
 OUTCOME: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
 
@@ -138,7 +139,7 @@ def test_a_stage_runs_once_and_again_when_its_settings_or_an_earlier_stage_chang
 def test_a_failed_stage_shows_the_end_of_its_log_and_is_not_recorded(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training phase that ends well but leaves no outcome was interrupted from outside, which is a failure, too."""
+    """A training phase that ends well but leaves no outcome has failed, too."""
     monkeypatch.setattr(Demo, "plan", lambda self: [[[Stage("a", "trains", lambda: python(code), trains=True)]]])
     failing, output = demo(tmp_path)
     with pytest.raises(SystemExit) as caught:
@@ -146,6 +147,18 @@ def test_a_failed_stage_shows_the_end_of_its_log_and_is_not_recorded(
     assert caught.value.code == 1
     assert "the reason" in output.getvalue()
     assert "a.log" in output.getvalue()
+    assert json.loads((tmp_path / "d" / "demo.json").read_text())["a"]["settings"] is None
+
+
+def test_a_stage_that_was_interrupted_and_has_saved_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else asked it to stop; another start continues it."""
+    stage = Stage("a", "trains", lambda: python("raise SystemExit(75)"), trains=True)
+    monkeypatch.setattr(Demo, "plan", lambda self: [[[stage]]])
+    stopped, output = demo(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        stopped.run()
+    assert caught.value.code == INTERRUPTED_STATUS == 75
+    assert "failed" not in output.getvalue() and "the same command continues" in output.getvalue()
     assert json.loads((tmp_path / "d" / "demo.json").read_text())["a"]["settings"] is None
 
 
@@ -213,3 +226,10 @@ def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tm
     costs = {"puzzles": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0), "report": (3, 0.5)}
     built.record = {name: {"seconds": seconds, "peak_gib": peak} for name, (seconds, peak) in costs.items()}
     assert built._cost() == (1 + 10 + 86 + 30 + 3, 2.0 + 1.25)
+
+
+def test_the_commands_it_ends_with_are_what_a_shell_takes(tmp_path: Path) -> None:
+    built, _ = demo(tmp_path / "my runs")
+    (ask, _), (look, _), _ = built._next_commands([])
+    assert shlex.split(ask)[-5:] == ["ladir", "3 7 12 -> 45", "--model", str(tmp_path / "my runs" / "d" / "export"), "--trace"]
+    assert shlex.split(look)[-2:] == ["--logdir", str(tmp_path / "my runs" / "d" / "tensorboard")]

@@ -26,7 +26,13 @@ HIDDEN = ("phase", "kind", "tokens_per_second", "tokens_per_second_per_device", 
 
 
 def run_toy(
-    world: World, folder: Path, stage: int = 3, dtype: str = "float32", stop_at: int | None = None, **train_settings: Any
+    world: World,
+    folder: Path,
+    stage: int = 3,
+    dtype: str = "float32",
+    stop_at: int | None = None,
+    by: signal.Signals = signal.SIGUSR2,
+    **train_settings: Any,
 ) -> Outcome:
     """Train the toy; rank ``world.size - 1`` is signalled while it collates the sample of number ``stop_at``."""
     phase = ToyPhase()
@@ -34,7 +40,7 @@ def run_toy(
 
         def signal_once(numbers: list[int]) -> None:
             if stop_at in numbers:
-                os.kill(os.getpid(), signal.SIGUSR2)
+                os.kill(os.getpid(), by)
 
         phase.before_collate = signal_once
     with open_run(toy_config(folder, stage, dtype, **train_settings), "ar", world) as run:
@@ -88,21 +94,29 @@ def toy_settings(**settings: Any) -> dict[str, Any]:
     return settings
 
 
-def run_with(world: World, folder: Path, stage: int, dtype: str, settings: dict[str, Any], stop_at: int | None = None) -> Outcome:
-    return run_toy(world, folder, stage, dtype, stop_at, **settings)
+def run_with(
+    world: World,
+    folder: Path,
+    stage: int,
+    dtype: str,
+    settings: dict[str, Any],
+    stop_at: int | None = None,
+    by: signal.Signals = signal.SIGUSR2,
+) -> Outcome:
+    return run_toy(world, folder, stage, dtype, stop_at, by, **settings)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(3, "float32"), (3, "bfloat16"), (2, "bfloat16"), (0, "float32")])
 def test_interrupted_runs_joined_equal_an_undisturbed_one(
     two_processes: ProcessGroup, tmp_path: Path, stage: int, dtype: str
 ) -> None:
-    """Two signals on one rank, in the middle of an epoch (20 samples, batch 8) and of a log interval."""
+    """A signal and a Ctrl-C on one rank, in the middle of an epoch (20 samples, batch 8) and of a log interval."""
     settings = toy_settings(max_steps=9, ema=0.9, log_every=2, validate_every=4, micro_batch=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     two_processes.run(run_with, whole, stage, dtype, settings)
     steps = []
-    for stop_at in (23, 47):
-        outcomes = two_processes.run(run_with, parts, stage, dtype, settings, stop_at)
+    for stop_at, by in ((23, signal.SIGUSR2), (47, signal.SIGINT)):
+        outcomes = two_processes.run(run_with, parts, stage, dtype, settings, stop_at, by)
         assert {outcome.status for outcome in outcomes} == {"interrupted"}
         assert (parts / "toy" / "INTERRUPTED").is_file()
         steps.append(outcomes[0].steps)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_meters_average_over_labels_and_survive_a_checkpoint() -> None:
     assert meters.averages() == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_only_set_a_flag_and_are_given_back(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is logged by the handler itself, which may interrupt the logging of something else."""
     before = signal.getsignal(number)
@@ -174,6 +175,30 @@ def test_signals_only_set_a_flag_and_are_given_back(number: signal.Signals, capl
     assert signal.getsignal(number) == before
     with pytest.raises(ValueError, match="stop_signal=USR9"):
         StopRequest("USR9")
+
+
+def test_ctrl_c_answers_at_once_on_one_rank_and_the_second_one_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with StopRequest("USR2") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert capfd.readouterr().err.count("once more ends at once") == told
+        assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_runs_in_the_background_goes_on_ignoring_ctrl_c() -> None:
+    """A shell starts it so, and Ctrl-C means another program."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest("USR2") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_plain_python_is_one_process() -> None:
@@ -208,13 +233,33 @@ def test_a_process_that_sees_its_own_gpu_only_uses_that_one(monkeypatch: pytest.
 def test_only_a_job_without_error_takes_leave_of_the_others(fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Leaving takes all ranks; after an error on one of them the others are somewhere else."""
     left: list[bool] = []
-    monkeypatch.setattr(job_module, "parse_args", lambda argv, description: (toy_config(tmp_path), None))
+    given = Namespace(config=None, overrides=[])
+    monkeypatch.setattr(job_module, "parse_args", lambda argv, description: (toy_config(tmp_path), given))
     monkeypatch.setattr(job_module, "start", lambda settings: ALONE)
     monkeypatch.setattr(job_module, "stop", lambda: left.append(True))
     with contextlib.suppress(RuntimeError), job_module.job([], "", lambda config: "ar"):
         if fails:
             raise RuntimeError
     assert left == ([] if fails else [True])
+
+
+def test_a_job_that_was_interrupted_waits_for_all_ranks_and_ends_with_status_75(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Launchers end the other ranks as soon as one ends with another status than 0: nobody may still be writing then."""
+    done: list[str] = []
+    arguments = Namespace(config="my run.yaml", overrides=["vae.beta=0"])
+    monkeypatch.setattr(job_module, "parse_args", lambda argv, description: (toy_config(tmp_path), arguments))
+    monkeypatch.setattr(job_module, "start", lambda settings: ALONE)
+    monkeypatch.setattr(job_module, "stop", lambda: done.append("left"))
+    monkeypatch.setattr(World, "barrier", lambda self: done.append("all ranks here"))
+    monkeypatch.setenv("INTERRUPTED_MARK", str(tmp_path / "mark"))
+    with pytest.raises(SystemExit) as caught, job_module.job([], "", lambda config: "ar") as run:
+        assert run.given == ["--config", "my run.yaml", "vae.beta=0"]
+        run.interrupt()
+        done.clear()
+    assert caught.value.code == 75 and done == ["all ranks here", "left"]
+    assert (tmp_path / "mark").is_file() and run.folder.interrupted.is_file()
 
 
 def test_half_an_environment_is_refused() -> None:

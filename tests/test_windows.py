@@ -31,8 +31,8 @@ from training.runtime.preemption import StopRequest
 with StopRequest("USR1") as stop, windows(processes=2) as made:
     for number, window in enumerate(made):
         if number == 3:
-            os.killpg(0, signal.SIGTERM)
-            os.killpg(0, signal.SIGUSR1)
+            for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.killpg(0, sent)
         if number == 30:
             assert stop.requested
             print("running", flush=True)

@@ -30,6 +30,7 @@ from ladir.evaluation.report import examples, results_table
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of
 from training.runtime.files import read_json, write_json
+from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
@@ -126,7 +127,7 @@ class Demo:
                 self._stop(lanes)
                 if isinstance(error, KeyboardInterrupt):
                     self._line("stopped; the same command continues")
-                    sys.exit(130)
+                    sys.exit(INTERRUPTED_STATUS)
                 raise
         return any(lane.ran for lane in lanes)
 
@@ -138,6 +139,9 @@ class Demo:
             stage, record = lane.stages[0], self.record[lane.stages[0].name]
             self._charge(lane)
             record["peak_gib"] = max(record["peak_gib"], result.peak_gib)
+            if result.status == INTERRUPTED_STATUS:
+                self._line(f"{self._label(stage)}: interrupted and saved; the same command continues")
+                sys.exit(INTERRUPTED_STATUS)
             if result.status != 0 or (stage.trains and self.folder.outcome(stage.name) is None):
                 self._fail(stage, result.status)
             record["settings"] = lane.fingerprint
@@ -277,8 +281,7 @@ class Demo:
         return [*([first] if first else []), *(question for question in questions if question is not first)]
 
     def _next_commands(self, questions: Sequence[QuestionResult]) -> list[tuple[str, str]]:
-        python = Path(sys.executable)
-        tools = python.parent
+        tools = Path(sys.executable).parent
         if tools.is_relative_to(Path.cwd()):
             tools = tools.relative_to(Path.cwd())
         puzzle = questions[0].question if questions else "3 7 12 -> 45"

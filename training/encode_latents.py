@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with job(argv, __doc__ or "", lambda config: "latents") as run:
         if not encode(run):
             run.interrupt()
-            logger.info("encoding interrupted: the same command continues")
+            logger.info("latents interrupted, what is encoded is kept: the same command continues")
 
 
 if __name__ == "__main__":

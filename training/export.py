@@ -6,8 +6,6 @@ CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA ad
 
 from __future__ import annotations
 
-import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +18,10 @@ from ladir.models.pairing import adapter_base, base_fingerprint
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
 from training.runtime.distributed import run_as_program
+from training.runtime.ending import ask_command, tell_end
 from training.runtime.files import read_json, write_json
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder, environment
-
-logger = logging.getLogger(__name__)
 
 
 def last_denoiser(folder: RunFolder) -> Path:
@@ -73,8 +70,7 @@ def export(run: Run) -> None:
         tokenizer = load_tokenizer(run.config.backbone)
         assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
-    ask = f'python -m ladir "question" --model {shlex.quote(str(folder.export))}'
-    logger.info("exported %s to %s; ask it: %s", denoiser, folder.export, ask)
+    tell_end(run, f"{denoiser} and {folder.model('vae')}; ask it: {ask_command(folder.export)}", folder.export)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

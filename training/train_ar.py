@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from training.phases.ar import ar_phase
 from training.runtime.distributed import run_as_program
+from training.runtime.ending import finished_before
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -18,7 +19,7 @@ from training.runtime.loop import train
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: config.ar.phase, trains=True) as run:
-        if run.already_finished() is None:
+        if finished_before(run) is None:
             train(run, ar_phase(run.config, run.world))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from training.phases.denoiser import denoiser_phase
 from training.phases.rollout import rollout_phase
 from training.runtime.distributed import run_as_program
+from training.runtime.ending import finished_before
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -22,7 +23,7 @@ from training.runtime.loop import train
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser", trains=True) as run:
-        if run.already_finished() is None:
+        if finished_before(run) is None:
             build = rollout_phase if run.phase == "rollout" else denoiser_phase
             train(run, build(run.config, run.world))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from training.phases.vae import vae_phase
 from training.runtime.distributed import run_as_program
+from training.runtime.ending import finished_before
 from training.runtime.job import job
 from training.runtime.loop import train
 
@@ -17,7 +18,7 @@ from training.runtime.loop import train
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "vae", trains=True) as run:
-        if run.already_finished() is None:
+        if finished_before(run) is None:
             train(run, vae_phase(run.config, run.world))
 
 

@@ -51,7 +51,7 @@ def _section(title: str, text: str, pictures: Iterator[Picture], missing: tuple[
 
 
 def _evaluate(run: RunData, *settings: str) -> str:
-    return " ".join(["python training/evaluate.py --config", str(run.path / "config.yaml"), *settings])
+    return shlex.join(["python", "training/evaluate.py", "--config", str(run.path / "config.yaml"), *settings])
 
 
 def _sweep(run: RunData, setting: str, values: Sequence[object]) -> str:
@@ -114,7 +114,7 @@ def _training_time(runs: Sequence[RunData]) -> Section:
     text = "What longer training brings, LaDiR beside the autoregressive (AR) baseline."
     commands = [
         "# train with denoiser.train.snapshot_every=500 ar.train.snapshot_every=500, then",
-        *(_evaluate(runs[0], f"evaluate.snapshot={step}", "'evaluate.methods=[ar,ladir]'") for step in (500, 1000)),
+        *(_evaluate(runs[0], f"evaluate.snapshot={step}", "evaluate.methods=[ar,ladir]") for step in (500, 1000)),
     ]
     return _section("Accuracy and training", text, pictures(), ("Needs results of snapshots.", "\n".join(commands)))
 

@@ -11,7 +11,7 @@ from training.evaluation.kinship import check_export
 from training.evaluation.questions import choose_questions
 from training.evaluation.readiness import ready_methods
 from training.evaluation.rows import model_of, sampling_of
-from training.evaluation.table import report
+from training.evaluation.table import report, tell_results
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,9 @@ def evaluate(run: Run) -> None:
         ways = [name for name in samplings if model_of(name) == model]
         if not ask_model(run, log, task, model, ways, asked.records):
             run.interrupt()
-            logger.info("evaluation interrupted: the same command continues")
+            logger.info("evaluate interrupted, all answers so far are kept: the same command continues")
             return
     if run.world.is_main:
         report(run, methods, {sampling: log.read(sampling) for sampling in samplings}, asked)
+        tell_results(run)
     log.remove()

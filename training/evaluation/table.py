@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from training.evaluation.answers import Answered
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
 from training.evaluation.rows import PHASES, model_of, sampling_of
+from training.runtime.ending import tell_end
 from training.runtime.run import Run, RunFolder, evaluation_label
 
 logger = logging.getLogger(__name__)
@@ -57,13 +59,13 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 def report(run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, Answered]], asked: Asked) -> None:
     """Write the results and show them (rank 0)."""
-    settings, suffix = run.config.evaluate, evaluation_label(run.config.evaluate)
-    results = run.folder.path / f"results{suffix}.json"
+    settings = run.config.evaluate
+    results, generations = result_files(run)
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
     for sampling, questions in judged.items():
         tell_of_limits(sampling, questions, settings.ar_max_tokens, run.config.sample.max_blocks)
         tell_of_undecided(sampling, questions)
-    write_questions(run.folder.path / f"generations{suffix}.jsonl", judged)
+    write_questions(generations, judged)
     counted = settings.left_out == "count"
     write_results(
         results,
@@ -100,6 +102,20 @@ def tell_of_undecided(sampling: str, questions: Sequence[QuestionResult]) -> Non
         logger.warning(
             "%s: %d of %d answers could not be judged and count as wrong (%s)", sampling, reasons.total(), len(entries), told
         )
+
+
+def result_files(run: Run) -> tuple[Path, Path]:
+    """The table and the judged answers of the run's evaluation under its label."""
+    label = evaluation_label(run.config.evaluate)
+    return run.folder.path / f"results{label}.json", run.folder.path / f"generations{label}.jsonl"
+
+
+def tell_results(run: Run) -> None:
+    """The evaluation's last line."""
+    results, generations = result_files(run)
+    content = read_results(results)
+    figures = ", ".join(f"{row['method']} {100 * row['pass@1']:.1f}%" for row in content["rows"])
+    tell_end(run, f"{content['num_questions']} questions, pass@1 {figures}", results, generations)
 
 
 def tell_of_limits(sampling: str, questions: Sequence[QuestionResult], ar_max_tokens: int, max_blocks: int) -> None:

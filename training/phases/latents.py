@@ -24,6 +24,7 @@ from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.base import read_encoded
+from training.runtime.ending import tell_end
 from training.runtime.files import read_json, sha256, write_json
 from training.runtime.run import Outcome, Run, RunFolder
 
@@ -180,4 +181,12 @@ def encode(run: Run) -> bool:
             return False
     if watch.used or run.outcome is None:
         run.finish(Outcome("finished", 0, 0, watch.note() if run.world.is_main else 0.0, {}))
+    if run.world.is_main:
+        _tell_encoded(run, [name for name, path in files.items() if path is not None])
     return True
+
+
+def _tell_encoded(run: Run, names: Sequence[str]) -> None:
+    stores = {name: LatentStore.open(run.folder.latents / name) for name in names}
+    counts = ", ".join(f"{name} {len(store)} records ({store.num_latents} latents)" for name, store in stores.items())
+    tell_end(run, counts, run.folder.latents)

@@ -6,10 +6,10 @@ import atexit
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings
+from training.runtime.logs import configure_logging
 from training.runtime.rendezvous import LaunchError, check_numbers, meet
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,9 @@ def run_as_program(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as error:
         status = _status(error)
+    except KeyboardInterrupt:  # before there is something to save, or while the process ends
+        logger.error("stopped by Ctrl-C")
+        status = 128 + signal.SIGINT
     except Exception:
         sys.excepthook(*sys.exc_info())
         status = 1
@@ -222,13 +226,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def configure_logging(rank: int, size: int) -> None:
-    """Our INFO lines from rank 0, warnings from everybody; other libraries only from WARNING on."""
-    where = f" [rank {rank}]" if size > 1 else ""
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s{where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    # DeepSpeed calls collectives by names that torch is about to rename: nothing a user could act on.
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    for name in ("ladir", "training"):
-        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)

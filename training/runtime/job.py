@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
-from transformers.utils.logging import disable_progress_bar
 
 from ladir.config import Config
 from ladir.config.loader import parse_args
@@ -17,8 +16,10 @@ from ladir.models.backbone import choose_dtype
 from training.runtime.checkpoint import CheckpointError
 from training.runtime.distributed import LaunchError, RankLostError, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
+from training.runtime.ending import given_settings
 from training.runtime.files import lacks_room
 from training.runtime.loop import NonFiniteError
+from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
 
@@ -45,17 +46,20 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
 
     ``trains``: it makes an engine, so that the DeepSpeed file is looked at before anything is loaded.
     Exits with status 2 and one message for errors that are the user's to mend; others go through.  After an error the
-    process just ends: leaving in good order takes all ranks, and the others may be waiting for this one elsewhere.
+    process just ends: leaving in good order takes all ranks, and the others may be waiting for this one elsewhere.  Exits with
+    ``INTERRUPTED_STATUS`` where the work was interrupted and waits to be continued.
     """
-    config, _ = parse_args(argv, description)
-    disable_progress_bar()
+    config, arguments = parse_args(argv, description)
     try:
         if trains:
             check_ds_config(config.backbone, config.deepspeed)
         world = start(config.deepspeed)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
+            run.given = given_settings(arguments)
             yield run
+        if run.interrupted:
+            world.barrier()  # a launcher ends the others as soon as one ends with another status than 0
     except USER_ERRORS as error:
         logger.error("%s", error)
         raise SystemExit(2) from error
@@ -65,3 +69,5 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         logger.error("%s: make room in %s, then start the same command again", error, config.run.folder)
         raise SystemExit(2) from error
     stop()
+    if run.interrupted:
+        raise SystemExit(INTERRUPTED_STATUS)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ladir.config import TrainSettings
 from training.runtime import checkpoint
 from training.runtime.distributed import RankLostError, is_lost_rank
+from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
@@ -43,7 +44,7 @@ def train(run: Run, phase: Phase) -> Outcome:
     :class:`NonFiniteError`, :class:`~training.runtime.checkpoint.CheckpointError`,
     :class:`~training.runtime.distributed.RankLostError` and ValueError (settings).
     """
-    done = run.already_finished()
+    done = finished_before(run)
     if done is not None:
         return done
     trainer = Trainer(run, phase)
@@ -323,7 +324,7 @@ class Trainer:
         """Stopped by a signal: checkpoint, and leave the mark to be started again."""
         self.save()
         self.run.interrupt()
-        logger.info("phase %s interrupted after step %d: the same command continues", self.run.phase, self.progress.step)
+        logger.info("%s interrupted after step %d, saved: the same command continues", self.run.phase, self.progress.step)
         return self._outcome("interrupted")
 
     def finish(self) -> Outcome:
@@ -332,7 +333,9 @@ class Trainer:
         self.save()
         if self._validated_step != self.progress.step:  # else it was done before a restart
             self.validate()
-        return self._keep("finished")
+        outcome = self._keep("finished")
+        tell_trained(self.run, outcome, self.progress.limit(self.settings, self.phase.num_samples))
+        return outcome
 
     def _keep(self, status: str, snapshot: int | None = None) -> Outcome:
         """Write the model, as the finished one or that of a step, off the clock."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
+#: status of a program that was asked to stop, has saved, and continues when it is started again ("temporary failure")
+INTERRUPTED_STATUS = os.EX_TEMPFAIL
+
+#: who has pressed Ctrl-C is answered at once, however long a step takes
+_TOLD = b"\nstopping as soon as all is saved; Ctrl-C once more ends at once, without saving\n"
+
 
 class StopRequest:
-    """Context manager: inside it TERM and one chosen signal set :attr:`requested` instead of ending the process.
+    """Context manager: inside it TERM, INT (Ctrl-C) and one chosen signal set :attr:`requested` instead of ending the process.
 
-    A launcher may start the process with these signals blocked: one that came while the process was starting is then
-    obeyed on entry, and one that comes after the end no longer disturbs.
+    A second INT ends it at once.  A launcher may start the process with the others blocked: one that came while the process was
+    starting is then obeyed on entry, and one that comes after the end no longer disturbs.
     """
 
     def __init__(self, stop_signal: str) -> None:
@@ -30,7 +37,8 @@ class StopRequest:
         self._blocked: set[int] = set()
 
     def __enter__(self) -> StopRequest:
-        for number in self._signals:
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell starts what shall run in the background
+        for number in self._signals if ignored else self._signals | {signal.SIGINT}:
             self._previous[number] = signal.signal(number, self._handle)
         self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
@@ -41,8 +49,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Nothing is written here: the signal may have come in the middle of writing to the same stream.
+        # Nothing is logged here: the signal may have come in the middle of writing to the same stream.
         self.requested, self._received = True, signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if os.environ.get("RANK", "0") == "0":  # a terminal's Ctrl-C reaches all ranks of this machine
+                os.write(2, _TOLD)
 
     def announce(self) -> None:
         """Log, once, which signal has come; to be called where the flag is looked at."""

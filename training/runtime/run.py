@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -139,6 +139,10 @@ class Run:
         self.config, self.phase, self.world = config, phase, world
         self.folder = RunFolder(config)
         self.stop = StopRequest(config.deepspeed.stop_signal)
+        self.interrupted = False
+        """Set where the phase was asked to stop, and waits to be continued."""
+        self.given: Sequence[str] = ()
+        """The settings of the command line, as they were written, --config first."""
         self._lock: TextIO | None = None
 
     @property
@@ -154,13 +158,6 @@ class Run:
         """Set where this phase is already finished, on all ranks alike."""
         found = self.world.broadcast(dataclasses.asdict(done) if (done := self.folder.outcome(self.phase)) else None)
         return Outcome(**found) if found else None
-
-    def already_finished(self) -> Outcome | None:
-        """:attr:`outcome`, and where there is one a line of the log says so."""
-        done = self.outcome
-        if done is not None:
-            logger.info("phase %s is already finished (%d steps)", self.phase, done.steps)
-        return done
 
     def prepare(self) -> None:
         """Make the folder, refuse a conflict, record settings and environment (rank 0; the others wait)."""
@@ -265,6 +262,7 @@ class Run:
 
     def interrupt(self) -> None:
         """Leave the mark that the phase waits, and the one by which a batch script knows that its job should be queued again."""
+        self.interrupted = True
         if self.world.is_main:
             own = os.environ.get("INTERRUPTED_MARK")
             for mark in (self.folder.interrupted, *([Path(own)] if own else [])):

@@ -21,16 +21,27 @@ class Progress:
 
         Raises ValueError when no limit is set.
         """
-        parts = []
-        if settings.max_steps is not None:
-            parts.append(self.step / max(settings.max_steps, 1))
-        if settings.max_epochs is not None:
-            parts.append(self.samples / max(settings.max_epochs * num_samples, 1))
-        if settings.max_seconds is not None:
-            parts.append(self.seconds / max(settings.max_seconds, 1e-9))
+        parts = self._parts(settings, num_samples)
         if not parts:
             raise ValueError("the training has no end: set max_steps, max_epochs or max_seconds")
-        return max(parts)
+        return max(parts.values())
+
+    def limit(self, settings: TrainSettings, num_samples: int) -> str:
+        """The setting that ends the training, with its value: the one that is reached furthest."""
+        parts = self._parts(settings, num_samples)
+        name = max(parts, key=lambda name: parts[name])
+        return f"{name}={getattr(settings, name):g}"
+
+    def _parts(self, settings: TrainSettings, num_samples: int) -> dict[str, float]:
+        """Part of the training done by each limit that is set."""
+        parts = {}
+        if settings.max_steps is not None:
+            parts["max_steps"] = self.step / max(settings.max_steps, 1)
+        if settings.max_epochs is not None:
+            parts["max_epochs"] = self.samples / max(settings.max_epochs * num_samples, 1)
+        if settings.max_seconds is not None:
+            parts["max_seconds"] = self.seconds / max(settings.max_seconds, 1e-9)
+        return parts
 
     def after(self, samples: int) -> Progress:
         """The state after one more step of ``samples`` samples, at the same second."""

@@ -125,9 +125,11 @@ def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _
 def _outlive_signals(worker: int) -> None:
     """A job's end is announced to all of its processes: the training then makes its last step, for which it needs a batch.
 
-    Its other stop signal is handled as the training itself does, which was forked; for this one PyTorch has a handler of its own.
+    Its other stop signal is handled as the training itself does, which was forked; for TERM PyTorch has a handler of its own, and
+    Ctrl-C reaches every process of a terminal.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(window: T) -> T:

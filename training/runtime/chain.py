@@ -1,0 +1,47 @@
+"""The phases of a whole run in their order, each with the program and the settings that start it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ladir.config import Config
+
+
+@dataclass(frozen=True)
+class Step:
+    """A phase, its entry point ``training/<entry>.py``, and settings of its own."""
+
+    phase: str
+    entry: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """As ``PHASES`` of ``slurm/submit.sh`` has it."""
+        return " ".join((self.entry, *self.settings))
+
+
+#: settings by which a step is told from others of the same entry point: the next one does not inherit them
+OWN_SETTINGS = ("stage", "ar.phase", "ar.from_scratch", "ar.copy_fraction")
+
+
+def chain(config: Config) -> list[Step]:
+    """All phases that ``config`` needs."""
+    # backbone.scratch alone may only describe the LM for plan.py: a base is trained where the run's own is to be read.
+    own = Path(config.run.folder) / config.run.name / "models" / "base"
+    wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
+    base = [Step("base", "train_ar", ("ar.phase=base", "ar.from_scratch=true"))] if config.backbone.scratch and wanted else []
+    again = ("ar.copy_fraction=0",) if base else ()  # the sentences to repeat are for the base LM
+    baseline = [Step("ar", "train_ar", again)] if any(method.startswith("ar") for method in config.evaluate.methods) else []
+    second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if config.rollout.enabled else []
+    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), Step("denoiser", "train_denoiser"), *second]
+    return [*base, *ladir, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
+
+
+def following(config: Config, phase: str, finished: Callable[[str], bool]) -> Step | None:
+    """The first step behind ``phase`` that is not finished; of a phase that is none of them, the first of all."""
+    steps = chain(config)
+    places = [number for number, step in enumerate(steps) if step.phase == phase]
+    return next((step for step in steps[places[0] + 1 if places else 0 :] if not finished(step.phase)), None)
