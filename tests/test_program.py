@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from ladir.__main__ import main as ladir_main
 from ladir.config import Config
 from tests.toy_phase import toy_config
 from training.runtime import ending
@@ -66,6 +68,29 @@ def test_a_process_ends_with_the_status_of_its_work(body: str, status: int, said
     assert (done.returncode, done.stdout) == (status, "work done\nat exit\n"), done.stderr
     assert said in done.stderr
     assert ("Traceback" in done.stderr) == ("ValueError" in said)
+
+
+ENTRIES = ("train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate", "plan", "benchmark", "demo")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_works_and_a_wrong_argument_is_answered_by_one_line(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"training.{entry}").main
+    for argument, status in (("--help", 0), ("--frobnicate", 2)):
+        with pytest.raises(SystemExit) as caught:
+            main([*(["--gpus=2", "--gpu-memory=40"] if entry == "plan" else []), argument])
+        assert caught.value.code == status
+        output, errors = capsys.readouterr()
+        lines = (errors if status else output).splitlines()
+        assert len(lines) == 1 and argument in lines[0] if status else len(lines) > 5 and not errors
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspect"], ["countdown"], ["report"], ["report", "x", "--questions=many"]])
+def test_commands_answer_wrong_arguments_by_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ladir_main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.endswith("; see --help") and "overrides" not in line and "section" not in line
 
 
 #: what two ranks write, one after the other, of lines that are logged twice

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ladir.arguments import LineParser
 from training.benchmarks import reasoning_rows, scaling, steps, training_rows, zero
 from training.benchmarks.report import Measured, Results, as_json, plot, show
 from training.benchmarks.setup import Bench, released
@@ -81,7 +82,7 @@ def measure(bench: Bench, suites: Sequence[str]) -> Iterator[Results]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = "what to measure (all); compiled: training steps without and with backbone.compile, which all leaves out"
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=suites)
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="model and problem (tiny)")

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ladir.arguments import LineParser
 from ladir.report.text import printable
 from ladir.tokens import encode_text
 
@@ -43,7 +44,7 @@ each with its own --help"""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's options; controls that are not given come from the model folder."""
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="python -m ladir", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question", nargs="+", help="one or more questions")

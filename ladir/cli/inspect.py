@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ladir.arguments import LineParser
 from ladir.config import BackboneSettings, DataSettings
 from ladir.config.loader import load_config
 from ladir.data.encode import EncodedRecord, check_records
@@ -23,12 +23,12 @@ _Row = tuple[str, Iterable[int], int]
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 1 where training would refuse the file."""
-    parser = argparse.ArgumentParser(prog="python -m ladir inspect", description=__doc__)
+    parser = LineParser(prog="python -m ladir inspect", description=__doc__)
     parser.add_argument("file", help=".jsonl, .json (either with .gz), .parquet, or a Hub id (name:split or name:config:split)")
     parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder or Hub id; not set: backbone.tokenizer")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records shown with their blocks")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, e.g. data.input_field=question")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.input_field=question")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     console = Console(soft_wrap=True)

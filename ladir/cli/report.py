@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ladir.arguments import LineParser
 from ladir.errors import UnusableError
 from ladir.evaluation.report import remarks
 from ladir.evaluation.results import QuestionResult
@@ -22,7 +22,7 @@ from ladir.report.text import printable
 
 def run(argv: Sequence[str]) -> int:
     """Write the page and its pictures."""
-    parser = argparse.ArgumentParser(prog="python -m ladir report", description=__doc__)
+    parser = LineParser(prog="python -m ladir report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are compared")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (not set: report/ in the first run's folder)")
     parser.add_argument(

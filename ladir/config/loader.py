@@ -23,6 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ladir.arguments import LineParser
 from ladir.config import Config
 from ladir.config.checks import validate
 from ladir.config.texts import is_text, is_text_list, plainly, written
@@ -31,12 +32,13 @@ __all__ = ["ConfigError", "describe", "load_config", "parse_args", "save_config"
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message holds all errors, one per line, ``errors`` the same as a list."""
+    """The configuration cannot be used; the message holds all errors, one per line, ``errors`` (one at least) the same."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = list(errors)
-        count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
-        super().__init__("\n".join([f"the configuration has {count}:", *(f"  - {error}" for error in self.errors)]))
+        first, *others = self.errors
+        listed = [f"the configuration has {len(self.errors)} errors:", *(f"  - {error}" for error in self.errors)]
+        super().__init__("\n".join(listed) if others else first)
 
 
 def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -73,7 +75,7 @@ def parse_args(
     of a program's own.  ``--help`` explains every setting.  The ``--local_rank`` that launchers add is accepted and ignored.
     Errors are printed, all at once, and end the process with status 2 before anything is loaded.
     """
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         description=description,
         epilog=describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,7 +83,7 @@ def parse_args(
     )
     parser.add_argument("--config", metavar="FILE", help="settings as YAML (see configs/)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that beat the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that beat the file's")
     if add_arguments is not None:
         add_arguments(parser)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
@@ -91,7 +93,7 @@ def parse_args(
     except ConfigError as error:
         errors += error.errors
     if errors:
-        parser.exit(2, f"{parser.prog}: {ConfigError(errors)}\nSee --help for every setting.\n")
+        parser.exit(2, f"{parser.prog}: {ConfigError(errors)}\n")
     return config, arguments
 
 

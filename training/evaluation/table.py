@@ -114,7 +114,8 @@ def tell_results(run: Run) -> None:
     """The evaluation's last line."""
     results, generations = result_files(run)
     content = read_results(results)
-    figures = ", ".join(f"{row['method']} {100 * row['pass@1']:.1f}%" for row in content["rows"])
+    rates = {row["method"]: row["pass@1"] for row in content["rows"]}
+    figures = ", ".join(f"{method} {'-' if rate is None else f'{100 * rate:.1f}%'}" for method, rate in rates.items())
     tell_end(run, f"{content['num_questions']} questions, pass@1 {figures}", results, generations)
 
 
