@@ -59,7 +59,7 @@ class EvaluateSettings:
         5.0, "processor time that judging one answer (a program, a formula) may take; beyond it, it is wrong"
     )
     check_memory_mb: int = setting(
-        1024, "memory that judging one answer takes, in MiB; of a program, all its processes together (16 at most)"
+        1024, "memory that judging one answer takes, in MiB; of a program, all its processes together (40 at most)"
     )
     isolation: str = setting(
         "namespaces",
