@@ -276,6 +276,7 @@ def test_named_fields_hold_a_chain_of_annotations_or_a_list_of_steps(tmp_path: P
         ),
         ({"query": "q", "response": "It is 7."}, "no final answer in it; .*'The answer is ANSWER'.*data.answer_field"),
         ({"question": "q", "answer": "Six. #### 6\nQuestion: r\nSeven. #### 7"}, "two marked answers, '6' and '7'"),
+        ({"a": {"input": "q", "output": "One. #### 1"}}, "the objects in it one per line"),
         ({"data": [{"input": "q", "output": "One. #### 1"}]}, "its list 'data' one per line"),
     ],
 )

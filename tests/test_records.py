@@ -237,6 +237,7 @@ OTHER_KINDS = {
     "f.jsonl": (LINE.decode().encode("utf-16"), "text in UTF-16; convert it: iconv"),
     "g.jsonl.gz": (packed(LINE.decode().encode("utf-16-le")), "holds text in UTF-16"),
     "h.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "zeros.jsonl": (bytes(100), "nothing but zero bytes"),
     "i.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page"),
     "j.json": (b"[\n" + LINE + b",\n" + LINE + b",\n]", r"j.json:3: a JSON array ends in a comma"),
     "k.jsonl": (json.dumps([GOOD, GOOD], indent=1).encode()[:-20], r"k.jsonl:9: invalid JSON: Unterminated string"),

@@ -61,11 +61,13 @@ _LIST_MARK = re.compile(
 )
 _LONGEST_LIST_MARK = 20
 # "b = 6", "x_1 > 2", "f(x) = 3", "x, y = 1, 2", "n is even": a lower-case name that a sentence can begin with.
-_NAME = r"[a-z]\w*(?:_\{[^{}\s]{1,20}\})?(?:\([^()\n]{1,30}\))?!{0,2}(?:\^\S{1,20})?"
+_NAME = r"[a-z\u03b1-\u03c9]\w*['\u2032]{0,3}(?:_\{[^{}\s]{1,20}\})?(?:\([^()\n]{1,30}\))?!{0,2}(?:\^\S{1,20})?"
 _VARIABLE = re.compile(
     rf"{_NAME}(?:, ?{_NAME}){{0,5}}\s*(?:[-+*/]\s*\w{{1,20}}\s*){{0,5}}(?:[:!<>=+*/-]?=|[<>\u2248\u2260\u2264\u2265])"
     r"|\(?(?:[a-z]|[ivx]{2,4})\)\s"  # b) of a list
-    r"|[b-hj-z]\s+(?:is|are|has|equals|must|can|will|was|stands|denotes|represents)\b"
+    r"|(?:sin|cos|tan|log|ln|exp|sqrt|gcd|lcm|max|min|det|dim|lim)\b(?!\.)"
+    r"|[b-hj-z\u03b1-\u03c9](?:\^\S{1,10})?(?: and [a-z\u03b1-\u03c9])?"
+    r"\s+(?:is|are|has|equals|must|can|will|was|stands|denotes|represents)\b"
 )
 # What follows a factorial, not an exclamation: an operator, a bracket, the end of a part of the formula.
 _OPERATOR = frozenset("=+-*/^<>%(,;:\\\u00d7\u00f7\u00b7\u2212\u2013\u2248\u2260\u2264\u2265\u22c5\u2217\u2044")
@@ -201,7 +203,7 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
         return _ends_foreign(before, mark, text[match.end() : match.end() + 2]) and not _is_list_mark(text, start, match)
     if (
         mark[0] == "!"
-        and following in _OPERATOR
+        and (following in _OPERATOR or (following.isdigit() and before.count("(") > before.count(")")))
         and not rest.startswith("**")
         and _FACTORIAL.fullmatch(before[-2:] + mark, max(0, len(before[-2:]) - 1))
     ):

@@ -161,6 +161,8 @@ def fields_hint(row: Mapping[str, Any]) -> str:
     if inner is not None:
         path = shlex.quote(f".{json.dumps(inner)}[]")
         return f"write the {len(row[inner])} objects in its list {inner!r} one per line, e.g. jq -c {path} OLD > NEW"
+    if row and all(isinstance(value, Mapping) for value in row.values()):
+        return "write the objects in it one per line, e.g. jq -c '.[]' OLD > NEW"
     settings: dict[str, str] = {}
     for setting, known in (("input_field", _QUESTIONS), ("output_field", _CHAINS), ("answer_field", _ANSWERS)):
         found = _first(row, known, taken=set(settings.values()))

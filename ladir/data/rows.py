@@ -134,6 +134,8 @@ def _refuse_other_kinds(file: Path, head: bytes, what: str = "is ") -> None:
     for start, kind, remedy in _KINDS:
         if head.lstrip().startswith(start):
             raise UnusableError(f"{file}: {what}{kind}; {remedy}")
+    if head and not head.strip(b"\0"):
+        raise UnusableError(f"{file}: {what}nothing but zero bytes; copy it again")
     encoding = next((name for mark, name in _UNICODE if head.startswith(mark)), None)
     if encoding is None and len(head) >= 8 and head[1::2].count(0) + head[::2].count(0) >= len(head) // 2 - 1:
         encoding = "UTF-16"
