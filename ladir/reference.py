@@ -70,9 +70,7 @@ def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor, carried: Tensor | No
     return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors])
 
 
-def span_hidden(
-    denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor, carried: Tensor | None = None
-) -> Tensor:
+def span_hidden(denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor, carried: Tensor | None = None) -> Tensor:
     """Hidden states [J, L, H] at a span's noisy latents [J, L, d], each block at its t [J], behind what is ``before``.
 
     ``carried`` [J, L, H]: hidden states of the step before; None: this is the first one.

@@ -178,11 +178,16 @@ def _verdict(same_: bool | None, otherwise: str = "") -> Verdict:
 def _same_words(gold: Reading, given: Reading) -> Verdict:
     """Whether an answer says the gold one's words, or begins with its yes or no."""
     wanted = gold.words[-1]
-    if wanted in given.words or gold.words[0] in given.words:
+    if wanted in given.words or gold.words[0] in given.words or _listed(wanted) in map(_listed, given.words):
         return _RIGHT
     first = given.words[0][:1]
     plain = wanted in _PLAIN_WORDS and first == wanted and given.opens
     return _verdict(plain)
+
+
+def _listed(words: tuple[str, ...]) -> list[str]:
+    """What is joined by "and" and commas, in alphabetical order."""
+    return sorted(part.strip() for part in re.split(r" (?:and|,|&|or)(?= )", f" {' '.join(words)}") if part.strip())
 
 
 def _words_differ(gold: Reading, given: Reading) -> Verdict:

@@ -33,6 +33,9 @@ def equal(gold: Form, answer: Form) -> bool:
         return gold[0] in ("scalar", "tuple", "set", "union", "empty", "list") and _states(answer) and equal(gold, answer[2])
     if gold[0] == "equation":
         return answer[0] != "relation" and _states(gold) and equal(gold[2], answer)
+    if {gold[0], answer[0]} == {"scalar", "set"}:
+        members = _distinct(gold[1] if gold[0] == "set" else answer[1])
+        return len(members) == 1 and (equal(members[0], answer) if gold[0] == "set" else equal(gold, members[0]))
     if gold[0] == "scalar" and answer[0] == "scalar":
         return _labels(gold, answer) and _scalars(gold, answer)
     if "list" in (gold[0], answer[0]) and (found := _lists(gold, answer)) is not None:

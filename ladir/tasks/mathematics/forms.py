@@ -209,7 +209,7 @@ def _read_relation(text: str, depth: int) -> tuple[Form | None, bool]:
 def _equation(sides: list[str], depth: int) -> Form | None:
     """``left = right``; a name comes to the left, and of a longer chain its first and last member count."""
     left, right = sides[0], sides[-1]
-    if not right:
+    if not right or re.search(r"\b(?:not|never|cannot)\b|n't\b", left):
         return None
     if is_name(right) and not is_name(left) and len(sides) == 2 and len(right) <= 3:
         left, right = right, left
@@ -235,6 +235,7 @@ def _read_enclosed(text: str, depth: int) -> tuple[Form | None, bool]:
         return read_form("(-\\infty,\\infty)", depth + 1), True
     if text == "\\emptyset" or re.fullmatch(r"\\\{\s*\\\}|\{\s*\}", text):
         return ["empty"], True
+    text = re.sub(r"^[A-Z]\s*(?=\([^()]*,)", "", text)  # a point with its name: P(3, 4)
     opening = next((mark for mark in ("\\{", "{", "(", "[") if text.startswith(mark)), None)
     end = _closing(text, 0) if opening else -1
     closing = text[end:] if end > 0 else ""

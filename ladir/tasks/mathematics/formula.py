@@ -126,6 +126,8 @@ class _Reader:
         return self._tokens[self._place]
 
     def _take(self) -> str:
+        if not self._next:
+            raise UnreadableError("a formula that breaks off")
         self._place += 1
         return self._tokens[self._place - 1]
 

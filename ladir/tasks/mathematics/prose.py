@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -15,13 +15,14 @@ from ladir.tasks.mathematics.spelling import folded_words, spelled
 from ladir.tasks.mathematics.units import stem
 
 _MAX_LENGTH = 2_000  # characters of an answer that are looked at, from its end
-_MAX_PIVOTS = 16
+_MAX_PART = 600  # characters of the sentence that is read: what goes on without end is no answer
+_MAX_PIVOTS = 12
 _MARKED = re.compile(r"\banswer\b\s*(?:\bis\b|\bare\b|[:=])+\s*|(?:^|\n)\W*answer\s+", re.IGNORECASE)
 _STATED = re.compile(r"\banswer\s*(?:is|:)[\s:*]*[$\\(]*-?[0-9]", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<![ap]\.m)(?<!\b[A-Za-z])(?<=[^\s.]{1})[.!?]\s+(?=[A-Z\"(])|\n")
 _PIVOT = re.compile(
-    r"(?:\b(?:is|are|was|were|equals?|be|becomes|gives?|gets?|yields?|so|thus|hence|therefore|then|have|has|had|leaving|costs?|makes?|earns?"
-    r"|needs?|takes?|pays?|spends?|total of|that)\b|(?<!\d):(?=\s)|:\s|\\Rightarrow|=>|\\therefore)[\s,:]*",
+    r"(?:\b(?:it's|that's|is|are|was|were|equals?|be|becomes|gives?|gets?|yields?|so|thus|hence|therefore|then|have|has|had|leaving"
+    r"|costs?|makes?|earns?|needs?|takes?|pays?|spends?|total of|that)\b|(?<!\d):(?=\s)|:\s|\\Rightarrow|=>|\\therefore)[\s,:]*",
     re.IGNORECASE,
 )
 _REASON = re.compile(r"[\s,]*\b(?:because|since|where|which|as)\b", re.IGNORECASE)
@@ -48,10 +49,12 @@ _DENIED = re.compile(
 )
 _NEGATED = re.compile(r"\b(?:not|never|neither|cannot|isn't|aren't|wasn't)\b[^,;]*$", re.IGNORECASE)
 _CHOICE = re.compile(r"\(([A-Za-z])\)\.?|([A-Z])[.):]?|\(([A-Za-z])\)[.:]?\s*(\S.*)|([A-Z])[.):]\s+(\S.*)", re.DOTALL)
-_OPTION = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s*\(?([A-Z])\)?(?![A-Za-z])")
+_OPTION = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s*\(?([A-Z])\)?(?![A-Za-z])|^\(?([A-Z])\)? is (?:the )?(?:correct|right|answer|best)\b"
+)
 _BASED = re.compile(
     r"(-?[0-9A-F]{1,200}(?:\.[0-9A-F]{1,200})?)\s*"
-    r"(?:_\s*\{?\s*([0-9]{1,2}|[a-z]+)\s*\}?|\(?\s*(?:in )?base[ -]([0-9]{1,2}|[a-z]+)\)?)",
+    r"(?:_\s*\{?\s*\(?([0-9]{1,2}|[a-z]+)\)?\s*\}?|\(?\s*(?:in )?base[ -]([0-9]{1,2}|[a-z]+)\)?)",
     re.IGNORECASE,
 )
 _BASES = {
@@ -111,7 +114,7 @@ def last_boxes(text: str) -> list[str]:
     held, rest = list[str](), text
     while (found := last_boxed(rest)) is not None:
         start = max(rest.rfind("\\boxed"), rest.rfind("\\fbox"))
-        if held and not _JOINED.fullmatch(rest[start:].partition(found)[2]):
+        if held and not _JOINED.fullmatch(rest[rest.index(found, start) + len(found) :]):
             break
         held.insert(0, found)
         rest = rest[:start]
@@ -122,15 +125,13 @@ def last_boxes(text: str) -> list[str]:
 def read_answer(text: str, gold: bool = False) -> Reading:
     """What an answer (:func:`answer_of`) is.  Of a gold one nothing that stands before its value is passed over."""
     part = _without_reasons(_answering_part(spelled(text)))
-    variants = list(dict.fromkeys(_variants(part)))
+    variants = [variant for variant in dict.fromkeys(_variants(part)) if not _NEGATED.search(part[: part.find(variant)])]
     words = tuple(dict.fromkeys(_words(variant) for variant in variants))
-    mathematical = bool(_VALUE.search(part)) or not has_words(part)
+    mathematical = bool(_VALUE.search(part)) or not has_words(re.sub(r"\b(?:and|or)\b", " ", part))
     label, rest = _choice(variants)
     for variant in variants:
-        if _NEGATED.search(part[: part.find(variant)]):
-            break
         if found := _value(variant, words, mathematical):
-            return Reading(**{**found.__dict__, "label": label, "rest": rest})
+            return replace(found, label=label, rest=rest)
     if not gold and (time := only_time(part)):
         return Reading(words, label, rest, time=time, mathematical=True)
     if not gold and (quantity := _only_number(part)):
@@ -140,25 +141,23 @@ def read_answer(text: str, gold: bool = False) -> Reading:
 
 def loosely(form: Form | None) -> Quantity | None:
     """The quantity of a number that a letter touches, which may be its unit: ``5m``, ``5k``."""
-    return (
-        read_quantity(form[1], loose=True)
-        if form and form[0] == "scalar" and re.fullmatch(r"[^A-Za-z]+[A-Za-z](?:\^\{[23]\})?", form[1])
-        else None
-    )
+    if form and form[0] == "scalar" and re.fullmatch(r"[^A-Za-z]+[A-Za-z](?:\^\{[23]\})?", form[1]):
+        return read_quantity(form[1], loose=True)
+    return None
 
 
 def _value(text: str, words: tuple[tuple[str, ...], ...], mathematical: bool) -> Reading | None:
     """The value that a text is, and nothing else; None where it is none."""
     if time := read_time(text):
         return Reading(words, time=time, ratio=_ratio(text), mathematical=True)
-    if based := _based(text):
+    if (based := _based(text)) and based[1] != 10:
         return Reading(words, based=based, mathematical=True)
     if ratio := _ratio(text):
         return Reading(words, ratio=ratio, mathematical=True)
     if bound := _bound(text):
         return Reading(words, form=bound, mathematical=mathematical)
-    joined = _joined(text)
-    for spelling in dict.fromkeys((text, joined, _without_remark(text))):
+    joined = based[0] if based else _joined(text)
+    for spelling in dict.fromkeys((joined if based else text, joined, _without_remark(text))):
         if quantity := read_quantity(spelling):
             return Reading(words, quantity=quantity, form=read_form(spelling), mathematical=True)
     form = read_form(text) if mathematical or len(text) <= 3 else None
@@ -180,9 +179,11 @@ def _answering_part(text: str) -> str:
     text = " ".join(text.split()) if "\\begin" in text else text
     marked = list(_MARKED.finditer(text))
     if marked and text[marked[-1].end() :].strip():
-        return _sentences(text[marked[-1].end() :])[0]
+        sentence = next(iter(_sentences(text[marked[-1].end() :])), "")
+        return sentence if len(sentence) <= _MAX_PART else sentence[:_MAX_PART].rpartition(" ")[0]
     sentences = _sentences(text) or [""]
-    return next((sentence for sentence in reversed(sentences) if _VALUE.search(sentence)), sentences[-1])
+    sentence = next((sentence for sentence in reversed(sentences) if _VALUE.search(sentence)), sentences[-1])
+    return sentence if len(sentence) <= _MAX_PART else sentence[-_MAX_PART:].partition(" ")[2]
 
 
 def _without_reasons(text: str) -> str:
@@ -258,11 +259,14 @@ def _choice(variants: list[str]) -> tuple[str | None, str]:
             rest = (match[4] or match[6] or "").strip()
             if not re.search(r"^[A-Z][.):]\s|\([A-Z]\)|\b(?:and|or)\b\s*\(?[A-Z]\)?$", rest):
                 return (match[1] or match[2] or match[3] or match[5]).upper(), rest
-    named = {match[1] for match in _OPTION.finditer(variants[0])}
+    named = {match[1] or match[2] for match in _OPTION.finditer(variants[0])}
     return (named.pop(), "") if len(named) == 1 else (None, "")
 
 
 def _based(text: str) -> tuple[str, int] | None:
+    """The digits and the base of ``101_2``, ``101 base 2``, ``0b101``."""
+    if prefixed := re.fullmatch(r"(0[box])([0-9a-f]{1,200})", text, re.IGNORECASE):
+        return prefixed[2].upper().lstrip("0"), {"b": 2, "o": 8, "x": 16}[prefixed[1][1].lower()]
     match = _BASED.fullmatch(text)
     name = (match[2] or match[3] or "").lower() if match else ""
     base = int(name) if name.isdigit() else _BASES.get(name, 0)

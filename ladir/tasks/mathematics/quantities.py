@@ -63,6 +63,7 @@ _PART = re.compile(
     rf"(?:(minus|negative)\s+)?(?:({'|'.join(_ONES)}|an?)[\s-]+(?={'|'.join(_PARTS)})|(?=half\b))({'|'.join(_PARTS)})s?\b(?!\s*a\b)",
     re.IGNORECASE,
 )
+_HALF = re.compile(rf"half an? ({'|'.join(_MAGNITUDES)}|dozen)\b", re.IGNORECASE)
 _TIME = re.compile(
     r"(?:at\s+)?(?:([0-9]{1,2})(?::([0-9]{2}))?(?::[0-9]{2})?\s*(?:([ap])\.?\s?m\b\.?|(o'?\s?clock))|([0-9]{1,2}):([0-9]{2})(?:\s*h(?:ours?)?)?)",
     re.IGNORECASE,
@@ -179,13 +180,15 @@ def _read_number(text: str, loose: bool) -> _Number | None:
 
 def _read_words(text: str) -> _Number | None:
     """``twenty-four``, ``two thirds``, ``half``."""
+    if half := _HALF.match(text):
+        return _Number(Fraction(12 if half[1].lower() == "dozen" else 10 ** _MAGNITUDES[half[1].lower()], 2), half.end())
     match = _PART.match(text) or _SPELLED_OUT.match(text)
     if match is None:
         return None
     value = _in_words(match[2] or "one")
     if match.re is _PART:
         value = (value or Fraction(1)) / _PARTS[match[3].lower().rstrip("s")]
-    return None if value is None else _Number(-value if match[1] else value, match.end())
+    return None if value is None else _Number(-value if match[1] else value, match.start() + len(match[0].rstrip()))
 
 
 def _read_digits(text: str, loose: bool) -> _Number | None:

@@ -158,8 +158,9 @@ def spelled(text: str) -> str:
 
 
 def folded_words(text: str) -> str:
-    """A text in one spelling without case, unless it is a formula."""
-    return text if re.search(r"[\\^_=+*/<>|]", text) else text.casefold()
+    """A text in one spelling without case, where it is words or the letter of a choice and no formula."""
+    words = re.search(r"[A-Za-z]{3}|^\W*(?:[A-Ja-j]|[Nn][Oo])\W*$", text) and not re.search(r"[\\^_=+*/<>|]", text)
+    return text.casefold() if words else text
 
 
 def _characters(text: str) -> str:
