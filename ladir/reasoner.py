@@ -166,6 +166,7 @@ class Reasoner:
         restarts: int | None = None,
         restart_time: float | None = None,
         restart_steps: int | None = None,
+        restart_keeps_state: bool | None = None,
         reencode: bool | None = None,
         lag: int | None = None,
         reward_fn: RewardFn | None = None,
@@ -199,6 +200,7 @@ class Reasoner:
             restarts=restarts,
             restart_time=restart_time,
             restart_steps=restart_steps,
+            restart_keeps_state=restart_keeps_state,
             reencode=reencode,
             lag=lag,
         )

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+
+import preflight  # noqa: F401
+
 from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
 from training.runtime.chain import chain

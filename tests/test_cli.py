@@ -11,9 +11,11 @@ import math
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ladir.__main__ import main
 from ladir.cli.ask import render
 from ladir.cli.live import LiveTrace
 from ladir.config import SampleSettings
+from ladir.models.pairing import TrainedOn
 from ladir.tokens import build_word_tokenizer
 from tests.test_reasoner import tiny_reasoner
 
@@ -79,7 +82,7 @@ def test_inspect_refuses_what_training_would(puzzles: Path, tmp_path: Path, caps
         (["inspect", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         (["inspect", "x.jsonl", "data.inptu_field=a"], 2, "did you mean data.input_field"),
         (["countdown", "--out", "x", "countdown.train=99999999"], 1, "gave only"),
-        (["3 7 12 -> 45", "--model", "nowhere"], 1, "--model nowhere: no such folder"),
+        (["3 7 12 -> 45", "--model", "nowhere"], 1, "nowhere: no such folder; training/export.py writes"),
         (["3 7", "7 \udcff", "--model", "."], 1, "question 2 holds half a surrogate pair at character 2"),
     ],
 )
@@ -119,9 +122,10 @@ def test_asking_prints_thoughts_and_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeReasoner()
-    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: fake)
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: fake)
     assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "2", "--num-steps", "5", "--seed", "4"]) == 0
     captured = capsys.readouterr()
+    assert captured.out.count("trajectory 1:\n") == captured.out.count("trajectory 2:\n") == 1
     assert captured.out.count("  thought 1: 3 * 7 = 21\n") == 2 and captured.out.count("answer: 3 * 7\n") == 2
     assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
     assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
@@ -132,10 +136,30 @@ def test_asking_prints_thoughts_and_answer(
     assert main(["3 7 -> 21", "--model", str(tmp_path), "--trajectories", "0"]) == 1
 
 
+def test_ctrl_c_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeReasoner, "generate", interrupted)
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: FakeReasoner())
+    assert main(["3 7 -> 21", "--model", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ladir: stopped by Ctrl-C\n"
+
+
+def test_a_real_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:
+    tiny_reasoner(num_steps=100_000).save_pretrained(tmp_path / "export")
+    command = [sys.executable, "-m", "ladir", "a b c", "--model", str(tmp_path / "export"), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1)  # it imports, loads or answers: at any time the same
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT) and (out, errors) == ("", "ladir: stopped by Ctrl-C\n")
+
+
 def test_a_trace_is_live_on_a_terminal_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: FakeReasoner())
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: FakeReasoner())
     command = ["3 7 -> 21", "--model", str(tmp_path), "--trace", "--num-steps", "2"]
     assert main(command) == 0
     piped = capsys.readouterr()
@@ -211,19 +235,57 @@ def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeReasoner()
-    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None: fake)
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: fake)
     given = {"num_steps": 7, "lag": 3, "sampler": "sde", "spacing": "power", "spacing_power": 0.5, "initial_noise": 0.25}
     given |= {"guidance_scale": 1.5, "diversity_scale": 0.8, "restarts": 2, "restart_time": 0.6, "restart_steps": 4}
     given |= {"max_blocks": 5, "max_answer_tokens": 9, "answer_temperature": 0.1}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     ask = ["3 7 -> 21", "--model", str(tmp_path), "--seed", "4", "--trajectories", "2"]
-    for flag, reencode in (("--reencode", True), ("--no-reencode", False)):
-        assert main([*ask, *options, flag]) == 0
-        assert fake.asked == {**given, "reencode": reencode, "seed": 4, "num_trajectories": 2}
+    for no, wanted in (("", True), ("no-", False)):
+        assert main([*ask, *options, f"--{no}reencode", f"--{no}restart-keeps-state"]) == 0
+        switches = {"reencode": wanted, "restart_keeps_state": wanted}
+        assert fake.asked == {**given, **switches, "seed": 4, "num_trajectories": 2}
     controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens"}
-    assert controls == {*given, "reencode"} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
+    assert controls == {*given, *switches} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
     assert main(ask) == 0
     assert {fake.asked[name] for name in controls} == {None}  # left to the export's settings
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_reasoner().save_pretrained(tmp_path / "run" / "export")
+    (tmp_path / "run" / "models" / "denoiser").mkdir(parents=True)
+    (tmp_path / "run" / "models" / "denoiser" / "ladir.json").write_text('{"kind": "denoiser"}')
+    for place, fault in (
+        ("run", "is no export (ladir.json is missing)"),
+        ("run/exprot", "no such folder"),
+        ("run/models/denoiser", "is no export (vae/ is missing)"),
+        ("run/models/vae", "no such folder"),
+    ):
+        assert main(["a b", "--model", str(tmp_path / place), "--device", "cpu"]) == 1
+        error = capsys.readouterr().err
+        assert fault in error and f"did you mean {tmp_path / 'run' / 'export'}?" in error and len(error.splitlines()) == 1
+
+
+def test_questions_longer_than_the_trainings_are_warned_of_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_reasoner()
+    model.trained_on = TrainedOn(longest_question=3)
+    model.save_pretrained(tmp_path / "export")
+    ask = ["--model", str(tmp_path / "export"), "--device", "cpu"]
+    assert main(["a b c", *ask]) == 0
+    assert not caplog.messages
+    assert main(["a b c", "a b c d e", "a b c d", *ask]) == 0
+    assert caplog.messages == [
+        "question 2 has 5 tokens; the longest that this model was trained on has 3: the answer may suffer",
+    ]
+    assert main(["a", "b " * 252, *ask]) == 1
+    assert "question 2 has 252 tokens, too many for an LM of 256 positions" in capsys.readouterr().err
+    loaded = reasoner.Reasoner.from_pretrained(tmp_path / "export", "cpu")
+    caplog.clear()
+    for length in (5, 5, 4, 6):  # told once, and of what is longer still
+        loaded.generate([" ".join("abcdefg"[:length])])
+    assert [message.split()[3] for message in caplog.messages] == ["5", "6"]
 
 
 def test_help_as_a_process() -> None:

@@ -57,6 +57,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_in: int = 0, world: World = ALONE) -> tuple[bool, Encoder, Path]:
     """Encode in a process that just started; every batch takes a second."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").touch()  # its records are stand-ins
     settings = [f"data.train={folder / 'train.jsonl'}", "latents.records_per_part=3", "latents.batch_size=2"]
     run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", world)
     vae: Any = Encoder(run, stop_in)

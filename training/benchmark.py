@@ -8,6 +8,9 @@ PNG.  Sizes: tiny (two CPU cores, under five minutes), 100m, 1b and 8b (a GPU), 
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 import argparse
 import logging
 import os

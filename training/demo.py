@@ -7,6 +7,9 @@ with one process they take turns.  Run again, it skips what is finished and cont
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 import argparse
 import hashlib
 import json

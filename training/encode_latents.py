@@ -6,6 +6,9 @@ the part after the last one that is written, or finishes at once unless the VAE 
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 import logging
 from collections.abc import Sequence
 

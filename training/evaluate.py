@@ -9,6 +9,9 @@ Questions are split over the ranks; answers are kept as they come, so that a sto
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 from collections.abc import Sequence
 
 from training.evaluation.stages import evaluate

@@ -6,6 +6,9 @@ CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA ad
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -9,6 +9,9 @@ Ends with status 0 where every phase fits, 1 where one does not (and says what m
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -7,6 +7,9 @@ started again it continues, or finishes at once.
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 from collections.abc import Sequence
 
 from training.phases.ar import ar_phase

@@ -10,6 +10,9 @@ once.
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 from collections.abc import Sequence
 
 from training.phases.denoiser import denoiser_phase

@@ -6,6 +6,9 @@ or plain python (one process); started again it continues, or finishes at once.
 
 from __future__ import annotations
 
+if not __package__:  # started as a program
+    import preflight  # noqa: F401
+
 from collections.abc import Sequence
 
 from training.phases.vae import vae_phase

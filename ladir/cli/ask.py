@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ladir.arguments import LineParser
@@ -29,6 +29,7 @@ _CONTROLS = (
     "restarts",
     "restart_time",
     "restart_steps",
+    "restart_keeps_state",
     "reencode",
     "max_blocks",
     "max_answer_tokens",
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("question", nargs="+", help="one or more questions")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder written by training/export.py")
+    parser.add_argument("--base", metavar="DIR", help="the LM under the model's LoRA adapters, where it has moved")
     parser.add_argument("--trace", action="store_true", help="show each block becoming text, step by step")
     parser.add_argument("--trajectories", type=int, default=1, metavar="N", help="answers per question")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
@@ -63,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--restarts", type=int, help="times that a finished block is noised again and denoised anew")
     parser.add_argument("--restart-time", type=float, help="time back to which a restart goes; 1: nothing is left of the block")
     parser.add_argument("--restart-steps", type=int, help="Euler steps of a restart")
+    parser.add_argument(
+        "--restart-keeps-state", action=argparse.BooleanOptionalAction, default=None, help="restarts go on with the carried state"
+    )
     parser.add_argument(
         "--reencode", action=argparse.BooleanOptionalAction, default=None, help="encode every block's text again before the next"
     )
@@ -81,19 +86,18 @@ def run(argv: Sequence[str]) -> int:
     from ladir.reasoner import Reasoner, check_questions
 
     disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="ladir: %(message)s", stream=sys.stderr)
     if arguments.trajectories < 1:
         raise ValueError(f"--trajectories {arguments.trajectories}: must be at least 1")
-    if not Path(arguments.model).is_dir():
-        raise ValueError(f"--model {arguments.model}: no such folder; training/export.py writes runs/<name>/export")
     check_questions(arguments.question)
-    reasoner = Reasoner.from_pretrained(arguments.model, device=arguments.device)
+    reasoner = Reasoner.from_pretrained(arguments.model, device=arguments.device, base=arguments.base)
     _warn_of_unknown_words(reasoner, arguments.question)
     with _shown_live(arguments, reasoner) if arguments.trace else nullcontext() as on_step:
         answers = _generate(reasoner, arguments, on_step)
     for question, trajectories in zip(arguments.question, answers, strict=True):
         sys.stdout.write(f"question: {printable(question)}\n")
-        for trajectory in trajectories:
-            sys.stdout.write(render(trajectory))
+        for number, trajectory in enumerate(trajectories, start=1):
+            sys.stdout.write(f"trajectory {number}:\n{render(trajectory)}")
     return 0
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import shlex
+import sys
 import textwrap
 import types
 import typing
@@ -93,7 +94,9 @@ def parse_args(
     except ConfigError as error:
         errors += error.errors
     if errors:
-        parser.exit(2, f"{parser.prog}: {ConfigError(errors)}\n")
+        problem = ConfigError(errors)
+        sys.stderr.write(f"{parser.prog}: {problem}\n")
+        raise SystemExit(2) from problem
     return config, arguments
 
 

@@ -61,24 +61,30 @@ def file_rows(path: str) -> Iterator[Row]:
 
     Raises FileNotFoundError for a missing file, UnusableError for one that cannot be read as a whole.
     """
+    check_path(path)
     file, name = Path(path), path.lower()
     try:
-        if file.is_dir():
-            raise UnusableError(f"{path}: is a folder; name a file in it{_files_in(file)}")
         if name.endswith(JSON_EXTENSIONS):
-            _require(file)
             yield from _json_rows(file)
         elif name.endswith(".parquet"):
-            _require(file)
             yield from _parquet_rows(file)
-        elif file.exists() or name.endswith(_OTHER_FILES):
-            raise UnusableError(f"{path}: unknown kind of file; known: {', '.join(EXTENSIONS)}, Hub ids (name:config:split)")
         else:
             yield from _hub_rows(path)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UnusableError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions, or copy it") from error
+
+
+def check_path(path: str) -> None:
+    """The same for a path that leads nowhere or to another kind of file, before anything is read; the Hub is not asked."""
+    file, name = Path(path), path.lower()
+    if file.is_dir():
+        raise UnusableError(f"{path}: is a folder; name a file in it{_files_in(file)}")
+    if name.endswith(EXTENSIONS):
+        _require(file)
+    elif file.exists() or name.endswith(_OTHER_FILES):
+        raise UnusableError(f"{path}: unknown kind of file; known: {', '.join(EXTENSIONS)}, Hub ids (name:config:split)")
 
 
 def _require(file: Path) -> None:

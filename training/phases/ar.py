@@ -28,14 +28,15 @@ from training.runtime.sharding import sharded_init
 def ar_phase(config: Config, world: World) -> TrainingPhase:
     """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
     tokenizer = load_tokenizer(config.backbone)
+    records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
+    held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
+    # Behind the records: what is wrong with them is told before it is loaded.
     if config.ar.from_scratch:
         ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
         backbone = for_training(Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type)), config.backbone)
     else:
         with sharded_init(config, config.ar.train, world):
             backbone = build_backbone(config.backbone, world.device.type)
-    records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
-    held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
     prefix = config.data.answer_prefixes[0]
     bidirectional = config.ar.bidirectional_question
     collator = ArCollator(config.ar.train.pack_tokens, bidirectional)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import LatentSettings
 from ladir.data.encode import EncodedRecord
 from ladir.data.latents import LatentStore
+from ladir.data.rows import check_path
 from ladir.errors import UnusableError
 from ladir.models.folders import load_vae
 from ladir.models.store import folder_fingerprint
@@ -172,10 +173,13 @@ def _rows(vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], setti
 def encode(run: Run) -> bool:
     """Encode all files and record how long that took; False when a signal asked to stop."""
     tokenizer = load_tokenizer(run.config.backbone)
+    files = {"train": run.config.data.train, "validation": run.config.data.validation}
+    for named in files.values():
+        if named is not None:
+            check_path(named)  # before a model is loaded
     vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
     mark = run.world.broadcast(folder_fingerprint(run.folder.model("vae")) if run.world.is_main else "")
     watch = Stopwatch(run.folder.latents, mark)
-    files = {"train": run.config.data.train, "validation": run.config.data.validation}
     for name, path in files.items():
         if path is not None and not encode_split(run, vae, tokenizer, name, path, watch):
             return False

@@ -21,13 +21,13 @@ from training.runtime.sharding import sharded_init
 def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
-    with sharded_init(config, config.vae.train, world):
-        model = new_vae(config.vae, config.backbone, world.device.type)
     sentences = _blocks(config, config.data.train, tokenizer)
     if config.data.sentences:
         for ids in encode_sentence_set(read_sentences(config.data.sentences), tokenizer, config.data):
             sentences.append(ids)
     held_out = _blocks(config, config.data.validation, tokenizer)
+    with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
+        model = new_vae(config.vae, config.backbone, world.device.type)
     collator = VaeCollator(
         config.vae,
         ordinary_ids(tokenizer),

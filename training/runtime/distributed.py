@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,8 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings
+from ladir.installation import missing_package
+from training.runtime.failures import tell_launcher
 from training.runtime.logs import configure_logging
 from training.runtime.rendezvous import LaunchError, check_numbers, meet
 
@@ -148,11 +151,15 @@ def run_as_program(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as error:
         status = _status(error)
+        if status:
+            tell_launcher(_reason(error), follows=isinstance(error.__cause__, RankLostError))
     except KeyboardInterrupt:  # before there is something to save, or while the process ends
         logger.error("stopped by Ctrl-C")
+        tell_launcher("stopped by Ctrl-C")
         status = 128 + signal.SIGINT
-    except Exception:
+    except Exception as error:
         sys.excepthook(*sys.exc_info())
+        tell_launcher(missing_package(error) or traceback.format_exc())
         status = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -166,6 +173,13 @@ def _status(error: SystemExit) -> int:
         return error.code or 0
     logger.error("%s", error.code)
     return 1
+
+
+def _reason(error: SystemExit) -> str:
+    """Why the program ended, as it has said: the error behind it, a message, else the status alone."""
+    if error.__cause__ is not None:
+        return str(error.__cause__)
+    return error.code if isinstance(error.code, str) else f"ended with status {error.code}, as said above"
 
 
 def complete_environment(environment: Any) -> None:
