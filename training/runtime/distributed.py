@@ -25,6 +25,7 @@ from ladir.config import DeepSpeedSettings
 from ladir.installation import missing_package
 from training.runtime.failures import tell_launcher
 from training.runtime.logs import configure_logging
+from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.rendezvous import LaunchError, check_numbers, meet
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,8 @@ def _reason(error: SystemExit) -> str:
     """Why the program ended, as it has said: the error behind it, a message, else the status alone."""
     if error.__cause__ is not None:
         return str(error.__cause__)
+    if error.code == INTERRUPTED_STATUS:
+        return "interrupted; the same command continues"
     return error.code if isinstance(error.code, str) else f"ended with status {error.code}, as said above"
 
 
