@@ -11,7 +11,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PINS := constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint $(PINS)
 SEED ?= 0
 RANKS ?= 2
 PYTEST_ARGS ?= -n 2 --dist loadfile
@@ -21,7 +22,7 @@ WHEELS ?= wheels
 
 # What a machine with PyTorch and transformers may lack: pure Python, or small.
 WHEEL_NAMES := deepspeed hjson py-cpuinfo ninja msgpack einops pydantic pydantic-core annotated-types typing-inspection \
-	omegaconf antlr4-python3-runtime datasets dill multiprocess xxhash transformers peft accelerate rich tqdm psutil \
+	omegaconf datasets dill multiprocess xxhash transformers peft accelerate rich tqdm psutil \
 	pytest pytest-timeout pluggy iniconfig hypothesis sortedcontainers matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil \
 	pillow pyarrow tensorboard absl-py grpcio markdown protobuf werkzeug tensorboard-data-server
 
@@ -74,8 +75,7 @@ gpu-check:
 	@$(PYTHON) training/gpu_check.py --wheels $(WHEELS) $(if $(DRY),--dry)
 
 wheels: $(VENV)/.ready-dev
-	@$(BIN)/python -m pip freeze --exclude-editable >$(VENV)/versions.txt
-	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) --constraint $(VENV)/versions.txt $(WHEEL_NAMES)
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) --constraint $(PINS) $(WHEEL_NAMES)
 	@ls $(WHEELS)
 
 lint: $(VENV)/.ready-dev
@@ -97,13 +97,15 @@ $(VENV)/.created:
 		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/.created
+# First the pinned pip, for which packages are built with the pinned setuptools, too.
+$(VENV)/.ready: requirements.txt $(PINS) pyproject.toml | $(VENV)/.created
 	@echo "environment: installing requirements.txt (once; a few minutes)"
-	@$(PIP) -r requirements.txt
-	@$(PIP) --no-deps --editable . 2>$(VENV)/install.log || { cat $(VENV)/install.log; exit 1; }
+	@$(PIP) pip setuptools
+	@$(PIP) --build-constraint $(PINS) -r requirements.txt
+	@$(PIP) --build-constraint $(PINS) --no-deps --editable . 2>$(VENV)/install.log || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+$(VENV)/.ready-dev: requirements-dev.txt $(PINS) $(VENV)/.ready
 	@echo "environment: installing requirements-dev.txt (once)"
-	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --build-constraint $(PINS) -r requirements-dev.txt
 	@touch $@
