@@ -1,6 +1,6 @@
 """When two forms (:mod:`ladir.tasks.mathematics.forms`) are equal as mathematics.
 
-No tolerance: numbers are compared as exact ones or to 60 digits, formulas with variables at points to 60 digits.
+No tolerance: rational numbers are compared exactly, others and formulas with variables, at points, to 400 digits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sympy
 from ladir.tasks.mathematics.forms import Form, names_a_value
 from ladir.tasks.mathematics.formula import UnreadableError, read_formula
 
-_DIGITS = 60
-_CLOSE = sympy.Float(10, 30) ** -45
+#: digits to which values are compared: a few sort out nearly all that differ
+_DIGITS = (60, 400)
 #: values of the variables where formulas are compared; of whole numbers (n, k, ...) and of others
 _POINTS = tuple(
     (sympy.Rational(a, 97), sympy.Rational(b, 89)) for a, b in ((131, 61), (-211, 54), (29, -127), (-67, -101), (353, 17))
@@ -108,30 +108,36 @@ def same_value(one: Any, other: Any) -> bool:
     return _same_everywhere(one, other, sorted(names, key=str))
 
 
-def _same_number(one: Any, other: Any) -> bool:
-    values = [sympy.N(value, _DIGITS) for value in (one, other)]
-    distance = abs(values[0] - values[1])
-    if distance > _CLOSE * max(map(abs, values)):
-        if distance > _CLOSE:
-            return False
-        return bool(sympy.simplify(one - other) == 0)
-    return True
-
-
 def _same_everywhere(one: Any, other: Any, names: Sequence[Any]) -> bool:
     """Whether two formulas have the same value wherever both are real, or, where they never are, everywhere."""
     real, all_ = list[bool](), list[bool]()
     for point in _points(names):
-        values = [sympy.N(value.subs(point), _DIGITS) for value in (one, other)]
-        if not all(value.is_number and value.is_finite for value in values):
+        values = [value.subs(point) for value in (one, other)]
+        shown = [sympy.N(value, _DIGITS[0]) for value in values]
+        if not all(value.is_number and value.is_finite for value in shown):
             continue
-        close = abs(values[0] - values[1]) <= _CLOSE * max(1, *map(abs, values))
-        all_.append(bool(close))
-        if all(abs(sympy.im(value)) <= _CLOSE for value in values):
-            real.append(bool(close))
+        all_.append(_same_number(*values))
+        if all(abs(sympy.im(value)) <= _near_zero(_DIGITS[0]) for value in shown):
+            real.append(all_[-1])
     if not all_:
         raise UnreadableError("formulas that have no value where they are compared")
     return all(real or all_)
+
+
+def _same_number(one: Any, other: Any) -> bool:
+    """Whether two numbers agree in so many digits; where both are nearly zero, whether their difference simplifies to it."""
+    for digits in _DIGITS:
+        values = [sympy.N(value, digits) for value in (one, other)]
+        distance, limit = abs(values[0] - values[1]), _near_zero(digits)
+        if distance > limit * max(map(abs, values)):
+            if distance > limit:
+                return False
+            continue
+    return bool(distance <= limit * max(map(abs, values)) or sympy.simplify(one - other) == 0)
+
+
+def _near_zero(digits: int) -> Any:
+    return sympy.Float(10, 30) ** (-digits * 3 // 4)
 
 
 def _points(names: Sequence[Any]) -> Iterable[Mapping[Any, Any]]:
@@ -180,10 +186,10 @@ def _multiples(one: Any, other: Any) -> Any | None:
     names = sorted(one.free_symbols | other.free_symbols, key=str)
     ratios = list[Any]()
     for point in _points(names):
-        values = [sympy.N(value.subs(point), _DIGITS) for value in (one, other)]
-        if all(value.is_number and value.is_finite and abs(value) > _CLOSE for value in values):
+        values = [sympy.N(value.subs(point), _DIGITS[-1]) for value in (one, other)]
+        if all(value.is_number and value.is_finite and abs(value) > _near_zero(_DIGITS[-1]) for value in values):
             ratios.append(values[0] / values[1])
-    if len(ratios) < 3 or any(abs(ratio - ratios[0]) > _CLOSE * abs(ratios[0]) for ratio in ratios):
+    if len(ratios) < 3 or any(abs(ratio - ratios[0]) > _near_zero(_DIGITS[-1]) * abs(ratios[0]) for ratio in ratios):
         return None
     return ratios[0]
 
