@@ -283,7 +283,8 @@ class Reasoner:
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
         bos = bos_ids(self.tokenizer)
-        ids, lengths = pad_left([bos + ids for ids in encode_texts(self.tokenizer, questions)], self.tokenizer.pad_token_id)
+        # Padded with <eos>, which the embedding has for certain: a padding token may have no row there.
+        ids, lengths = pad_left([bos + ids for ids in encode_texts(self.tokenizer, questions)], self._eos)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:
             places = torch.arange(inputs.shape[1], device=self.device)

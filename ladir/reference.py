@@ -6,6 +6,7 @@ What the fast paths must equal (the tests) and what they are measured against (`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +20,32 @@ from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
+from ladir.models.sliding import FULL, SLIDING, SlidingWindow
 
 
 def plain_forward(backbone: Backbone, groups: Sequence[Tensor], positions: Sequence[int] | None = None) -> Tensor:
     """Hidden states [T, H] of one sequence given as groups of input vectors [n, H], at ``positions`` (not given: 0, 1, ...).
 
-    A token sees its own group and the groups before it; a group of one is an ordinary causal token.
+    A token sees its own group and the groups before it; a group of one is an ordinary causal token.  Layers with a sliding
+    window show what is near of that.
     """
     inputs = torch.cat(list(groups))[None]
     group = torch.tensor([i for i, vectors in enumerate(groups) for _ in range(len(vectors))], device=inputs.device)
     later = group[None, :] > group[:, None]
-    mask = torch.zeros(later.shape, dtype=inputs.dtype, device=inputs.device)
-    mask = mask.masked_fill(later, torch.finfo(inputs.dtype).min)
     places = torch.tensor([*(range(len(group)) if positions is None else positions)], device=inputs.device)[None]
+    window = SlidingWindow.of(backbone.base.config)
+    masks: Any = _hiding(later, inputs.dtype)
+    if window is not None:
+        near = _hiding(later | ((places[0][None, :] - places[0][:, None]).abs() >= window.size), inputs.dtype)
+        masks = {FULL: masks, SLIDING: near} if window.mixed else near
     decoder = backbone.base.get_decoder()
-    output = decoder(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=places, use_cache=False)
+    output = decoder(inputs_embeds=inputs, attention_mask=masks, position_ids=places, use_cache=False)
     return output.last_hidden_state[0]
+
+
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask [1, 1, T, T] that eager attention adds, of what is hidden [T, T]."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
 
 
 def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:

@@ -9,13 +9,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
+
+logger = logging.getLogger(__name__)
+
+#: beside a tokenizer that was saved with an LM: a text and its ids
+PROBE_FILE = "tokenizer_probe.json"
+_PROBED_TOKENS = 500
+_PROBE = (
+    "It's 1234567 + 8.90 = 1,234,575.9 (x_1 != y2); isn't IT?  Two  spaces\n\n\tdef f(a):\n        return a**2 // 3\r\n"
+    "naïve cafe\u0301 Ｆｕｌｌ width ½ ﬁ Straße ДА 你好，世界 こんにちは हिन्दी عربى 🙂👩‍🚀 <s> </s> [PAD] ▁_ \u00a0end "
+)
 
 _TEXTS_PER_CALL = 5000
 
@@ -30,14 +45,7 @@ def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
         raise UnusableError(
             "no tokenizer: set backbone.tokenizer, or backbone.name_or_path to a model folder or Hub id that has one"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UnusableError(
-            f"the tokenizer {name!r} cannot be loaded: {reason}; set backbone.tokenizer to a folder written by "
-            "save_pretrained, or to a Hub id"
-        ) from error
+    tokenizer = _read(name)
     if tokenizer.eos_token_id is None:
         raise UnusableError(
             f"the tokenizer {name!r} has no end-of-sequence token, which ends answers and sentences; set eos_token in "
@@ -52,6 +60,110 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash (16 hex digits) of which number stands for which token, and of the one that ends a text."""
     numbers = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([numbers, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
+def _read(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, of the class that gives the ids it was saved with.
+
+    For some architectures transformers takes their own class whatever was saved: with other rules, and so other ids.
+    """
+    with _one_line(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        probe = _saved_probe(name, tokenizer)
+    if probe is None or probe.holds(tokenizer):
+        return tokenizer
+    with _one_line(name):
+        as_saved = PreTrainedTokenizerFast.from_pretrained(name)
+    if not probe.holds(as_saved):
+        raise UnusableError(
+            f"the tokenizer in {name} does not give the ids that it was saved with ({PROBE_FILE}): it was replaced or changed; "
+            "copy the folder again, or train or export the model anew"
+        )
+    logger.warning("%s: read as it was saved, not as transformers' %s, which gives other ids", name, type(tokenizer).__name__)
+    return as_saved
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """What transformers raises for a tokenizer that it cannot read becomes an UnusableError of one line."""
+    try:
+        yield
+    except Exception as error:  # of any kind: what is read is the user's, by code that checks little
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnusableError(
+            f"the tokenizer {name!r} cannot be loaded: {reason}; set backbone.tokenizer to a folder written by "
+            "save_pretrained, or to a Hub id"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text and the ids that a tokenizer gives it."""
+
+    text: str
+    ids: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Probe:
+        """Of what tokenizers differ in: words, numbers, white space, signs and letters of many kinds, and its own tokens."""
+        size = vocabulary_size(tokenizer)
+        ids = list(range(0, size, max(1, size // _PROBED_TOKENS)))
+        own = [decode_text(tokenizer, [id]) for id in ids]
+        text = "\n".join([_PROBE, *own, " ".join(token for token in tokenizer.convert_ids_to_tokens(ids) if token)])
+        return cls(text, encode_text(tokenizer, text))
+
+    def holds(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether a tokenizer gives the same ids."""
+        return encode_text(tokenizer, self.text) == self.ids
+
+
+def _saved_probe(name: str, tokenizer: PreTrainedTokenizerBase) -> Probe | None:
+    """What :func:`save_tokenizer` wrote, or, where transformers took another class than was declared, of the file as it is."""
+    saved = Path(name) / PROBE_FILE
+    if saved.is_file():
+        return Probe(**json.loads(saved.read_text(encoding="utf-8")))
+    declared = str(get_tokenizer_config(name).get("tokenizer_class") or type(tokenizer).__name__)
+    if declared.removesuffix("Fast") == type(tokenizer).__name__ or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    return Probe.of(PreTrainedTokenizerFast.from_pretrained(name))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer beside an LM, with the ids of a probe text by which :func:`load_tokenizer` knows it again.
+
+    UnusableError where it cannot be read back with the ids it has now.
+    """
+    tokenizer.save_pretrained(str(folder))
+    (Path(folder) / PROBE_FILE).write_text(json.dumps(asdict(Probe.of(tokenizer))), encoding="utf-8")
+    _read(str(folder))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for every id of a tokenizer (more than its tokens, where ids are left out)."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, padding: bool = True) -> None:
+    """UnusableError where a tokenizer has ids that an embedding of ``rows`` rows, of the LM ``name``, does not have.
+
+    Special tokens without a role never enter a text (:func:`encode_texts`) and are let through, as Gemma 3's for images.
+    ``padding``: a padding token is asked of as well, though nothing here looks it up; other programs would.
+    """
+    roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ("eos", "bos", "unk", *(["pad"] if padding else []))}
+    idle = set(tokenizer.all_special_ids) - set(roles.values())
+    idle |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} - set(roles.values())
+    behind = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows and id not in idle)
+    if behind:
+        named = ", ".join(f"{token!r} ({id})" for id, token in behind[:3])
+        more = f" and {len(behind) - 3} more" if len(behind) > 3 else ""
+        of_roles = [f"{role}_token" for role, id in roles.items() if id is not None and id >= rows]
+        remedy = (
+            f"set {' and '.join(of_roles)} to a token that it has"
+            if len(of_roles) == len(behind)
+            else "take the LM's own tokenizer"
+        )
+        raise UnusableError(
+            f"the tokenizer has tokens that the LM {name!r} has no embedding for, whose ids end at {rows - 1}: {named}{more}; "
+            f"{remedy} (backbone.tokenizer), or resize the LM with transformers' resize_token_embeddings and save it"
+        )
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -158,7 +158,7 @@ def test_flex_gives_the_denoisers_losses_and_gradients(seed: int, pack_tokens: i
 def test_a_cpu_takes_eager_or_sdpa_by_the_length_of_the_rows(shortest: int, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SHORTEST_SDPA", shortest)
     batch = denoiser_batch(5, 60)
-    assert attend(batch.layout, CPU, torch.float64, BlockMasks()).implementation == taken
+    assert attend(batch.layout, CPU, torch.float64, BlockMasks(), batch.layout.position).implementation == taken
     assert_same(*(tiny_denoiser(tiny_lm("llama", attention=name), draws=2) for name in (CPU, "eager")), batch)
 
 
@@ -204,7 +204,7 @@ def test_block_masks_are_made_once_per_content_and_few_are_kept() -> None:
 
 def test_narrow_rows_go_through_sdpa() -> None:
     layout = denoiser_batch(1, 0).layout
-    how = attend(layout, FLEX, torch.float32, BlockMasks())
+    how = attend(layout, FLEX, torch.float32, BlockMasks(), layout.position)
     assert how.implementation == "sdpa" and isinstance(how.mask, Tensor) and how.width == 0
 
 

@@ -10,7 +10,7 @@ from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
 from ladir.models.backbone import Backbone
 from tests.test_reasoner import QUESTIONS, tiny_reasoner
-from tests.tiny import EOS, PAD, SHAPES, tiny_lm
+from tests.tiny import EOS, SHAPES, tiny_lm
 
 LONG = " ".join("abcdefghijklmnopqrstuvw")
 
@@ -19,7 +19,7 @@ LONG = " ".join("abcdefghijklmnopqrstuvw")
 def test_the_baselines_operations_and_passes(kind: str) -> None:
     backbone, prompts = Backbone(tiny_lm(kind)), [[5, 6, 7], [8]]
     with FlopCounterMode(display=False) as counter, count_cost(backbone) as cost:
-        texts = complete(backbone, prompts, ["a", "b"], 3, PAD, EOS, max_tokens=5, temperature=1.0, seed=0)
+        texts = complete(backbone, prompts, ["a", "b"], 3, EOS, max_tokens=5, temperature=1.0, seed=0)
     # torch also counts the products of positions and rotary frequencies
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert cost.flops <= counter.get_total_flops()

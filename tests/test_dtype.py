@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from ladir.config import BackboneSettings
-from ladir.models.backbone import choose_dtype, new_lm
+from ladir.models.backbone import choose_dtype
 from ladir.models.exports import _dtype_here
+from ladir.models.loading import new_lm
 from ladir.models.store import HEADS_FILE
 
 SCRATCH = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

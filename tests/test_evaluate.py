@@ -399,7 +399,7 @@ def test_the_baseline_reads_questions_as_its_folder_says(models: Path, tmp_path:
     for bidirectional in (False, True):
         save_lm(backbone, folder.model("ar"), bidirectional_question=bidirectional)
         answers = ar_answerers(config, folder, ["ar-greedy"], torch.device("cpu"))["ar-greedy"](records)
-        texts = complete(backbone, prompts, keys, 1, int(tokenizer.pad_token_id), EOS, 6, 0.0, 0, bidirectional)
+        texts = complete(backbone, prompts, keys, 1, EOS, 6, 0.0, 0, bidirectional)
         found[bidirectional] = [parse_completion(decode_text(tokenizer, ids), ["####"]) for [ids] in texts]
         assert [(list(a.thoughts), a.answer) for [a] in answers.samples] == [(c.thoughts, c.answer) for c in found[bidirectional]]
     assert found[False] != found[True]

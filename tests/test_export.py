@@ -24,7 +24,7 @@ from ladir.models.folders import save_denoiser, save_vae
 from ladir.models.pairing import TrainedOn
 from ladir.models.store import folder_fingerprint
 from ladir.reasoner import Reasoner
-from ladir.tokens import build_word_tokenizer, tokenizer_fingerprint
+from ladir.tokens import PROBE_FILE, build_word_tokenizer, tokenizer_fingerprint
 from tests.test_reasoner import LETTERS, SETTINGS, VARIANTS, assert_same_answers, tokenizer, trained
 from tests.tiny import tiny_lm
 
@@ -130,11 +130,14 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         assemble_export(models.denoiser, models.vae, other, tmp_path / "wrong", SETTINGS)
     assert not (tmp_path / "wrong").exists()
     other.save_pretrained(str(export))
+    with pytest.raises(UnusableError, match="does not give the ids that it was saved with"):
+        load(export)
+    (export / PROBE_FILE).unlink()
     with pytest.raises(UnusableError, match="was trained with another tokenizer than this"):
         load(export)
     as_an_older_version_wrote(export, models)
     build_word_tokenizer([*LETTERS, "more", "words"]).save_pretrained(str(export))
-    with pytest.raises(UnusableError, match="has 31 tokens, the LM embeddings for 29"):
+    with pytest.raises(UnusableError, match=r"whose ids end at 28: 'more' \(29\), 'words' \(30\)"):
         load(export)
 
 

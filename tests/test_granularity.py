@@ -14,7 +14,7 @@ from ladir.config import Config
 from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
-from ladir.models.backbone import new_lm
+from ladir.models.loading import new_lm
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown

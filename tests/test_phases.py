@@ -19,8 +19,8 @@ from ladir.config import Config
 from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from ladir.errors import UnusableError
-from ladir.models.backbone import new_lm
 from ladir.models.folders import reads_questions_both_ways
+from ladir.models.loading import new_lm
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup

@@ -15,7 +15,7 @@ from ladir.inference.cache import SHORTEST_SHARED, Prefix
 from ladir.inference.decode import decode
 from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
 from ladir.models.backbone import Backbone
-from tests.tiny import EOS, PAD, SHAPES, tiny_denoiser, tiny_lm
+from tests.tiny import EOS, SHAPES, tiny_denoiser, tiny_lm
 
 LENGTHS = torch.tensor([9, SHORTEST_SHARED, 1])
 OWNERS = {
@@ -137,7 +137,7 @@ def test_completions_are_the_same() -> None:
     backbone = Backbone(tiny_lm("qwen2", dtype=torch.float32))
 
     def run() -> list[list[list[int]]]:
-        return complete(backbone, [[4, 5, 6, 7] * 5, [7]], ["a", "b"], 5, PAD, EOS, max_tokens=8, temperature=1.0, seed=3)
+        return complete(backbone, [[4, 5, 6, 7] * 5, [7]], ["a", "b"], 5, EOS, max_tokens=8, temperature=1.0, seed=3)
 
     texts = run()
     assert texts == copying(run)

@@ -26,16 +26,17 @@ from ladir.inference.sampler import BlockSampler, TrajectoryNoise, passes_per_sp
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.assembling import assemble_export
-from ladir.models.backbone import Backbone, build_backbone
+from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.exports import load_export
 from ladir.models.folders import new_vae, save_denoiser, save_vae
+from ladir.models.loading import build_backbone
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
 from ladir.spans import num_spans, staggered
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
-from tests.tiny import EOS, PAD, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
+from tests.tiny import EOS, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTIONS = ["a b c", "d", "e f g h i"]
@@ -790,7 +791,7 @@ def test_sampled_tokens_follow_the_softmax() -> None:
 def test_the_baselines_greedy_text_is_transformers_generate(kind: str) -> None:
     lm = tiny_lm(kind)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
-    texts = complete(Backbone(lm), prompts, ["a", "b", "c"], 2, PAD, EOS, max_tokens=8, temperature=0.0, seed=0)
+    texts = complete(Backbone(lm), prompts, ["a", "b", "c"], 2, EOS, max_tokens=8, temperature=0.0, seed=0)
     for prompt, group in zip(prompts, texts, strict=True):
         ids = torch.tensor([prompt])
         generated = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)  # type: ignore[operator]
@@ -803,7 +804,7 @@ def test_the_baselines_greedy_text_is_transformers_generate(kind: str) -> None:
 @torch.no_grad()
 def test_the_baselines_greedy_text_behind_a_bidirectional_question_is_that_of_plain_forwards(kind: str) -> None:
     backbone, prompts = Backbone(tiny_lm(kind)), [[5, 6, 7], [8], [9, 10, 11, 12]]
-    texts = complete(backbone, prompts, ["a", "b", "c"], 2, PAD, EOS, 8, 0.0, seed=0, bidirectional_question=True)
+    texts = complete(backbone, prompts, ["a", "b", "c"], 2, EOS, 8, 0.0, seed=0, bidirectional_question=True)
     for prompt, group in zip(prompts, texts, strict=True):
         groups, expected = [backbone.embed(torch.tensor(prompt))], list[int]()
         while len(expected) < 8:
@@ -821,7 +822,7 @@ def test_the_baselines_samples_do_not_depend_on_the_batch(bidirectional: bool) -
 
     def ask(which: list[int], samples: int) -> list[list[list[int]]]:
         keys = [str(i) for i in which]
-        return complete(backbone, [prompts[i] for i in which], keys, samples, PAD, EOS, 8, 1.0, 2, bidirectional)
+        return complete(backbone, [prompts[i] for i in which], keys, samples, EOS, 8, 1.0, 2, bidirectional)
 
     together = ask([0, 1, 2], 3)
     assert len({tuple(text) for group in together for text in group}) > 3

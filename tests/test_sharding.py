@@ -12,9 +12,9 @@ from torch import nn
 
 from ladir.config import Config, DeepSpeedSettings, LoraSettings
 from ladir.data.batches import VaeCollator
-from ladir.models.backbone import build_backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import new_vae
+from ladir.models.loading import build_backbone
 from ladir.models.store import own_state
 from tests.distributed import ProcessGroup
 from tests.tiny import EOS, tiny_lm

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ladir import tokens
 from ladir.config import BackboneSettings, VaeSettings
 from ladir.data.batches import VaeCollator
 from ladir.errors import UnusableError
-from ladir.tokens import build_word_tokenizer, decode_text, encode_text, encode_texts, load_tokenizer, ordinary_ids
+from ladir.tokens import (
+    PROBE_FILE,
+    build_word_tokenizer,
+    decode_text,
+    encode_text,
+    encode_texts,
+    load_tokenizer,
+    ordinary_ids,
+    save_tokenizer,
+    vocabulary_size,
+)
 
 WORDS = ["12", "3", "+", "(", ")", "####", "##", "->", "\n", "it's"]
 
@@ -124,3 +135,53 @@ def test_ordinary_ids_are_those_of_words_alone() -> None:
     assert set(batch.encoder_ids.tolist()) == set(ids)
     with pytest.raises(UnusableError, match="no ordinary tokens"):
         ordinary_ids(build_word_tokenizer([]))
+
+
+def beside(model_type: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """The tokenizer in the folder of an LM of another family."""
+    AutoConfig.for_model(model_type, vocab_size=400).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def digits_together() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that has numbers of two digits as tokens, which Qwen's would cut."""
+    tokenizer = byte_tokenizer(eos_token="<|end|>")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"] |= {f"{i}{j}": 256 + 10 * i + j for i in range(10) for j in range(10)}
+    backend["model"]["merges"] = [[str(i), str(j)] for i in range(10) for j in range(10)]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["words", "digits"])
+def test_a_tokenizer_beside_an_lm_of_another_family_keeps_its_ids(model_type: str, kind: str, tmp_path: Path) -> None:
+    tokenizer = build_word_tokenizer(WORDS) if kind == "words" else digits_together()
+    beside(model_type, tokenizer, tmp_path)
+    loaded = load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+    for text in ("12 + 3\n#### ( 12 )", "it's 1234567 and 89"):
+        assert encode_text(loaded, text) == encode_text(tokenizer, text)
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_base_folder_without_a_probe_keeps_the_ids_of_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = digits_together()
+    beside("qwen2", tokenizer, tmp_path)
+    (tmp_path / PROBE_FILE).unlink()
+    loaded = load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+    assert encode_text(loaded, "1234") == encode_text(tokenizer, "1234")
+    assert "not as transformers' Qwen2Tokenizer, which gives other ids" in caplog.text
+
+
+def test_a_tokenizer_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(build_word_tokenizer(WORDS), tmp_path)
+    build_word_tokenizer(reversed(WORDS)).save_pretrained(tmp_path)
+    with pytest.raises(UnusableError, match="does not give the ids that it was saved with"):
+        load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
+
+
+def test_an_embedding_has_a_row_for_the_last_id_whatever_is_left_out() -> None:
+    vocabulary = {"<eos>": 0, "a": 5}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")), eos_token="<eos>"
+    )
+    assert vocabulary_size(tokenizer) == 6

@@ -15,7 +15,8 @@ from ladir.config import DenoiserSettings, LoraSettings, VaeSettings
 from ladir.data.batches import DenoiserCollator, flat_ids
 from ladir.data.latents import LatentRecord
 from ladir.data.packing import decoder_rows
-from ladir.models.backbone import Backbone, with_lora
+from ladir.models.adapters import with_lora
+from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import ThoughtDecoder, Vae
 
@@ -34,12 +35,12 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
-#: transformers configs by name: grouped-query attention everywhere, tied embeddings, biases, a head size of its own, a window
+#: transformers configs by name: grouped-query attention everywhere, tied embeddings, biases, a head size of its own
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": 128},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
 }
 
 

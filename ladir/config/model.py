@@ -27,13 +27,13 @@ class LoraSettings:
     dropout: float = setting(0.0, "dropout on the adapters' input")
     targets: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "names of the linear layers that get an adapter",
+        "names of the linear layers that get an adapter; [all-linear]: all of them but the LM head",
     )
 
 
 @dataclass
 class BackboneSettings:
-    name_or_path: str | None = setting(None, "causal LM of transformers: a local folder or a Hub id")
+    name_or_path: str | None = setting(None, "causal LM (docs/models.md: which ones): a local folder or a Hub id")
     scratch: dict[str, Any] = setting(
         {},
         "architecture of a new LM (a transformers config as a mapping: model_type, hidden_size, ...), "
@@ -50,7 +50,7 @@ class BackboneSettings:
         "attention kernel: eager and sdpa take a dense mask; flex (CUDA) costs what is visible, and leaves rows of less than "
         "1024 tokens, where that does not pay, to sdpa; flash (CUDA): flex, and "
         "flash-attn for plain text and cached prefixes; auto: on a CPU eager, and sdpa for long rows; else the first of "
-        "flash, flex, sdpa that can run",
+        "flash, flex, sdpa, eager that the LM can run with here",
         ("auto", "eager", "sdpa", "flex", "flash"),
     )
     activation_checkpointing: str = setting(

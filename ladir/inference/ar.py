@@ -19,7 +19,6 @@ def complete(
     prompts: Sequence[Sequence[int]],
     keys: Sequence[str],
     num_samples: int,
-    pad_id: int,
     eos_id: int,
     max_tokens: int,
     temperature: float,
@@ -33,7 +32,7 @@ def complete(
     ``bidirectional_question``: their tokens see each other, as the model was trained; ``top_p``: tokens are of the nucleus.
     """
     device = next(backbone.parameters()).device
-    ids, lengths = pad_left(prompts, pad_id)
+    ids, lengths = pad_left(prompts, eos_id)  # which the embedding has for certain
     inputs, lengths = backbone.embed(ids.to(device)), lengths.to(device)
     prefix, hidden = Prefix.start(backbone, inputs, lengths, bidirectional_question)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)

@@ -37,6 +37,7 @@ from ladir.models.store import (
     written_aside,
 )
 from ladir.models.weights import check_weights, save_tensors, weight_files
+from ladir.tokens import save_tokenizer
 
 _BASE_FOLDER = "base"
 _LM_FILES = [CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]
@@ -66,7 +67,7 @@ def assemble_export(
             target = aside / ENCODER_FOLDER
             _place_lm(parts.vae / "encoder", target / "encoder", parts.base, dtype_of(parts.vae) if how.merge_lora else None)
             _copy([parts.vae / HEADS_FILE, parts.vae / SETTINGS_FILE], target)
-        tokenizer.save_pretrained(str(aside))
+        save_tokenizer(tokenizer, aside)
         copied = _copy_base(parts, aside) if how.copy_base else None
         settings = {**parts.saved, "sample": asdict(sample), "trained_on": asdict(parts.trained_on)}
         update_settings(aside, **settings, base_place=name_base(aside, final, copied))  # last: a folder that has them is whole

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ladir.errors import UnusableError
 from ladir.layout import Layout
 from ladir.models.prefix_attention import PREFIX_ATTENTION, SharedPrefix, has_plain_attention
+from ladir.models.sliding import FULL, SLIDING, SlidingWindow
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,12 @@ Visibility = Tensor | Layout | WholePrefix | SharedPrefix
 class Attend:
     """How one pass calls transformers: the implementation's name, its 4D mask, and what else it takes.
 
-    ``width``: the tokens that rows must be padded to; 0 where any number will do.
+    Masks go by the kind of the layer where some have a sliding window.  ``width``: the tokens that rows must be padded to; 0
+    where any number will do.
     """
 
     implementation: str
-    mask: Tensor | BlockMask | None = None
+    mask: Tensor | BlockMask | dict[str, Tensor] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     width: int = 0
 
@@ -106,8 +108,18 @@ def whole_squares(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: BlockMasks) -> Attend:
-    """How a pass with ``visible`` runs in a model that was set to ``implementation``."""
+def attend(
+    visible: Visibility,
+    implementation: str,
+    dtype: torch.dtype,
+    masks: BlockMasks,
+    positions: Tensor,
+    window: SlidingWindow | None = None,
+) -> Attend:
+    """How a pass with ``visible`` for new tokens at ``positions`` [N or 1, T] runs in a model that was set to ``implementation``.
+
+    ``window``: the model's; such a model has a dense mask in every pass.
+    """
     if isinstance(visible, SharedPrefix):
         return Attend(PREFIX_ATTENTION, None, {"shared_prefix": visible})
     if isinstance(visible, Layout):
@@ -125,7 +137,10 @@ def attend(visible: Visibility, implementation: str, dtype: torch.dtype, masks: 
         dense = visible
     short = implementation == CPU and dense.shape[1] < SHORTEST_SDPA
     name = "eager" if implementation == "eager" or short else "sdpa"
-    return Attend(name, attention_mask(dense, name, dtype))
+    if window is None or window.spans(dense.shape[2], dense.shape[1]):
+        return Attend(name, attention_mask(dense, name, dtype))
+    near = attention_mask(window.near(dense, positions), name, dtype)
+    return Attend(name, {FULL: attention_mask(dense, name, dtype), SLIDING: near} if window.mixed else near)
 
 
 def attention_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -246,8 +261,8 @@ def set_attention(lm: PreTrainedModel, setting: str, device_type: str) -> None:
         logger.info("backbone.attention=auto: eager, and sdpa for rows of %d tokens and more", SHORTEST_SDPA)
         setting = CPU
     elif setting == "auto":
-        usable = [name for name in ("flash", "flex") if not _lacks(name, lm, device_type)]
-        setting = "eager" if device_type == "cpu" else (*usable, "sdpa")[0]
+        kernels = () if device_type == "cpu" else ("flash", "flex", "sdpa")
+        setting = next((name for name in kernels if not _lacks(name, lm, device_type)), "eager")
         rest = f", and sdpa for rows of less than {NARROWEST_FLEX} tokens" if setting in _NAMES else ""
         logger.info("backbone.attention=auto: %s%s", setting, rest)
     elif lacks := _lacks(setting, lm, device_type):
@@ -257,15 +272,19 @@ def set_attention(lm: PreTrainedModel, setting: str, device_type: str) -> None:
 
 def _lacks(setting: str, lm: PreTrainedModel, device_type: str) -> str:
     """Why a kernel cannot train this model here; empty where it can."""
+    config = lm.config.get_text_config()
+    if setting == "sdpa" and not lm._supports_sdpa:  # a soft cap, sinks: what SDPA would leave out
+        return f"{config.model_type} models compute what it does not"
     if setting not in _NAMES:
         return ""
-    config = lm.config.get_text_config()
     if device_type != "cuda":
         return f"it trains on CUDA only, and this process runs on {device_type}"
     if lm.dtype != torch.bfloat16:
         return "it is for backbone.dtype=bfloat16"
     if not has_plain_attention(lm.config):
         return f"{config.model_type} models compute attention in a way of their own"
+    if window := SlidingWindow.of(lm.config):
+        return f"the model has a sliding window of {window.size} tokens, which needs a dense mask"
     if (head := getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) < SMALLEST_HEAD:
         return f"it is for heads of at least {SMALLEST_HEAD}, the model's are of {head}"
     if getattr(config, "attention_dropout", 0.0):

@@ -1,32 +1,27 @@
-"""The language model behind encoder, decoder and denoiser: any causal LM of transformers, whole or with LoRA adapters."""
+"""The language model behind encoder, decoder and denoiser: a causal LM of transformers, whole or with LoRA adapters."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ladir.config import BackboneSettings, LoraSettings
+from ladir.config import BackboneSettings
 from ladir.data.packing import IGNORE, Rows
-from ladir.errors import UnusableError
-from ladir.models.attention import BlockMasks, Visibility, attend, set_attention
+from ladir.models.attention import BlockMasks, Visibility, attend
+from ladir.models.logits import LogitScale
 from ladir.models.prefix_attention import has_plain_attention
-from ladir.models.weights import check_weights
+from ladir.models.sliding import SlidingWindow
 
 if TYPE_CHECKING:
     from peft import PeftModel  # seconds to import, and only adapters need it
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -77,6 +72,8 @@ class Backbone(nn.Module):
         self._adapter_is_off = False
         self._is_compiled = False
         self._block_masks = BlockMasks()
+        self._window = SlidingWindow.of(self.base.config)
+        self._logit_scale = LogitScale.of(self.base.config)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -105,8 +102,8 @@ class Backbone(nn.Module):
         return self.base.get_input_embeddings()(ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [..., V] of hidden states [..., H]."""
-        return self.base.get_output_embeddings()(hidden)
+        """Vocabulary logits [..., V] of hidden states [..., H], as the LM itself makes them."""
+        return self._logit_scale(self.base.get_output_embeddings()(hidden))
 
     def label_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy, fp32 [n], and whether the likeliest token is right, bool [n], of ``labels`` [n] at ``hidden`` [n, H].
@@ -134,7 +131,8 @@ class Backbone(nn.Module):
         ``inputs`` [N, T, H] input vectors; ``visible`` bool [N or 1, T, P + T] where P is the cache's length, or what says
         the same: a layout, a whole prefix, a shared prefix; ``positions`` int64 [N or 1, T].
         """
-        how = attend(visible, self.base.config._attn_implementation, inputs.dtype, self._block_masks)
+        implementation = self.base.config._attn_implementation
+        how = attend(visible, implementation, inputs.dtype, self._block_masks, positions, self._window)
         length = inputs.shape[1]
         if how.width > length:
             inputs = F.pad(inputs, (0, 0, 0, how.width - length))
@@ -159,7 +157,7 @@ class Backbone(nn.Module):
     @property
     def shares_prefixes(self) -> bool:
         """Whether a :class:`SharedPrefix` may be passed to :meth:`forward`."""
-        return has_plain_attention(self.base.config)
+        return has_plain_attention(self.base.config) and self._window is None
 
     @contextmanager
     def _attention(self, implementation: str) -> Iterator[None]:
@@ -186,15 +184,17 @@ class Backbone(nn.Module):
             self._adapter_is_off = before
 
     def embedding_std(self) -> float:
-        """Standard deviation of the token embeddings: the scale of new input vectors.
+        """Standard deviation of what :meth:`embed` gives: the scale of new input vectors.
 
         Without weights (meta device) the one of the architecture's own initialisation.
         """
-        weight = self.base.get_input_embeddings().get_parameter("weight")
-        if weight.is_meta:
-            return float(self.base.config.get_text_config().initializer_range)
-        with whole(weight), torch.no_grad():
-            return float(weight.float().std())
+        embedding: Any = self.base.get_input_embeddings()
+        # Gemma's own class of embeddings multiplies, and a few others' do.
+        scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
+        if embedding.weight.is_meta:
+            return float(self.base.config.get_text_config().initializer_range) * scale
+        with whole(embedding.weight), torch.no_grad():
+            return float(embedding.weight.float().std()) * scale
 
     def enable_activation_checkpointing(self, every_n_layers: int = 1) -> None:
         """Recompute every n-th layer's activations in the backward pass, with adapters and attention as they were before."""
@@ -223,7 +223,8 @@ class Backbone(nn.Module):
         would be compiled by itself, a minute each.
         """
         self._is_compiled = True
-        layers = list(self.base.get_decoder().layers)
+        decoder = self.base.get_decoder()
+        layers = list(getattr(decoder, "layers", None) or decoder.h)  # GPT-2 and Falcon have the short name
         recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         for part in [part for layer in layers for part in layer.children()] if recomputed else layers:
             part.compile(backend=backend)
@@ -236,79 +237,6 @@ class Backbone(nn.Module):
     def _again(self, adapter_is_off: bool, implementation: str) -> Iterator[None]:
         with self._attention(implementation), self.adapter_off() if adapter_is_off else nullcontext():
             yield
-
-
-def load_lm(
-    settings: BackboneSettings, device_type: str, name_or_path: str | None = None, onto: torch.device | None = None
-) -> PreTrainedModel:
-    """Load a causal LM from a local folder or the Hub, in the settings' dtype and attention.
-
-    ``onto``: the device that takes every tensor as it is read, so that the host never holds the LM; not given: the host, or the
-    ranks that share it (sharded loading).
-
-    Raises UnusableError when no name is set or it cannot be loaded.  Weights must be safetensors: others would be unpickled, and
-    could not be copied into an export.  A sliding window is not kept: blocks see their whole past.
-    """
-    name = name_or_path or settings.name_or_path
-    if name is None:
-        raise UnusableError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
-    if Path(name).is_dir():
-        check_weights(Path(name))
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=DTYPES[choose_dtype(settings.dtype, device_type)],
-            attn_implementation="eager",
-            use_safetensors=True,
-            device_map={"": onto} if onto is not None and onto.type != "cpu" else None,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UnusableError(
-            f"the LM {name!r} cannot be loaded: {error}; set backbone.name_or_path to a folder written by save_pretrained "
-            "(a finished phase's model lies in runs/<name>/models/<phase>), or to a Hub id. Weights must be safetensors; "
-            "pytorch_model.bin is not read: load it with transformers, if you trust it, and save_pretrained converts it"
-        ) from error
-    set_attention(lm, settings.attention, device_type)
-    window = getattr(lm.config.get_text_config(), "sliding_window", None)
-    if window is not None and getattr(lm.config.get_text_config(), "use_sliding_window", True):
-        logger.warning("%s was trained with a sliding window of %d tokens; here every token sees its whole past", name, window)
-    return lm
-
-
-def new_lm(settings: BackboneSettings, vocab_size: int, special_ids: dict[str, int | None], device_type: str) -> PreTrainedModel:
-    """A new causal LM of the architecture ``backbone.scratch`` with random weights, in the settings' dtype.
-
-    The weights are drawn in fp32 and then cast, so that the dtype does not change the draw.
-    """
-    if "model_type" not in settings.scratch:
-        raise ValueError("backbone.scratch needs model_type (llama, qwen3, mistral, ...) and the sizes of a new LM")
-    arguments = {**settings.scratch, "vocab_size": vocab_size, **special_ids}
-    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    lm = lm.to(DTYPES[choose_dtype(settings.dtype, device_type)])
-    set_attention(lm, settings.attention, device_type)
-    return lm
-
-
-def with_lora(lm: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel | PeftModel:
-    """The LM with trainable adapters and frozen weights, or unchanged when the rank is 0."""
-    if settings.rank == 0:
-        return lm
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(lm, config, autocast_adapter_dtype=False)
-
-
-def build_backbone(settings: BackboneSettings, device_type: str, name_or_path: str | None = None) -> Backbone:
-    """Load the LM, add adapters, activation checkpointing and compilation as set."""
-    return for_training(Backbone(with_lora(load_lm(settings, device_type, name_or_path), settings.lora)), settings)
 
 
 def for_training(backbone: Backbone, settings: BackboneSettings) -> Backbone:

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
-from ladir.models.backbone import Backbone, choose_dtype, load_lm
+from ladir.models.backbone import Backbone, choose_dtype
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_denoiser, load_vae, save_denoiser, save_vae
+from ladir.models.loading import load_lm
 from ladir.models.pairing import TrainedOn, adapter_base, check_tokenizer, check_vae, find_base, name_base
 from ladir.models.store import (
     HEADS_FILE,
@@ -36,7 +37,7 @@ from ladir.models.store import (
 )
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.models.weights import check_weights
-from ladir.tokens import load_tokenizer
+from ladir.tokens import load_tokenizer, save_tokenizer
 
 DECODER_HEAD = "from_latent."
 DECODER_FOLDER = "vae"
@@ -167,7 +168,7 @@ def save_export(parts: Export, folder: str | Path) -> None:
         save_thought_decoder(parts.thought_decoder, aside / DECODER_FOLDER, shared=parts.denoiser.backbone)
         if parts.encoder is not None:
             save_vae_encoder(parts.encoder, aside / ENCODER_FOLDER)
-        parts.tokenizer.save_pretrained(str(aside))
+        save_tokenizer(parts.tokenizer, aside)
         # Parts that do not say what they were trained on are tied as they are.
         vae = parts.trained_on.vae or weights_fingerprint(aside / DECODER_FOLDER)
         update_settings(aside / DECODER_FOLDER, vae=vae)

@@ -18,8 +18,9 @@ from torch import nn
 
 from ladir.config import BackboneSettings, DenoiserSettings, VaeSettings
 from ladir.errors import UnusableError
-from ladir.models.backbone import Backbone, build_backbone, for_training, load_lm
+from ladir.models.backbone import Backbone, for_training
 from ladir.models.denoiser import Denoiser
+from ladir.models.loading import build_backbone, load_lm
 from ladir.models.pairing import TrainedOn, adapter_base, find_base, noted_fingerprint
 from ladir.models.store import (
     HEADS_FILE,

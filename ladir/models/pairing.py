@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ladir.errors import UnusableError
 from ladir.models.weights import sampled_fingerprint, weight_files
-from ladir.tokens import tokenizer_fingerprint
+from ladir.tokens import check_vocabulary, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,7 @@ def check_tokenizer(trained: TrainedOn, tokenizer: PreTrainedTokenizerBase, lm: 
         embeddings = int(AutoConfig.from_pretrained(str(lm)).get_text_config().vocab_size)
     except (OSError, ValueError):
         return  # loading it says what is wrong
-    if len(tokenizer) > embeddings:
-        raise UnusableError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the LM embeddings for {embeddings}; give back the tokenizer "
-            "that the model was trained with"
-        )
+    check_vocabulary(tokenizer, embeddings, str(where), padding=False)
 
 
 def base_fingerprint(name: str | None) -> str | None:

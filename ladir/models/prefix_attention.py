@@ -15,7 +15,24 @@ from transformers import AttentionInterface, PretrainedConfig
 PREFIX_ATTENTION = "ladir_prefix"
 
 #: architectures whose attention is softmax(q k) v and nothing else, without soft caps or sinks
-_PLAIN_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_PLAIN_ATTENTION = frozenset(
+    [
+        "cohere",
+        "gemma",
+        "glm4",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    ]
+)
 
 
 def has_plain_attention(config: PretrainedConfig) -> bool:

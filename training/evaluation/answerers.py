@@ -103,7 +103,6 @@ def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], de
                     [prompt_ids(tokenizer, record.question) for record in records],
                     [record.question for record in records],
                     samples,
-                    int(tokenizer.pad_token_id),
                     int(tokenizer.eos_token_id),
                     config.evaluate.ar_max_tokens,
                     temperature,

@@ -16,24 +16,31 @@ from ladir.data.randomness import derive, generator
 from ladir.data.records import Record
 from ladir.data.token_lists import TokenPairs
 from ladir.models.ar import ArModel
-from ladir.models.backbone import Backbone, build_backbone, for_training, new_lm
+from ladir.models.backbone import Backbone, for_training
 from ladir.models.folders import save_lm
-from ladir.tokens import load_tokenizer
+from ladir.models.loading import build_backbone, check_lm, new_lm, scratch_config
+from ladir.tokens import load_tokenizer, save_tokenizer, vocabulary_size
 from training.phases.base import Samples, TrainingPhase, read_encoded
 from training.phases.samples import ar_samples
 from training.runtime.distributed import World
 from training.runtime.sharding import sharded_init
 
+_ROLES = ("pad", "eos", "bos")
+
 
 def ar_phase(config: Config, world: World) -> TrainingPhase:
     """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
     tokenizer = load_tokenizer(config.backbone)
+    size, ids = vocabulary_size(tokenizer), {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    if config.ar.from_scratch:
+        scratch_config(config.backbone, size, ids)
+    else:
+        check_lm(config.backbone, tokenizer)
     records = [encoded.record for encoded in read_encoded(config, config.data.train, tokenizer)]
     held_out = [encoded.record for encoded in read_encoded(config, config.data.validation, tokenizer)]
     # Behind the records: what is wrong with them is told before it is loaded.
     if config.ar.from_scratch:
-        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-        backbone = for_training(Backbone(new_lm(config.backbone, len(tokenizer), ids, world.device.type)), config.backbone)
+        backbone = for_training(Backbone(new_lm(config.backbone, size, ids, world.device.type)), config.backbone)
     else:
         with sharded_init(config, config.ar.train, world):
             backbone = build_backbone(config.backbone, world.device.type)
@@ -73,4 +80,4 @@ def _write_lm(
     """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
     own = ((name.removeprefix("backbone."), tensor) for name, tensor in state)
     save_lm(backbone, folder, own, bidirectional_question=bidirectional_question)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)

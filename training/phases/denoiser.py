@@ -13,9 +13,9 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import bos_ids
 from ladir.data.randomness import derive
 from ladir.errors import UnusableError
-from ladir.models.backbone import build_backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, save_denoiser
+from ladir.models.loading import build_backbone, check_lm
 from ladir.models.pairing import TrainedOn
 from ladir.models.store import folder_fingerprint
 from ladir.tokens import load_tokenizer, tokenizer_fingerprint
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
+    check_lm(config.backbone, tokenizer)
     folder = RunFolder(config)
     store, validation = stored_latents(config, folder, world)
     vae = folder.model("vae")

@@ -76,12 +76,10 @@ def ar_samples(
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, ArModel)
         prompts = [prompt_ids(tokenizer, record.question) for record in shown]
-        pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        eos = int(tokenizer.eos_token_id)
         limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
         both_ways, seed = config.ar.bidirectional_question, config.run.seed
-        completions = complete(
-            model.backbone, prompts, questions, 1, pad, eos, limit, 0.0, seed, bidirectional_question=both_ways
-        )
+        completions = complete(model.backbone, prompts, questions, 1, eos, limit, 0.0, seed, bidirectional_question=both_ways)
         rows = [
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
             for record, ids in zip(shown, completions, strict=True)

@@ -11,6 +11,7 @@ from ladir.data.randomness import derive
 from ladir.data.records import read_sentences
 from ladir.data.token_lists import TokenLists
 from ladir.models.folders import new_vae, save_vae
+from ladir.models.loading import check_lm
 from ladir.tokens import load_tokenizer, ordinary_ids
 from training.phases.base import Samples, TrainingPhase, read_encoded
 from training.phases.samples import vae_samples
@@ -21,6 +22,7 @@ from training.runtime.sharding import sharded_init
 def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
+    check_lm(config.backbone, tokenizer)
     sentences = _blocks(config, config.data.train, tokenizer)
     if config.data.sentences:
         for ids in encode_sentence_set(read_sentences(config.data.sentences), tokenizer, config.data):

@@ -19,12 +19,13 @@ from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
 from ladir.data.rollout import Golds, RolloutCollator
 from ladir.inference.rollout import Rollout
+from ladir.models.adapters import with_lora
 from ladir.models.ar import ArModel
 from ladir.models.attention import set_attention
-from ladir.models.backbone import DTYPES, Backbone, choose_dtype, for_training, with_lora
+from ladir.models.backbone import DTYPES, Backbone, choose_dtype, for_training
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
-from ladir.tokens import load_tokenizer
+from ladir.tokens import load_tokenizer, vocabulary_size
 
 PHASES = ("vae", "denoiser", "rollout", "ar")
 _META = torch.device("meta")
@@ -116,7 +117,7 @@ def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
         )
     if "vocab_size" not in arguments:
         try:
-            arguments["vocab_size"] = len(load_tokenizer(backbone))
+            arguments["vocab_size"] = vocabulary_size(load_tokenizer(backbone))
         except (OSError, ValueError) as error:
             raise PlanError(f"backbone.scratch.vocab_size is not set, and there is no tokenizer to count: {error}") from error
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
@@ -126,10 +127,11 @@ def _backbone(config: Config, checkpointing: str, device: torch.device, adapters
     settings = config.backbone
     dtype = choose_dtype(settings.dtype, "cuda" if device == _META else device.type)
     # SDPA stands for all fused kernels: their memory is SDPA's without the dense mask.
-    attention = "eager" if settings.attention == "eager" else "sdpa"
-    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation=attention)
+    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation="eager")
     if device != _META:
         set_attention(lm, settings.attention, device.type)
+    elif settings.attention != "eager" and lm._supports_sdpa:
+        lm.set_attn_implementation("sdpa")
     planned = replace(settings, activation_checkpointing=checkpointing, compile=False)
     return for_training(Backbone(with_lora(lm, settings.lora) if adapters else lm), planned)
 
