@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ladir.config.loader import setting_names
+from ladir.config import DataSettings
+from ladir.config.loader import ConfigError, load_config, setting_names
+from ladir.data.records import read_records
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -112,6 +114,32 @@ def test_sentences_of_the_readme_have_two_figures_at_most() -> None:
 def test_the_readme_is_free_of_words_that_only_the_project_knows() -> None:
     text = prose(readme()).lower()
     assert [word for word in ("lane", "track", "gold", "span", "zero noise") if re.search(rf"\b{word}s?\b", text)] == []
+
+
+def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(.*?)```", readme(), re.S)
+    assert block is not None
+    file = tmp_path / "mine.yaml"
+    file.write_text(block[1], encoding="utf-8")
+    assert load_config(str(file)).run.name == "mine"
+
+
+def test_the_readmes_record_is_read_as_it_says(tmp_path: Path) -> None:
+    file = tmp_path / "my_train.jsonl"
+    file.write_text("".join(re.findall(r"^    (\{.*\}\n)", readme(), re.M)), encoding="utf-8")
+    records = read_records(str(file), DataSettings())
+    assert not records.bad
+    assert [(record.blocks, record.answer) for record in records.records] == [
+        (("3 * 12 = 36 eggs.", "36 - 5 = 31 are left."), "31"),
+    ]
+
+
+def test_the_readmes_errors_are_those_that_are_given() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["vae.latents_per_blok=3", "denoiser.objective=x1"])
+    shown = re.findall(r"^ +- .*", readme(), re.M)
+    assert len(shown) == 2
+    assert [line for line in shown if line.strip() not in str(error.value)] == []
 
 
 def test_a_sentence_with_many_figures_is_seen() -> None:
