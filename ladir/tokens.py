@@ -60,6 +60,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash (16 hex digits) of which number stands for which token, and of the one that ends a text."""
     numbers = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([numbers, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
+
+
 def _read(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, of the class that gives the ids it was saved with.
 

@@ -36,10 +36,13 @@ def test_a_job_on_a_full_disk_ends_in_one_line_that_says_what_to_do(
 ) -> None:
     alone = World(0, 1, 0, torch.device("cpu"))
     monkeypatch.setattr("training.runtime.job.start", lambda settings: alone)
-    with pytest.raises(SystemExit) as end, job([f"run.folder={tmp_path}"], "", lambda config: "export"):
-        raise OSError(errno.ENOSPC, "No space left on device", "answers.jsonl")
-    assert end.value.code == 2
-    assert f"'answers.jsonl': make room in {tmp_path}, then start the same command again" in caplog.text
+    full, denied = OSError(errno.ENOSPC, "No space left on device", "a.jsonl"), PermissionError(errno.EACCES, "denied", "b.jsonl")
+    for error in (full, denied):
+        with pytest.raises(SystemExit) as end, job([f"run.folder={tmp_path}"], "", lambda config: "export"):
+            raise error
+        assert end.value.code == 2
+    assert f"'a.jsonl': make room in {tmp_path}, then start the same command again" in caplog.text
+    assert "'b.jsonl': give back the permission, then start the same command again" in caplog.text
 
 
 def test_the_training_goes_on_where_its_record_has_no_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

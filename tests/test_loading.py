@@ -20,9 +20,9 @@ from ladir.models.backbone import Backbone
 from ladir.models.folders import load_backbone, save_lm
 from ladir.models.loading import load_lm
 from ladir.reasoner import Reasoner, usable_device
-from ladir.tokens import build_word_tokenizer, check_vocabulary, encode_text, load_tokenizer, save_tokenizer
-from tests.test_reasoner import tiny_reasoner
-from tests.tiny import VOCAB, randomise_adapters, tiny_lm
+from ladir.tokens import PROBE_FILE, build_word_tokenizer, check_vocabulary, encode_text, load_tokenizer, save_tokenizer
+from tests.test_reasoner import tiny_reasoner, tokenizer
+from tests.tiny import VOCAB, randomise_adapters, tiny_denoiser, tiny_lm, tiny_vae
 from training.phases.ar import ar_phase
 from training.phases.denoiser import denoiser_phase
 from training.phases.vae import vae_phase
@@ -88,12 +88,12 @@ def cut(file: Path) -> None:
     ("file", "message"),
     [
         ("ladir.json", "export/ladir.json cannot be read"),
-        ("heads.safetensors", "export/heads.safetensors cannot be read"),
+        ("heads.safetensors", "export/heads.safetensors is cut short"),
         ("model.safetensors", "export/model.safetensors is cut short"),
         ("vae/ladir.json", "export/vae/ladir.json cannot be read"),
-        ("vae/heads.safetensors", "export/vae/heads.safetensors cannot be read"),
+        ("vae/heads.safetensors", "export/vae/heads.safetensors is cut short"),
         ("vae/model.safetensors", "export/vae/model.safetensors is cut short"),
-        ("vae_encoder/heads.safetensors", "export/vae_encoder/heads.safetensors cannot be read"),
+        ("vae_encoder/heads.safetensors", "export/vae_encoder/heads.safetensors is cut short"),
     ],
 )
 def test_a_file_that_is_cut_short_is_named(export: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,3 +280,30 @@ def test_a_new_lm_is_looked_at_before_the_data(scratch: dict[str, Any], message:
     with pytest.raises(UnusableError) as refused:
         ar_phase(config, World(0, 1, 0, torch.device("cpu")))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_every_file_that_is_missing_is_named_before_an_lm_is_loaded(
+    tmp_path: Path, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of an export's files but what can be done without."""
+    folder, lora = tmp_path / "export", LoraSettings(rank=2) if adapted else None
+    lm = tiny_lm(dtype=torch.float32)
+    lm.save_pretrained(str(tmp_path / "base"))
+    lm.config._name_or_path = str(tmp_path / "base")
+    denoiser, vae = tiny_denoiser(lm, lora=lora), tiny_vae(dtype=torch.float32)
+    if adapted:
+        denoiser.backbone.lm.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    Reasoner(denoiser, vae.thought_decoder, tokenizer(), encoder=vae).save_pretrained(folder)
+    Reasoner.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded an LM"))
+    spare = ("generation_config.json", PROBE_FILE)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in spare]
+    assert len(files) > 10
+    for file in files:
+        whole = file.read_bytes()
+        file.unlink()
+        with pytest.raises(UnusableError) as error:
+            Reasoner.from_pretrained(folder, device="cpu")
+        assert file.name in str(error.value) or file.name == "tokenizer.json", error.value
+        file.write_bytes(whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -86,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     from ladir.reasoner import Reasoner, check_questions
 
     disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another: nothing a user could act on
     logging.basicConfig(level=logging.WARNING, format="ladir: %(message)s", stream=sys.stderr)
     if arguments.trajectories < 1:
         raise ValueError(f"--trajectories {arguments.trajectories}: must be at least 1")

@@ -18,7 +18,6 @@ from ladir.errors import UnusableError
 from ladir.models.exports import DECODER_FOLDER, DECODER_HEAD, ENCODER_FOLDER, dtype_of
 from ladir.models.merging import merge_adapter
 from ladir.models.pairing import (
-    ADAPTER_FILE,
     TrainedOn,
     adapter_base,
     base_fingerprint,
@@ -36,7 +35,7 @@ from ladir.models.store import (
     update_settings,
     written_aside,
 )
-from ladir.models.weights import check_weights, save_tensors, weight_files
+from ladir.models.weights import ADAPTER_CONFIG_NAME, check_file, check_lm_files, save_tensors, weight_files
 from ladir.tokens import save_tokenizer
 
 _BASE_FOLDER = "base"
@@ -104,8 +103,10 @@ def _look_at(denoiser: Path, vae: Path, tokenizer: PreTrainedTokenizerBase) -> _
             f"{denoiser} is adapters on {base}, {vae} was trained on {encoder_base or decoder}: another LM would read the "
             "thoughts; train the one of the two anew that stands on the wrong LM"
         )
-    for lm in {denoiser, vae / "encoder", *(Path(name) for name in (base, decoder) if name)}:
-        check_weights(lm)
+    for folder in (denoiser, vae):
+        check_file(folder / HEADS_FILE)
+    for lm in {denoiser, vae / "encoder", *(Path(name) for name in (base, decoder) if name and Path(name).is_dir())}:
+        check_lm_files(lm)
     check_tokenizer(trained_on, tokenizer, denoiser if base is None else base, denoiser)
     base = base or encoder_base
     trained_on = replace(trained_on, vae=fingerprint, base=base_fingerprint(base))
@@ -123,7 +124,7 @@ def _is_same(one: str | None, other: str | None) -> bool:
 
 def _place_lm(source: Path, target: Path, base: str | None, merge: torch.dtype | None) -> None:
     """The LM of a model folder, or its adapters, or what comes of merging them, in a dtype."""
-    if merge is not None and base is not None and (source / ADAPTER_FILE).is_file():
+    if merge is not None and base is not None and (source / ADAPTER_CONFIG_NAME).is_file():
         merge_adapter(source, _local(base), target, merge)
     else:
         _copy((file for file in source.iterdir() if file.is_file() and file.name not in (HEADS_FILE, SETTINGS_FILE)), target)
@@ -144,7 +145,7 @@ def _place_thought_decoder(parts: _Parts, target: Path, how: ExportSettings) -> 
 
 def _copy_base(parts: _Parts, export: Path) -> Path | None:
     """A copy of the LM under the adapters of an export, in the export; None where it has none."""
-    if parts.base is None or not any(export.rglob(ADAPTER_FILE)):
+    if parts.base is None or not any(export.rglob(ADAPTER_CONFIG_NAME)):
         return None
     _copy(_lm_files(_local(parts.base)), export / _BASE_FOLDER)
     return export / _BASE_FOLDER

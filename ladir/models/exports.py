@@ -8,6 +8,7 @@ encoded again, ``base/`` where the LM under the adapters was copied, and the tok
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
@@ -36,7 +38,7 @@ from ladir.models.store import (
     written_aside,
 )
 from ladir.models.vae import ThoughtDecoder, Vae
-from ladir.models.weights import check_weights
+from ladir.models.weights import check_file, check_lm_files
 from ladir.tokens import load_tokenizer, save_tokenizer
 
 DECODER_HEAD = "from_latent."
@@ -101,23 +103,37 @@ def _look_at(folder: Path, source: Path, base: str | Path | None) -> _Found:
     decoder = load_settings(folder / DECODER_FOLDER, "thought_decoder")
     trained_on = TrainedOn.of(taken)
     check_vae(trained_on, decoder.get("vae"), source, folder / DECODER_FOLDER)
-    adapters = adapter_base(source)
-    if decoder["shared"] and adapters is None:
+    if decoder["shared"] and adapter_base(source) is None:
         raise UnusableError(
             f"{source}: its thoughts are read by the LM without the denoiser's adapters, and there are none: was the LM saved "
             "there with them merged in? Then the LM that reads thoughts is lost: give the adapters back, or export again with "
             "export.merge_lora=true, which keeps it"
         )
-    encoder = folder / ENCODER_FOLDER / "encoder"
-    place, expected = own.get("base_place"), TrainedOn.of(own).base
-    if source != folder:
-        place, expected = None, trained_on.base
-    denoiser_base = find_base(source, adapters, place, expected, base) if adapters else None
-    named = adapter_base(encoder) if encoder.is_dir() else None
-    encoder_base = find_base(folder, named, own.get("base_place"), TrainedOn.of(own).base, base) if named else None
-    for lm in [path for path in (source, encoder, folder / DECODER_FOLDER, denoiser_base) if path and Path(path).is_dir()]:
-        check_weights(Path(lm))
-    return _Found(folder, source, own["sample"], decoder, trained_on, denoiser_base, encoder_base)
+    encoder = folder / ENCODER_FOLDER
+    bases = _base_of(source, source, taken, base), _base_of(encoder / "encoder", folder, own, base)
+    holders, lms = [source, folder / DECODER_FOLDER], [source, *(Path(lm) for lm in bases if lm and Path(lm).is_dir())]
+    if encoder.is_dir():
+        load_settings(encoder, "vae")
+        holders, lms = [*holders, encoder], [*lms, encoder / "encoder"]
+    if not (decoder["shared"] or decoder["base"]):
+        lms.append(folder / DECODER_FOLDER)
+    _check_files(folder, holders, lms)
+    return _Found(folder, source, own["sample"], decoder, trained_on, *bases)
+
+
+def _base_of(lm: Path, model: Path, saved: Mapping[str, Any], given: str | Path | None) -> str | None:
+    """Where the LM under the adapters in ``lm`` lies, a part of ``model`` with its settings; None where it has none."""
+    named = adapter_base(lm)
+    return None if named is None else find_base(model, named, saved.get("base_place"), TrainedOn.of(saved).base, given)
+
+
+def _check_files(folder: Path, with_heads: Sequence[Path], lms: Sequence[Path]) -> None:
+    for holder in with_heads:
+        check_file(holder / HEADS_FILE)
+    for lm in lms:
+        check_lm_files(lm)
+    if not (folder / TOKENIZER_CONFIG_FILE).is_file():
+        raise UnusableError(f"{folder / TOKENIZER_CONFIG_FILE} is missing; copy the folder again, or export it anew")
 
 
 def _check_is_export(folder: Path) -> None:

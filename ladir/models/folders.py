@@ -34,8 +34,7 @@ from ladir.models.store import (
     settings_of,
 )
 from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from ladir.models.weights import ADAPTER_WEIGHTS_NAME
 
 
 def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def load_backbone(
     lm = load_lm(settings, device.type, base or find_base(Path(folder), named), onto)
     # PEFT reads adapters to the first GPU unless it is told.
     place = {} if trainable else {"torch_device": str(lm.device)}
-    with names_damage(Path(folder) / ADAPTER_WEIGHTS):
+    with names_damage(Path(folder) / ADAPTER_WEIGHTS_NAME):
         adapted = PeftModel.from_pretrained(lm, str(folder), is_trainable=trainable, autocast_adapter_dtype=False, **place)
     adapted.peft_config["default"].base_model_name_or_path = base or named  # as the LM is named where it is saved again
     return Backbone(adapted)

@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ladir.errors import UnusableError
 from ladir.models.store import ShardWriter, load_tensors, names_damage
-from ladir.models.weights import check_weights, weight_files
+from ladir.models.weights import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, check_weights, weight_files
 
 #: what PEFT can do besides and our training never sets: each would have to be merged in a way of its own
 _PLAIN: dict[str, Any] = {
@@ -52,7 +52,7 @@ class LoraDeltas:
     def __init__(self, folder: Path) -> None:
         from peft import PeftConfig
 
-        with names_damage(folder / "adapter_config.json"):
+        with names_damage(folder / ADAPTER_CONFIG_NAME):
             config = PeftConfig.from_pretrained(str(folder))
         given = {name: getattr(config, name, plain) for name, plain in _PLAIN.items()}
         other = [f"{name}={value!r}" for name, value in given.items() if value not in (_PLAIN[name], None)]
@@ -61,7 +61,7 @@ class LoraDeltas:
             raise UnusableError(f"{folder}: adapters with {kind} cannot be merged; export without export.merge_lora")
         self.folder = folder
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        matrices = load_tensors(folder / "adapter_model.safetensors")
+        matrices = load_tensors(folder / ADAPTER_WEIGHTS_NAME)
         self._matrices = {name.removeprefix(_PREFIX): matrix for name, matrix in matrices.items()}
         self._left = {name.removesuffix(_A) for name in self._matrices if name.endswith(_A)}
         strange = [name for name in self._matrices if not name.endswith((_A, _B))]

@@ -15,12 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ladir.errors import UnusableError
-from ladir.models.weights import sampled_fingerprint, weight_files
+from ladir.models.weights import ADAPTER_CONFIG_NAME, sampled_fingerprint, weight_files
 from ladir.tokens import check_vocabulary, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter_config.json"
 _BASE_KEY = "base_model_name_or_path"
 
 
@@ -100,7 +99,7 @@ def adapter_base(folder: str | Path) -> str | None:
 
     UnusableError for a file that cannot be read.
     """
-    path = Path(folder) / ADAPTER_FILE
+    path = Path(folder) / ADAPTER_CONFIG_NAME
     if not path.is_file():
         return None
     try:
@@ -116,7 +115,7 @@ def name_base(export: Path, final: Path, copied: Path | None = None) -> str | No
     none or it is one of the Hub, which keeps its name.  ``copied``: a copy inside the export, to be named instead.
     """
     place = None
-    for path in export.rglob(ADAPTER_FILE):
+    for path in export.rglob(ADAPTER_CONFIG_NAME):
         named = adapter_base(path.parent)
         if copied is not None or (named is not None and Path(named).is_dir()):
             place = os.path.relpath(copied, export) if copied else os.path.relpath(Path(str(named)).resolve(), final)

@@ -24,7 +24,7 @@ from ladir.config import DenoiserSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
 from ladir.files import replace_folder
 from ladir.models.backbone import Backbone
-from ladir.models.weights import save_tensors
+from ladir.models.weights import ADAPTER_WEIGHTS_NAME, save_tensors
 
 SETTINGS_FILE = "ladir.json"
 HEADS_FILE = "heads.safetensors"
@@ -160,7 +160,7 @@ class _LmWriter:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.lm, state_dict=self.adapters)
-        save_tensors(state, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(state, self.folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
         self.lm.peft_config["default"].save_pretrained(str(self.folder))
 
     def _write_config(self) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ladir.errors import UnusableError
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _REMEDY = "copy it again, or train or export it anew"
 _LFS_POINTER = b"version https://git-lfs"
 _LENGTH_BYTES = 8
@@ -71,6 +73,27 @@ def check_weights(folder: Path) -> None:
     for name, shard in read_index(folder / SAFE_WEIGHTS_INDEX_NAME).items():
         if name not in headers[shard]:
             raise UnusableError(f"{folder / shard} has no tensor {name}, and {SAFE_WEIGHTS_INDEX_NAME} says so; {_REMEDY}")
+
+
+def check_file(file: Path) -> None:
+    """UnusableError for a safetensors file that is missing or not whole; reads its header alone."""
+    if not file.is_file():
+        raise UnusableError(f"{file} is missing; {_REMEDY}")
+    _header(file)
+
+
+def check_lm_files(folder: Path) -> None:
+    """UnusableError for an LM folder, or one of adapters, that lacks a file or has one that is not whole."""
+    configs = [name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME) if (folder / name).is_file()]
+    if ADAPTER_CONFIG_NAME in configs or (folder / ADAPTER_WEIGHTS_NAME).is_file():
+        check_file(folder / ADAPTER_WEIGHTS_NAME)
+    else:
+        check_weights(folder)
+        if not weight_files(folder):
+            raise UnusableError(f"{folder / SAFE_WEIGHTS_NAME} is missing; {_REMEDY}")
+    if not configs:
+        name = ADAPTER_CONFIG_NAME if (folder / ADAPTER_WEIGHTS_NAME).is_file() else CONFIG_NAME
+        raise UnusableError(f"{folder / name} is missing; {_REMEDY}")
 
 
 def sampled_fingerprint(folder: Path) -> str:

@@ -64,9 +64,10 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         logger.error("%s", error)
         raise SystemExit(2) from error
     except (OSError, SafetensorError) as error:
-        if not lacks_room(error):
+        if not lacks_room(error) and not isinstance(error, PermissionError):
             raise
-        logger.error("%s: make room in %s, then start the same command again", error, config.run.folder)
+        remedy = f"make room in {config.run.folder}" if lacks_room(error) else "give back the permission"
+        logger.error("%s: %s, then start the same command again", error, remedy)
         raise SystemExit(2) from error
     stop()
     if run.interrupted:
