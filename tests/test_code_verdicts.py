@@ -125,6 +125,7 @@ PASSES = {
         "from functools import singledispatch\n@singledispatch\ndef f(x): return x\n@f.register\ndef _(x: int): return 2 * x",
         "assert f(2) == 4 and f('a') == 'a'",
     ),
+    "all of a module": ("", "from math import *\ndef f(): return floor(1.5)", "assert f() == 1"),
     "coroutine": ("", "async def f(x): return x", "import asyncio\nassert asyncio.run(f(3)) == 3"),
     "tests that change modules": (
         "",

@@ -149,6 +149,7 @@ def test_bodies_are_put_behind_their_head(name: str, setup: str) -> None:
         ("def f(x): pass\nclass  A: pass\nasync def g(): pass", {"f": True, "A": True, "g": True}),
         ("f: Callable = lambda x: x\ny = 3\nz == 3", {"f": True, "y": False}),
         ("import a.b, c as d\nfrom e import (f,\n  g as h)", {"a": True, "d": True, "f": True, "h": True}),
+        ("from math import *\nimport the libs (numpy[all], *)\nx = 1", {"x": False}),
         ("try:\n    def f(): pass\nexcept E:\n    f = 1\ndef g():\n    inner = 1\n    def h(): pass", {"f": True, "g": True}),
         ("    def f():\n        x = 1", {"f": True}),
     ],

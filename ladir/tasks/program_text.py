@@ -88,7 +88,8 @@ def bound_names(program: str) -> dict[str, bool]:
             name = match["made"] or match["set"]
             names[name] = names.get(name, False) or match["made"] is not None or "lambda" in match["value"]
     for match in _IMPORTED.finditer(program):
-        names |= {part.split()[-1].partition(".")[0]: True for part in match[1].strip("() \t\n").split(",") if part.split()}
+        made = (part.split()[-1].partition(".")[0] for part in match[1].strip("() \t\n").split(",") if part.split())
+        names |= {name: True for name in made if name.isidentifier()}  # not the star of "import *", nor what stands in prose
     return names
 
 
