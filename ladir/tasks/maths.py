@@ -28,6 +28,7 @@ from ladir.tasks.worker import Worker
 _SCRIPT = Path(__file__).with_name("isolated") / "maths_worker.py"
 _ENDLESS = "took too long or too much memory to compare"
 _PLAIN_WORDS = tuple((stem(word),) for word in ("yes", "no", "true", "false"))
+_CHOICES = re.compile(r"(?:\([A-H]\)|[A-H])(?:(?:\s*[,;&]\s*|\s*\band\b\s*|\s*,\s*and\b\s*)?(?:\([A-H]\)|[A-H])){1,7}\.?")
 _RIGHT, _WRONG = Verdict(True), Verdict(False, "not equal")
 
 
@@ -93,6 +94,8 @@ class MathsTask:
         return _RIGHT if _same_text(gold, given) else self._judge(gold, given)
 
     def _judge(self, gold_text: str, given_text: str) -> Verdict:
+        if _several_choices(gold_text) and _several_choices(gold_text) == _several_choices(given_text):
+            return _RIGHT
         gold, given = read_answer(gold_text, gold=True), read_answer(given_text)
         if gold.label and given.label:
             return Verdict(gold.label == given.label, "" if gold.label == given.label else "another choice")
@@ -132,6 +135,13 @@ class MathsTask:
 
 def _same_text(gold: str, given: str) -> bool:
     return plain_text(gold) == plain_text(given)
+
+
+def _several_choices(text: str) -> frozenset[str]:
+    """The letters of several choices: ``AC``, ``A, C``, ``(A) and (C)``; empty where it is anything else."""
+    match = _CHOICES.fullmatch(spelled(text))
+    letters = re.findall(r"[A-H]", text) if match else []
+    return frozenset(letters) if len(set(letters)) == len(letters) else frozenset()
 
 
 def _decided(gold: Reading, given: Reading) -> Verdict | None:

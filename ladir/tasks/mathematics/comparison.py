@@ -38,6 +38,8 @@ def equal(gold: Form, answer: Form) -> bool:
         return len(members) == 1 and (equal(members[0], answer) if gold[0] == "set" else equal(gold, members[0]))
     if gold[0] == "scalar" and answer[0] == "scalar":
         return _labels(gold, answer) and _scalars(gold, answer)
+    if {gold[0], answer[0]} == {"scalar", "tuple"}:
+        return _components(*((gold, answer) if gold[0] == "scalar" else (answer, gold)))
     if "list" in (gold[0], answer[0]) and (found := _lists(gold, answer)) is not None:
         return found
     if gold[0] == answer[0] == "empty":
@@ -65,6 +67,8 @@ def canonical(form: Form) -> str:
         return f"{_primitive(read_formula(form[1]) - read_formula(form[2][1]))} = 0"
     if kind == "relation":
         return " ".join(f"{_arranged(read_formula(value))} {sign}" for value, sign in zip(form[2], [*form[1], ""], strict=True))
+    if kind == "difference":
+        return f"{kind} {[canonical(entry) for entry in form[1]]}"
     if kind in ("list", "set", "union"):
         return f"{kind} {sorted(map(canonical, form[-1]))}"
     return f"{form[1]}{', '.join(map(canonical, form[3]))}{form[2]}" if kind == "tuple" else kind
@@ -197,6 +201,7 @@ def _multiples(one: Any, other: Any) -> Any | None:
 def _lists(gold: Form, answer: Form) -> bool | None:
     """Compare where one of two is a list; None where both may still be sets of numbers."""
     one, other = (list(form[2]) if form[0] == "list" else None for form in (gold, answer))
+    either = "or" in (gold[1:2] + answer[1:2])
     if one is not None and other is not None:
         if (ordered := _each_named(one, other)) is not None:
             return ordered
@@ -208,9 +213,34 @@ def _lists(gold: Form, answer: Form) -> bool | None:
     assert entries is not None
     if single[0] == "set":
         return _matched(_distinct(single[1]), _distinct(_without_names(entries)))
-    if single[0] == "tuple" and (single[1], single[2]) == ("(", ")") and len(entries) == len(single[3]):
-        return all(map(equal, single[3], _in_order(entries)))
+    if _may_be_point(single, entries):
+        return not either and not _named_twice(entries) and all(map(equal, single[3], _in_order(entries)))
     return None if single[0] in ("union", "relation", "tuple") else False
+
+
+def _may_be_point(single: Form, entries: Sequence[Form]) -> bool:
+    """Whether the tuple may have the entries for its coordinates."""
+    bounds = any(entry[0] == "relation" for entry in entries)
+    return single[0] == "tuple" and list(single[1:3]) == ["(", ")"] and len(entries) == len(single[3]) and not bounds
+
+
+def _named_twice(entries: Sequence[Form]) -> bool:
+    """Whether they are values of one name: ``x = 2, x = 3`` is no point."""
+    names = [entry[1] for entry in entries if entry[0] == "equation"]
+    return len(set(names)) < len(names)
+
+
+def _components(value: Form, entries: Form) -> bool:
+    """Whether a matrix is ``[[1, 2], [3, 4]]``, or a vector ``(1, 2)``."""
+    if "\\begin" not in value[1] or list(entries[1:3]) not in (["(", ")"], ["[", "]"]):
+        return False
+    rows = [entry[3] if entry[0] == "tuple" else [entry] for entry in entries[3]]
+    if any(entry[0] != "scalar" for row in rows for entry in row) or len({len(row) for row in rows}) > 1:
+        return False
+    matrix, given = read_formula(value[1]), sympy.Matrix([[read_formula(entry[1]) for entry in row] for row in rows])
+    return isinstance(matrix, sympy.MatrixBase) and (
+        same_value(matrix, given) or (1 in given.shape and same_value(matrix, given.T))
+    )
 
 
 def _each_named(ones: Sequence[Form], others: Sequence[Form]) -> bool | None:
@@ -306,7 +336,7 @@ def _asked(value: Any, other: Any) -> Any:
 def _as_sets(gold: Form, answer: Form) -> bool:
     """Whether intervals, unions and inequalities of one variable are the same set of numbers."""
     kinds = {gold[0], answer[0]}
-    if not kinds & {"relation", "union", "list"} or "scalar" in kinds:
+    if not kinds & {"relation", "union", "list", "difference"} or "scalar" in kinds:
         return False
     names = {str(name) for form in (gold, answer) for name in _variables(form)}
     if len(names - {"?"}) > 1:
@@ -331,10 +361,12 @@ def _set_of(form: Form) -> Any | None:
         parts = [_SETS[sign](value.subs(dict.fromkeys(value.free_symbols, name)), 0) for sign, value in _pairs(form)]
         sets = [part.as_set() for part in parts]
         return sympy.Intersection(*sets)
-    if form[0] in ("union", "list"):
+    if form[0] in ("union", "list", "difference"):
         parts_ = [_set_of(entry) for entry in form[-1]]
         if None in parts_:
             return None
+        if form[0] == "difference":
+            return sympy.Complement(*parts_)
         return sympy.Intersection(*parts_) if form[0] == "list" and form[1] == "and" else sympy.Union(*parts_)
     if form[0] == "tuple" and len(form[3]) == 2 and all(entry[0] == "scalar" for entry in form[3]):
         low, high = (read_formula(entry[1]) for entry in form[3])

@@ -7,6 +7,7 @@ A form is a nested list that JSON can carry, its kind first::
     ["relation", signs, formulas]   a chain of <, \\le, >, \\ge, \\ne; the formula "?" stands for the quantity asked for
     ["list", joined, forms]         joined: "and", "or" or ","
     ["set", forms]  ["tuple", "(" or "[", ")" or "]", forms]  ["union", forms]  ["empty"]
+    ["difference", forms]  the first set without what is in the second
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ladir.tasks.mathematics.quantities import Quantity, read_quantity
-from ladir.tasks.mathematics.units import FILLERS, Unit, is_word, read_unit, unit_named
+from ladir.tasks.mathematics.units import CALCULATING, FILLERS, Unit, is_word, read_unit, unit_named
 
 Form = list[Any]
 
@@ -60,6 +61,10 @@ _SHORT_WORDS = frozenset(
 _UNIT_BEHIND = re.compile(
     r"^(.*?[0-9)}\]!A-Za-z])\s*?(\s(?:[A-Za-z$\u20ac\u00a3]{2,}|[mgslhLNJW])\b.*|\s?\^\\circ(?:\s?[CF])?)$", re.DOTALL
 )
+_SET = re.compile(r"\\\{.*\\\}", re.DOTALL)
+# A parameter that runs through the whole numbers, as one does that nothing is said of: "2k\pi, k \in Z".
+_PARAMETER = re.compile(r"(?<=\S)\s*[,;(]\s*(?:(?:where|for|with)\s+)?[a-z](?:\s*,\s*[a-z])*\s*\\in\s*\{?\s*Z\s*\}?\s*\)?$")
+_WITHOUT = re.compile(r"\s*(?:\\setminus|\\backslash|-|\\\\)\s*(?=\\\{)")
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|vec|hat|bar|mathcal|[A-Za-z]+)\s*)?\{?\|?[A-Za-z' ]*\|?\}?"
     r"(?:_(?:\{[^{}]{1,20}\}|[A-Za-z0-9]))?'*\s*(?:\([A-Za-z0-9, ]{1,20}\))?"
@@ -108,7 +113,7 @@ def has_words(text: str) -> bool:
 
 def _bare(text: str) -> str:
     """Without what stands around a form: spaces, final punctuation, and parentheses or braces around one value."""
-    text = text.strip().strip('`"').rstrip(".;,: ").lstrip(":=, ").strip()
+    text = _PARAMETER.sub("", text.strip().strip('`"').rstrip(".;,: ").lstrip(":=, ").strip())
     while text[:1] == "{" and _closing(text, 0) == len(text) - 1 and not _has_top(text[1:-1], ","):
         text = text[1:-1].strip()
     return text
@@ -169,17 +174,22 @@ def _is_grouped(text: str, match: re.Match[str], depth: int) -> bool:
 
 def _signed(text: str, depth: int) -> list[Form | None]:
     """The forms of an entry: two, where it has a sign ``\\pm``."""
-    if "\\pm" not in text:
+    if not _has_two_signs(text):
         return [read_form(text, depth)]
     upper = text.replace("\\pm", "+").replace("\\mp", "-")
     lower = text.replace("\\pm", "-").replace("\\mp", "+")
     return [read_form(re.sub(r"(^|[=(,])\s*\+", r"\1", variant), depth) for variant in (upper, lower)]
 
 
+def _has_two_signs(text: str) -> bool:
+    """Whether there is a ``\\pm`` in it, and not within a set, which then has more members."""
+    return "\\pm" in _SET.sub("", text)
+
+
 def _read_list(text: str, depth: int) -> tuple[Form | None, bool]:
     masked = text if depth else _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     parts, separators = _split(masked, frozenset({",", ";", "and", "or"}))
-    if len([part for part in parts if part]) < 2 and "\\pm" not in text:
+    if len([part for part in parts if part]) < 2 and not _has_two_signs(text):
         return None, False
     forms, _ = _items(text, depth) if separators else ([form for form in _signed(text, depth + 1) if form], separators)
     if forms is None or len(forms) < 2:
@@ -224,9 +234,19 @@ def _equation(sides: list[str], depth: int) -> Form | None:
 def _read_union(text: str, depth: int) -> tuple[Form | None, bool]:
     parts, signs = _split(text, frozenset({"\\cup"}))
     if not signs:
-        return None, False
+        return _read_difference(text, depth)
     forms = [read_form(part, depth + 1) for part in parts]
     return (None if None in forms else ["union", forms]), True
+
+
+def _read_difference(text: str, depth: int) -> tuple[Form | None, bool]:
+    """``\\reals \\setminus \\{1, 2\\}``: numbers without some."""
+    parts = _WITHOUT.split(text)
+    if len(parts) != 2 or not re.match(r"\\reals|[(\[]", parts[0]):
+        return None, False
+    forms = [read_form(part, depth + 1) for part in parts]
+    sets = all(form and form[0] in ("tuple", "set") for form in forms)
+    return (["difference", forms], True) if sets else (None, False)
 
 
 def _read_enclosed(text: str, depth: int) -> tuple[Form | None, bool]:
@@ -283,7 +303,7 @@ def _read_scalar(text: str) -> Form | None:
 
 def _is_unit(text: str) -> bool:
     """Whether words behind a formula are a unit, or say no more than "units"."""
-    if re.search(r"[=<>(){}\[\]]|\\(?!circ)", re.sub(r"\^\{-?[0-9]\}", "", text)):
+    if CALCULATING.match(text) or re.search(r"[=<>(){}\[\]]|\\(?!circ)", re.sub(r"\^\{-?[0-9]\}", "", text)):
         return False
     first = re.match(r"\s*([A-Za-z$\u20ac\u00a3]+|\^)", text)
     name = first[1] if first else ""

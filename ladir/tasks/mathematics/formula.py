@@ -98,6 +98,7 @@ _ENDS = frozenset(
 )
 _MAX_TOKENS, _MAX_DEPTH = 600, 60
 _MAX_POWER_BITS = 200_000
+_MAX_MATRIX_POWER = 20
 
 
 class UnreadableError(ValueError):
@@ -373,7 +374,13 @@ def _bounded(value: Any, limit: int) -> Any:
 
 
 def _raised(base: Any, exponent: Any) -> Any:
-    """A power, unless its digits would fill the memory."""
+    """A power, unless its digits would fill the memory; of a matrix a small one, or what ``^T`` says."""
+    if isinstance(base, sympy.MatrixBase):
+        if exponent == sympy.Symbol("T"):
+            return base.T
+        if not (exponent.is_Integer and abs(exponent) <= _MAX_MATRIX_POWER and base.is_square):
+            raise UnreadableError("a power of a matrix that is not read")
+        return base**exponent
     if base.is_Rational and exponent.is_Integer:
         if base == 0 and exponent < 0:
             raise UnreadableError("a division by zero")

@@ -45,7 +45,9 @@ _BEHIND = {
 }
 _BETWEEN = re.compile(r"(?:between|from)\s+(.+?)\s+(?:and|to)\s+(.+)", re.IGNORECASE | re.DOTALL)
 _DENIED = re.compile(
-    r"\b(?:not|never|nearly|almost|cannot|neither|nor|except|without|unless|between|than|least|most)\b|n't\b", re.IGNORECASE
+    r"\b(?:not|never|nearly|almost|cannot|neither|nor|except|without|unless|between|than|least|most|twice|double|triple"
+    r"|(?:root|half|third|quarter|square|cube|logarithm|factorial) of)\b|n't\b",
+    re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|neither|cannot|isn't|aren't|wasn't)\b[^,;]*$", re.IGNORECASE)
 _CHOICE = re.compile(r"\(([A-Za-z])\)\.?|([A-Z])[.):]?|\(([A-Za-z])\)[.:]?\s*(\S.*)|([A-Z])[.):]\s+(\S.*)", re.DOTALL)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from ladir.tasks.mathematics.units import FILLERS, Unit, is_word, ratio, read_unit, unit_named
+from ladir.tasks.mathematics.units import CALCULATING, FILLERS, Unit, is_word, ratio, read_unit, unit_named
 
 _MAX_EXPONENT = 400  # of ten, in scientific notation
 _GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]{1,3}(?:'[0-9]{3})+"
@@ -67,6 +67,10 @@ _HALF = re.compile(rf"half an? ({'|'.join(_MAGNITUDES)}|dozen)\b", re.IGNORECASE
 _TIME = re.compile(
     r"(?:at\s+)?(?:([0-9]{1,2})(?::([0-9]{2}))?(?::[0-9]{2})?\s*(?:([ap])\.?\s?m\b\.?|(o'?\s?clock))|([0-9]{1,2}):([0-9]{2})(?:\s*h(?:ours?)?)?)",
     re.IGNORECASE,
+)
+# What makes a formula of a number and what is behind it: no unit begins with a power or a product, or has a power that varies.
+_OPERATION = re.compile(
+    r"[=<>|\[\]()&_!%~]|\\(?!circ|cdot|times)|^[-+*:;{]|^\s*(?:\^(?!\\circ)|\\(?:cdot|times)\b)|\^\{?[A-Za-z]|\s[-+*]\s"
 )
 
 
@@ -239,7 +243,7 @@ def _in_words(text: str) -> Fraction | None:
 
 def _is_unit(rest: str, touches: bool, loose: bool) -> bool:
     """Whether what follows a number may be its unit: no further number, operator or formula, and no variables."""
-    if re.search(r"[=<>|\[\]()&_!%~]|\\(?!circ|cdot|times)|^[-+*:;]|\s[-+*]\s", rest):
+    if _OPERATION.search(rest) or CALCULATING.match(rest):
         return False
     word = re.match(r"[A-Za-z]+", rest)
     if (word and word[0].lower() in ("or", "and", "to", "than")) or (word and not _may_follow(word[0], touches, loose)):

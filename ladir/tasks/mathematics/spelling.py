@@ -86,6 +86,7 @@ _SUPERSCRIPTS, _SUBSCRIPTS = (
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp"
 _SYNONYMS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac"),
+    **dict.fromkeys(("dbinom", "tbinom"), r"\binom"),
     **dict.fromkeys(("leq", "leqslant", "le"), r"\le "),
     **dict.fromkeys(("geq", "geqslant", "ge"), r"\ge "),
     **dict.fromkeys(("neq", "ne"), r"\ne "),
@@ -135,6 +136,21 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mathbb|boldsymbol|bm|mbox|hbox|operatorname)"
     r"\*?\s?\{([^{}]{0,500})\}"
 )
+_ORDINAL = re.compile(
+    r"(?<=[0-9])\s?\^?\s?(\{)?\s?\\(?:text|textrm|mathrm)\s?\{\s?(st|nd|rd|th)\s?\}\s?(?(1)\})"  # 21^{\text{st}}
+)
+_ORDINALS = {
+    "first": "1st",
+    "second": "2nd",
+    "third": "3rd",
+    "fourth": "4th",
+    "fifth": "5th",
+    "sixth": "6th",
+    "seventh": "7th",
+    "eighth": "8th",
+    "ninth": "9th",
+    "tenth": "10th",
+}
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _SPACES = re.compile(r"(?<!\\)\\[,;: \n]|~|\\q?quad")
 _NO_SPACE = re.compile(r"(?<!\\)\\!\s*")
@@ -154,7 +170,8 @@ _POWER_OF_TEN = re.compile(r"(?<=[0-9])\s*[xX]\s*10\s*(?=\^)")
 def spelled(text: str) -> str:
     """The text in one spelling: ASCII and LaTeX commands, without Markdown, styles, and marks around formulas."""
     text = _SPECIAL.sub("", text)
-    return _latex(_plain(_characters(text if "\\begin" in text else _ESCAPED.sub("", text))))
+    text = _latex(_plain(_characters(text if "\\begin" in text else _ESCAPED.sub("", text))))
+    return _ORDINALS.get(text.lower().removeprefix("the ").rstrip("."), text)
 
 
 def folded_words(text: str) -> str:
@@ -194,6 +211,7 @@ def _latex(text: str) -> str:
     text = _INLINE.sub(r" \1 ", text).replace("\\$", "$").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&")
     text = _REALS.sub(r"\\reals ", text)
     text = _NO_SPACE.sub("", text.replace("{,}", ","))
+    text = _ORDINAL.sub(r"\2", text)
     for _ in range(3):  # styles within styles
         text = _TEXT.sub(r" \1 ", text)
     text = _SPACES.sub(" ", text)

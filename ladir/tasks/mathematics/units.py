@@ -53,6 +53,13 @@ _UNITS = _read_table()
 _PLAIN = frozenset({"unit", "units"})  # says nothing
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 #: words that end a unit
+# Words behind a number that make another number of it: "3 plus 4", "3 squared" (but not "3 squared metres"), "3 less than x".
+CALCULATING = re.compile(
+    r"\s*(?:(?:plus|minus|mod|modulo|choose|factorial|(?:divided|multiplied) by)\b|(?:squared|cubed|negative)(?!\s+[A-Za-z]{2})"
+    r"|(?:times|over|remainder|(?:less|fewer|more) than)\s+(?:[0-9\\]|[b-z]\b)"
+    r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s\b|(?:[a-z]+ )?below zero\b)",
+    re.IGNORECASE,
+)
 FILLERS = frozenset(
     [
         "of",
