@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from tests.toy_phase import toy_config
 from training.runtime import ending
 from training.runtime.chain import chain, following
 from training.runtime.distributed import World
+from training.runtime.logs import configure_logging
 from training.runtime.run import Outcome, Run
 from training.runtime.schedule import Progress
 
@@ -122,6 +124,20 @@ def test_every_line_is_said_once_and_what_libraries_say_by_rank_0_alone() -> Non
     assert lines[:8] == [*first, "[rank 0] other warning", "[rank 0] z warning"]
     assert lines[8].startswith("[rank 0] FutureWarning: a class is old (<string>:")
     assert lines[9:] == [f"[rank 1] {name} warning" for name in ours]
+
+
+def test_a_line_whose_arguments_do_not_fit_is_written_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers has them: a kind of warning stands where an argument for the text should."""
+    configure_logging(0, 1)
+    try:
+        logging.getLogger("other").warning("an argument is old", FutureWarning)
+        logging.getLogger("other").warning("%d things", "no")
+        assert caplog.messages == ["an argument is old (<class 'FutureWarning'>,)", "%d things ('no',)"]
+        configure_logging(0, 1)  # another run in the same process says its lines anew
+        logging.getLogger("other").warning("%d things", "no")
+        assert len(caplog.messages) == 3
+    finally:
+        caplog.handler.filters.clear()
 
 
 def test_the_chain_has_every_phase_and_goes_on_behind_what_is_finished() -> None:

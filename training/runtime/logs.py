@@ -24,7 +24,7 @@ class Once(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
         ours = record.name.split(".")[0] in OURS
-        line = (record.levelno, record.getMessage())
+        line = (record.levelno, _text(record))
         if line in self._said or (self._rank and not ours and record.levelno < logging.ERROR):
             return False
         if len(self._said) < _REMEMBERED:
@@ -32,11 +32,25 @@ class Once(logging.Filter):
         return True
 
 
+def _text(record: logging.LogRecord) -> str:
+    """What a record says; one whose arguments do not fit its text (libraries have such lines) is given them behind it.
+
+    An error here would not stay in logging, as it does where a line is written, but end whoever logs.
+    """
+    try:
+        return record.getMessage()
+    except Exception:  # foreign code: what formatting its arguments raises is not known
+        record.msg, record.args = f"{record.msg} {record.args!r}", None
+        return record.getMessage()
+
+
 def configure_logging(rank: int, size: int) -> None:
     """Our INFO lines from rank 0, our warnings from everybody; other libraries from WARNING on, from rank 0."""
     where = f" [rank {rank}]" if size > 1 else ""
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s{where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
+        for before in [kept for kept in handler.filters if isinstance(kept, Once)]:  # of another run in this process
+            handler.removeFilter(before)
         handler.addFilter(Once(rank))
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
