@@ -334,6 +334,25 @@ def test_all_files_of_an_export_have_the_permissions_of_new_ones(tmp_path: Path,
     assert {path.stat().st_mode for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {expected}
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "denoiser/adapter_model.safetensors",
+        "denoiser/heads.safetensors",
+        "vae/heads.safetensors",
+        "vae/encoder/adapter_model.safetensors",
+        "base/model.safetensors",
+    ],
+)
+def test_what_a_training_left_is_not_exported_where_it_is_cut_short(tmp_path: Path, file: str) -> None:
+    models = Models(tmp_path, "lora")
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnusableError, match=f"{file} is cut short"):
+        models.export()
+    assert not (tmp_path / "export").exists()
+
+
 @pytest.mark.parametrize("how", [ExportSettings(), MERGED, COPIED], ids=["plain", "merged", "copied"])
 def test_an_export_that_failed_leaves_the_one_before(
     tmp_path: Path, how: ExportSettings, monkeypatch: pytest.MonkeyPatch

@@ -104,14 +104,20 @@ def test_a_file_that_is_cut_short_is_named(export: Path, file: str, message: str
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters_that_are_cut_short_are_named(tmp_path: Path, file: str, asked: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("adapter_config.json", "cannot be read .*copy it again"), ("adapter_model.safetensors", "is cut short")],
+)
+def test_adapters_that_are_cut_short_are_named_before_the_lm_is_read(
+    tmp_path: Path, file: str, message: str, asked: list[dict[str, Any]]
+) -> None:
     adapted = Backbone(with_lora(tiny_lm(dtype=torch.bfloat16), LoraSettings(rank=2)))
     adapted.lm.peft_config["default"].base_model_name_or_path = "base"
     save_lm(adapted, tmp_path / "adapter")
     cut(tmp_path / "adapter" / file)
-    with pytest.raises(UnusableError, match=f"adapter/{file} cannot be read .*copy it again"):
+    with pytest.raises(UnusableError, match=f"adapter/{file} {message}"):
         load_backbone(tmp_path / "adapter", SETTINGS, torch.device("cpu"))
+    assert not asked
 
 
 @pytest.mark.parametrize(

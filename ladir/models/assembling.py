@@ -88,6 +88,11 @@ class _Parts:
 def _look_at(denoiser: Path, vae: Path, tokenizer: PreTrainedTokenizerBase) -> _Parts:
     """UnusableError where something is missing, damaged or belongs to something else; nothing large is loaded."""
     saved, vae_saved = load_settings(denoiser, "denoiser"), load_settings(vae, "vae")
+    for folder in (denoiser, vae):
+        check_file(folder / HEADS_FILE)
+    parts = [denoiser, vae / "encoder", *([vae / "decoder"] if vae_saved["settings"]["decoder"] == "trained" else [])]
+    for lm in parts:  # before fingerprints are compared: a VAE with a damaged file would be taken for another one
+        check_lm_files(lm)
     trained_on = TrainedOn.of(saved)
     fingerprint = folder_fingerprint(vae)
     check_vae(trained_on, fingerprint, denoiser, vae)
@@ -103,9 +108,7 @@ def _look_at(denoiser: Path, vae: Path, tokenizer: PreTrainedTokenizerBase) -> _
             f"{denoiser} is adapters on {base}, {vae} was trained on {encoder_base or decoder}: another LM would read the "
             "thoughts; train the one of the two anew that stands on the wrong LM"
         )
-    for folder in (denoiser, vae):
-        check_file(folder / HEADS_FILE)
-    for lm in {denoiser, vae / "encoder", *(Path(name) for name in (base, decoder) if name and Path(name).is_dir())}:
+    for lm in {Path(name) for name in (base, decoder) if name and Path(name).is_dir()}:
         check_lm_files(lm)
     check_tokenizer(trained_on, tokenizer, denoiser if base is None else base, denoiser)
     base = base or encoder_base

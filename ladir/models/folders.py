@@ -34,7 +34,7 @@ from ladir.models.store import (
     settings_of,
 )
 from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
-from ladir.models.weights import ADAPTER_WEIGHTS_NAME
+from ladir.models.weights import ADAPTER_WEIGHTS_NAME, check_lm_files
 
 
 def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
@@ -155,6 +155,7 @@ def load_backbone(
         return Backbone(load_lm(settings, device.type, str(folder), onto))
     from peft import PeftModel
 
+    check_lm_files(Path(folder))
     lm = load_lm(settings, device.type, base or find_base(Path(folder), named), onto)
     # PEFT reads adapters to the first GPU unless it is told.
     place = {} if trainable else {"torch_device": str(lm.device)}
