@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,42 +371,46 @@ def test_an_export_that_failed_leaves_the_one_before(
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
-from ladir.config import SampleSettings, ExportSettings
-from ladir.models import assembling
+from ladir.config import BackboneSettings, ExportSettings, SampleSettings
+from ladir.models import assembling, store
 from ladir.tokens import load_tokenizer
-from ladir.config import BackboneSettings
-folder, calls = Path(sys.argv[1]), int(sys.argv[2])
-left = [calls]
-def counted(real):
-    def call(*arguments, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    return call
-for name in ("_place_lm", "_place_thought_decoder", "save_tensors", "_copy_base", "name_base", "update_settings"):
-    setattr(assembling, name, counted(getattr(assembling, name)))
-from ladir.models import store
-store.replace_folder = counted(store.replace_folder)
+
+folder = Path(sys.argv[1])
 tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder / "tokenizer")))
-how = ExportSettings(merge_lora=True)
-assembling.assemble_export(folder / "denoiser", folder / "vae", tokenizer, folder / "export", SampleSettings(), how)
+
+def killed_at(calls):
+    left = [calls]
+    def counted(real):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+    for name in ("_place_lm", "_place_thought_decoder", "save_tensors", "name_base", "update_settings"):
+        setattr(assembling, name, counted(getattr(assembling, name)))
+    store.replace_folder = counted(store.replace_folder)
+    parts = (folder / "denoiser", folder / "vae", tokenizer, folder / "export", SampleSettings(**json.loads(sys.argv[2])))
+    assembling.assemble_export(*parts, ExportSettings(merge_lora=True))
+
+for calls in range(8):
+    if (child := os.fork()) == 0:
+        killed_at(calls)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([status, sorted(path.name for path in folder.glob("export*"))]))
 """
 
 
 def test_killed_anywhere_an_export_is_whole_or_not_there(tmp_path: Path) -> None:
     models = Models(tmp_path)
     tokenizer().save_pretrained(str(tmp_path / "tokenizer"))
-    for calls in (1, 3, 6):
-        command = [sys.executable, "-c", KILLED, str(tmp_path), str(calls)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == -9, done.stderr
-        left = sorted(path.name for path in tmp_path.iterdir())
-        assert "export" not in left and "export.writing" in left
-        with pytest.raises(UnusableError):
-            load(tmp_path / "export")
-    models.export()
-    assert not (tmp_path / "export.writing").exists()
+    command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(asdict(SETTINGS))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    *killed, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert killed == [[-9, ["export.writing"]]] * 7
+    assert last == [0, ["export"]]
     assert_same_answers(load(tmp_path / "export"), models.reasoner())
