@@ -14,6 +14,7 @@ from ladir.config.loader import load_config
 from ladir.errors import UnusableError
 from ladir.installation import missing_package
 from ladir.tokens import build_word_tokenizer
+from tests.tiny import tiny_lm
 from training.phases import ar, latents, vae
 from training.runtime.distributed import World
 from training.runtime.failures import tell_launcher
@@ -96,8 +97,10 @@ def test_data_that_is_not_there_is_told_before_a_model_is_loaded(
     for module, name in ((vae, "new_vae"), (latents, "load_vae"), (ar, "build_backbone")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("loaded a model"))
     build_word_tokenizer(["a"]).save_pretrained(str(tmp_path / "tokenizer"))
+    tiny_lm(dtype=torch.float32).save_pretrained(str(tmp_path / "lm"))
     files = [f"data.{name}={tmp_path / path}" for name in ("train", "validation")]
-    config = load_config(None, [f"run.folder={tmp_path}", f"backbone.tokenizer={tmp_path / 'tokenizer'}", *files])
+    lm = [f"backbone.name_or_path={tmp_path / 'lm'}", f"backbone.tokenizer={tmp_path / 'tokenizer'}"]
+    config = load_config(None, [f"run.folder={tmp_path}", *lm, *files])
     world = World(0, 1, 0, torch.device("cpu"))
     builders = {"vae": vae.vae_phase, "ar": ar.ar_phase}
     faults = pytest.raises((FileNotFoundError, UnusableError), match=r"no such file|name a file|unknown kind")
