@@ -21,7 +21,7 @@ from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
-from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise, passes_per_span
+from ladir.inference.sampler import NOISE, BlockSampler, StepHook, Think, TrajectoryNoise, passes_per_span
 from ladir.layout import Mark
 from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
@@ -339,12 +339,12 @@ class Reasoner:
             for entry, text in zip(having, texts, strict=True):
                 entry.thoughts[block] = text
 
-    def _trace_hook(
-        self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook
-    ) -> Callable[[list[int], int, int, Tensor], None]:
+    def _trace_hook(self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook) -> StepHook:
         """Decodes the current estimate of every trajectory's block after each step."""
 
         def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            if step == NOISE:
+                return
             texts = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
             for row, text in zip(rows, texts, strict=True):
                 traces.setdefault((row, block), []).append(text)

@@ -85,7 +85,7 @@ def test_sigkill_at_random_moments_loses_nothing(one_process: ProcessGroup, tmp_
         assert steps == sorted(steps)
     assert run_for(context, run, None) == "finished"
     assert_identical(run, whole)
-    assert drawn_steps(run / "toy" / "tensorboard" / "ar")["losses/loss"] == list(range(10, 101, 10))
+    assert drawn_steps(run / "toy" / "tensorboard" / "ar")["1 losses/ar/loss"] == list(range(10, 101, 10))
 
 
 @pytest.fixture

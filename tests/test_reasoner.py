@@ -22,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
 from ladir.inference.guidance import diversity_force, reward_gradient
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise, passes_per_span, step_times
+from ladir.inference.sampler import NOISE, BlockSampler, TrajectoryNoise, passes_per_span, step_times
 from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.assembling import assemble_export
@@ -241,12 +241,15 @@ def assert_cached_is_plain(reasoner: Reasoner, questions: Sequence[str], count: 
 def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int) -> list[dict[int, list[Tensor]]]:
     """The estimate of the clean latents after every step of every block, per trajectory, from the sampler's hook."""
     seen: list[dict[int, list[Tensor]]] = [{} for _ in range(len(questions) * count)]
+    begun: list[set[int]] = [set() for _ in seen]
 
     def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
         for row, estimate in zip(rows, x0, strict=True):
             steps = seen[row].setdefault(block, [])
-            assert step == len(steps)
-            steps.append(estimate)
+            assert step == (len(steps) if block in begun[row] else NOISE)
+            if step != NOISE:
+                steps.append(estimate)
+            begun[row].add(block)
 
     noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(count)])
     owner = torch.arange(len(questions)).repeat_interleave(count)

@@ -22,6 +22,7 @@ from ladir.cli.report import _traced
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
 from ladir.inference.decode import decode_thoughts
+from ladir.inference.sampler import TrajectoryNoise
 from ladir.reasoner import Reasoner
 from ladir.report import traces
 from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
@@ -259,6 +260,32 @@ def test_traces_are_the_trajectories_of_the_same_seed() -> None:
             np.testing.assert_allclose(block.latents[-1], ((latents - mean) / std).flatten(), atol=1e-5)
 
 
+def test_a_picture_starts_at_the_noise_a_block_is_made_of() -> None:
+    """The first block's is what the trajectory's own random numbers begin with."""
+    reasoner = tiny_reasoner()
+    reasoner.settings = replace(reasoner.settings, initial_noise=2.0)
+    traced = trace_questions(reasoner, QUESTIONS, 2, seed=5)
+    d = reasoner.denoiser
+    for question, group in zip(QUESTIONS, traced, strict=True):
+        for index, trajectory in enumerate(group):
+            drawn = TrajectoryNoise(5, [(question, index)]).normal([0], (1, d.latents_per_block, d.latent_dim))
+            np.testing.assert_allclose(trajectory.blocks[0].noise, 2 * drawn.flatten(), atol=1e-5)
+            latents, texts, names = trajectory.blocks[0].picture()
+            assert names == ["noise", *map(str, range(1, reasoner.settings.num_steps + 1))]
+            np.testing.assert_array_equal(latents[0], trajectory.blocks[0].noise)
+            assert len(latents) == len(texts) == len(names) and texts[1:] == trajectory.blocks[0].texts
+    noises = [block.noise for group in traced for trajectory in group for block in trajectory.blocks]
+    assert len({noise.tobytes() for noise in noises}) == len(noises)  # each block's own
+
+
+def test_a_picture_says_what_its_colours_mean() -> None:
+    figure = denoising_figure(np.zeros((3, 4)), ["a", "b", "b"], ["noise", "1", "2"], "block 1")
+    axes, beside, bar = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["noise", "1", "2"]
+    assert [label.get_text() for label in beside.get_yticklabels()] == ["a", "b", "b"]
+    assert bar.get_xlabel() == "value (standardised)"
+
+
 def test_steps_are_decoded_a_few_at_a_time_and_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = trace_questions(tiny_reasoner(), QUESTIONS, 2, seed=5)
     rows: list[int] = []
@@ -271,7 +298,7 @@ def test_steps_are_decoded_a_few_at_a_time_and_read_the_same(monkeypatch: pytest
     monkeypatch.setattr(traces, "decode_thoughts", counted)
     in_parts = trace_questions(tiny_reasoner(), QUESTIONS, 2, seed=5)
     blocks = [block for one in at_once for trajectory in one for block in trajectory.blocks]
-    assert max(rows) == 4 and sum(rows) == sum(len(block.texts) for block in blocks)  # each step once
+    assert max(rows) == 4 and sum(rows) == sum(len(block.texts) + 1 for block in blocks)  # each step once, and the noise
     for ours, theirs in zip(itertools.chain(*in_parts), itertools.chain(*at_once), strict=True):
         assert [block.texts for block in ours.blocks] == [block.texts for block in theirs.blocks]
         assert all(np.array_equal(a.latents, b.latents) for a, b in zip(ours.blocks, theirs.blocks, strict=True))
@@ -279,7 +306,7 @@ def test_steps_are_decoded_a_few_at_a_time_and_read_the_same(monkeypatch: pytest
 
 def test_pictures_of_anything_can_be_drawn() -> None:
     for latents in (np.zeros((1, 1)), np.full((3, 2), np.nan), np.random.default_rng(0).standard_normal((30, 2048))):
-        figure = denoising_figure(latents, (HOSTILE * 6)[: len(latents)], HOSTILE[2])
+        figure = denoising_figure(latents, (HOSTILE * 6)[: len(latents)], list(map(str, range(len(latents)))), HOSTILE[2])
         assert pixels(figure).shape[2] == 3 and png(figure).startswith(b"\x89PNG")
 
 
@@ -322,7 +349,7 @@ def held_out_curve() -> Figure:
 
 
 def long_texts(steps: int) -> Figure:
-    return denoising_figure(np.zeros((steps, 64)), [HOSTILE[3]] * steps, HOSTILE[3])
+    return denoising_figure(np.zeros((steps, 64)), [HOSTILE[3]] * steps, ["noise", *map(str, range(1, steps))], HOSTILE[3])
 
 
 @pytest.mark.parametrize(

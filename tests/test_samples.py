@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
 import re
@@ -9,23 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ladir.config import BackboneSettings
-from ladir.config.loader import load_config
+from ladir.config import BackboneSettings, Config
+from ladir.config.loader import load_config, save_config
 from ladir.data.randomness import derive
+from ladir.evaluation.metrics import summarise
+from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_results
 from ladir.inference.decode import decode_thoughts
 from ladir.models.metrics import flow_by_time, vae_metrics
-from ladir.report import traces
+from ladir.report import figures, traces
+from ladir.report.figures import denoising_figure
 from ladir.report.traces import LatentRecorder, spread
 from ladir.tasks import countdown
 from ladir.tokens import decode_text
@@ -33,17 +39,21 @@ from tests.distributed import ProcessGroup
 from tests.test_phases import BUILDERS, TRAIN, configure, make_base
 from tests.test_reasoner import tokenizer, undecided
 from tests.tiny import random_records, tiny_denoiser, tiny_lm, tiny_vae
+from training.evaluation.board import draw_results
+from training.evaluation.table import result_files
 from training.phases import samples
 from training.phases.latents import encode
 from training.phases.rollout import rollout_phase
 from training.phases.samples import markdown_table
 from training.runtime import dashboard
 from training.runtime.distributed import World
+from training.runtime.files import write_json
 from training.runtime.loop import train
-from training.runtime.run import RunFolder, open_run
+from training.runtime.run import Outcome, Run, RunFolder, open_run
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
 
 SHOWN = 2
+ACTIVE = "3 latents/active_units"
 BUILD = {**BUILDERS, "rollout": rollout_phase}
 ROLLOUT = {**TRAIN, "max_steps": 1, "micro_batch": 4}
 
@@ -74,52 +84,51 @@ def test_every_phase_shows_its_samples_on_two_ranks(
     two_processes.run(train_and_show, tmp_path, variant, timeout=280)
     folder = RunFolder(configure(tmp_path, "shown", 3, 4, []))
     events = {phase: read_events(folder.tensorboard(phase)) for phase in BUILD}
+    held_out = {phase: read_events(folder.tensorboard(phase) / "validation") for phase in BUILD}
     for phase, titles in (
         ("vae", "sentence"),
         ("denoiser", "thoughts and answer"),
         ("rollout", "thoughts and answer"),
         ("ar", "completion"),
     ):
-        (sample,) = events[phase].Tensors("samples/text_summary")
+        (sample,) = held_out[phase].Tensors("samples/text_summary")
         text = sample.tensor_proto.string_val[0].decode()
         assert titles in text and text.count("\n") == SHOWN + 1
         assert ("(trained on)" in text) == ("data.validation=null" in variant)
-        assert_one_layout_and_settings(events[phase], phase)
-    assert {"latents/mean", "latents/posterior_standard_deviation"} <= set(events["vae"].Tags()["histograms"])
+        assert_a_section_of_its_own(events[phase], held_out[phase], phase, "data.validation=null" not in variant)
+    assert {"3 latents/vae/mean", "3 latents/vae/posterior_standard_deviation"} <= set(held_out["vae"].Tags()["histograms"])
     for stage in ("denoiser", "rollout"):
-        assert {"latents/meant", "latents/generated"} <= set(events[stage].Tags()["histograms"])
-        (picture,) = events[stage].Images("denoising/block_1")
+        assert {f"3 latents/{stage}/meant", f"3 latents/{stage}/generated"} <= set(held_out[stage].Tags()["histograms"])
+        (picture,) = held_out[stage].Images("denoising/block_1")
         assert picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 500
     for phase, names in (
-        ("vae", {"losses/reconstruction", "losses/kl", "quality/exact", "quality/token_accuracy", "latents/active_units"}),
-        (
-            "denoiser",
-            {"losses/flow", "losses/flow_t0.00-0.25", "losses/answer", "quality/stop_accuracy", "quality/answer_accuracy"},
-        ),
-        ("rollout", {"losses/flow", "losses/rollout", "quality/rollout_token_accuracy", "quality/rollout_distance"}),
-        ("ar", {"losses/text", "quality/token_accuracy"}),
+        ("vae", {"1 losses/reconstruction", "1 losses/kl", "2 quality/exact", "2 quality/token_accuracy", ACTIVE}),
+        ("denoiser", {"1 losses/flow", "1 losses/flow_t0.00-0.25", "2 quality/stop_accuracy", "2 quality/answer_accuracy"}),
+        ("rollout", {"1 losses/flow", "1 losses/rollout", "2 quality/rollout_token_accuracy", "2 quality/rollout_distance"}),
+        ("ar", {"1 losses/text", "2 quality/token_accuracy"}),
     ):
         tags = set(events[phase].Tags()["scalars"])
-        general = {"optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps", "speed/mfu", "speed/data_wait"}
-        assert names | general | {"speed/tokens_per_second_per_device", "speed/memory_gib"} <= tags
-        assert ("validation/loss" in tags) == ("data.validation=null" not in variant)
-        assert all(0 < event.value < 2 for event in events[phase].Scalars("speed/mfu"))
-        assert_charts_find(tags)
+        general = {"4 optimizer/lr", "4 optimizer/grad_norm", "4 optimizer/skipped_steps", "5 speed/mfu", "5 speed/data_wait"}
+        expected = names | general | {"5 speed/tokens_per_second_per_device", "5 speed/memory_gib"}
+        assert {f"/{phase}/".join(name.split("/")) for name in expected} <= tags
+        assert (f"1 losses/{phase}/loss" in held_out[phase].Tags()["scalars"]) == ("data.validation=null" not in variant)
+        assert all(0 < event.value < 2 for event in events[phase].Scalars(f"5 speed/{phase}/mfu"))
+        assert_charts_find(phase, tags)
 
 
-def assert_one_layout_and_settings(events: EventAccumulator, phase: str) -> None:
-    """The charts' layout, the same for every phase, and the phase's own settings as HPARAMS, with their results."""
+def assert_a_section_of_its_own(events: EventAccumulator, held_out: EventAccumulator, phase: str, validated: bool) -> None:
+    """The charts of this phase alone: another one's losses have no axis in common with these.  Settings belong to evaluations."""
     (config,) = events.Tensors("custom_scalars__config__")
-    categories = Layout.FromString(config.tensor_proto.string_val[0]).category
-    drawn = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in categories}
-    asked = {title: {name: patterns for name, (_, patterns) in charts.items()} for title, charts in dashboard.layout().items()}
-    assert drawn == asked
-    found = {tag: HParamsPluginData.FromString(content) for tag, content in events.PluginTagToContent("hparams").items()}
-    metrics = [info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos]
-    assert metrics == list(dashboard.RESULT_METRICS)
-    settings = found["_hparams_/session_start_info"].session_start_info.hparams
-    assert settings[f"{phase}.train.max_steps"].number_value == (ROLLOUT if phase == "rollout" else TRAIN)["max_steps"]
-    assert found["_hparams_/session_end_info"].session_end_info.status == Status.STATUS_SUCCESS
+    (section,) = Layout.FromString(config.tensor_proto.string_val[0]).category
+    drawn = {chart.title: list(chart.multiline.tag) for chart in section.chart}
+    ((title, charts),) = dashboard.layout(phase).items()
+    assert (section.title, drawn) == (title, {name: patterns for name, (_, patterns) in charts.items()})
+    scalars = {*events.Tags()["scalars"], *held_out.Tags()["scalars"]}
+    for name, (pattern,) in drawn.items():
+        # Stage 2 looks at gold chains in its validation only.
+        assert not validated or any(re.search(pattern, tag) for tag in scalars), f"{phase}: {name} stays empty"
+    with pytest.raises(KeyError):
+        events.PluginTagToContent("hparams")
 
 
 class Shown:
@@ -142,7 +151,8 @@ class Shown:
 
 
 def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some steps of the first question's first blocks, which are drawn, and all finished blocks; by a decoder fit for a CPU."""
+    """All blocks at their first and their last step, and from noise on some steps of one question's first blocks, whose text
+    changes, which are drawn; by a decoder fit for a CPU."""
     monkeypatch.setattr(samples, "_DRAWN_BLOCKS", 2)
     monkeypatch.setattr(samples, "_DRAWN_STEPS", 3)
     settings = ["sample.num_steps=5", "sample.max_blocks=3", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
@@ -150,8 +160,9 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
     model, decoder, words, shown = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder, tokenizer(), Shown()
     recorder = LatentRecorder.without_vae(model, words, config.sample)
-    recorded = recorder.record([decode_text(words, record.question) for record in records], 1, config.run.seed)
-    first, *others = [only for (only,) in recorder.read(recorded, decoder)]
+    questions = [decode_text(words, record.question) for record in records]
+    recorded = recorder.record(questions, 1, config.run.seed)
+    all_steps = [only for (only,) in recorder.read(recorded, decoder)]
     rows: list[int] = []
 
     def counted(decoder: Any, tokenizer: Any, z: torch.Tensor, max_tokens: int) -> list[str]:
@@ -165,12 +176,24 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(samples, "load_thought_decoder", loaded)
     monkeypatch.setattr(traces, "decode_thoughts", counted)
     show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"))  # type: ignore[arg-type]
+    pictures: list[tuple[str, list[str]]] = []
+
+    def drawn(latents: np.ndarray, texts: list[str], names: list[str], title: str) -> Figure:
+        assert len(latents) == len(texts) == len(names)
+        pictures.append((title, names))
+        return denoising_figure(latents, texts, names, title)
+
+    monkeypatch.setattr(figures, "denoising_figure", drawn)
     show(model, shown, 1)
-    assert len(first.blocks) == 3
-    assert sum(rows) == 2 * 3 + 1 + sum(len(trace.blocks) for trace in others)
+    first_and_last, drawn_steps = 2 * sum(len(trace.blocks) for trace in all_steps), 2 * (1 + 3)
+    assert sum(rows) == first_and_last + drawn_steps
     assert shown.images == ["denoising/block_1", "denoising/block_2"]
+    changes = [sum(block.texts[0] != block.texts[-1] for block in trace.blocks[:2]) for trace in all_steps]
+    chosen = [number for number, count in enumerate(changes) if count == max(changes)]
+    assert max(changes) > 0 and pictures[0][0] in {f"block 1 of {questions[number]}" for number in chosen}
+    assert [names for _, names in pictures] == [["noise", "2", "4", "5"]] * 2  # evenly, up to the last
     (table,) = shown.texts
-    lines = [samples._cell("\n".join([*trace.thoughts, trace.answer])) for trace in (first, *others)]
+    lines = [samples._cell("\n".join([*trace.thoughts, trace.answer])) for trace in all_steps]
     assert [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]] == lines
 
 
@@ -186,23 +209,37 @@ def read_events(folder: Path) -> EventAccumulator:
     return events
 
 
-def assert_charts_find(tags: set[str]) -> None:
-    """Every scalar but the plain counters has a chart."""
-    patterns = [pattern for charts in dashboard.layout().values() for _, (pattern,) in charts.values()]
-    uncharted = {tag for tag in tags if not any(re.search(pattern, tag) for pattern in patterns)}
-    assert uncharted <= {"optimizer/epoch", "speed/seconds", "speed/tokens_per_second"}
+def assert_charts_find(phase: str, tags: set[str]) -> None:
+    """Every scalar but the plain counters and the sum's one part has a chart, in the phase's own section."""
+    (charts,) = dashboard.layout(phase).values()
+    uncharted = {tag for tag in tags if not any(re.search(pattern, tag) for _, (pattern,) in charts.values())}
+    counters = {f"4 optimizer/{phase}/epoch", f"5 speed/{phase}/seconds", f"5 speed/{phase}/tokens_per_second"}
+    assert uncharted <= counters | {f"1 losses/{phase}/text"}  # the loss itself
 
 
 def test_stage_2_has_charts_of_its_own() -> None:
     names = ("rollout", "rollout_token_accuracy", "rollout_distance", "rollout_other_gold")
-    tags = [dashboard.tag("train", name) for name in names]
-    assert tags == ["losses/rollout", "quality/rollout_token_accuracy", "quality/rollout_distance", "quality/rollout_other_gold"]
-    assert_charts_find({*tags, *(dashboard.tag("validation", name) for name in names)})
+    tags = [dashboard.tag("rollout", name) for name in names]
+    assert tags == ["1 losses/rollout/rollout", *(f"2 quality/rollout/{name}" for name in names[1:])]
+    assert_charts_find("rollout", set(tags))
+
+
+def test_losses_and_quality_come_first_and_no_two_phases_share_a_chart() -> None:
+    """TensorBoard sorts groups by name, and draws tags of one name together."""
+    names = ("loss", "exact", "active_units", "lr", "mfu")
+    groups = [dashboard.tag("vae", name).split("/")[0] for name in names]
+    assert groups == sorted(groups) and [group[2:] for group in groups[:2]] == ["losses", "quality"]
+    phases = ("base", "vae", "denoiser", "rollout", "ar", "ar.2")
+    for phase, other in itertools.permutations(phases, 2):
+        assert dashboard.layout(phase).keys() != dashboard.layout(other).keys()
+        tags = [dashboard.tag(other, name) for name in (*names, "flow_t0.00-0.25", "text")]
+        (charts,) = dashboard.layout(phase).values()
+        assert not [tag for tag in tags for _, (pattern,) in charts.values() if re.search(pattern, tag)]
 
 
 def test_hyperparameters_are_what_tensorboard_takes() -> None:
     given = {"a": 1, "b": 0.5, "c": "x", "d": None, "e": [1, 2], "f": True}
-    assert dashboard.hyperparameters(given) == {"a": 1, "b": 0.5, "c": "x", "d": "None", "e": "[1, 2]", "f": True}
+    assert dashboard.hyperparameters(given) == {"a": 1, "b": 0.5, "c": "x", "d": "null", "e": "[1, 2]", "f": True}
 
 
 def test_cells_hold_any_text() -> None:
@@ -312,3 +349,38 @@ def test_steps_are_spread_evenly_up_to_the_last(count: int, most: int) -> None:
     assert len(found) == min(count, most) and found[-1] == count and found[0] >= 1
     gaps = {after - before for before, after in itertools.pairwise([0, *found])}
     assert max(gaps) - min(gaps) <= 1
+
+
+def hparams_of(folder: Path) -> dict[str, Any]:
+    """The settings of a row of HPARAMS."""
+    found = read_events(folder).PluginTagToContent("hparams")
+    assert "_hparams_/experiment" not in found  # the first one read would name the columns of all rows
+    values = HParamsPluginData.FromString(found["_hparams_/session_start_info"]).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+
+
+def test_an_evaluation_is_a_row_of_what_is_not_the_default_and_of_what_came_out(tmp_path: Path) -> None:
+    config = Config()
+    config.run.folder, config.run.name, config.run.seed = str(tmp_path), "mine", 3
+    config.denoiser.train.lr, config.sample.num_steps, config.evaluate.methods = 0.25, 7, ["ladir", "ar"]
+    run = Run(config, "evaluate", World(0, 1, 0, torch.device("cpu")))
+    run.prepare()
+    trained = copy.deepcopy(config)
+    trained.denoiser.train.lr, trained.denoiser.train.log_every, trained.sample.num_steps = 0.5, 3, 99
+    save_config(trained, run.folder.config("denoiser"))  # it was trained with another rate than the evaluation's file names
+    write_json(run.folder.outcome_file("denoiser"), dataclasses.asdict(Outcome("finished", 12, 48, 1.0, {})))
+    for rate in (True, False):  # a second evaluation takes the place of the first
+        questions = [QuestionResult("1 2", [Trajectory("3", rate, "3")] * 10)]
+        rows = [MethodResult(method, summarise(questions), 1.0, 1.0) for method in ("ladir", "ar")]
+        write_results(result_files(run)[0], rows, task="countdown", num_questions=1, num_trajectories=10, seed=3)
+        draw_results(run)
+    folder = run.folder.tensorboard("evaluate")
+    assert len(list(folder.iterdir())) == 1
+    expected = {"run.seed": 3.0, "denoiser.train.lr": 0.5, "sample.num_steps": 7.0, "evaluate.methods": "[ladir, ar]"}
+    assert hparams_of(folder) == expected
+    events = read_events(folder)
+    assert {f"pass@{k}/{method}" for k in (1, 10) for method in ("ladir", "ar")} == set(events.Tags()["scalars"])
+    assert [(event.step, event.value) for event in events.Scalars("pass@1/ladir")] == [(12, 0.0)]
+    config.telemetry.tensorboard, config.evaluate.name = False, "quiet"
+    draw_results(run)
+    assert not run.folder.tensorboard("evaluate-quiet").exists()

@@ -54,6 +54,12 @@ def tensorboard_steps(folder: Path, tag: str) -> list[int]:
     return [event.step for event in events.Scalars(tag)]
 
 
+def age(folder: Path) -> None:
+    """Give event files names of long ago: TensorBoard reads them by name, in which a process counts those of a second."""
+    for file in folder.rglob("events*"):
+        file.rename(file.with_name(file.name.replace("tfevents.", "tfevents.1.", 1)))
+
+
 def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
     run.folder.metrics.write_text('{"phase": "vae", "kind": "train", "step": 9, "loss": 1}\n')
     with Telemetry(run, 0) as telemetry:
@@ -61,13 +67,14 @@ def test_resuming_withdraws_later_records_everywhere(run: Run) -> None:
             telemetry.record("train", step, {"loss": 1.0 / step})
     with run.folder.metrics.open("a") as file:
         file.write('{"phase": "ar", "ste')  # torn by a kill
+    age(run.folder.tensorboard("ar"))
     with Telemetry(run, 3) as telemetry:
         telemetry.record("train", 4, {"loss": 0.5})
         telemetry.text("sample", "a thought", 4)
         telemetry.histogram("latents", torch.randn(8), 4)
     assert steps(run.folder.metrics) == [1, 2, 3, 4]
     assert steps(run.folder.metrics, "vae") == [9]
-    assert tensorboard_steps(run.folder.tensorboard("ar"), "losses/loss") == [1, 2, 3, 4]
+    assert tensorboard_steps(run.folder.tensorboard("ar"), "1 losses/ar/loss") == [1, 2, 3, 4]
 
 
 def drawn_steps(folder: Path) -> dict[str, list[int]]:
@@ -82,7 +89,7 @@ def drawn_steps(folder: Path) -> dict[str, list[int]]:
 def draw_validation(telemetry: Telemetry, step: int) -> None:
     """What a validation draws: text, histogram, picture, and scalars."""
     telemetry.text("samples", "a thought", step)
-    telemetry.histogram("latents", torch.randn(8), step)
+    telemetry.histogram("mean", torch.randn(8), step)
     telemetry.image("block", np.zeros((2, 2, 3), dtype=np.uint8), step)
     telemetry.record("validation", step, {"loss": 2.0 / step})
 
@@ -100,18 +107,23 @@ def test_a_restart_draws_nothing_twice(run: Run, killed: bool, validated: bool) 
     folder = run.folder.tensorboard("ar")
     with Telemetry(run, 0) as telemetry:
         draw(telemetry, range(1, 6))
-        telemetry._writer.flush()
-        (file,) = folder.iterdir()
-        written = file.read_bytes()
-    if killed:
-        file.write_bytes(written[:-7])  # nothing was closed, and the last event is torn
+        for writer in telemetry._writers.values():
+            writer.flush()
+        written = {file: file.read_bytes() for file in folder.rglob("events*")}
+        assert len(written) == 2  # of training and validation
+    for file, content in written.items() if killed else ():
+        file.write_bytes(content[:-7])  # nothing was closed, and the last event is torn
+    age(folder)
     with Telemetry(run, 3, validated) as telemetry:
         if not validated:
             draw_validation(telemetry, 3)
         draw(telemetry, range(4, 7))
     shown = drawn_steps(folder)
-    for tag in ("losses/loss", "optimizer/grad_norm", "samples/text_summary", "latents", "block", "validation/loss"):
+    validation = drawn_steps(folder / "validation")
+    for tag in ("1 losses/ar/loss", "4 optimizer/ar/grad_norm"):
         assert (tag, shown[tag]) == (tag, [1, 2, 3, 4, 5, 6])
+    for tag in ("1 losses/ar/loss", "samples/text_summary", "3 latents/ar/mean", "block"):
+        assert (tag, validation[tag]) == (tag, [1, 2, 3, 4, 5, 6])
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(run: Run) -> None:

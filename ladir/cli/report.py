@@ -100,7 +100,7 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
     for number, (question, traces) in enumerate(zip(chosen, found, strict=True), start=1):
         pictures = []
         for place, block in enumerate(traces[0].blocks, start=1):
-            figure = denoising_figure(block.latents, block.texts, f"block {place}: {block.texts[-1]}")
+            figure = denoising_figure(*block.picture(), f"block {place}: {block.texts[-1]}")
             pictures.append(png(figure))
             (out / f"{_file_name(f'denoising-{run.name}-{number}-{place}')}.png").write_bytes(pictures[-1])
         reference = getattr(question, "reference", "")

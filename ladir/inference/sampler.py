@@ -21,8 +21,10 @@ from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
 from ladir.spans import num_passes, staggered, turns
 
-#: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d])
+#: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d]), and before the
+#: first one of a block with the noise that it starts from, as step NOISE
 StepHook = Callable[[list[int], int, int, Tensor], None]
+NOISE = -1
 
 #: what takes the place of finished blocks of clean latents [R, L, d]
 Settle = Callable[[Tensor], Tensor]
@@ -162,6 +164,9 @@ class BlockSampler:
         """
         s = self.settings
         z = s.initial_noise * self._noise(prefix, rows)
+        if on_step is not None:
+            for number, block in enumerate(z.unbind(1), start=first):
+                on_step(rows, number, NOISE, block)
         null = self.denoiser.null_state(z.repeat(len(prefix) // len(z), 1, 1, 1))
         with prefix.cache.read_only():
             z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), _numbered(on_step, first, 0))

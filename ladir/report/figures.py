@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ladir.report.text import one_line
 
@@ -47,6 +47,7 @@ _LABEL_CHARACTERS = 40
 _TEXT_CHARACTERS = 26  # of a step's text beside its row
 _FEW_LABELS, _SHORT_LABEL = 4, 20
 _LABEL_HEIGHT = 0.18  # inches
+_DENOISING_HEIGHT = 1.35  # inches, beside the rows: title, axis, bar of colours
 #: ends the label of a metric that was measured on held-out samples
 _HELD_OUT = " (validation)"
 
@@ -145,27 +146,30 @@ def _mantissa(value: float) -> int:
     return round(value / 10.0 ** math.floor(math.log10(value) + 1e-9))
 
 
-def denoising_figure(latents: np.ndarray, texts: Sequence[str], title: str, numbers: Sequence[int] | None = None) -> Figure:
-    """A block forming: one row per step, its estimate of the clean latents as colours [steps, elements], its text beside it.
+def denoising_figure(latents: np.ndarray, texts: Sequence[str], names: Sequence[str], title: str) -> Figure:
+    """A block forming: ``latents`` [rows, elements] as colours, each row with its name on the left and its text on the right.
 
-    ``numbers``: which steps these are (not given: all from the first on).
+    Rows are the noise and the steps' estimates of the clean latents (:meth:`~ladir.report.traces.BlockTrace.picture`).
     """
-    steps = len(latents)
+    rows = len(latents)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(_SIZE[0], 0.75 + 0.24 * steps), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(_SIZE[0], _DENOISING_HEIGHT + 0.24 * rows), dpi=_DPI, layout="constrained")
         axes = figure.subplots()
         finite = latents[np.isfinite(latents)]
         limit = max(2.0, float(np.percentile(np.abs(finite), 99))) if finite.size else 2.0
-        axes.imshow(latents, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axes.imshow(latents, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axes.set_title(one_line(title, _TITLE_CHARACTERS), loc="left")
         axes.set_xlabel("element of the block's latents")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.set_ylabel("step")
-        axes.set_yticks(range(steps), [str(number) for number in numbers or range(1, steps + 1)])
+        axes.set_yticks(range(rows), names)
         beside = axes.twinx()
         beside.set_ylim(axes.get_ylim())
-        beside.set_yticks(range(steps), [one_line(text, _TEXT_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
+        beside.set_yticks(range(rows), [one_line(text, _TEXT_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
         beside.tick_params(length=0)
         beside.spines.right.set_visible(False)
+        bar = figure.colorbar(image, ax=axes, location="bottom", extend="both", label="value (standardised)")
+        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     return figure
 
 

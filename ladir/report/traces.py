@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import SampleSettings
 from ladir.inference.decode import decode_thoughts
+from ladir.inference.sampler import NOISE, StepHook
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import ThoughtDecoder
-from ladir.reasoner import Reasoner, Trajectory
+from ladir.reasoner import Reasoner, TraceHook, Trajectory
 
 #: blocks decoded at a time: an 8B LM's keys and values of so many short texts are about half a GiB in bfloat16
 _ROWS = 64
@@ -22,10 +23,24 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """One block: ``latents`` [steps, elements], each step's estimate of the clean latents, standardised; ``texts`` of each."""
+    """One block: ``latents`` [steps, elements], each step's estimate of the clean latents, standardised; ``texts`` of each;
+    ``noise`` [elements], which it started from, and the text that reads as, where that was asked."""
 
     latents: np.ndarray
     texts: list[str]
+    noise: np.ndarray
+    noise_text: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether its text came about in the steps, not with the first one."""
+        return self.texts[0] != self.texts[-1]
+
+    def picture(self, numbers: Sequence[int] | None = None) -> tuple[np.ndarray, list[str], list[str]]:
+        """Latents, texts and names of the rows of :func:`~ladir.report.figures.denoising_figure`, the noise first; ``numbers`` of
+        the steps (not given: all of them)."""
+        names = ["noise", *map(str, numbers or range(1, len(self.latents) + 1))]
+        return np.vstack([self.noise[None], self.latents]), [self.noise_text, *self.texts], names
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class LatentRecorder(Reasoner):
     def __init__(self, reasoner: Reasoner) -> None:
         super().__init__(reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
         self._kept: list[Tensor] = []
+        self._noise_of: dict[str, str] = {}
 
     def decode_latents(self, z: Tensor) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""
@@ -64,37 +80,70 @@ class LatentRecorder(Reasoner):
         self._kept.extend(z.float().cpu())
         return [str(first + i) for i in range(len(z))]
 
+    def _trace_hook(self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook) -> StepHook:
+        """Keeps the noise of every block, too, and which steps come from it."""
+        step_hook, noise = super()._trace_hook(traces, on_step), dict[tuple[int, int], str]()
+
+        def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            if step == NOISE:
+                numbers = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
+                noise.update({(row, block): number for row, number in zip(rows, numbers, strict=True)})
+                return
+            step_hook(rows, block, step, x0)
+            self._noise_of.update({traces[row, block][-1]: noise[row, block] for row in rows})
+
+        return hook
+
     def record(self, questions: Sequence[str], num_trajectories: int, seed: int) -> list[list[Trajectory]]:
         """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable."""
         return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
 
-    def read(self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder) -> list[list[TrajectoryTrace]]:
-        """The steps in the traces of what :meth:`record` gave, decoded by ``decoder``, ``_ROWS`` at a time."""
-        mean, std = self.denoiser.latent_mean.cpu(), self.denoiser.latent_std.cpu()
-        numbers = [number for one in recorded for trajectory in one for block in trajectory.trace for number in block]
+    def read(
+        self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder, noise: bool = False
+    ) -> list[list[TrajectoryTrace]]:
+        """The steps in the traces of what :meth:`record` gave, and the ``noise`` where it is wanted, decoded by ``decoder``,
+        ``_ROWS`` at a time."""
+        blocks = [block for one in recorded for trajectory in one for block in trajectory.trace]
+        numbers = [number for block in blocks for number in ([self._noise_of[block[0]], *block] if noise else block)]
         texts: dict[str, str] = {}
         for start in range(0, len(numbers), _ROWS):
             part = numbers[start : start + _ROWS]
             z = self._latents(part).to(decoder.from_latent.weight.device)
             texts.update(zip(part, decode_thoughts(decoder, self.tokenizer, z, self.settings.max_thought_tokens), strict=True))
 
-        def block(steps: Sequence[str]) -> BlockTrace:
-            return BlockTrace(((self._latents(steps) - mean) / std).flatten(1).numpy(), [texts[number] for number in steps])
+        def block_trace(steps: Sequence[str]) -> BlockTrace:
+            start = self._noise_of[steps[0]]
+            latents = self._standardised([start, *steps])
+            return BlockTrace(latents[1:], [texts[number] for number in steps], latents[0], texts.get(start, ""))
 
-        return [[TrajectoryTrace([block(b) for b in t.trace], t.answer, t.stopped) for t in one] for one in recorded]
+        return [[TrajectoryTrace([block_trace(b) for b in t.trace], t.answer, t.stopped) for t in one] for one in recorded]
+
+    def movement(self, trajectory: Trajectory) -> float:
+        """How far its blocks went from the first estimate to the last (root of the mean square, standardised)."""
+        ends = [self._standardised([block[0], block[-1]]) for block in trajectory.trace]
+        return float(np.sqrt(np.mean([(last - first) ** 2 for first, last in ends]))) if ends else 0.0
+
+    def _standardised(self, numbers: Sequence[str]) -> np.ndarray:
+        """Kept latents [K, elements] on the scale the denoiser works in."""
+        mean, std = self.denoiser.latent_mean.cpu(), self.denoiser.latent_std.cpu()
+        return ((self._latents(numbers) - mean) / std).flatten(1).numpy()
 
     def _latents(self, numbers: Sequence[str]) -> Tensor:
         """Kept latents [K, L, d] (not standardised), on the CPU."""
         return torch.stack([self._kept[int(number)] for number in numbers])
 
 
-def finished_blocks(recorded: Sequence[Trajectory], drawn: int = 0, steps: int = 1) -> list[Trajectory]:
-    """Recorded trajectories without most steps before the last one of every block, which need not be decoded then: of the first
-    ``drawn`` blocks ``steps`` stay, evenly spread (see :func:`spread`), of the others the last one."""
-    return [
-        replace(t, trace=[[b[i - 1] for i in spread(len(b), steps if n < drawn else 1)] for n, b in enumerate(t.trace)])
-        for t in recorded
-    ]
+def at_steps(recorded: Sequence[Trajectory], steps: Callable[[int], Sequence[int]]) -> list[Trajectory]:
+    """Recorded trajectories with some of every block's steps, so that no others are decoded.
+
+    ``steps(count)`` are the numbers, from 1 on, of those that stay.
+    """
+    return [replace(t, trace=[[block[i - 1] for i in steps(len(block))] for block in t.trace]) for t in recorded]
+
+
+def first_and_last(count: int) -> list[int]:
+    """The numbers of the first and the last step."""
+    return [1, count]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -112,4 +161,4 @@ def trace_questions(
 ) -> list[list[TrajectoryTrace]]:
     """Trajectories of each question; those of an evaluation with the same seed and controls."""
     recorder = LatentRecorder(reasoner)
-    return recorder.read(recorder.record(questions, num_trajectories, seed), reasoner.thought_decoder)
+    return recorder.read(recorder.record(questions, num_trajectories, seed), reasoner.thought_decoder, noise=True)

@@ -7,6 +7,7 @@ import logging
 from ladir.tasks import get_task
 from training.evaluation.answers import AnswerLog
 from training.evaluation.asking import ask_model
+from training.evaluation.board import draw_results
 from training.evaluation.kinship import check_export
 from training.evaluation.questions import choose_questions
 from training.evaluation.readiness import ready_methods
@@ -33,5 +34,6 @@ def evaluate(run: Run) -> None:
             return
     if run.world.is_main:
         report(run, methods, {sampling: log.read(sampling) for sampling in samplings}, asked)
+        draw_results(run)
         tell_results(run)
     log.remove()

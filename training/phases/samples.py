@@ -23,8 +23,9 @@ from ladir.inference.decode import decode_thoughts
 from ladir.models.ar import ArModel
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
-from ladir.models.vae import Vae, encode_sentences
-from ladir.report.traces import LatentRecorder, finished_blocks, spread
+from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
+from ladir.reasoner import Trajectory
+from ladir.report.traces import LatentRecorder, TrajectoryTrace, at_steps, first_and_last, spread
 from ladir.tokens import decode_text
 from training.runtime.telemetry import Telemetry
 
@@ -36,7 +37,7 @@ Show = Callable[[object, Telemetry, int], None]
 #: held-out sentences whose latents are drawn as histograms
 _HISTOGRAM_SENTENCES = 256
 
-#: blocks of the first question, and steps of each, that are drawn
+#: blocks of one question, and steps of each, that are drawn
 _DRAWN_BLOCKS, _DRAWN_STEPS = 4, 10
 
 
@@ -54,10 +55,10 @@ def vae_samples(
         assert isinstance(model, Vae)
         mean, logvar = encode_sentences(model, shown)
         texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], config.data.max_block_tokens + 1)
-        telemetry.histogram("latents/mean", mean, step)
-        telemetry.histogram("latents/posterior_standard_deviation", (0.5 * logvar).exp(), step)
+        telemetry.histogram("mean", mean, step)
+        telemetry.histogram("posterior_standard_deviation", (0.5 * logvar).exp(), step)
         if len(mean) > 1:
-            telemetry.histogram("latents/variance_of_means_by_element", mean.var(0), step)
+            telemetry.histogram("variance_of_means_by_element", mean.var(0), step)
         pairs = [(decode_text(tokenizer, ids), text) for ids, text in zip(shown, texts, strict=False)]
         telemetry.text("samples", markdown_table((title, "reconstructed"), pairs), step)
 
@@ -92,7 +93,7 @@ def ar_samples(
 def denoiser_samples(
     config: Config, tokenizer: PreTrainedTokenizerBase, held_out: LatentStore | None, trained: LatentStore, vae: Path
 ) -> Show | None:
-    """Questions with thoughts and answers; latents made and meant; the first question's blocks step by step."""
+    """Questions with thoughts and answers; latents made and meant; blocks of one question, whose text changes, step by step."""
     records, title = _chosen("question", held_out, trained)
     shown = [records[i] for i in range(_wanted(config, len(records)))]
     if not shown:
@@ -107,27 +108,44 @@ def denoiser_samples(
         if not telemetry.shows_samples:
             return
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
-        telemetry.histogram("latents/meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
+        telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
-        telemetry.histogram("latents/generated", (latents - mean) / std, step)
-        # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are drawn.
+        telemetry.histogram("generated", (latents - mean) / std, step)
+        # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are read.
         on_cpu = replace(config.backbone, dtype="auto", attention="auto")
         decoder = load_thought_decoder(vae, on_cpu, torch.device("cpu"))
-        wanted = [finished_blocks(recorded[0], _DRAWN_BLOCKS, _DRAWN_STEPS), *map(finished_blocks, recorded[1:])]
-        traces = [only for (only,) in recorder.read(wanted, decoder)]
+        traces = [only for (only,) in recorder.read([at_steps(one, first_and_last) for one in recorded], decoder)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
         telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
-        from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
-
-        steps = [spread(len(block), _DRAWN_STEPS) for block in recorded[0][0].trace[:_DRAWN_BLOCKS]]
-        for number, (block, drawn) in enumerate(zip(traces[0].blocks, steps, strict=False), start=1):
-            figure = denoising_figure(block.latents, block.texts, f"{questions[0]}, block {number}", drawn)
-            telemetry.image(f"denoising/block_{number}", pixels(figure), step)
+        drawn = max(range(len(traces)), key=lambda i: (_changes(traces[i]), recorder.movement(recorded[i][0])))
+        _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)
 
     return show
+
+
+def _changes(trace: TrajectoryTrace) -> int:
+    """Of the blocks that would be drawn, those whose text changes."""
+    return sum(block.changes for block in trace.blocks[:_DRAWN_BLOCKS])
+
+
+def _draw(
+    telemetry: Telemetry, step: int, question: str, recorder: LatentRecorder, recorded: Trajectory, decoder: ThoughtDecoder
+) -> None:
+    """Pictures of a trajectory's first blocks, from noise on, at some of their steps."""
+    from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
+
+    first = replace(recorded, trace=recorded.trace[:_DRAWN_BLOCKS])
+    ((trace,),) = recorder.read([at_steps([first], _drawn_steps)], decoder, noise=True)
+    for number, (block, steps) in enumerate(zip(trace.blocks, first.trace, strict=True), start=1):
+        figure = denoising_figure(*block.picture(_drawn_steps(len(steps))), f"block {number} of {question}")
+        telemetry.image(f"denoising/block_{number}", pixels(figure), step)
+
+
+def _drawn_steps(count: int) -> list[int]:
+    return spread(count, _DRAWN_STEPS)
 
 
 def _wanted(config: Config, available: int) -> int:

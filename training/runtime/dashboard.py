@@ -1,70 +1,102 @@
-"""TensorBoard's one layout for all phases: which group a metric belongs to, the charts, and the table of settings."""
+"""TensorBoard's layout: which group a metric belongs to, and the charts of each phase.
+
+TensorBoard sorts groups by name and unfolds the first ones: hence their numbers.  It draws runs that have a tag of the same name
+into one chart: hence the phase in every tag, since the losses of a VAE and of a denoiser have no axis in common, and two
+denoisers' do.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+LOSSES, QUALITY, LATENTS, OPTIMIZER, SPEED = "1 losses", "2 quality", "3 latents", "4 optimizer", "5 speed"
+
 #: metrics that are no loss, by group; everything else a phase reports is one
 _GROUPS = {
-    "quality": (
-        "exact",
-        "token_accuracy",
-        "answer_accuracy",
-        "stop_accuracy",
-        "rollout_token_accuracy",
-        "rollout_distance",
-        "rollout_other_gold",
-    ),
-    "latents": ("active_units", "posterior_std", "latent_std"),
-    "optimizer": ("lr", "grad_norm", "skipped_steps", "epoch"),
-    "speed": ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds"),
+    QUALITY: ("exact", "rollout_distance", "rollout_other_gold"),
+    LATENTS: ("active_units", "posterior_std", "latent_std"),
+    OPTIMIZER: ("lr", "grad_norm", "skipped_steps", "epoch"),
+    SPEED: ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds"),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 
-#: charts by category: title and the metrics drawn together (regular expressions of names), in training and validation
-_CHARTS = {
-    "losses": {
-        "total": "loss",
-        "cross-entropy": "(reconstruction|text|answer|token|rollout)",
-        "KL": "kl",
-        "flow": "flow",
-        "flow by t": "flow_t.*",
-        "stop": "stop",
-    },
-    "quality": {
-        "exactly reconstructed sentences": "exact",
-        "tokens": "(token|answer|rollout_token)_accuracy",
-        "own blocks: distance from the nearest gold ones, share of other gold solutions": "rollout_(distance|other_gold)",
-        "stop": "stop_accuracy",
-    },
-    "latents": {"active units": "active_units", "standard deviations": "(posterior|latent)_std"},
-    "optimizer": {"gradient norm": "grad_norm", "learning rate": "lr", "skipped steps": "skipped_steps"},
-    "speed": {
-        "tokens per second and device": "tokens_per_second_per_device",
-        "model FLOPs utilisation": "mfu",
-        "share of time waiting for data": "data_wait",
-        "memory (GiB)": "memory_gib",
-    },
+#: a chart: its title, the group of its metrics, and their names (a regular expression)
+_Chart = tuple[str, str, str]
+
+_TOTAL: _Chart = ("loss", LOSSES, "loss")
+_COMMON: tuple[_Chart, ...] = (
+    ("gradient norm", OPTIMIZER, "grad_norm"),
+    ("learning rate", OPTIMIZER, "lr"),
+    ("skipped steps", OPTIMIZER, "skipped_steps"),
+    ("tokens per second and device", SPEED, "tokens_per_second_per_device"),
+    ("model FLOPs utilisation", SPEED, "mfu"),
+    ("share of time waiting for data", SPEED, "data_wait"),
+    ("memory (GiB)", SPEED, "memory_gib"),
+)
+_VAE: tuple[_Chart, ...] = (
+    _TOTAL,
+    ("reconstruction (cross-entropy)", LOSSES, "reconstruction"),
+    ("KL", LOSSES, "kl"),
+    ("sentences that come back exactly", QUALITY, "exact"),
+    ("right tokens", QUALITY, "token_accuracy"),
+    ("active units", LATENTS, "active_units"),
+    ("standard deviations", LATENTS, "(posterior|latent)_std"),
+)
+_DENOISER: tuple[_Chart, ...] = (
+    _TOTAL,
+    ("flow", LOSSES, "flow"),
+    ("flow by t", LOSSES, "flow_t.*"),
+    ("cross-entropy of answers and thoughts' tokens", LOSSES, "(answer|token|rollout)"),
+    ("stop", LOSSES, "stop"),
+    ("right tokens", QUALITY, "(answer|token|rollout_token)_accuracy"),
+    ("right stops", QUALITY, "stop_accuracy"),
+)
+_ROLLOUT: tuple[_Chart, ...] = (
+    *_DENOISER,
+    ("own blocks' distance from the nearest gold ones", QUALITY, "rollout_distance"),
+    ("own blocks that are another gold solution's", QUALITY, "rollout_other_gold"),
+)
+_AR: tuple[_Chart, ...] = (_TOTAL, ("right tokens", QUALITY, "token_accuracy"))
+#: titles and charts by phase; a phase with another name (``ar.phase``) is a causal LM
+_SECTIONS = {
+    "vae": ("VAE", _VAE),
+    "denoiser": ("denoiser", _DENOISER),
+    "rollout": ("denoiser, stage 2", _ROLLOUT),
+    "base": ("base LM", _AR),
+    "ar": ("AR baseline", _AR),
 }
 
-#: the figures shown beside the settings in TensorBoard's HPARAMS
-RESULT_METRICS = ("losses/loss", "validation/loss")
+
+def tag(phase: str, name: str) -> str:
+    """TensorBoard's name of a metric: ``<group>/<phase>/<name>``."""
+    group = QUALITY if name.endswith("_accuracy") else _GROUP_OF.get(name, LOSSES)
+    return f"{group}/{phase}/{name}"
 
 
-def tag(kind: str, name: str) -> str:
-    """TensorBoard's name of a metric: ``<group>/<name>`` in training, ``<kind>/<name>`` elsewhere."""
-    return f"{_GROUP_OF.get(name, 'losses') if kind == 'train' else kind}/{name}"
+def latents_tag(phase: str, name: str) -> str:
+    """The name of a histogram of latents."""
+    return f"{LATENTS}/{phase}/{name}"
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
-    """The charts for ``SummaryWriter.add_custom_scalars``: training and validation of a metric in one chart."""
+def layout(phase: str) -> dict[str, dict[str, list[Any]]]:
+    """A phase's section of charts for ``SummaryWriter.add_custom_scalars``."""
+    title, charts = _SECTIONS.get(phase, (phase, _AR))
     return {
-        category: {title: ["Multiline", [rf"^({category}|validation)/{names}$"]] for title, names in charts.items()}
-        for category, charts in _CHARTS.items()
+        title: {
+            chart: ["Multiline", [rf"^{group}/{re.escape(phase)}/{names}$"]] for chart, group, names in (*charts, *_COMMON)
+        }
     }
 
 
 def hyperparameters(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """Flattened settings as TensorBoard takes them: what is not a number, a truth value or a text becomes one."""
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
+    return {name: value if isinstance(value, bool | int | float | str) else _text(value) for name, value in settings.items()}
+
+
+def _text(value: Any) -> str:
+    """As one would write it in an override."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return "null" if value is None else str(value)

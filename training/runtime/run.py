@@ -111,7 +111,7 @@ class RunFolder:
         return phase if step is None else f"{phase}-{step}"
 
     def tensorboard(self, phase: str) -> Path:
-        """Folder of a phase's TensorBoard events."""
+        """Folder of the TensorBoard events of a phase (of an evaluation: with its label)."""
         return self.path / "tensorboard" / phase
 
     def config(self, phase: str) -> Path:
@@ -323,7 +323,7 @@ def seed_everything(seed: int, phase: str) -> None:
 def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
     """The flattened settings on which the result of a phase depends."""
     sections = {"run", "backbone", "data", *SECTIONS.get(phase, ("ar",))}
-    flat = {key: value for key, value in _flatten(config, "") if key.split(".")[0] in sections}
+    flat = {key: value for key, value in flatten(config) if key.split(".")[0] in sections}
     own = SECTIONS.get(phase, ("ar",))[-1]
     return {
         key: value
@@ -334,10 +334,11 @@ def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
     }
 
 
-def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their full names."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 

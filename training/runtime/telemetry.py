@@ -5,7 +5,6 @@ Rank 0 writes; on the other ranks every method does nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ladir.config import TelemetrySettings
 from training.runtime import dashboard
 from training.runtime.files import locked, write_text
-from training.runtime.run import Run, relevant_settings
+from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Telemetry:
         self._settings: TelemetrySettings = run.config.telemetry
         self._phase, self._device = run.phase, run.world.device
         self._active = run.world.is_main
-        self._writer: Any = None
+        self._writers: dict[str, Any] = {}  # by kind
         self._bar: tqdm[Any] | None = None
         self._last_line = -math.inf
         if not self._active:
@@ -47,9 +46,7 @@ class Telemetry:
         self._file = run.folder.metrics
         withdraw(self._file, run.phase, resumed_step, validated)
         if self._settings.tensorboard:
-            self._open_tensorboard(run, resumed_step + validated)
-            if not validated:
-                self._draw_again(resumed_step)
+            self._open_tensorboard(run, {"train": resumed_step + 1, "validation": resumed_step + validated})
         bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
@@ -58,14 +55,14 @@ class Telemetry:
     @property
     def shows_samples(self) -> bool:
         """Whether texts, histograms and pictures go anywhere: to TensorBoard, from rank 0."""
-        return self._writer is not None
+        return bool(self._writers)
 
     def __enter__(self) -> Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._draw(lambda writer: writer.file_writer.add_summary(self._ended))
-        self._draw(lambda writer: writer.close())
+        for kind in tuple(self._writers):
+            self._draw(kind, lambda writer: writer.close())
         if self._bar is not None:
             self._bar.close()
 
@@ -75,29 +72,27 @@ class Telemetry:
         try:
             yield
         except OSError as error:
-            self._writer = None
+            self._writers = {}
             logger.warning("TensorBoard's files cannot be written (%s): make room; charts end here until the next start", error)
 
-    def _draw(self, write: Callable[[Any], None]) -> None:
-        """Let TensorBoard's writer write, where there is one."""
-        if self._writer is not None:
+    def _draw(self, kind: str, write: Callable[[Any], None]) -> None:
+        """Let TensorBoard's writer of training or validation write, where there is one."""
+        if kind in self._writers:
             with self._while_there_is_room():
-                write(self._writer)
+                write(self._writers[kind])
 
-    def _open_tensorboard(self, run: Run, purge_step: int) -> None:
-        """Start TensorBoard's files with the charts' layout, and the settings for its HPARAMS; what earlier files hold of
-        ``purge_step`` and later is withdrawn."""
+    def _open_tensorboard(self, run: Run, purge_steps: Mapping[str, int]) -> None:
+        """Start TensorBoard's files with the charts' layout; what earlier ones hold of ``purge_steps`` and later is withdrawn.
+
+        Training and validation are two runs for TensorBoard, which draws tags of the same name into one chart.
+        """
         from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
 
-        settings = dashboard.hyperparameters(relevant_settings(dataclasses.asdict(run.config), run.phase))
-        # Not the writer's add_hparams, which makes a folder, and thus a run of its own, at every start.
-        columns, started, self._ended = hparams(settings, dict.fromkeys(dashboard.RESULT_METRICS))
+        folder = run.folder.tensorboard(run.phase)
+        folders = {"train": folder, "validation": folder / "validation"}
         with self._while_there_is_room():
-            self._writer = SummaryWriter(str(run.folder.tensorboard(run.phase)), purge_step=purge_step)
-            for summary in (columns, started):
-                self._writer.file_writer.add_summary(summary)
-            self._writer.add_custom_scalars(dashboard.layout())
+            self._writers = {kind: SummaryWriter(str(folders[kind]), purge_step=step) for kind, step in purge_steps.items()}
+            self._writers["train"].add_custom_scalars(dashboard.layout(run.phase))
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write scalars: ``kind`` is ``train`` or ``validation``; non-finite values are written as null."""
@@ -109,25 +104,12 @@ class Telemetry:
                 file.write(json.dumps({"phase": self._phase, "kind": kind, "step": step, **row}) + "\n")
         except OSError as error:  # the training is worth more than its record
             logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
-        self._scalars(kind, step, values)
 
-    def _scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         def scalars(writer: Any) -> None:
             for name, value in values.items():
-                writer.add_scalar(dashboard.tag(kind, name), value, step)
+                writer.add_scalar(dashboard.tag(self._phase, name), value, step)
 
-        self._draw(scalars)
-
-    def _draw_again(self, step: int) -> None:
-        """The training scalars of a step whose validation is withdrawn: TensorBoard withdraws whole steps."""
-        if not self._file.is_file():
-            return
-        with locked(self._file):
-            rows = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            phase, kind, made = row.pop("phase"), row.pop("kind"), row.pop("step")
-            if (phase, kind, made) == (self._phase, "train", step):
-                self._scalars(kind, step, {name: math.nan if value is None else value for name, value in row.items()})
+        self._draw(kind, scalars)
 
     def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
         """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
@@ -145,20 +127,21 @@ class Telemetry:
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text sample (Markdown) for TensorBoard."""
-        self._draw(lambda writer: writer.add_text(name, text, step))
+        self._draw("validation", lambda writer: writer.add_text(name, text, step))
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """The distribution of ``values`` for TensorBoard."""
-        if self._writer is None:
+        """The distribution of ``values``, which describe latents, for TensorBoard."""
+        if not self._writers:
             return
         values = values.detach().float().cpu()
         values = values[values.isfinite()]
         if len(values):
-            self._draw(lambda writer: writer.add_histogram(name, values, step))
+            tag = dashboard.latents_tag(self._phase, name)
+            self._draw("validation", lambda writer: writer.add_histogram(tag, values, step))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, channels]."""
-        self._draw(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+        self._draw("validation", lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def memory_gib(self) -> float:
         """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""
