@@ -24,20 +24,9 @@ from ladir.models.folders import save_lm
 from ladir.models.loading import load_lm
 from ladir.reference import reference_blocks
 from tests.test_denoiser import assert_one_pass_is_the_reference
-from tests.tiny import EOS, PAD, VOCAB, random_records, randomise, tiny_denoiser
+from tests.tiny import COMMON, VOCAB, random_records, randomise, tiny_denoiser
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
+_COMMON: dict[str, Any] = {**COMMON, "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 _BOTH = ["sliding_attention", "full_attention"]
 #: scales, caps and windows are such that leaving them out, or getting them wrong, shows

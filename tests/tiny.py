@@ -24,7 +24,7 @@ VOCAB = 29
 EOS = 1
 PAD = 0
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -53,7 +53,7 @@ def tiny_lm(
     **changes: Any,
 ) -> PreTrainedModel:
     """A random causal LM whose every parameter matters: biases and norms are random too."""
-    arguments = {**_COMMON, **SHAPES[kind], **changes, "vocab_size": vocab}
+    arguments = {**COMMON, **SHAPES[kind], **changes, "vocab_size": vocab}
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     randomise(lm, seed)

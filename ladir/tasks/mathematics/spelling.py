@@ -34,7 +34,8 @@ _CHARACTERS = {
     "\u21d2": r"\Rightarrow ",
     "\u2234": r"\therefore ",
 }
-_GREEK = [
+#: Greek letters by the names of their LaTeX commands
+GREEK = [
     "alpha",
     "beta",
     "gamma",
@@ -73,7 +74,7 @@ _GREEK_LETTERS = {
     unicodedata.lookup(
         f"GREEK {'SMALL' if n.islower() else 'CAPITAL'} LETTER {n.replace('lambda', 'lamda').replace('Lambda', 'Lamda')}"
     ): f"\\{n} "
-    for n in _GREEK
+    for n in GREEK
 }
 _TRANSLATED = str.maketrans(_CHARACTERS | _GREEK_LETTERS)
 _SUPERSCRIPTS, _SUBSCRIPTS = (
@@ -99,21 +100,21 @@ _SYNONYMS = {
     **dict.fromkeys(("langle", "lparen"), "("),
     **dict.fromkeys(("rangle", "rparen"), ")"),
     **dict.fromkeys(("lvert", "rvert", "vert"), "|"),
-    **dict.fromkeys(("lbrack",), "["),
-    **dict.fromkeys(("rbrack",), "]"),
-    **dict.fromkeys(("lt",), "<"),
-    **dict.fromkeys(("gt",), ">"),
+    "lbrack": "[",
+    "rbrack": "]",
+    "lt": "<",
+    "gt": ">",
     **dict.fromkeys(("degree", "degrees"), r"^\circ "),
-    **dict.fromkeys(("ast",), "*"),
+    "ast": "*",
     **dict.fromkeys(("infin", "infinity"), r"\infty "),
-    **dict.fromkeys(("colon",), ":"),
-    **dict.fromkeys(("lbrace",), r"\{"),
-    **dict.fromkeys(("rbrace",), r"\}"),
-    **dict.fromkeys(("varphi",), r"\phi "),
-    **dict.fromkeys(("varepsilon",), r"\epsilon "),
-    **dict.fromkeys(("euro",), "€"),
-    **dict.fromkeys(("pounds",), "£"),
-    **dict.fromkeys(("lg",), r"\log_{10}"),
+    "colon": ":",
+    "lbrace": r"\{",
+    "rbrace": r"\}",
+    "varphi": r"\phi ",
+    "varepsilon": r"\epsilon ",
+    "euro": "€",
+    "pounds": "£",
+    "lg": r"\log_{10}",
     **dict.fromkeys(("implies", "Longrightarrow", "rightarrow"), r"\Rightarrow "),
 }
 
@@ -158,7 +159,7 @@ _SPECIAL = re.compile(r"<\|[A-Za-z_]{1,30}\|>\w*")
 _ESCAPED = re.compile(
     r"\\(?=\\(?:[dtc]?frac|sqrt|left|right|text|math[a-z]+|boxed|pi|cdot|times|div|pm|leq?|geq?|neq?|infty|cup|cap|in|sin|cos|tan|log|ln|circ)\b)"
 )
-_PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_FUNCTIONS.split())}|{'|'.join(_GREEK)}|infinity)(?![A-Za-z])")
+_PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_FUNCTIONS.split())}|{'|'.join(GREEK)}|infinity)(?![A-Za-z])")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:([0-9A-Za-z])\s*([0-9A-Za-z])|([0-9A-Za-z])\s*(?=\{)|(?=\{))")
 _AFTER_FRACTION = re.compile(r"(\\frac\{[^{}]{0,200}\})\s*([0-9A-Za-z])")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z])|\(([^()]{1,200})\)|\s(?=[\[{\\]))")
