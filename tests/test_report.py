@@ -280,7 +280,7 @@ def test_a_picture_starts_at_the_noise_a_block_is_made_of() -> None:
 
 def test_a_picture_says_what_its_colours_mean() -> None:
     figure = denoising_figure(np.zeros((3, 4)), ["a", "b", "b"], ["noise", "1", "2"], "block 1")
-    axes, beside, bar = figure.axes
+    axes, bar, beside = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["noise", "1", "2"]
     assert [label.get_text() for label in beside.get_yticklabels()] == ["a", "b", "b"]
     assert bar.get_xlabel() == "value (standardised)"

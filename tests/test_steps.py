@@ -50,7 +50,7 @@ def test_a_denoising_step_waits_for_nothing_and_keeps_its_shapes(controls: dict[
     sampler = BlockSampler(denoiser, settings, TrajectoryNoise(0, [("", i) for i in range(5)]))
     with Operators() as operators:
         sampler.sample_span(prefix, list(range(5)), owner, 0, lambda *_: operators.steps.append([]))
-    _, *middle, last, after = operators.steps
+    _, _, *middle, last, after = operators.steps  # what comes before the noise is shown, and the first step with its masks
     assert not after and len(middle) == 3
     for step in (*middle, last):
         waiting = [name for name, _ in step if name in WAITING]

@@ -47,7 +47,8 @@ _LABEL_CHARACTERS = 40
 _TEXT_CHARACTERS = 26  # of a step's text beside its row
 _FEW_LABELS, _SHORT_LABEL = 4, 20
 _LABEL_HEIGHT = 0.18  # inches
-_DENOISING_HEIGHT = 1.35  # inches, beside the rows: title, axis, bar of colours
+#: inches: a row, the bar of colours, and all beside the rows (title, axis, bar)
+_ROW_HEIGHT, _BAR_HEIGHT, _DENOISING_HEIGHT = 0.24, 0.09, 1.35
 #: ends the label of a metric that was measured on held-out samples
 _HELD_OUT = " (validation)"
 
@@ -153,12 +154,12 @@ def denoising_figure(latents: np.ndarray, texts: Sequence[str], names: Sequence[
     """
     rows = len(latents)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(_SIZE[0], _DENOISING_HEIGHT + 0.24 * rows), dpi=_DPI, layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(_SIZE[0], _DENOISING_HEIGHT + _ROW_HEIGHT * rows), dpi=_DPI, layout="constrained")
+        axes, colours = figure.subplots(2, 1, height_ratios=(_ROW_HEIGHT * rows, _BAR_HEIGHT))
         finite = latents[np.isfinite(latents)]
         limit = max(2.0, float(np.percentile(np.abs(finite), 99))) if finite.size else 2.0
         image = axes.imshow(latents, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set_title(one_line(title, _TITLE_CHARACTERS), loc="left")
+        figure.suptitle(one_line(title, _TITLE_CHARACTERS), x=0.02, horizontalalignment="left", fontsize="medium")
         axes.set_xlabel("element of the block's latents")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.set_ylabel("step")
@@ -168,8 +169,8 @@ def denoising_figure(latents: np.ndarray, texts: Sequence[str], names: Sequence[
         beside.set_yticks(range(rows), [one_line(text, _TEXT_CHARACTERS) or "(nothing)" for text in texts], family="monospace")
         beside.tick_params(length=0)
         beside.spines.right.set_visible(False)
-        bar = figure.colorbar(image, ax=axes, location="bottom", extend="both", label="value (standardised)")
-        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        figure.colorbar(image, cax=colours, orientation="horizontal", extend="both", label="value (standardised)")
+        colours.xaxis.set_major_locator(MaxNLocator(nbins=4))
     return figure
 
 
