@@ -12,6 +12,7 @@ import pytest
 
 from ladir.config import Config
 from ladir.config.checks import RANGES, Range, values
+from ladir.config.idle import _NEEDS, idle_settings
 from ladir.config.loader import ConfigError, describe, load_config, parse_args, save_config, setting_names, validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -301,3 +302,19 @@ def test_what_may_be_trained_on_may_be_generated(path: Path | None) -> None:
 
 def test_some_configurations_are_shipped() -> None:
     assert {"demo", "gsm8k"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+def test_settings_without_effect_are_named_with_what_they_need() -> None:
+    carried = ["rollout.carry_gradient=true", "sample.restart_keeps_state=true", "denoiser.carry_own_rollout=0.5"]
+    told = list(idle_settings(load_config(None, [*carried, "sample.spacing_power=3", "denoiser.token_focus=2"])))
+    assert len(told) == 5 and sum("needs denoiser.carry=hidden" in remark for remark in told) == 3
+    assert "denoiser.token_focus=2.0 has no effect; it needs denoiser.token_weight above 0" in told
+    assert not list(idle_settings(load_config(None, [*carried, "denoiser.carry=hidden"])))
+    assert not list(idle_settings(Config()))
+    for pattern, *_ in _NEEDS:
+        assert any(fnmatchcase(name, pattern) for name, _ in values(Config()))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_set_nothing_without_effect(path: Path) -> None:
+    assert not list(idle_settings(load_config(str(path), [])))

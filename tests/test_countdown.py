@@ -350,6 +350,25 @@ def test_files_hold_known_words_and_all_sentences(tmp_path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {*counts, "tokenizer"}
 
 
+@pytest.mark.parametrize(
+    ("lines", "right"),
+    [
+        (["12 + 3 = 15", "15 * 7 = 105"], True),
+        (["100 + 5 = 105"], True),  # numbers that nobody gave
+        (["1 + 1 = 2", "12 + 3 = 15\n15 * 7 = 105"], True),
+        (["12 + 3 = 16", "15 * 7 = 105"], False),
+        (["15 * 7 = 105", "12 + 3 = 15"], False),
+        (["105 / 0 = 105"], False),
+        (["210 / 2 = 105", "so it is"], False),
+        ([], False),
+        (["", " "], False),
+    ],
+)
+def test_the_lenient_rule_asks_for_exact_steps_that_end_in_the_target(lines: list[str], right: bool) -> None:
+    record = Record("3 7 12 -> 105", (), "", "x.jsonl:1", {"numbers": [3, 7, 12], "target": 105})
+    assert get_task("countdown").lenient(lines, record) is right
+
+
 def test_task_judges_records_and_names_those_that_are_no_puzzles() -> None:
     task = get_task("countdown")
     record = Record("3 7 12 -> 105", ("12 + 3 = 15",), "( 12 + 3 ) * 7", "x.jsonl:1", {"numbers": [3, 7, 12], "target": 105})

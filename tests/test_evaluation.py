@@ -83,7 +83,7 @@ def test_questions_that_were_not_asked_count_as_not_solved() -> None:
 
 def test_summary_without_chain_verdicts_and_of_nothing() -> None:
     summary = summarise([question(("a", True), chain=None)])
-    assert summary["chain"] is None
+    assert summary["chain"] is None and summary["lenient"] is None
     assert summary["standard_errors"]["pass@1"] is None
     with pytest.raises(ValueError, match="no questions"):
         summarise([])
@@ -144,7 +144,7 @@ def test_judge_asks_the_task() -> None:
     task = get_task("countdown")
     right = judge(task, record, "12 + 7 + 3", ["12 + 7 = 19", "19 + 3 = 22"])
     assert right.correct
-    assert right.chain_correct
+    assert right.chain_correct and right.lenient
     assert right.canonical == task.canonical("3 + ( 7 + 12 )")
     wrong = judge(task, record, "( 12 + 3 ) + 3 + 4", ["12 + 7 = 19", "19 + 3 = 23"], stopped=False)
     assert not wrong.correct and wrong.reason and not right.reason

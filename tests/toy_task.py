@@ -22,6 +22,9 @@ class Judge:
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         return None
 
+    def lenient(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        return None
+
     def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
         return None
 

@@ -42,7 +42,8 @@ def summarise(
     ``unasked``: questions that count beside them as ones without a right answer.
 
     Keys: ``pass@k`` for each k (None: some question has fewer than k trajectories, or fewer are ``samples``); ``chain``, the
-    share of trajectories whose thoughts alone solve the question; ``consistent``, of those whose thoughts lead to their answer
+    share of trajectories whose thoughts alone solve the question; ``lenient``, of those whose thoughts pass the rule of published
+    figures (None: the task has none); ``consistent``, of those whose thoughts lead to their answer
     (None: the task cannot tell); ``distinct_correct``, different right answers per question; ``majority`` and
     ``majority_consistent``, the share of questions whose elected answer is right; ``stopped``, the share of trajectories that
     ended by themselves; ``standard_errors`` and ``confidence_intervals``, by question, under the same keys; ``pass_curve``,
@@ -59,6 +60,8 @@ def summarise(
     everything = [entry for question in questions for entry in question.trajectories]
     if all(entry.chain_correct is not None for entry in everything):
         figures["chain"] = lambda question: _mean([bool(entry.chain_correct) for entry in question.trajectories])
+    if all(entry.lenient is not None for entry in everything):
+        figures["lenient"] = lambda question: _mean([bool(entry.lenient) for entry in question.trajectories])
     if all(entry.consistent is not None for entry in everything):
         figures["consistent"] = lambda question: _mean([bool(entry.consistent) for entry in question.trajectories])
         figures["majority_consistent"] = partial(elected_correct, rule="consistent")
@@ -66,7 +69,7 @@ def summarise(
     figures["majority"] = elected_correct
     figures["stopped"] = lambda question: _mean([entry.stopped for entry in question.trajectories])
 
-    names = [*(f"pass@{k}" for k in ks), "chain", "consistent", "distinct_correct"]
+    names = [*(f"pass@{k}" for k in ks), "chain", "lenient", "consistent", "distinct_correct"]
     names += ["majority", "majority_consistent", "stopped"]
     missed = [0.0] * unasked
     values = {name: [*map(figure, questions), *(() if name in _OF_ANSWERS else missed)] for name, figure in figures.items()}

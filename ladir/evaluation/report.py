@@ -52,6 +52,8 @@ def remarks(results: Mapping[str, Any]) -> Iterator[str]:
     if refused := gold.get("refused"):
         done = "left out of all figures" if gold.get("on_bad_gold") == "skip" else "asked all the same"
         yield f"{refused} of {gold.get('judged')} own answers are refused by the task's checker: {done}"
+    if lenient := [f"{row['method']} {100 * row['lenient']:.1f}" for row in results["rows"] if row.get("lenient") is not None]:
+        yield f"lenient (steps exact, the last result the target, any numbers): {', '.join(lenient)}"
     if undecided := [f"{row['method']} {row['undecided']}" for row in results["rows"] if row.get("undecided")]:
         yield f"answers that could not be judged, counted as wrong: {', '.join(undecided)}"
 

@@ -24,6 +24,8 @@ class Trajectory:
     """The reasoning as text, one entry per block."""
     chain_correct: bool | None = None
     """Whether the thoughts alone solve the question; None where the task cannot tell."""
+    lenient: bool | None = None
+    """Whether the thoughts pass the looser rule of published figures; None where the task has none."""
     stopped: bool = True
     """Whether the model ended its reasoning itself, before the limit on blocks or tokens."""
     consistent: bool | None = None
@@ -93,6 +95,7 @@ def judge(task: Task, record: Record, answer: str, thoughts: Sequence[str] = (),
         canonical=task.canonical(answer),
         thoughts=tuple(thoughts),
         chain_correct=task.chain_correct(thoughts, record),
+        lenient=task.lenient(thoughts, record),
         stopped=stopped,
         consistent=task.agrees(thoughts, answer),
         reason=verdict.reason or ("" if verdict.right else "judged wrong" if answer.strip() else "no answer"),

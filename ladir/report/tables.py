@@ -13,6 +13,7 @@ _COLUMNS = (
     ("pass@10", 100.0, 1, "pass@10 (%)"),
     ("pass@100", 100.0, 1, "pass@100 (%)"),
     ("chain", 100.0, 1, "chain (%)"),
+    ("lenient", 100.0, 1, "lenient (%)"),
     ("distinct_correct", 1.0, 2, "distinct right"),
     ("seconds_per_question", 1.0, 3, "seconds per question"),
     ("forward_passes_per_question", 1.0, 0, "forward passes per question"),

@@ -27,6 +27,10 @@ class Task(Protocol):
         """Whether the thoughts alone solve the record; None where the task cannot judge that."""
         ...
 
+    def lenient(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        """Whether the thoughts pass the looser rule of the task's published figures; None where there is none."""
+        ...
+
     def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
         """Whether the thoughts lead to this answer, right or wrong; None where the task cannot tell.  Never raises."""
         ...

@@ -165,13 +165,23 @@ def check_steps(lines: Sequence[str], numbers: Sequence[int], target: int) -> bo
 
 def _consume(available: list[Fraction], match: re.Match[str]) -> bool:
     """Take both operands of a step out of ``available`` and put its result in; False where the step is wrong."""
-    left, right, result = Fraction(match[1]), Fraction(match[3]), Fraction(match[4])
-    for operand in (left, right):
+    for operand in (Fraction(match[1]), Fraction(match[3])):
         if operand not in available:
             return False
         available.remove(operand)
-    available.append(result)
-    return not (match[2] == "/" and right == 0) and apply(match[2], left, right) == result
+    available.append(Fraction(match[4]))
+    return _exact(match)
+
+
+def ends_in(lines: Sequence[str], target: int) -> bool:
+    """Whether every line ``a op b = c`` is exact and the last result is the target, whatever numbers are used.  Never raises."""
+    steps = [match for line in lines for step in line.splitlines() if step.strip() for match in [_STEP.fullmatch(step)]]
+    return bool(steps) and all(step is not None and _exact(step) for step in steps) and Fraction(steps[-1][4]) == target
+
+
+def _exact(step: re.Match[str]) -> bool:
+    left, right = Fraction(step[1]), Fraction(step[3])
+    return not (step[2] == "/" and right == 0) and apply(step[2], left, right) == Fraction(step[4])
 
 
 _Operation = tuple[str, Fraction, Fraction]
@@ -197,12 +207,9 @@ def _operations_of_steps(text: str) -> list[_Operation] | None:
     found: list[_Operation] = []
     for step in filter(str.strip, text.splitlines()):
         match = _STEP.fullmatch(step)
-        if match is None:
+        if match is None or not _exact(match):
             return None
-        left, right = Fraction(match[1]), Fraction(match[3])
-        if (match[2] == "/" and right == 0) or apply(match[2], left, right) != Fraction(match[4]):
-            return None
-        found.append(_operation(match[2], left, right))
+        found.append(_operation(match[2], Fraction(match[1]), Fraction(match[3])))
     return found
 
 

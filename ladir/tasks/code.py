@@ -99,6 +99,10 @@ class CodeTask:
         """None: free-form steps are not judged."""
         return None
 
+    def lenient(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        """None: published figures are of answers."""
+        return None
+
     def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
         """None: whether free-form steps lead to a program is not judged."""
         return None

@@ -27,6 +27,7 @@ from ladir.tasks.arithmetic import (
     check_expression,
     check_steps,
     combine_forms,
+    ends_in,
     number_form,
     steps_agree,
 )
@@ -338,6 +339,14 @@ class CountdownTask:
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """Whether the decoded thoughts alone solve the record's puzzle."""
         return check_chain(thoughts, *_puzzle_of(record))
+
+    def lenient(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        """Whether the steps are exact and end in the target; which numbers they start from is not asked.
+
+        So the published figures of discrete diffusion on Countdown are judged (Ye et al. 2024, "Beyond autoregression: discrete
+        diffusion for complex reasoning and planning", arXiv 2410.14157, and its code).
+        """
+        return ends_in(thoughts, _puzzle_of(record)[1])
 
     def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
         """Whether the steps are exact and compute the answer's expression, up to order."""

@@ -113,6 +113,10 @@ class MathsTask:
         """None: free-form steps are not judged."""
         return None
 
+    def lenient(self, thoughts: Sequence[str], record: Record) -> bool | None:
+        """None: published figures are of answers."""
+        return None
+
     def agrees(self, thoughts: Sequence[str], answer: str) -> bool | None:
         """Whether the last thought ends in the answer: in its number or, where it is none, in its text."""
         last, given = answer_of(thoughts[-1]) if thoughts else "", answer_of(answer)

@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from ladir.config import Config, EvaluateSettings, TrainSettings
+from ladir.config.idle import idle_settings
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
@@ -182,6 +183,8 @@ class Run:
                     write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
                 write_json(self.folder.path / "environment.json", environment())
                 self.folder.interrupted.unlink(missing_ok=True)
+                for remark in idle_settings(self.config):
+                    logger.warning("%s", remark)
             return problem
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"

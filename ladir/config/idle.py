@@ -1,0 +1,35 @@
+"""Settings that were changed and do nothing, because another one that they belong to is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+
+from ladir.config import Config
+from ladir.config.checks import values
+
+#: a setting (pattern), what it needs, and whether it has that; the first pattern that matches counts
+_NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
+    ("denoiser.carry_*", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
+    ("rollout.carry_gradient", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
+    ("sample.restart_keeps_state", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
+    ("sample.restart_*", "sample.restarts above 0", lambda c: c.sample.restarts > 0),
+    ("sample.spacing_power", "sample.spacing=power", lambda c: c.sample.spacing == "power"),
+    ("sample.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),
+    ("rollout.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),
+    ("rollout.candidates", "rollout.gold=nearest", lambda c: c.rollout.gold == "nearest"),
+    ("denoiser.independent_levels", "denoiser.span above 1", lambda c: c.denoiser.span > 1),
+    ("denoiser.timestep_mean", "denoiser.timesteps=logit_normal", lambda c: c.denoiser.timesteps == "logit_normal"),
+    ("denoiser.timestep_std", "denoiser.timesteps=logit_normal", lambda c: c.denoiser.timesteps == "logit_normal"),
+    ("denoiser.token_*", "denoiser.token_weight above 0", lambda c: c.denoiser.token_weight > 0),
+    ("evaluate.ar_top_p", "evaluate.ar_temperature above 0", lambda c: c.evaluate.ar_temperature > 0),
+)
+
+
+def idle_settings(config: Config) -> Iterator[str]:
+    """A sentence for every setting that is not at its default and has no effect, with what would give it one."""
+    usual = dict(values(Config()))
+    for name, value in values(config):
+        need, met = next(((need, met) for pattern, need, met in _NEEDS if fnmatchcase(name, pattern)), ("", None))
+        if met is not None and value != usual[name] and not met(config):
+            yield f"{name}={value} has no effect; it needs {need}"
