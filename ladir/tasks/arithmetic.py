@@ -175,8 +175,13 @@ def _consume(available: list[Fraction], match: re.Match[str]) -> bool:
 
 def ends_in(lines: Sequence[str], target: int) -> bool:
     """Whether every line ``a op b = c`` is exact and the last result is the target, whatever numbers are used.  Never raises."""
-    steps = [match for line in lines for step in line.splitlines() if step.strip() for match in [_STEP.fullmatch(step)]]
-    return bool(steps) and all(step is not None and _exact(step) for step in steps) and Fraction(steps[-1][4]) == target
+    result = None
+    for step in (step for line in lines for step in line.splitlines() if step.strip()):
+        match = _STEP.fullmatch(step)
+        if match is None or not _exact(match):
+            return False
+        result = Fraction(match[4])
+    return result == target
 
 
 def _exact(step: re.Match[str]) -> bool:
