@@ -1,4 +1,4 @@
-"""``python -m ladir "question" --model DIR``, and the commands inspect, countdown and report."""
+"""``python -m ladir COMMAND ...``, also installed as the program ``ladir``; the commands: :mod:`ladir.cli.commands`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ladir.cli.commands import run
 from ladir.installation import missing_package
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -34,29 +35,18 @@ def _told(argv: Sequence[str]) -> int:
     from ladir.config.loader import ConfigError
 
     try:
-        return _run(argv)
+        return run(argv)
     except (ConfigError, ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"ladir: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def _run(argv: Sequence[str]) -> int:
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    # Each command imports what it needs: help and small commands stay quick.
-    if command == "inspect":
-        from ladir.cli.inspect import run
-    elif command == "countdown":
-        from ladir.cli.countdown import run
-    elif command == "report":
-        from ladir.cli.report import run
-    else:
-        from ladir.cli.ask import run
-
-        rest = argv
-    return run(rest)
+def program() -> int:
+    """Run the command line of this process; returns the exit status."""
+    status = main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop, and taking the interpreter apart takes a while
+    return status
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop, and taking the interpreter apart takes a while
-    sys.exit(status)
+    sys.exit(program())

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import pty
 import re
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import torch
 from rich.console import Console
 
 from ladir import reasoner
-from ladir.__main__ import main
+from ladir.__main__ import main, program
 from ladir.cli.ask import render
+from ladir.cli.commands import COMMANDS
 from ladir.cli.live import LiveTrace
 from ladir.config import SampleSettings
 from ladir.models.pairing import TrainedOn
@@ -129,7 +132,7 @@ def test_asking_prints_thoughts_and_answer(
     assert captured.out.count("  thought 1: 3 * 7 = 21\n") == 2 and captured.out.count("answer: 3 * 7\n") == 2
     assert "limit on blocks" in captured.out and "step" not in captured.out and captured.err == ""
     assert (fake.asked["num_steps"], fake.asked["seed"], fake.asked["initial_noise"]) == (5, 4, None)
-    assert main(["what is 3", "--model", str(tmp_path), "--trace"]) == 0
+    assert main(["ask", "what is 3", "--model", str(tmp_path), "--trace"]) == 0
     captured = capsys.readouterr()
     assert "block 1, step  1: 9 9\n  block 1, step  2: 3 * 7 = 21\n  thought 1" in captured.out
     assert "does not know all of 'what is 3'" in captured.err
@@ -290,5 +293,41 @@ def test_questions_longer_than_the_trainings_are_warned_of_or_refused(
 
 def test_help_as_a_process() -> None:
     done = subprocess.run([sys.executable, "-m", "ladir", "--help"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0
-    assert "--trace" in done.stdout and "inspect FILE" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m ladir {name} ")
+
+
+def test_the_program_ladir_is_the_same() -> None:
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name: pkgutil.resolve_name(target) for name, target in scripts.items()} == {"ladir": program}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspct", "x.jsonl"], "unknown command inspct; did you mean inspect?"),
+        (["Report", "runs/x"], "unknown command Report; did you mean report?"),
+        (["aks", "3 7 -> 21", "--model", "x"], "unknown command aks; did you mean ask?"),
+        (["train"], "unknown command train; there are ask, inspect, "),
+        ([], "usage: python -m ladir COMMAND"),
+    ],
+)
+def test_a_mistyped_command_is_told_the_closest(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_a_question_of_one_word_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeReasoner()
+    monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: fake)
+    for argv in (["Why?"], ["hello"], ["ask", "report"]):
+        assert main([*argv, "--model", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""python -m ladir "question" --model DIR: a trained model answers and shows its thoughts."""
+"""python -m ladir ask "question" --model DIR (or without ask): a trained model answers and shows its thoughts."""
 
 from __future__ import annotations
 
@@ -37,18 +37,10 @@ _CONTROLS = (
     "answer_temperature",
 )
 
-_EPILOG = """other commands:
-  python -m ladir inspect FILE       blocks and token lengths of a data file, and what would be refused
-  python -m ladir countdown --out D  write Countdown puzzles
-  python -m ladir report RUN...      one page about runs: curves, tables, thoughts forming
-each with its own --help"""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's options; controls that are not given come from the model folder."""
-    parser = LineParser(
-        prog="python -m ladir", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = LineParser(prog="python -m ladir ask", description=__doc__)
     parser.add_argument("question", nargs="+", help="one or more questions")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder written by training/export.py")
     parser.add_argument("--base", metavar="DIR", help="the LM under the model's LoRA adapters, where it has moved")
