@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
+from ladir.inference.memory import trajectories_that_fit
 from ladir.inference.sampler import NOISE, BlockSampler, StepHook, Think, TrajectoryNoise, passes_per_span
 from ladir.layout import Mark
 from ladir.models.backbone import DTYPES
@@ -89,6 +90,33 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     if name not in (None, "auto", *DTYPES):
         raise UnusableError(f"dtype {name!r} is not supported; valid: auto, {', '.join(DTYPES)} (as text or torch dtype)")
     return name
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What :meth:`Reasoner.generate` was asked for, checked."""
+
+    questions: Sequence[str]
+    num_trajectories: int
+    settings: SampleSettings
+    seed: int
+    on_step: TraceHook | None
+    thoughts: bool
+    reward: Reward | None
+
+    @property
+    def total(self) -> int:
+        return len(self.questions) * self.num_trajectories
+
+
+def _from(first: int, on_step: TraceHook) -> TraceHook:
+    """The hook for a batch whose trajectories are numbered from ``first`` on."""
+    return lambda trajectory, block, step, text: on_step(first + trajectory, block, step, text)
+
+
+def _in_steps(size: int, step: int) -> int:
+    """The largest multiple of ``step`` up to ``size``, one step at least."""
+    return max(size // step, 1) * step
 
 
 class Reasoner:
@@ -171,8 +199,13 @@ class Reasoner:
         lag: int | None = None,
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
+        batch_size: int | Literal["auto"] | None = None,
     ) -> list[list[Trajectory]]:
-        """Answer ``questions``, each with ``num_trajectories`` independent trajectories; all in one batch.
+        """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
+
+        ``batch_size``: trajectories that are generated together; not given: all of them; "auto": as many as memory holds, for
+        any number of questions (half as many where it runs out all the same; their steps are then told to ``on_step`` again).
+        With diversity guidance the trajectories of a question, which repel one another, stay together.
 
         Controls not given come from the export's settings (:class:`~ladir.config.SampleSettings` says what they mean).  The same
         seed gives a trajectory the same random numbers whatever it is batched with.  ``thoughts`` False leaves the blocks
@@ -210,23 +243,62 @@ class Reasoner:
         if not questions:
             return []
         self._check_lengths(questions)
-        noise = TrajectoryNoise(seed, [(q, i) for q in questions for i in range(num_trajectories)])
-        owner = torch.arange(len(questions), device=self.device).repeat_interleave(num_trajectories)
-        prefix = self._question_prefix(questions, owner, settings.guidance_scale != 1.0)
-        traces: dict[tuple[int, int], list[str]] = {}
-        hook = self._trace_hook(traces, on_step) if on_step is not None else None
         reward = Reward(reward_fn, reward_scale) if reward_fn is not None else None
+        ask = _Ask(questions, num_trajectories, settings, seed, on_step, thoughts, reward)
+        found = self._in_batches(ask, batch_size)
+        return [found[i : i + num_trajectories] for i in range(0, len(found), num_trajectories)]
+
+    def _in_batches(self, ask: _Ask, batch_size: int | Literal["auto"] | None) -> list[Trajectory]:
+        """All trajectories in their order, ``batch_size`` at a time.
+
+        A trajectory's random numbers are its own, so that the batches change nothing but rounding.
+        """
+        together = ask.num_trajectories if ask.settings.diversity_scale else 1
+        size = _in_steps(self._first_size(ask, batch_size), together)
+        found: list[Trajectory] = []
+        while len(found) < ask.total:
+            rows = range(len(found), min(len(found) + size, ask.total))
+            try:
+                found += self._answer(ask, rows)
+                continue
+            except torch.OutOfMemoryError as error:
+                if batch_size != "auto" or size <= together:
+                    error.add_note("Ask for fewer trajectories at a time: batch_size, or num_trajectories.")
+                    raise
+            size = _in_steps(size // 2, together)  # here the error no longer holds the batch's tensors
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: from here on %d trajectories at a time", size)
+        return found
+
+    def _first_size(self, ask: _Ask, batch_size: int | Literal["auto"] | None) -> int:
+        if batch_size is None:
+            return ask.total
+        if batch_size == "auto":
+            longest = max(map(len, encode_texts(self.tokenizer, ask.questions)))
+            return min(trajectories_that_fit(self.denoiser, ask.settings, longest, self.device), ask.total)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f'batch_size must be a number of trajectories, "auto" or None, not {batch_size!r}')
+        return batch_size
+
+    def _answer(self, ask: _Ask, rows: range) -> list[Trajectory]:
+        """The trajectories numbered ``rows``, in one batch."""
+        settings, numbers = ask.settings, [divmod(row, ask.num_trajectories) for row in rows]
+        first, last = numbers[0][0], numbers[-1][0]
+        noise = TrajectoryNoise(ask.seed, [(ask.questions[question], number) for question, number in numbers])
+        owner = torch.tensor([question - first for question, _ in numbers], device=self.device)
+        prefix = self._question_prefix(ask.questions[first : last + 1], owner, settings.guidance_scale != 1.0)
+        traces: dict[tuple[int, int], list[str]] = {}
+        hook = self._trace_hook(traces, _from(rows.start, ask.on_step)) if ask.on_step is not None else None
         settle = self._reencode if settings.reencode else None
-        sampled = BlockSampler(self.denoiser, settings, noise, reward, settle, self.graphs).think(prefix, owner, hook)
+        sampled = BlockSampler(self.denoiser, settings, noise, ask.reward, settle, self.graphs).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
-            flat.update(self._finish(group, settings, noise, thoughts))
+            flat.update(self._finish(group, settings, noise, ask.thoughts))
             del group  # and its cache, before the others think on
         for (row, block), texts in sorted(traces.items()):
             if block < len(flat[row].thoughts):  # a span may reach beyond the last block
                 flat[row].trace.append(texts)
-        ordered = [flat[row] for row in range(len(owner))]
-        return [ordered[i : i + num_trajectories] for i in range(0, len(ordered), num_trajectories)]
+        return [flat[row] for row in range(len(rows))]
 
     def settings_with(self, **given: Any) -> SampleSettings:
         """The export's settings with what the caller gave (None: not given); ValueError names a control that makes no sense."""

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts of this folder share; they source it, and users read docs/slurm.md.
+# What the batch scripts of this folder share; they source it, and users read docs/cluster.md.
 set -euo pipefail
 
 readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to outgoing connections

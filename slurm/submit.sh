@@ -2,7 +2,7 @@
 # Queue the whole chain, each phase after the one before it has succeeded.
 # Usage: slurm/submit.sh [--sbatch-option=value ...] CONFIG [section.key=value ...]
 # PHASES overrides the chain: entries separated by ';', each an entry point with sbatch options and settings of its own,
-# e.g. PHASES='train_vae --time=04:00:00; encode_latents --nodes=1'.  See docs/slurm.md.
+# e.g. PHASES='train_vae --time=04:00:00; encode_latents --nodes=1'.  See docs/cluster.md.
 set -euo pipefail
 
 fail() {

@@ -247,7 +247,7 @@ def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command
     for no, wanted in (("", True), ("no-", False)):
         assert main([*ask, *options, f"--{no}reencode", f"--{no}restart-keeps-state"]) == 0
         switches = {"reencode": wanted, "restart_keeps_state": wanted}
-        assert fake.asked == {**given, **switches, "seed": 4, "num_trajectories": 2}
+        assert fake.asked == {**given, **switches, "seed": 4, "num_trajectories": 2, "batch_size": "auto"}
     controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens"}
     assert controls == {*given, *switches} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
     assert main(ask) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     found = set(re.findall(pattern, page.read_text(encoding="utf-8"), re.M)) - MISTAKES
     files = {name for name in found if name.endswith((".py", ".md", ".json", ".jsonl", ".yaml"))}
     assert [name for name in sorted(found - known - files) if not name.startswith("backbone.scratch.")] == []
+
+
+def test_the_page_of_settings_is_fresh_and_knows_the_papers_values() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    fresh = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == script["page"]()
+    assert fresh, "write it again: python docs/settings.py"
+    assert script["PAPER"].keys() <= set(setting_names())
 
 
 def test_entries_of_the_log_that_results_name_are_there() -> None:

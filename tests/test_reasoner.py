@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
+from ladir.inference import memory
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
 from ladir.inference.guidance import diversity_force, reward_gradient
@@ -377,6 +378,78 @@ def test_in_bfloat16_a_trajectory_is_the_same_in_any_batch_up_to_ties(controls: 
         assert torch.allclose(one.latents[:both], other.latents[:both], atol=0.25)
     first = [trajectory.latents[0] for _, trajectory in pairs[: 2 * len(QUESTIONS)]]
     assert all((a - b).abs().max() > 0.5 for a, b in itertools.combinations(first, 2))  # what other numbers would give
+
+
+@pytest.mark.parametrize("controls", [{}, {"guidance_scale": 2.0}, {"diversity_scale": 0.8}], ids=["plain", "guided", "diverse"])
+def test_any_batch_size_gives_the_same_trajectories(controls: dict[str, Any]) -> None:
+    """Also where a batch ends within a question's trajectories; those that repel one another stay together."""
+    reasoner, told = tiny_reasoner(**controls), dict[Any, list[Any]]()
+
+    def ask(size: Any) -> list[Trajectory]:
+        seen = told.setdefault(size, [])
+        groups = reasoner.generate(QUESTIONS, 4, seed=6, on_step=lambda *step: seen.append(step), batch_size=size)
+        assert [len(group) for group in groups] == [4] * len(QUESTIONS)
+        return list(itertools.chain(*groups))
+
+    whole = ask(None)
+    for size in (1, 3, 5, "auto", 10**9):
+        for one, other in zip(ask(size), whole, strict=True):
+            assert_same(one, other, 1e-5)
+            assert one.trace == other.trace
+        assert sorted(told[size]) == sorted(told[None])
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    reasoner, sizes = tiny_reasoner(), []
+    whole, answer = reasoner.generate(QUESTIONS, 4), Reasoner._answer
+
+    def short_of_memory(self: Reasoner, ask: Any, rows: range) -> list[Trajectory]:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError
+        return answer(self, ask, rows)
+
+    monkeypatch.setattr(Reasoner, "_answer", short_of_memory)
+    halved = reasoner.generate(QUESTIONS, 4, batch_size="auto")
+    for one, other in zip(itertools.chain(*halved), itertools.chain(*whole), strict=True):
+        assert_same(one, other, 1e-5)
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    assert "from here on 3 trajectories at a time" in caplog.text
+    for size, controls in ((8, {}), ("auto", {"diversity_scale": 0.8})):  # a size that was given, and what has to stay together
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            reasoner.generate(QUESTIONS, 4, batch_size=size, **controls)
+        assert "batch_size" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "all"])
+def test_a_batch_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size must be a number of trajectories"):
+        tiny_reasoner().generate(QUESTIONS, batch_size=size)
+
+
+def test_as_many_trajectories_are_taken_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate covers keys and values of a trajectory of full length."""
+    reasoner, found = tiny_reasoner(), []
+    with torch.no_grad():
+        reasoner.denoiser.stop_head.bias.fill_(-1e4)  # the longest chain
+    finish = Reasoner._finish
+
+    def measure(self: Reasoner, group: Any, *rest: Any) -> Any:
+        found.append(sum(t.nbytes for layer in group.prefix.cache.layers for t in (layer.keys, layer.values)) / len(group.rows))
+        return finish(self, group, *rest)
+
+    monkeypatch.setattr(Reasoner, "_finish", measure)
+    reasoner.generate(QUESTIONS[-1:], 2)
+    longest = len(encode_text(reasoner.tokenizer, QUESTIONS[-1]))
+    size = memory.trajectory_bytes(reasoner.denoiser, reasoner.settings, longest)
+    assert 2 * max(found) < size < 40 * max(found)
+    guided = replace(reasoner.settings, guidance_scale=2.0)
+    assert memory.trajectory_bytes(reasoner.denoiser, guided, longest) > 1.5 * size
+    for free, rows in ((2 * size, 1), (8 * size, 4), (0, 1)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert memory.trajectories_that_fit(reasoner.denoiser, reasoner.settings, longest, CPU) == rows
+    monkeypatch.undo()
+    assert memory.free_bytes(CPU) > 2**20
 
 
 def test_seeds_reproduce_and_differ() -> None:

@@ -98,7 +98,12 @@ def run(argv: Sequence[str]) -> int:
 def _generate(reasoner: Reasoner, arguments: argparse.Namespace, on_step: TraceHook | None) -> list[list[Trajectory]]:
     controls = {name: getattr(arguments, name) for name in _CONTROLS}
     return reasoner.generate(
-        arguments.question, num_trajectories=arguments.trajectories, seed=arguments.seed, on_step=on_step, **controls
+        arguments.question,
+        num_trajectories=arguments.trajectories,
+        seed=arguments.seed,
+        on_step=on_step,
+        batch_size="auto",
+        **controls,
     )
 
 

@@ -29,7 +29,18 @@ from ladir.config import Config
 from ladir.config.checks import validate
 from ladir.config.texts import is_text, is_text_list, plainly, written
 
-__all__ = ["ConfigError", "describe", "load_config", "parse_args", "save_config", "setting_names", "validate"]
+__all__ = [
+    "ConfigError",
+    "Setting",
+    "declared_settings",
+    "describe",
+    "load_config",
+    "parse_args",
+    "save_config",
+    "setting_names",
+    "show_value",
+    "validate",
+]
 
 
 class ConfigError(ValueError):
@@ -104,12 +115,12 @@ def describe() -> str:
     """Every setting with its default, type, valid values and meaning, by section: what ``--help`` prints."""
     lines = ["settings (section.key=value; in a YAML file: section:, and below it key: value):"]
     previous = ""
-    for entry in _settings():
+    for entry in declared_settings():
         section, _, _ = entry.name.rpartition(".")
         if section != previous:
             lines += ["", f"{section}: {entry.section_help}"]
             previous = section
-        lines.append(f"  {entry.name}={_show(entry.default)}  ({_type_name(entry.annotation)})")
+        lines.append(f"  {entry.name}={show_value(entry.default)}  ({_type_name(entry.annotation)})")
         meaning = entry.help + (f" [{', '.join(entry.choices)}]" if entry.choices else "")
         lines += textwrap.wrap(meaning, 112, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -117,11 +128,13 @@ def describe() -> str:
 
 def setting_names() -> list[str]:
     """The full name of every setting, e.g. ``vae.train.lr``."""
-    return [entry.name for entry in _settings()]
+    return [entry.name for entry in declared_settings()]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setting:
+class Setting:
+    """A setting as it is declared: full name, default, type, meaning, valid values, and the meaning of its section."""
+
     name: str
     default: Any
     annotation: Any
@@ -130,7 +143,7 @@ class _Setting:
     section_help: str
 
 
-def _settings(group: Any = None, prefix: str = "", section_help: str = "") -> Iterator[_Setting]:
+def declared_settings(group: Any = None, prefix: str = "", section_help: str = "") -> Iterator[Setting]:
     """Every declared setting, depth first; a section's own settings come before those of its sub-sections."""
     group = Config() if group is None else group
     annotations = typing.get_type_hints(type(group))
@@ -140,9 +153,9 @@ def _settings(group: Any = None, prefix: str = "", section_help: str = "") -> It
         if dataclasses.is_dataclass(value):
             subsections.append((value, f"{name}.", meaning))
         else:
-            yield _Setting(name, value, annotations[field.name], meaning, field.metadata["choices"], section_help)
+            yield Setting(name, value, annotations[field.name], meaning, field.metadata["choices"], section_help)
     for subsection in subsections:
-        yield from _settings(*subsection)
+        yield from declared_settings(*subsection)
 
 
 def _merge_file(tree: DictConfig, path: str, errors: list[str]) -> None:
@@ -171,7 +184,7 @@ def _merge_override(tree: DictConfig, override: str, errors: list[str]) -> None:
     if not equals or not name:
         errors.append(f"{override!r}: an override is section.key=value, e.g. vae.train.lr=1e-4")
         return
-    entry = next((entry for entry in _settings() if entry.name == name), None)
+    entry = next((entry for entry in declared_settings() if entry.name == name), None)
     as_typed = plainly(text) if entry is not None and is_text(entry.annotation) else None
     try:
         content, texts = (as_typed, {}) if as_typed is not None else _parse_override(name, text)
@@ -196,7 +209,7 @@ def _merge(
 
     ``texts``: what YAML has read as something else where a setting is a text, as it is written.
     """
-    known = {entry.name: entry for entry in _settings()}
+    known = {entry.name: entry for entry in declared_settings()}
     sections = {name[: i + 1].rstrip(".") for name in known for i, mark in enumerate(name) if mark == "."}
 
     def descend(group: Mapping[Any, Any], prefix: str) -> None:
@@ -211,7 +224,7 @@ def _merge(
             elif value is not None:
                 errors.append(f"{where(name)}: {name} is a section with settings of its own, not a value")
 
-    def put(entry: _Setting, value: Any) -> None:
+    def put(entry: Setting, value: Any) -> None:
         as_written = texts.get(entry.name)
         if as_written is not None and (is_text if isinstance(as_written, str) else is_text_list)(entry.annotation):
             value = as_written
@@ -223,7 +236,7 @@ def _merge(
             fits = False
         if not fits:
             expected = _type_name(entry.annotation)
-            errors.append(f"{where(entry.name)}: {entry.name}={_show(value)}: must be {expected}")
+            errors.append(f"{where(entry.name)}: {entry.name}={show_value(value)}: must be {expected}")
 
     def unknown(name: str) -> None:
         owner = next((entry for entry in known if name.startswith(f"{entry}.")), None)
@@ -266,7 +279,7 @@ def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
 
 def _resolve(tree: DictConfig, errors: list[str]) -> Config:
     """The finished dataclasses; an interpolation that leads nowhere or to another type is an error."""
-    for entry in _settings():
+    for entry in declared_settings():
         try:
             value = OmegaConf.select(tree, entry.name)
             if OmegaConf.is_config(value):
@@ -278,7 +291,7 @@ def _resolve(tree: DictConfig, errors: list[str]) -> Config:
 
 
 def _choice_errors(config: Config) -> Iterator[str]:
-    for entry in _settings(config):
+    for entry in declared_settings(config):
         if entry.choices is None or entry.default is None:
             continue
         for value in entry.default if isinstance(entry.default, list) else [entry.default]:
@@ -319,12 +332,12 @@ def _type_name(annotation: Any) -> str:
     return "a mapping" if origin is dict else str(annotation)
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as one would write it in an override."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return "[" + ",".join(map(_show, value)) + "]"
+        return "[" + ",".join(map(show_value, value)) + "]"
     return str(value)
