@@ -17,8 +17,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" /
 #: what was true on its day: files and settings named there may be gone
 HISTORY = ("CHANGELOG.md", "log.md")
 CURRENT = [page for page in PAGES if page.name not in HISTORY]
-#: a reader's own files, in examples
-EXAMPLES = {"configs/mine.yaml", "configs/NAME.yaml"}
+#: a reader's own files, in examples, and a file of the public release
+EXAMPLES = {"configs/mine.yaml", "configs/NAME.yaml", "configs/cd_formal_8B_VAE_conn.yaml"}
 #: shown as a mistake that is refused
 MISTAKES = {"vae.latents_per_blok"}
 FOLDERS = ("configs", "docs", "ds_configs", "ladir", "slurm", "tests", "training")
