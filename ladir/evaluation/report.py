@@ -52,8 +52,8 @@ def remarks(results: Mapping[str, Any]) -> Iterator[str]:
     if refused := gold.get("refused"):
         done = "left out of all figures" if gold.get("on_bad_gold") == "skip" else "asked all the same"
         yield f"{refused} of {gold.get('judged')} own answers are refused by the task's checker: {done}"
-    if lenient := [f"{row['method']} {100 * row['lenient']:.1f}" for row in results["rows"] if row.get("lenient") is not None]:
-        yield f"lenient (steps exact, the last result the target, any numbers): {', '.join(lenient)}"
+    if lenient := [f"{row['method']} {100 * row['lenient']:.1f}" for row in results["rows"] if _looser(row)]:
+        yield f"lenient, where it differs from chain (exact steps to the target, of any numbers): {', '.join(lenient)}"
     if undecided := [f"{row['method']} {row['undecided']}" for row in results["rows"] if row.get("undecided")]:
         yield f"answers that could not be judged, counted as wrong: {', '.join(undecided)}"
 
@@ -73,6 +73,11 @@ def _example(question: QuestionResult) -> Text:
         text.append(f"  thought {number}        {' '.join(thought.split())}\n")
     text.append("  answer (").append(verdict, style=style).append(f")   {' '.join(shown.answer.split())}\n")
     return text
+
+
+def _looser(row: Mapping[str, Any]) -> bool:
+    lenient, chain = row.get("lenient"), row.get("chain")
+    return lenient is not None and (chain is None or f"{lenient:.3f}" != f"{chain:.3f}")
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
