@@ -62,6 +62,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([numbers, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
 
+def tokenization_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash (16 hex digits) of everything on which the ids of a text depend: rules and vocabulary, which
+    :func:`tokenizer_fingerprint` alone knows, and the ids of a probe text."""
+    rules = ""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = json.dumps({name: value for name, value in backend.items() if name not in ("truncation", "padding")})
+    facts = [tokenizer_fingerprint(tokenizer), rules, tokenizer.bos_token_id, asdict(Probe.of(tokenizer))]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def _read(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, of the class that gives the ids it was saved with.
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from torch import Tensor, nn
 
 from ladir.config import Config
 from ladir.config.loader import load_config
+from ladir.data.encode import encode_records
 from ladir.data.latents import LatentStore
+from ladir.data.prompts import chain_pairs
+from ladir.data.records import Record, read_records
 from ladir.errors import UnusableError
 from ladir.models.folders import reads_questions_both_ways
 from ladir.models.loading import new_lm
 from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
+from training.phases import ar as ar_module
 from training.phases import latents as encode_latents
+from training.phases import vae as vae_module
 from training.phases.ar import ar_phase
 from training.phases.base import TrainingPhase
 from training.phases.denoiser import denoiser_phase
@@ -209,6 +215,51 @@ def collated_and_written(world: World, folder: Path, bidirectional: bool) -> tup
 def test_the_baseline_reads_questions_as_it_is_set(one_process: ProcessGroup, folder: Path) -> None:
     assert one_process.run(collated_and_written, folder, False) == [(True, False)]
     assert one_process.run(collated_and_written, folder, True) == [(False, True)]
+
+
+class InMemory:
+    """Stands for the token stores: every record read, tokenized and kept by this process alone."""
+
+    def __init__(self, config: Config, world: World, tokenizer: Any) -> None:
+        self._settings, self._tokenizer = config.data, tokenizer
+
+    def records(self, named: str) -> Any:
+        encoded, _ = encode_records(read_records(named, self._settings), self._tokenizer, self._settings)
+        return Held([block for one in encoded for block in one.blocks], [one.record for one in encoded])
+
+    def sentences(self, named: None) -> list[list[int]]:
+        return []
+
+    def chains(self, records: Held) -> list[tuple[list[int], list[int]]]:
+        return list(chain_pairs(self._tokenizer, records.texts, self._settings.answer_prefixes[0]))
+
+
+@dataclass(frozen=True)
+class Held:
+    blocks: list[list[int]]
+    texts: list[Record]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def run_in_memory(world: World, folder: Path, name: str, phase: str, settings: list[str]) -> None:
+    module = {"vae": vae_module, "ar": ar_module}[phase]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Tokens", InMemory)
+        run_phase(world, folder, name, phase, 0, 8, settings)
+
+
+@pytest.mark.parametrize(("phase", "settings"), [("vae", []), ("ar", ["ar.copy_fraction=0.4"])])
+def test_stored_tokens_train_what_tokens_in_memory_train(
+    one_process: ProcessGroup, folder: Path, phase: str, settings: list[str]
+) -> None:
+    """Bit by bit: losses, validation and weights."""
+    one_process.run(run_in_memory, folder, f"{phase}-held", phase, settings)
+    one_process.run(run_phase, folder, f"{phase}-stored", phase, 0, 8, settings)
+    assert losses(folder, f"{phase}-held") == losses(folder, f"{phase}-stored")
+    one, two = (weights(folder, f"{phase}-{data}", phase) for data in ("held", "stored"))
+    assert one.keys() == two.keys() and all(torch.equal(two[name], value) for name, value in one.items())
 
 
 def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -> str:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ladir.config import DataSettings
-from ladir.data.encode import encode_records, encode_sentence_set
+from ladir.data.encode import encode_records
 from ladir.data.records import BadRecords, Record, list_bad_records, read_records, read_sentences
 from ladir.errors import UnusableError
 from ladir.tokens import build_word_tokenizer
@@ -360,24 +360,9 @@ def test_a_fault_that_all_records_share_is_said_once(tmp_path: Path) -> None:
     assert len(lines) == 5 and "27 more like these" in lines[3] and "a.jsonl:31" in lines[4]
 
 
-def test_sentences_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"text": "c"}'])
-    tokenizer, limits = build_word_tokenizer(["a", "b", "c"]), DataSettings(max_block_tokens=2)
-    assert list(encode_sentence_set(read_sentences(path), tokenizer, limits)) == [[3, 4], [5]]
+def test_a_file_without_sentences_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnusableError, match="no records in it"):
         read_sentences(write_lines(tmp_path / "empty.jsonl", [b""]))
-    path = write_lines(tmp_path / "s.jsonl", [b'{"text": "a b"}', b'{"txt": "c"}', b"1", b'{"text": "a b c"}'])
-    message = (
-        r"3 of 4 records(.|\n)*s.jsonl:2: no field 'text'(.|\n)*s.jsonl:3: a JSON number(.|\n)*s.jsonl:4: it has 3 tokens, "
-        r"of 1 to data.max_block_tokens=2"
-    )
-    with pytest.raises(BadRecords, match=message) as raised:
-        encode_sentence_set(read_sentences(path), tokenizer, limits)
-    assert len(raised.value.records) == 3
-    skip = DataSettings(max_block_tokens=2, on_bad_record="skip")
-    with caplog.at_level(logging.WARNING):
-        assert list(encode_sentence_set(read_sentences(path), tokenizer, skip)) == [[3, 4]]
-    assert "3 of 4 records are left out" in caplog.text
 
 
 def test_limits_are_checked_in_tokens_and_all_faults_come_together(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_lists_read_as_they_were_put_in(lists: list[list[int]], places: slice) -
 
 @given(pairs=st.lists(st.tuples(IDS, IDS), max_size=12), places=SLICES)
 def test_pairs_read_as_they_were_put_in(pairs: list[tuple[list[int], list[int]]], places: slice) -> None:
-    kept = TokenPairs.of(iter(pairs))
+    kept = TokenPairs(*(TokenLists(pair[side] for pair in pairs) for side in (0, 1)))
     assert (len(kept), list(kept), kept[places]) == (len(pairs), pairs, pairs[places])
 
 

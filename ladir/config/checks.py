@@ -56,6 +56,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("backbone.lora.dropout", _DECAY),
     ("data.sentences_per_block", _NOT_NEGATIVE),
     ("data.max_*", _COUNT),
+    ("data.processes", _COUNT),
     ("*.train.max_grad_norm", _NOT_NEGATIVE),
     ("*.train.max_*", _POSITIVE),
     ("*.train.*_batch", _COUNT),

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ladir.arguments import LineParser
 from ladir.config import Config
 from ladir.config.checks import validate
-from ladir.config.texts import is_text, is_text_list, plainly, written
+from ladir.config.texts import is_text, is_text_list, is_texts, plainly, written
 
 __all__ = [
     "ConfigError",
@@ -232,6 +232,7 @@ def _merge(
             OmegaConf.update(tree, entry.name, value, merge=True)
             # OmegaConf lets containers into a list of texts.
             fits = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
+            fits &= not is_texts(entry.annotation) or value is None or _are_texts(value)
         except OmegaConfBaseException:
             fits = False
         if not fits:
@@ -318,8 +319,15 @@ def _option_error(option: str) -> str:
     return f"{option}: unknown option{_closest(name, ['config', *setting_names()])}"
 
 
+def _are_texts(value: Any) -> bool:
+    """Whether a value is a text, or a list of some."""
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value))
+
+
 def _type_name(annotation: Any) -> str:
     """A type in words, e.g. "a whole number, or null" for ``int | None``."""
+    if is_texts(annotation):
+        return "text, or a list of some, or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if annotation in names:
         return names[annotation]

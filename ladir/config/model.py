@@ -71,12 +71,22 @@ class BackboneSettings:
 
 @dataclass
 class DataSettings:
-    train: str | None = setting(
-        None, "training records: .jsonl or .json (either with .gz), .parquet, or a Hub id read through datasets"
+    train: Any = setting(
+        None,
+        "training records: .jsonl or .json (either with .gz), .parquet, or a Hub id read through datasets; several as a list, or "
+        "as a pattern (data/*.jsonl)",
     )
     validation: str | None = setting(None, "validation records: settings are chosen on them")
     test: str | None = setting(None, "test records: the final table is made on them")
     sentences: str | None = setting(None, 'extra sentences the VAE also trains on: JSONL of {"text": sentence} (optional)')
+    store: str | None = setting(
+        None,
+        "folder of the token stores, which several runs may share: records are read and tokenized once per content, settings and "
+        "tokenizer, and mapped afterwards; not set: the run's own, <folder>/<name>/tokens",
+    )
+    processes: int | None = setting(
+        None, "processes that read and tokenize records for a token store; not set: one for every core that the program may use"
+    )
     input_field: str = setting("input", "name of the question's field")
     output_field: str = setting("output", "name of the reasoning chain's field: a text, or a list of steps")
     answer_field: str = setting("answer", "name of the explicit answer's field (a text or a number), used where a record has it")

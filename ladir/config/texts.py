@@ -11,15 +11,24 @@ import yaml
 _NULL = "tag:yaml.org,2002:null"
 
 
+def is_texts(annotation: Any) -> bool:
+    """Whether a setting of this type is a text or a list of texts: OmegaConf has no such type, they are declared as Any."""
+    return annotation is Any
+
+
 def is_text(annotation: Any) -> bool:
-    """Whether a setting of this type is a text (which may be left unset)."""
+    """Whether a setting of this type is, or may be, a text (which may be left unset)."""
+    if is_texts(annotation):
+        return True
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return all(inner in (str, type(None)) for inner in typing.get_args(annotation))
     return annotation is str
 
 
 def is_text_list(annotation: Any) -> bool:
-    """Whether a setting of this type is a list of texts."""
+    """Whether a setting of this type is, or may be, a list of texts."""
+    if is_texts(annotation):
+        return True
     return typing.get_origin(annotation) is list and typing.get_args(annotation) == (str,)
 
 

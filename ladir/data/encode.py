@@ -64,8 +64,10 @@ def encode_records(
     return usable, bad
 
 
-def encode_sentence_set(sentence_set: SentenceSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> TokenLists:
-    """Token ids of the sentences that would do as a record's block.  Raises BadRecords as :func:`encode_records` does."""
+def check_sentences(
+    sentence_set: SentenceSet, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> tuple[TokenLists, list[BadRecord]]:
+    """Token ids of the sentences that would do as a record's block, and the others, those of the reader first."""
     usable, bad = TokenLists(), list(sentence_set.bad)
     encoded = encode_stream(tokenizer, (text for _, text in sentence_set.sentences))
     for (source, _), ids in zip(sentence_set.sentences, encoded, strict=True):
@@ -74,8 +76,7 @@ def encode_sentence_set(sentence_set: SentenceSet, tokenizer: PreTrainedTokenize
         else:
             reason = f"it has {len(ids)} tokens, of 1 to data.max_block_tokens={settings.max_block_tokens}"
             bad.append(BadRecord(source, reason, "correct or shorten it, or raise data.max_block_tokens"))
-    refuse_or_list(bad, len(usable) + len(bad), settings)
-    return usable
+    return usable, bad
 
 
 def refuse_or_list(bad: list[BadRecord], total: int, settings: DataSettings) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ladir.data.completions import first_answer
 from ladir.data.records import Record
+from ladir.data.token_lists import MadeWhenRead
 from ladir.tokens import encode_stream, encode_text
 
 
@@ -56,12 +59,21 @@ def chain_pairs(
         yield start + prompt, [*completion, eos]
 
 
-def copy_pairs(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[str]) -> Iterator[tuple[list[int], list[int]]]:
+class CopyPairs(MadeWhenRead[tuple[list[int], list[int]]]):
     """(prompt ids, completion ids) that ask to repeat a sentence: what a frozen decoder must be able to do."""
-    start, eos = bos_ids(tokenizer), int(tokenizer.eos_token_id)
-    newline = encode_text(tokenizer, "\n")
-    for ids in encode_stream(tokenizer, sentences):
-        yield start + ids + newline, [*ids, eos]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[list[int]], chosen: np.ndarray[Any, Any]) -> None:
+        """``sentences``: as token ids; ``chosen``: which of them, one after another."""
+        self._sentences, self._chosen = sentences, chosen
+        self._start, self._newline = bos_ids(tokenizer), encode_text(tokenizer, "\n")
+        self._eos = int(tokenizer.eos_token_id)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def _at(self, place: int) -> tuple[list[int], list[int]]:
+        ids = self._sentences[int(self._chosen[place])]
+        return self._start + ids + self._newline, [*ids, self._eos]
 
 
 def parse_completion(text: str, answer_prefixes: Sequence[str], programs: bool = False) -> ChainText:

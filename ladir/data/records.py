@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -14,7 +14,7 @@ from ladir.config import DataSettings
 from ladir.data.answers import bare, goes_on, other_answer, without_repeats
 from ladir.data.blocks import calculations, group_sentences, split_answer, split_sentences, strip_calculator
 from ladir.data.formats import FormatError, Published, chain_elsewhere, fields_hint, read_published
-from ladir.data.rows import AmbiguousAnswer, Refused, file_rows
+from ladir.data.rows import AmbiguousAnswer, Refused, Row, file_rows
 from ladir.errors import UnusableError
 
 logger = logging.getLogger(__name__)
@@ -102,14 +102,20 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
     (:mod:`ladir.data.formats`).  Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for
     a missing file, ValueError for one that cannot be read as a whole (unknown kind, damaged compression, no records).
     """
+    result = records_of(file_rows(path), settings)
+    refuse_empty(path, result.total)
+    return result
+
+
+def records_of(rows: Iterable[Row], settings: DataSettings) -> RecordSet:
+    """The records of some rows; none where there are no rows."""
     result = RecordSet([], [], 0)
-    for source, load in file_rows(path):
+    for source, load in rows:
         result.total += 1
         try:
             result.records.append(record_of(load(), source, settings))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
-    _refuse_empty(path, result.total)
     return result
 
 
@@ -123,17 +129,24 @@ class SentenceSet:
 
 def read_sentences(path: str) -> SentenceSet:
     """The texts of a file of ``{"text": sentence}``."""
+    result = sentences_of(file_rows(path))
+    refuse_empty(path, len(result.sentences) + len(result.bad))
+    return result
+
+
+def sentences_of(rows: Iterable[Row]) -> SentenceSet:
+    """The sentences of some rows."""
     result = SentenceSet([], [])
-    for source, load in file_rows(path):
+    for source, load in rows:
         try:
             result.sentences.append((source, text_of(mapping_of(load()), "text", "the sentence")))
         except Refused as refused:
             result.bad.append(BadRecord(source, refused.reason, refused.remedy))
-    _refuse_empty(path, len(result.sentences) + len(result.bad))
     return result
 
 
-def _refuse_empty(path: str, total: int) -> None:
+def refuse_empty(path: str, total: int) -> None:
+    """Raise UnusableError for a file without any record."""
     if total == 0:
         raise UnusableError(f"{path}: no records in it; write one JSON object per line")
 

@@ -3,11 +3,12 @@ refused once, with what they are."""
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 )
 _UNICODE = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
-#: a row's place and a function that gives its object or raises Refused
+#: a row's place and a function that gives its object or raises Refused; another process can be handed both
 Row = tuple[str, Callable[[], Any]]
 
 
@@ -74,6 +75,26 @@ def file_rows(path: str) -> Iterator[Row]:
         raise
     except OSError as error:
         raise UnusableError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions, or copy it") from error
+
+
+def data_files(named: str | Sequence[str] | None) -> list[str]:
+    """The files and Hub ids that a setting of the data names: one, or a list; a pattern (``data/*.jsonl``, ``**`` for folders in
+    folders) stands for what it matches, by name.
+
+    Raises FileNotFoundError for a pattern that matches nothing.
+    """
+    if named is None:
+        return []
+    return [file for entry in ([named] if isinstance(named, str) else named) for file in _matched(entry)]
+
+
+def _matched(entry: str) -> list[str]:
+    if not glob.has_magic(entry) or Path(entry).exists():
+        return [entry]
+    found = sorted(glob.glob(entry, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    if not found:
+        raise FileNotFoundError(f"{entry}: no file matches (looked in {Path.cwd()}); correct the pattern in data.*")
+    return found
 
 
 def check_path(path: str) -> None:
@@ -124,11 +145,11 @@ def _json_rows(file: Path) -> Iterator[Row]:
                 stream.seek(0)
                 number = 0
             elif first:
-                yield f"{file}:{number}", lambda: _parse_line(first)
+                yield f"{file}:{number}", partial(_parse_line, first)
             for line in stream:
                 number += 1
                 if line.strip() and not (number == 1 and line.strip() == _BOM):
-                    yield f"{file}:{number}", lambda line=line: _parse_line(line)  # type: ignore[misc]
+                    yield f"{file}:{number}", partial(_parse_line, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UnusableError(
             f"{file}:{number + 1}: the compressed data are damaged from here on ({error}); copy the file again"
@@ -206,7 +227,7 @@ def _spread_values(file: Path, text: str) -> list[Row]:
             raise _Broken(f"{line}: in a JSON array stands something else than an object")
         found.append((f"{file}:{line}", value, decoder))
         position = _next_item(text, end) if array else _blank(text, end)
-    return [(place, partial(decoder.checked, value)) for place, value, decoder in found]
+    return [(place, partial(_checked, value, decoder.repeated)) for place, value, decoder in found]
 
 
 def _next_item(text: str, end: int) -> int:
@@ -271,11 +292,12 @@ class _Decoder(json.JSONDecoder):
             self.repeated = next(name for name in names if names.count(name) > 1)
         return found
 
-    def checked(self, value: Any) -> Any:
-        """``value``, or Refused where a field of it stands twice."""
-        if self.repeated is not None:
-            raise Refused(f"field {self.repeated!r} stands in it twice", "remove one of the two, or give it another name")
-        return value
+
+def _checked(value: Any, repeated: str | None) -> Any:
+    """``value``, or Refused where a field of it stands twice."""
+    if repeated is not None:
+        raise Refused(f"field {repeated!r} stands in it twice", "remove one of the two, or give it another name")
+    return value
 
 
 def _parse_line(line: bytes) -> Any:
@@ -287,7 +309,7 @@ def _parse_line(line: bytes) -> Any:
         ) from error
     decoder = _Decoder()
     try:
-        return decoder.checked(decoder.decode(text))
+        return _checked(decoder.decode(text), decoder.repeated)
     except json.JSONDecodeError as error:
         raise Refused(f"invalid JSON: {error.msg} at column {error.colno}", _remedy(text)) from error
     except (ValueError, RecursionError) as error:
@@ -324,7 +346,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         for batch in batches:
             for i in range(batch.num_rows):
                 number += 1
-                yield f"{file}:row {number}", lambda batch=batch, i=i: _parquet_row(batch, i)  # type: ignore[misc]
+                yield f"{file}:row {number}", partial(_parquet_row, batch, i)
     except (pa.ArrowInvalid, OSError) as error:
         raise UnusableError(f"{file}: not a readable Parquet file after row {number}: {error}; write it again") from error
 
@@ -350,4 +372,4 @@ def _hub_rows(name: str) -> Iterator[Row]:
             f"(name:split or name:config:split): {type(error).__name__}: {error}"
         ) from error
     for number, row in enumerate(found):
-        yield f"{name}:row {number + 1}", lambda row=row: row  # type: ignore[misc]
+        yield f"{name}:row {number + 1}", partial(dict, row)

@@ -1,9 +1,11 @@
-"""Token ids of many texts in little memory: every rank holds those of all records."""
+"""Token ids of many texts in little memory, and sequences whose items are made when they are read."""
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
@@ -53,20 +55,25 @@ class TokenLists(MadeWhenRead[list[int]]):
 class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
     """(prompt ids, completion ids) of many texts."""
 
-    prompts: TokenLists
-    completions: TokenLists
-
-    @staticmethod
-    def of(pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenPairs:
-        """All of ``pairs``, which are taken one by one."""
-        made = TokenPairs(TokenLists(), TokenLists())
-        for prompt, completion in pairs:
-            made.prompts.append(prompt)
-            made.completions.append(completion)
-        return made
+    prompts: Sequence[list[int]]
+    completions: Sequence[list[int]]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def _at(self, place: int) -> tuple[list[int], list[int]]:
         return self.prompts[place], self.completions[place]
+
+
+class Joined(MadeWhenRead[T]):
+    """Some sequences end to end."""
+
+    def __init__(self, *parts: Sequence[T]) -> None:
+        self._parts, self._starts = parts, [0, *itertools.accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _at(self, place: int) -> T:
+        part = bisect_right(self._starts, place) - 1
+        return self._parts[part][place - self._starts[part]]

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config
-from ladir.data.encode import EncodedRecord, encode_records
-from ladir.data.records import read_records
 from training.phases.samples import Show
 from training.runtime.telemetry import Telemetry
 
@@ -65,11 +61,3 @@ class TrainingPhase(Samples):
     def save(self, folder: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         """Write the model whose full tensors ``state`` yields (rank 0)."""
         self.write(folder, state)
-
-
-def read_encoded(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[EncodedRecord]:
-    """Records of one file as token ids; bad ones are refused or counted as ``data.on_bad_record`` says."""
-    if path is None:
-        return []
-    encoded, _ = encode_records(read_records(path, config.data), tokenizer, config.data)
-    return encoded

@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import LatentSettings
-from ladir.data.encode import EncodedRecord
+from ladir.data.columns import TokenRecord
 from ladir.data.latents import LatentStore
-from ladir.data.rows import check_path
+from ladir.data.rows import check_path, data_files
 from ladir.errors import UnusableError
 from ladir.models.folders import load_vae
 from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
-from training.phases.base import read_encoded
+from training.phases.tokens import Tokens
 from training.runtime.ending import tell_end
 from training.runtime.files import read_json, sha256, write_json
 from training.runtime.run import Outcome, Run, RunFolder
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 #: the others wait while rank 0 joins all parts: a hundred gigabytes and more
 _MERGE_MINUTES = 24 * 60
 
-#: settings of the data that name files
-_FILES = ("train", "validation", "test", "sentences")
+#: settings of the data that name files, or say where and how the token store is made
+_ASIDE = ("train", "validation", "test", "sentences", "store", "processes")
 
 
 class Stopwatch:
@@ -55,17 +55,20 @@ class Stopwatch:
         return seconds
 
 
-def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, path: str, watch: Stopwatch) -> bool:
-    """Encode one file's records on all ranks and merge their parts into ``latents/<name>``, unless it is there and whole.
+def encode_split(
+    run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, named: str | Sequence[str], watch: Stopwatch
+) -> bool:
+    """Encode the records of what a setting names on all ranks and merge their parts into ``latents/<name>``, unless it is there and whole.
 
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
-    source = run.world.broadcast(_source(run, path) if run.world.is_main else "")
+    source = run.world.on_main(lambda: _source(run, named))
     if run.world.broadcast(_is_current(run.folder, name, watch.mark, source) if run.world.is_main else False):
         return True
     watch.used = True
-    records = read_encoded(run.config, path, tokenizer)
+    records = Tokens(run.config, run.world, tokenizer).records(named)
+    assert records is not None  # something is named
     parts = _parts(run, target, watch.mark, source)
     if not _encode_parts(run, vae, records, parts, watch):
         return False
@@ -85,10 +88,11 @@ def encode_split(run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: s
     return True
 
 
-def _source(run: Run, path: str) -> str:
-    """Stands for the records of a file (of a Hub id: its name) as the settings read them."""
-    settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _FILES}
-    facts = [sha256(Path(path)) if Path(path).is_file() else path, settings]
+def _source(run: Run, named: str | Sequence[str]) -> str:
+    """Stands for the records of the files (of Hub ids: their names) as the settings read them."""
+    settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _ASIDE}
+    sources = [sha256(Path(path)) if Path(path).is_file() else path for path in data_files(named)]
+    facts = [*sources, settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -109,7 +113,7 @@ def _part_name(first: int, rank: int) -> str:
     return f"{first:09d}-{rank:05d}"
 
 
-def _encode_parts(run: Run, vae: Vae, records: Sequence[EncodedRecord], folder: Path, watch: Stopwatch) -> bool:
+def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Path, watch: Stopwatch) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
     if run.world.is_main:
         for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
@@ -150,7 +154,7 @@ def _is_current(folder: RunFolder, name: str, mark: str, source: str) -> bool:
         return False
 
 
-def _rows(vae: Vae, records: Sequence[EncodedRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
+def _rows(vae: Vae, records: Sequence[TokenRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
     """Rows of the latent store, in order.  A sentence that occurs several times in the part is encoded once."""
     sentences = sorted({tuple(block) for i in mine for block in records[i].blocks}, key=len)  # alike in length: little padding
     place = {sentence: number for number, sentence in enumerate(sentences)}
@@ -174,19 +178,18 @@ def encode(run: Run) -> bool:
     """Encode all files and record how long that took; False when a signal asked to stop."""
     tokenizer = load_tokenizer(run.config.backbone)
     files = {"train": run.config.data.train, "validation": run.config.data.validation}
-    for named in files.values():
-        if named is not None:
-            check_path(named)  # before a model is loaded
+    for file in (file for named in files.values() for file in data_files(named)):
+        check_path(file)  # before a model is loaded
     vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
     mark = run.world.broadcast(folder_fingerprint(run.folder.model("vae")) if run.world.is_main else "")
     watch = Stopwatch(run.folder.latents, mark)
-    for name, path in files.items():
-        if path is not None and not encode_split(run, vae, tokenizer, name, path, watch):
+    for name, named in files.items():
+        if named is not None and not encode_split(run, vae, tokenizer, name, named, watch):
             return False
     if watch.used or run.outcome is None:
         run.finish(Outcome("finished", 0, 0, watch.note() if run.world.is_main else 0.0, {}))
     if run.world.is_main:
-        _tell_encoded(run, [name for name, path in files.items() if path is not None])
+        _tell_encoded(run, [name for name, named in files.items() if named is not None])
     return True
 
 

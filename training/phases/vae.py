@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
 
 from ladir.config import Config
 from ladir.data.batches import VaeCollator
-from ladir.data.encode import encode_sentence_set
 from ladir.data.randomness import derive
-from ladir.data.records import read_sentences
-from ladir.data.token_lists import TokenLists
+from ladir.data.token_lists import Joined
+from ladir.data.token_store import TokenStore
 from ladir.models.folders import new_vae, save_vae
 from ladir.models.loading import check_lm
 from ladir.tokens import load_tokenizer, ordinary_ids
-from training.phases.base import Samples, TrainingPhase, read_encoded
+from training.phases.base import Samples, TrainingPhase
 from training.phases.samples import vae_samples
+from training.phases.tokens import Tokens
 from training.runtime.distributed import World
 from training.runtime.sharding import sharded_init
 
@@ -23,11 +23,9 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
     check_lm(config.backbone, tokenizer)
-    sentences = _blocks(config, config.data.train, tokenizer)
-    if config.data.sentences:
-        for ids in encode_sentence_set(read_sentences(config.data.sentences), tokenizer, config.data):
-            sentences.append(ids)
-    held_out = _blocks(config, config.data.validation, tokenizer)
+    tokens = Tokens(config, world, tokenizer)
+    sentences = Joined(_blocks(tokens.records(config.data.train)), tokens.sentences(config.data.sentences))
+    held_out = _blocks(tokens.records(config.data.validation))
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
         model = new_vae(config.vae, config.backbone, world.device.type)
     collator = VaeCollator(
@@ -49,6 +47,6 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     )
 
 
-def _blocks(config: Config, path: str | None, tokenizer: PreTrainedTokenizerBase) -> TokenLists:
-    """All blocks of one file's records."""
-    return TokenLists(block for record in read_encoded(config, path, tokenizer) for block in record.blocks)
+def _blocks(records: TokenStore | None) -> Sequence[list[int]]:
+    """All blocks of some records."""
+    return [] if records is None else records.blocks

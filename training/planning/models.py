@@ -18,6 +18,8 @@ from ladir.data.encode import encode_records
 from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
 from ladir.data.rollout import Golds, RolloutCollator
+from ladir.data.rows import data_files
+from ladir.data.token_lists import Joined
 from ladir.inference.rollout import Rollout
 from ladir.models.adapters import with_lora
 from ladir.models.ar import ArModel
@@ -83,13 +85,15 @@ def data_size(config: Config) -> DataSize:
 
 def _measure(config: Config) -> tuple[int, Lengths, Lengths] | None:
     """Number, mean and longest sizes of the records in a local file; None where file or tokenizer are not at hand."""
-    if config.data.train is None or not Path(config.data.train).is_file():
+    files = data_files(config.data.train)
+    if not files or not all(Path(file).is_file() for file in files):
         return None
     try:
         tokenizer = load_tokenizer(config.backbone)
     except (OSError, ValueError):
         return None
-    encoded, _ = encode_records(read_records(config.data.train, config.data), tokenizer, config.data)
+    read = [encode_records(read_records(file, config.data), tokenizer, config.data)[0] for file in files]
+    encoded = Joined(*read)
     if not encoded:
         return None
     columns: list[Sequence[int]] = [

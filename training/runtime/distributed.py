@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings
+from ladir.errors import UnusableError
 from ladir.installation import missing_package
 from training.runtime.failures import tell_launcher
 from training.runtime.logs import configure_logging
@@ -29,6 +30,8 @@ from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.rendezvous import LaunchError, check_numbers, meet
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STARTERS = "start with torchrun, deepspeed or srun"
 FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outgoing connections
@@ -83,6 +86,19 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on rank 0, on every rank; an error there that a user can mend is raised on every rank."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (UnusableError, OSError) as caught:
+                error = caught
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

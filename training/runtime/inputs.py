@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ladir.config import Config
+from ladir.data.rows import data_files
 from ladir.models.store import weights_fingerprint
 from training.runtime.files import read_json, sha256
 
@@ -27,7 +29,7 @@ def input_digests(config: Config, phase: str, folder: RunFolder) -> dict[str, st
         config.ar.phase: {"data.train": data.train},
     }.get(phase, {})
     found = {
-        **{name: _file(Path(path)) for name, path in files.items() if path is not None},
+        **{name: _files(data_files(named)) for name, named in files.items()},
         "models/base": _weights(base) if reads_base else None,
         "latents/train": _latents(folder) if phase in ("denoiser", "rollout") else None,
         "models/denoiser": _weights(folder.model("denoiser")) if phase == "rollout" else None,
@@ -35,8 +37,11 @@ def input_digests(config: Config, phase: str, folder: RunFolder) -> dict[str, st
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def _file(path: Path) -> str | None:
-    return sha256(path)[:16] if path.is_file() else None
+def _files(paths: Sequence[str]) -> str | None:
+    """Of one file its own, of several those of all; None where none is there."""
+    found = [sha256(Path(path)) for path in paths if Path(path).is_file()]
+    whole = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+    return whole[:16] if found else None
 
 
 def _weights(folder: Path) -> str | None:

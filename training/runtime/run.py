@@ -40,7 +40,7 @@ LOCK_SECONDS = 120.0
 
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
-    "data.test", "data.validation", "data.on_bad_record", "backbone.activation_checkpointing", "backbone.attention",
+    "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing", "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
     "rollout.enabled",
 )  # fmt: skip
@@ -90,6 +90,8 @@ class RunFolder:
         #: says of which records the latents of every split are
         self.sources = self.latents / "sources.json"
         self.export = self.path / "export"
+        #: token stores, which runs may share
+        self.tokens = Path(config.data.store) if config.data.store else self.path / "tokens"
         self.interrupted = self.path / INTERRUPTED
         #: says which records' own answers their checker accepted
         self.gold = self.path / "gold.json"

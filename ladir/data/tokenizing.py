@@ -1,0 +1,184 @@
+"""Reading, checking, splitting and tokenizing records into a token store, by many processes.
+
+The rows of the files are handed out in chunks; what becomes of them is written in their order, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import DataSettings
+from ladir.data.columns import IDS, TOKENS, list_column, nested_column, token_columns
+from ladir.data.encode import check_records, check_sentences
+from ladir.data.prompts import chain_pairs
+from ladir.data.records import BadRecord, records_of, refuse_empty, sentences_of
+from ladir.data.rows import Row, file_rows
+from ladir.data.token_store import Bad, StoreWriter, TokenStore, new_store, place_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: rows that a process takes at a time, and an Arrow batch holds
+_ROWS = 2000
+#: chunks that wait for each process
+_AHEAD = 2
+
+_TEXTS = pa.list_(pa.string())
+RECORDS = pa.schema([*TOKENS, ("texts", _TEXTS), ("file", pa.int32()), ("place", pa.string())])
+SENTENCES = pa.schema([("ids", IDS)])
+CHAINS = pa.schema([("prompt", IDS), ("completion", IDS)])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of one file."""
+
+    file: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What became of some rows."""
+
+    batch: pa.RecordBatch
+    bad: list[Bad]
+
+
+def write_records(
+    folder: Path, files: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, processes: int
+) -> None:
+    """The records of ``files`` as a store of :class:`~ladir.data.token_store.TokenStore`.
+
+    Raises FileNotFoundError or UnusableError for a file that cannot be read as a whole; bad records are listed in the store.
+    """
+
+    def made(part: _Rows) -> _Made:
+        return _records(part, settings, tokenizer)
+
+    _write(folder, "records", RECORDS, in_order(made, _parts(files), processes))
+
+
+def write_sentences(
+    folder: Path, files: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, processes: int
+) -> None:
+    """The same of files of ``{"text": sentence}``."""
+
+    def made(part: _Rows) -> _Made:
+        found = sentences_of(part.rows)
+        usable, bad = check_sentences(found, tokenizer, settings)
+        batch = pa.RecordBatch.from_arrays([list_column(usable, np.int32)], schema=SENTENCES)
+        return _Made(batch, _listed(part.file, bad, len(found.bad)))
+
+    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files), processes))
+
+
+def write_chains(
+    folder: Path, records: TokenStore, answer_prefix: str, tokenizer: PreTrainedTokenizerBase, processes: int
+) -> None:
+    """Questions and chains as the plain text that an autoregressive LM reads (:mod:`ladir.data.prompts`), of stored records."""
+
+    def made(places: range) -> _Made:
+        pairs = list(chain_pairs(tokenizer, [records.text(i) for i in places], answer_prefix))
+        columns = [list_column([pair[side] for pair in pairs], np.int32) for side in (0, 1)]
+        return _Made(pa.RecordBatch.from_arrays(columns, schema=CHAINS), [])
+
+    size = len(records)
+    places = (range(start, min(start + _ROWS, size)) for start in range(0, size, _ROWS))
+    _write(folder, "chains", CHAINS, in_order(made, places, processes))
+
+
+def _write(folder: Path, kind: str, schema: pa.Schema, parts: Iterable[_Made]) -> None:
+    with new_store(folder, kind, schema) as store:
+        _fill(store, parts)
+
+
+def _fill(store: StoreWriter, parts: Iterable[_Made]) -> None:
+    for part in parts:
+        store.add(part.batch, part.bad)
+
+
+def _parts(files: Sequence[str]) -> Iterator[_Rows]:
+    """The rows of all files, some at a time."""
+    for number, file in enumerate(files):
+        rows, total = file_rows(file), 0
+        while some := list(itertools.islice(rows, _ROWS)):
+            total += len(some)
+            yield _Rows(number, some)
+        refuse_empty(file, total)
+
+
+def _records(part: _Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> _Made:
+    read = records_of(part.rows, settings)
+    usable, bad = check_records(read, tokenizer, settings)
+    records = list(usable)
+    texts = [(one.record.question, *one.record.blocks, one.record.answer) for one in records]
+    columns = {
+        **token_columns([r.question for r in records], [r.blocks for r in records], [r.answer for r in records]),
+        "texts": nested_column(texts, pa.array(list(itertools.chain(*texts)), pa.string())),
+        "file": pa.array([part.file] * len(records), pa.int32()),
+        "place": pa.array([place_of(one.record.source) for one in records], pa.string()),
+    }
+    batch = pa.RecordBatch.from_arrays([columns[name] for name in RECORDS.names], schema=RECORDS)
+    return _Made(batch, _listed(part.file, bad, len(read.bad)))
+
+
+def _listed(file: int, bad: Sequence[BadRecord], unread: int) -> list[Bad]:
+    return [Bad.of(file, record, place < unread) for place, record in enumerate(bad)]
+
+
+@dataclass(frozen=True)
+class _Work(Dataset[Any]):
+    """What a process does with a chunk."""
+
+    do: Callable[[Any], Any]
+
+    def __getitem__(self, chunk: Any) -> Any:
+        return self.do(chunk)
+
+
+def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int) -> Iterator[R]:
+    """``map(work, chunks)``, by so many forks of this process where there is more than one chunk.
+
+    ``work`` is inherited; chunks and results are handed over.
+    """
+    left = iter(chunks)
+    first = list(itertools.islice(left, 2))
+    everything = itertools.chain(first, left)
+    if processes < 2 or len(first) < 2:
+        yield from map(work, everything)
+        return
+    loader = DataLoader(
+        _Work(work),
+        batch_size=None,
+        sampler=everything,
+        num_workers=processes,
+        collate_fn=_unchanged,
+        worker_init_fn=_alone,
+        prefetch_factor=_AHEAD,
+        multiprocessing_context="fork",
+    )
+    made: Any = iter(loader)
+    try:
+        yield from made
+    finally:
+        made._shutdown_workers()  # there is no public way, and the interpreter's end would wait for them
+
+
+def _alone(worker: int) -> None:
+    """Every process has a core of its own, and threads of the tokenizer's would not outlive the fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _unchanged(made: R) -> R:
+    return made

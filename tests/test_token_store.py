@@ -1,0 +1,221 @@
+"""The token store holds what reading and tokenizing by hand gives, on any number of processes, and is made once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import Whitespace
+
+from ladir.config import Config, DataSettings
+from ladir.config.loader import load_config
+from ladir.data import tokenizing
+from ladir.data.columns import TokenRecord
+from ladir.data.encode import check_records
+from ladir.data.prompts import CopyPairs, bos_ids, chain_pairs
+from ladir.data.records import BadRecords, RecordSet, read_records
+from ladir.data.rows import data_files
+from ladir.data.token_lists import Joined, TokenLists
+from ladir.data.token_store import Store, TokenStore, store_key, stored_chains, stored_sentences
+from ladir.data.tokenizing import in_order, write_chains, write_records, write_sentences
+from ladir.errors import UnusableError
+from ladir.tokens import build_word_tokenizer, encode_text, tokenization_fingerprint
+from training.phases import tokens
+from training.phases.tokens import Tokens
+from training.runtime.distributed import World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+WORDS = build_word_tokenizer(["a", "b", "c", "d.", "e.", "####", "\n", "1", "2"])
+LIMITS = DataSettings(max_block_tokens=4)
+
+
+def record(i: int) -> dict[str, str]:
+    return {"input": "a b"[: 1 + 2 * (i % 2)], "output": "\n".join(["a d.", "b c e."] * (1 + i % 3)) + f"\n#### {1 + i % 2}"}
+
+
+def rows(start: int, count: int) -> list[bytes]:
+    """Good records, one in five that is no JSON, and one in seven with a block that is too long."""
+    found = []
+    for i in range(start, start + count):
+        row = json.dumps(record(i) if i % 7 else {**record(i), "output": "a a a a a d.\n#### 1"})
+        found.append((row[:-1] if i % 5 == 3 else row).encode())
+    return found
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Three files of three kinds, with blank lines."""
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + b"\n".join(rows(0, 13)))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as packed:
+        packed.write(b"\n\n".join(rows(13, 4)))
+    (tmp_path / "c.json").write_text(json.dumps([record(i) for i in range(1, 6)]))
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.json")]
+
+
+def by_hand(files: Sequence[str], settings: DataSettings = LIMITS) -> tuple[list[Any], list[Any], int]:
+    """Usable and bad records of all files, and how many there are."""
+    read = [read_records(file, settings) for file in files]
+    whole = RecordSet([r for s in read for r in s.records], [b for s in read for b in s.bad], sum(s.total for s in read))
+    usable, bad = check_records(whole, WORDS, settings)
+    return list(usable), bad, whole.total
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_store_holds_what_reading_by_hand_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], processes: int
+) -> None:
+    monkeypatch.setattr(tokenizing, "_ROWS", 3)
+    write_records(tmp_path / "store", files, LIMITS, WORDS, processes)
+    store = TokenStore(Store(tmp_path / "store", files))
+    usable, bad, total = by_hand(files)
+    assert (len(store), store.store.num_bad, store.store.total) == (len(usable), len(bad), total) and len(bad) > 3
+    assert list(store) == [TokenRecord(one.question, one.blocks, one.answer) for one in usable]
+    assert store.store.bad() == bad
+    for text, one in zip(store.texts, usable, strict=True):
+        assert (text.question, text.blocks, text.answer) == (one.record.question, one.record.blocks, one.record.answer)
+        assert text.source == one.record.source
+    blocks = [block for one in usable for block in one.blocks]
+    assert list(store.blocks) == blocks and store.blocks[2:-1] == blocks[2:-1]
+    write_chains(tmp_path / "chains", store, "####", WORDS, processes)
+    chains = stored_chains(Store(tmp_path / "chains", []))
+    assert list(chains) == list(chain_pairs(WORDS, [one.record for one in usable], "####"))
+
+
+def test_copies_are_made_of_the_stored_sentences() -> None:
+    texts = ["a b", "c", "d."]
+    pairs = CopyPairs(WORDS, [encode_text(WORDS, text) for text in texts], np.array([2, 0, 0]))
+    start, newline = bos_ids(WORDS), encode_text(WORDS, "\n")
+    expected = [encode_text(WORDS, texts[i]) for i in (2, 0, 0)]
+    assert list(pairs) == [(start + ids + newline, [*ids, WORDS.eos_token_id]) for ids in expected]
+    both = Joined(TokenLists([[1], [2, 3]]), TokenLists(), [[4]])
+    assert (len(both), list(both), both[-1], both[1:]) == (3, [[1], [2, 3], [4]], [4], [[2, 3], [4]])
+
+
+def test_a_list_and_a_pattern_name_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    for name in ("b1.jsonl", "b2.jsonl", "a[1].jsonl", "deep/b3.jsonl"):
+        (tmp_path / name).touch()
+    assert data_files(None) == [] and data_files("x.jsonl") == ["x.jsonl"]
+    assert data_files(["b*.jsonl", "openai/gsm8k:main:train", "a[1].jsonl"]) == [
+        "b1.jsonl", "b2.jsonl", "openai/gsm8k:main:train", "a[1].jsonl",
+    ]  # fmt: skip
+    assert data_files("**/b?.jsonl") == ["b1.jsonl", "b2.jsonl", "deep/b3.jsonl"]
+    with pytest.raises(FileNotFoundError, match=r"c\*.jsonl: no file matches.*correct the pattern"):
+        data_files("c*.jsonl")
+
+
+def test_a_list_of_files_is_a_setting(tmp_path: Path) -> None:
+    assert load_config(None, ["data.train=[a.jsonl, 007]"]).data.train == ["a.jsonl", "007"]
+    assert load_config(None, ["data.train=007"]).data.train == "007"
+    (tmp_path / "c.yaml").write_text("data:\n  train:\n    - a.jsonl\n    - b*.jsonl\n")
+    assert load_config(str(tmp_path / "c.yaml")).data.train == ["a.jsonl", "b*.jsonl"]
+    for wrong in ("[]", "{a: b}", "[[a]]"):
+        with pytest.raises(ValueError, match=r"data.train=.*must be text, or a list of some"):
+            load_config(None, [f"data.train={wrong}"])
+
+
+def configure(folder: Path, *settings: str) -> Config:
+    return load_config(None, [f"run.folder={folder}", "data.max_block_tokens=4", "data.on_bad_record=skip", *settings])
+
+
+def test_a_store_is_made_once_by_content_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = []
+
+    def counted(write: Callable[..., None]) -> Callable[..., None]:
+        return lambda folder, *rest: made.append(folder.name) or write(folder, *rest)
+
+    for name in ("write_records", "write_chains"):
+        monkeypatch.setattr(tokens, name, counted(getattr(tokens, name)))
+
+    def opened(*settings: str, tokenizer: Any = WORDS) -> TokenStore:
+        one = Tokens(configure(tmp_path, *settings), ALONE, tokenizer)
+        store = one.records(files[:2])
+        assert store is not None
+        one.chains(store)
+        return store
+
+    with caplog.at_level(logging.WARNING):
+        first = opened()
+    assert len(made) == 2 and f"{first.store.num_bad} of 17 records are left out" in caplog.text
+    assert list(opened("data.processes=1", "run.seed=3")) == list(first) and len(made) == 2
+    with pytest.raises(BadRecords, match="of 17 records cannot be used"):
+        opened("data.on_bad_record=error")
+    assert len(made) == 2
+    opened("data.max_blocks=30")
+    opened(tokenizer=build_word_tokenizer(["a"]))
+    opened(f"data.store={tmp_path / 'elsewhere'}")
+    assert len(made) == 8 and len({*made}) == 6
+    arrow = first.store.folder / "tokens.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:-8])
+    assert list(opened()) == list(first) and len(made) == 9
+    Path(files[1]).write_bytes(gzip.compress(b"\n".join(rows(13, 3))))
+    assert len(list(Tokens(configure(tmp_path), ALONE, WORDS).records(files[:2]) or [])) == len(first) - 1
+
+
+def test_the_tokenizer_s_rules_are_part_of_what_a_store_depends_on() -> None:
+    one, other = build_word_tokenizer(["a", "b"]), build_word_tokenizer(["a", "b"])
+    assert tokenization_fingerprint(one) == tokenization_fingerprint(other)
+    encode_text(one, "a")  # sets truncation and padding aside
+    assert tokenization_fingerprint(one) == tokenization_fingerprint(other)
+    other.backend_tokenizer.pre_tokenizer = Whitespace()
+    assert tokenization_fingerprint(one) != tokenization_fingerprint(other)
+    keys = {store_key(kind, sources, LIMITS, "t") for kind in ("a", "b") for sources in (["1", "2"], ["2", "1"])}
+    assert len(keys) == 4
+
+
+def test_files_that_cannot_be_read_as_a_whole_leave_no_store(tmp_path: Path, files: list[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for file, error in ((tmp_path / "empty.jsonl", UnusableError), (tmp_path / "none.jsonl", FileNotFoundError)):
+        with pytest.raises(error, match=str(file)):
+            Tokens(configure(tmp_path), ALONE, WORDS).records([files[0], str(file)])
+    assert [path for path in (tmp_path / "ladir" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_a_torn_store_says_so(tmp_path: Path, files: list[str]) -> None:
+    write_records(tmp_path / "store", files, LIMITS, WORDS, 1)
+    with pytest.raises(FileNotFoundError, match="no token store"):
+        Store(tmp_path / "none", files)
+    (tmp_path / "store" / "index.json").write_text("{")
+    with pytest.raises(UnusableError, match=r"damaged.*delete it, and it is made again"):
+        Store(tmp_path / "store", files)
+
+
+def test_extra_sentences_are_stored_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "s.jsonl"
+    file.write_text('{"text": "a b"}\n{"txt": "c"}\n1\n{"text": "a b c"}\n')
+    limits = DataSettings(max_block_tokens=2)
+    write_sentences(tmp_path / "store", [str(file)], limits, WORDS, 1)
+    store = Store(tmp_path / "store", [str(file)])
+    assert list(stored_sentences(store)) == [[3, 4]]
+    message = (
+        r"3 of 4 records(.|\n)*s.jsonl:2: no field 'text'(.|\n)*s.jsonl:3: a JSON number(.|\n)*s.jsonl:4: it has 3 tokens, "
+        r"of 1 to data.max_block_tokens=2"
+    )
+    with pytest.raises(BadRecords, match=message):
+        Tokens(load_config(None, [f"run.folder={tmp_path}", "data.max_block_tokens=2"]), ALONE, WORDS).sentences(str(file))
+    skip = load_config(None, [f"run.folder={tmp_path}", "data.max_block_tokens=2", "data.on_bad_record=skip"])
+    with caplog.at_level(logging.WARNING):
+        assert list(Tokens(skip, ALONE, WORDS).sentences(str(file))) == [[3, 4]]
+    assert "3 of 4 records are left out" in caplog.text
+    assert list(Tokens(skip, ALONE, WORDS).sentences(None)) == []
+
+
+def test_what_fails_in_a_helper_s_process_is_raised() -> None:
+    def work(chunk: int) -> int:
+        if chunk == 5:
+            raise ValueError("of chunk 5")
+        return chunk * chunk
+
+    assert list(in_order(work, range(5), 2)) == [0, 1, 4, 9, 16]
+    with pytest.raises(ValueError, match="of chunk 5"):
+        list(in_order(work, range(9), 2))

@@ -1,0 +1,107 @@
+"""A phase's records, out of token stores: made once by rank 0 and its helpers, mapped by all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.encode import refuse_or_list
+from ladir.data.rows import data_files
+from ladir.data.token_lists import TokenPairs
+from ladir.data.token_store import Store, TokenStore, open_or_make, store_key, stored_chains, stored_sentences
+from ladir.data.tokenizing import write_chains, write_records, write_sentences
+from ladir.tokens import tokenization_fingerprint
+from training.runtime.distributed import World
+from training.runtime.files import locked, sha256
+from training.runtime.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+#: the others wait while rank 0 and its helpers tokenize: millions of records
+_MINUTES = 24 * 60
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Opens the token stores of a run's files, on all ranks together; what is not there yet is made."""
+
+    config: Config
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+
+    def records(self, named: str | Sequence[str] | None) -> TokenStore | None:
+        """The records that a setting of the data names; None where it is not set.
+
+        Bad ones are refused or counted as ``data.on_bad_record`` says.
+        """
+        store = self._open("records", named, write_records)
+        return None if store is None else TokenStore(store)
+
+    def sentences(self, named: str | None) -> Sequence[list[int]]:
+        """The sentences of a file of such, as token ids."""
+        store = self._open("sentences", named, write_sentences)
+        return [] if store is None else stored_sentences(store)
+
+    def chains(self, records: TokenStore) -> TokenPairs:
+        """(prompt ids, completion ids) of every record, as an autoregressive LM reads it."""
+        prefix = self.config.data.answer_prefixes[0]
+        key = store_key("chains", [records.store.folder.name], self.config.data, prefix)
+
+        def make(folder: Path) -> None:
+            write_chains(folder, records, prefix, self.tokenizer, self._processes)
+
+        return stored_chains(self._made("chains", key, [], make))
+
+    def _open(
+        self,
+        kind: str,
+        named: str | Sequence[str] | None,
+        write: Callable[..., None],
+    ) -> Store | None:
+        """The store of what a setting names, with its bad records told."""
+        files = self.world.on_main(lambda: data_files(named))
+        if not files:
+            return None
+        key = self.world.on_main(lambda: self._key(kind, files))
+
+        def make(folder: Path) -> None:
+            write(folder, files, self.config.data, self.tokenizer, self._processes)
+
+        store = self._made(kind, key, files, make)
+        if store.num_bad and (self.world.is_main or self.config.data.on_bad_record == "error" or store.num_bad == store.total):
+            refuse_or_list(store.bad(), store.total, self.config.data)
+        return store
+
+    def _key(self, kind: str, files: Sequence[str]) -> str:
+        sources = [sha256(Path(file)) if Path(file).is_file() else file for file in files]
+        return store_key(kind, sources, self.config.data, tokenization_fingerprint(self.tokenizer))
+
+    def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path], None]) -> Store:
+        folder = RunFolder(self.config).tokens / f"{kind}-{key}"
+
+        def first() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder):  # another job may want the same
+                open_or_make(folder, files, lambda path: self._told(make, path))
+
+        self.world.wait_at_most(_MINUTES)
+        self.world.on_main(first)
+        self.world.wait_at_most(self.config.deepspeed.timeout_minutes)
+        return Store(folder, files)
+
+    def _told(self, make: Callable[[Path], None], folder: Path) -> None:
+        start = time.perf_counter()
+        make(folder)
+        count, seconds = self._processes, time.perf_counter() - start
+        logger.info("read and tokenized into %s in %.1f s (at most %d processes at a time)", folder, seconds, count)
+
+    @property
+    def _processes(self) -> int:
+        return self.config.data.processes or len(os.sched_getaffinity(0))
