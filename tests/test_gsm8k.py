@@ -22,7 +22,8 @@ from ladir.config import Config, DenoiserSettings, VaeSettings
 from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator, DenoiserCollator, TensorBatch, VaeCollator
 from ladir.data.encode import EncodedRecord, encode_records
-from ladir.data.latents import LatentRecord, LatentStore
+from ladir.data.latent_parts import write_latents
+from ladir.data.latents import LatentForm, LatentRecord, LatentStore
 from ladir.data.prompts import chain_pairs, completion_text, parse_completion
 from ladir.data.records import RecordSet, read_records
 from ladir.layout import Layout
@@ -226,8 +227,8 @@ def test_one_training_step_of_every_model(
 def latent_store(folder: Path, vae: Vae, sample: Sequence[EncodedRecord]) -> LatentStore:
     """The sample's latents as the encoding phase stores them."""
     rows = []
-    for index, item in enumerate(sample):
+    for item in sample:
         mu, logvar = (value.numpy() for value in encode_sentences(vae, item.blocks))
         ids = {"question": item.question, "blocks": item.blocks, "answer": item.answer}
-        rows.append({"index": index, **ids, "mu": mu, "logvar": logvar})
-    return LatentStore.write(folder / "latents", rows, "test", 8, 2)
+        rows.append({**ids, "mu": mu, "logvar": logvar})
+    return write_latents(folder / "latents", rows, "test", LatentForm(8, 2))

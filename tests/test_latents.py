@@ -8,22 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from ladir.data.latents import LatentStore
+from ladir.data.columns import TOKENS, list_column, token_columns
+from ladir.data.latent_parts import is_whole, join_parts, write_latents, write_part
+from ladir.data.latents import LatentForm, LatentStore
+from ladir.errors import UnusableError
 
 DIM, PER_BLOCK = 3, 2
+FORM = LatentForm(DIM, PER_BLOCK)
 
 
-def make_rows(count: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows ``rank, rank + world, ...`` of a training set in which record i depends on i only."""
-    for i in range(rank, count, world):
+def make_rows(count: int, first: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows ``first`` to ``count`` of a training set in which record i depends on i only."""
+    for i in range(first, count):
         rng = np.random.default_rng(i)
         blocks = [list(range(b + 1)) for b in range(1 + i % 3)]
         shape = (len(blocks), PER_BLOCK, DIM)
         yield {
-            "index": i,
             "question": [i, 2],
             "blocks": blocks,
             "answer": list(range(i % 4 + 1)),
@@ -33,7 +37,7 @@ def make_rows(count: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, A
 
 
 def write(folder: Path, count: int = 7, fingerprint: str = "vae-1") -> LatentStore:
-    return LatentStore.write(folder, make_rows(count), fingerprint, DIM, PER_BLOCK)
+    return write_latents(folder, make_rows(count), fingerprint, FORM)
 
 
 @pytest.mark.parametrize("count", [1, 7, 2500])
@@ -46,7 +50,7 @@ def test_records_come_back_exactly(tmp_path: Path, count: int) -> None:
         assert (record.question, record.blocks, record.answer) == (row["question"], row["blocks"], row["answer"])
         assert record.mu.shape == (len(row["blocks"]), PER_BLOCK, DIM)
         assert torch.equal(record.mu, torch.from_numpy(row["mu"]))
-        assert torch.equal(record.logvar, torch.from_numpy(row["logvar"]))
+        assert record.logvar is not None and torch.equal(record.logvar, torch.from_numpy(row["logvar"]))
     for index in (-1, count):
         with pytest.raises(IndexError, match=f"record {index} of {count}"):
             store[index]
@@ -62,14 +66,14 @@ def test_statistics_are_those_of_all_means(tmp_path: Path) -> None:
 
 def test_statistics_keep_their_precision_far_from_zero(tmp_path: Path) -> None:
     rows = [{**row, "mu": row["mu"] + np.float32(4096.0)} for row in make_rows(100)]
-    store = LatentStore.write(tmp_path / "latents", rows, "f", DIM, PER_BLOCK)
+    store = write_latents(tmp_path / "latents", rows, "f", FORM)
     everything = np.concatenate([row["mu"].reshape(-1, DIM) for row in rows]).astype(np.float64)
     torch.testing.assert_close(store.std, torch.from_numpy(everything.std(0)).float(), rtol=1e-6, atol=0)
 
 
 def test_constant_dimensions_are_not_blown_up(tmp_path: Path) -> None:
     rows = [{**row, "mu": np.full_like(row["mu"], 0.1)} for row in make_rows(5)]
-    store = LatentStore.write(tmp_path / "latents", rows, "f", DIM, PER_BLOCK)
+    store = write_latents(tmp_path / "latents", rows, "f", FORM)
     assert torch.equal(store.std, torch.ones(DIM))
     torch.testing.assert_close(store.mean, torch.full((DIM,), 0.1))
 
@@ -81,36 +85,117 @@ def test_records_can_be_changed_without_changing_the_store(tmp_path: Path) -> No
     assert torch.equal(store[0].mu, before)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_merging_does_not_depend_on_the_number_of_ranks(tmp_path: Path, world: int) -> None:
+def write_parts(folder: Path, count: int, size: int) -> list[int]:
+    """Parts of ``size`` records; the numbers of their first ones."""
+    firsts = list(range(0, count, size))
+    for first in reversed(firsts):
+        write_part(folder, first, make_rows(min(first + size, count), first), "vae-1", FORM)
+    return firsts
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 11])
+def test_parts_behind_an_index_are_what_one_file_is(tmp_path: Path, size: int) -> None:
     whole = write(tmp_path / "whole", 10)
-    parts = [
-        LatentStore.write(tmp_path / f"part{rank}", make_rows(10, rank, world), "vae-1", DIM, PER_BLOCK).folder
-        for rank in range(world)
+    parts = tmp_path / "latents.parts"
+    joined = join_parts(parts, write_parts(parts, 10, size), tmp_path / "joined")
+    assert len(joined) == 10 and joined.num_latents == whole.num_latents and not parts.exists()
+    for one, two in zip(joined, whole, strict=True):
+        assert (one.question, one.blocks, one.answer) == (two.question, two.blocks, two.answer)
+        assert torch.equal(one.mu, two.mu) and one.logvar is not None and torch.equal(one.logvar, two.logvar)
+    torch.testing.assert_close(joined.mean, whole.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(joined.std, whole.std, rtol=1e-6, atol=0)
+
+
+def test_joining_refuses_gaps_repeats_and_strangers(tmp_path: Path) -> None:
+    firsts = write_parts(tmp_path / "p", 9, 3)
+    for wrong, problem in (([0, 6], "record 3 is missing"), ([0, 0, 3], "record 0 is there twice"), ([], "no parts to join")):
+        with pytest.raises(UnusableError, match=problem):
+            join_parts(tmp_path / "p", wrong, tmp_path / "joined")
+    for stranger in ({"fingerprint": "g"}, {"form": LatentForm(DIM, PER_BLOCK, "float16")}):
+        write_part(tmp_path / "p", 3, make_rows(6, 3), **{"fingerprint": "vae-1", "form": FORM, **stranger})
+        with pytest.raises(UnusableError, match="made by the VAE vae-1 as"):
+            join_parts(tmp_path / "p", firsts, tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_a_part_is_known_to_be_whole(tmp_path: Path) -> None:
+    write_parts(tmp_path, 4, 2)
+    assert is_whole(tmp_path, 0) and is_whole(tmp_path, 2) and not is_whole(tmp_path, 4)
+    arrow = tmp_path / "000000002.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:-1])
+    (tmp_path / "000000000.json").write_text("{")
+    assert not is_whole(tmp_path, 0) and not is_whole(tmp_path, 2)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_half_the_bytes_keep_latents_to_a_rounding(tmp_path: Path, dtype: str, bits: int) -> None:
+    """What is read is the nearest number of the dtype, in float32; statistics are of that."""
+    exact = write(tmp_path / "exact", 40)
+    store = write_latents(tmp_path / "half", make_rows(40), "f", LatentForm(DIM, PER_BLOCK, dtype, logvar=False))
+    means = []
+    for one, two in zip(store, exact, strict=True):
+        assert one.logvar is None and one.mu.dtype == torch.float32
+        assert torch.equal(one.mu, two.mu.to(getattr(torch, dtype)).float())
+        assert ((one.mu - two.mu).abs() <= two.mu.abs() * 2.0**-bits).all()
+        means.append(one.mu.flatten(0, 1))
+    torch.testing.assert_close(store.mean, torch.cat(means).double().mean(0).float(), rtol=1e-6, atol=0)
+    with pytest.raises(UnusableError, match=r"record 0: mu reaches 1e\+05, too much for latents.dtype=float16; take bfloat16"):
+        large = [{**row, "mu": np.full_like(row["mu"], 1e5)} for row in make_rows(1)]
+        write_latents(tmp_path / "large", large, "f", LatentForm(DIM, PER_BLOCK, "float16"))
+
+
+def write_as_before(folder: Path, count: int) -> None:
+    """A store as it was before there were parts and dtypes."""
+    rows = list(make_rows(count))
+    floats = pa.list_(pa.float32())
+    schema = pa.schema([("index", pa.int64()), *TOKENS, ("mu", floats), ("logvar", floats)])
+    columns = token_columns(*([row[name] for row in rows] for name in ("question", "blocks", "answer")))
+    columns |= {name: list_column([row[name].reshape(-1) for row in rows], np.float32) for name in ("mu", "logvar")}
+    columns["index"] = pa.array(range(count), pa.int64())
+    folder.mkdir()
+    with pa.OSFile(str(folder / "latents.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema))
+    stats = {
+        "fingerprint": "vae-1", "latent_dim": DIM, "latents_per_block": PER_BLOCK, "num_records": count,
+        "num_latents": PER_BLOCK * sum(len(row["blocks"]) for row in rows),
+        "arrow_bytes": (folder / "latents.arrow").stat().st_size, "mean": [0.5] * DIM, "std": [2.0] * DIM,
+    }  # fmt: skip
+    (folder / "stats.json").write_text(json.dumps(stats))
+
+
+def test_a_store_of_an_older_version_is_read(tmp_path: Path) -> None:
+    write_as_before(tmp_path / "old", 5)
+    old, new = LatentStore.open(tmp_path / "old"), write(tmp_path / "new", 5)
+    assert (len(old), old.fingerprint, old.num_latents, old.mean.tolist()) == (5, "vae-1", new.num_latents, [0.5] * DIM)
+    for one, two in zip(old, new, strict=True):
+        assert (one.question, one.blocks, one.answer) == (two.question, two.blocks, two.answer)
+        assert torch.equal(one.mu, two.mu) and one.logvar is not None and torch.equal(one.logvar, two.logvar)
+    (tmp_path / "old" / "latents.arrow").write_bytes(b"")
+    with pytest.raises(UnusableError, match="damaged: 0 bytes instead of"):
+        LatentStore.open(tmp_path / "old")
+
+
+def test_the_paper_s_latents_take_less_than_a_third_of_what_they_took(tmp_path: Path) -> None:
+    """Eight blocks of four latents of 512 each, against means and log-variances in float32."""
+    rng = np.random.default_rng(0)
+    shape = (8, 4, 512)
+    rows = [
+        {"question": [1] * 60, "blocks": [[2] * 22] * 8, "answer": [3] * 5}
+        | dict.fromkeys(("mu", "logvar"), rng.normal(size=shape))
+        for _ in range(12)
     ]
-    merged = LatentStore.merge(list(reversed(parts)), tmp_path / "merged")
-    assert [merged[i].question for i in range(10)] == [whole[i].question for i in range(10)]
-    assert torch.equal(merged.mean, whole.mean) and torch.equal(merged.std, whole.std)
-    assert (merged.folder / "latents.arrow").read_bytes() == (whole.folder / "latents.arrow").read_bytes()
+    sizes = {}
+    for name, form in {"before": LatentForm(512, 4), "now": LatentForm(512, 4, "bfloat16", logvar=False)}.items():
+        store = write_latents(tmp_path / name, rows, "f", form)
+        sizes[name] = sum(file.stat().st_size for file in store.folder.glob("*.arrow"))
+    assert sizes["now"] < 0.3 * sizes["before"]
 
 
-def test_a_rank_may_have_nothing_to_encode(tmp_path: Path) -> None:
-    parts = [LatentStore.write(tmp_path / f"p{r}", make_rows(1, r, 2), "f", DIM, PER_BLOCK) for r in range(2)]
-    assert len(parts[1]) == 0
-    assert len(LatentStore.merge([p.folder for p in parts], tmp_path / "merged")) == 1
-
-
-def test_merging_refuses_gaps_repeats_and_strangers(tmp_path: Path) -> None:
-    one, other = (LatentStore.write(tmp_path / f"p{r}", make_rows(9, r, 3), "f", DIM, PER_BLOCK).folder for r in range(2))
-    with pytest.raises(ValueError, match="record 2 is missing"):
-        LatentStore.merge([one, other], tmp_path / "merged")
-    with pytest.raises(ValueError, match="record 0 is there twice"):
-        LatentStore.merge([one, one], tmp_path / "merged")
-    with pytest.raises(ValueError, match="made by the VAE"):
-        LatentStore.merge([one, write(tmp_path / "x", fingerprint="g").folder], tmp_path / "merged")
-    with pytest.raises(ValueError, match="no parts to merge"):
-        LatentStore.merge([], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_groups_of_the_same_question_are_found(tmp_path: Path) -> None:
+    questions = [[1], [2], [1], [], [2], [1], [3]]
+    rows = [{**row, "question": question} for row, question in zip(make_rows(7), questions, strict=True)]
+    assert write_latents(tmp_path / "latents", rows, "f", FORM).same_question() == [[0, 2, 5], [1, 4]]
+    assert write_latents(tmp_path / "latents", rows[:2], "f", FORM).same_question() == []
 
 
 def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
@@ -124,7 +209,7 @@ def test_missing_and_torn_stores_are_refused_with_a_remedy(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match=r"no latent store there.*encode_latents"):
         LatentStore.open(tmp_path / "latents")
     write(tmp_path / "latents", 50)
-    arrow, stats = tmp_path / "latents" / "latents.arrow", tmp_path / "latents" / "stats.json"
+    arrow, stats = tmp_path / "latents" / "000000000.arrow", tmp_path / "latents" / "stats.json"
     data, text = arrow.read_bytes(), stats.read_text()
     arrow.write_bytes(data[:-100])
     with pytest.raises(ValueError, match=rf"damaged: {len(data) - 100} bytes instead of {len(data)}; run"):
@@ -151,9 +236,9 @@ def test_missing_and_torn_stores_are_refused_with_a_remedy(tmp_path: Path) -> No
 )
 def test_a_bad_row_is_refused_and_the_old_store_stays(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write(tmp_path / "latents", 4)
-    rows = [row if row["index"] != 3 else {**row, **change} for row in make_rows(6)]
+    rows = [row if place != 3 else {**row, **change} for place, row in enumerate(make_rows(6))]
     with pytest.raises(ValueError, match=message):
-        LatentStore.write(tmp_path / "latents", rows, "vae-2", DIM, PER_BLOCK)
+        write_latents(tmp_path / "latents", rows, "vae-2", FORM)
     assert LatentStore.open(tmp_path / "latents").fingerprint == "vae-1"
     assert [p.name for p in tmp_path.iterdir()] == ["latents"]
 

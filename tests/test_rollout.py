@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ladir.config import DeepSpeedSettings, LoraSettings, RolloutSettings, TrainSettings
-from ladir.data.latents import LatentRecord, LatentStore
+from ladir.data.latent_parts import write_latents
+from ladir.data.latents import LatentForm, LatentRecord, LatentStore
 from ladir.data.rollout import Golds, GoldStore, RolloutBatch, RolloutCollator
 from ladir.inference.rollout import Rollout
 from ladir.layout import Mark
@@ -353,7 +354,7 @@ def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_ma
         {"question": question, "blocks": [[3]] * count, "answer": answer, "mu": [0.5] * 6 * count, "logvar": [0.0] * 6 * count}
         for question, count, answer in kinds
     ]
-    store = LatentStore.write(tmp_path / "latents", rows, "vae", latent_dim=3, latents_per_block=2)
+    store = write_latents(tmp_path / "latents", rows, "vae", LatentForm(latent_dim=3, latents_per_block=2))
     assert store.same_question() == [[0, 2, 3, 4]]
 
     def answers(most: int) -> list[list[list[int]]]:

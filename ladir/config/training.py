@@ -68,6 +68,12 @@ class VaeSettings:
 
 @dataclass
 class LatentSettings:
+    dtype: str = setting(
+        "float32",
+        "dtype in which latents are stored (with log-variances only where denoiser.sample_latents wants them); bfloat16 and "
+        "float16 take half the bytes",
+        ("float32", "bfloat16", "float16"),
+    )
     batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
     pack_tokens: int = setting(0, "sentences are laid end to end in rows of about this many tokens; 0: a row for every sentence")
     records_per_part: int = setting(1024, "records a rank encodes between two looks at the stop signal; finished parts are kept")

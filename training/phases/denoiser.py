@@ -63,6 +63,11 @@ def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[Lat
     store = LatentStore.open(folder.latents / "train")
     store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
     _check_blocks(config, store)
+    if config.denoiser.sample_latents and not store.form.logvar:
+        raise UnusableError(
+            f"{store.folder}: it holds no log-variances, from which denoiser.sample_latents=true draws; run "
+            "training/encode_latents.py with this setting, which encodes again, or set denoiser.sample_latents=false"
+        )
     if config.data.validation is None:
         return store, None
     if not (folder.latents / "validation").is_dir():

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import LatentSettings
 from ladir.data.columns import TokenRecord
-from ladir.data.latents import LatentStore
+from ladir.data.latent_parts import is_whole, join_parts, write_part
+from ladir.data.latents import LatentForm, LatentStore
 from ladir.data.rows import check_path, data_files
 from ladir.errors import UnusableError
 from ladir.models.folders import load_vae
@@ -27,12 +28,9 @@ from ladir.tokens import load_tokenizer
 from training.phases.tokens import Tokens
 from training.runtime.ending import tell_end
 from training.runtime.files import read_json, sha256, write_json
-from training.runtime.run import Outcome, Run, RunFolder
+from training.runtime.run import Outcome, Run
 
 logger = logging.getLogger(__name__)
-
-#: the others wait while rank 0 joins all parts: a hundred gigabytes and more
-_MERGE_MINUTES = 24 * 60
 
 #: settings of the data that name files, or say where and how the token store is made
 _ASIDE = ("train", "validation", "test", "sentences", "store", "processes")
@@ -58,34 +56,39 @@ class Stopwatch:
 def encode_split(
     run: Run, vae: Vae, tokenizer: PreTrainedTokenizerBase, name: str, named: str | Sequence[str], watch: Stopwatch
 ) -> bool:
-    """Encode the records of what a setting names on all ranks and merge their parts into ``latents/<name>``, unless it is there and whole.
+    """Encode the records that a setting names on all ranks and join their parts as ``latents/<name>``, unless they are there.
 
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
     source = run.world.on_main(lambda: _source(run, named))
-    if run.world.broadcast(_is_current(run.folder, name, watch.mark, source) if run.world.is_main else False):
+    if run.world.on_main(lambda: _is_current(run, name, watch.mark, source)):
         return True
     watch.used = True
     records = Tokens(run.config, run.world, tokenizer).records(named)
     assert records is not None  # something is named
-    parts = _parts(run, target, watch.mark, source)
-    if not _encode_parts(run, vae, records, parts, watch):
+    form = _form(run, vae)
+    parts = _parts(run, target, watch.mark, source, form)
+    if not _encode_parts(run, vae, records, parts, form, watch):
         return False
-    run.world.wait_at_most(_MERGE_MINUTES)
     run.world.barrier()
-    if run.world.is_main:
-        for torn in target.parent.glob(f".{name}.*"):  # of a process that was killed while it merged
-            shutil.rmtree(torn)
+
+    def join() -> None:
         # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
-        store = LatentStore.merge([parts / part for part in _part_names(run, len(records))], target)
+        store = join_parts(parts, _firsts(run, len(records)), target)
         write_json(run.folder.sources, {**read_json(run.folder.sources), name: source})
-        shutil.rmtree(parts)
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
-    run.world.barrier()
-    run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
+
+    run.world.on_main(join)
     return True
+
+
+def _form(run: Run, vae: Vae) -> LatentForm:
+    """What is kept of a latent."""
+    settings = vae.settings
+    sampled = run.config.denoiser.sample_latents
+    return LatentForm(settings.latent_dim, settings.latents_per_block, run.config.latents.dtype, logvar=sampled)
 
 
 def _source(run: Run, named: str | Sequence[str]) -> str:
@@ -96,62 +99,48 @@ def _source(run: Run, named: str | Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _parts(run: Run, target: Path, mark: str, source: str) -> Path:
-    """Folder of the parts: another one for other weights, data, ranks or sizes, so that parts never mix."""
-    facts = [mark, source, run.world.size, run.config.latents.records_per_part]
+def _parts(run: Run, target: Path, mark: str, source: str, form: LatentForm) -> Path:
+    """Folder of the parts: another one for other weights, data, sizes or forms, so that parts never mix; any number of ranks
+    writes the same parts."""
+    facts = [mark, source, run.config.latents.records_per_part, dataclasses.asdict(form)]
     return target.with_name(f"{target.name}.parts-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}")
 
 
-def _part_names(run: Run, num_records: int) -> list[str]:
-    """Names of all ranks' parts: the first record of their round, and the rank."""
-    ranks = run.world.size
-    rounds = range(0, num_records, run.config.latents.records_per_part * ranks)
-    return [_part_name(first, rank) for first in rounds for rank in range(min(ranks, num_records - first))]
+def _firsts(run: Run, num_records: int) -> range:
+    """The first record of every part."""
+    return range(0, num_records, run.config.latents.records_per_part)
 
 
-def _part_name(first: int, rank: int) -> str:
-    return f"{first:09d}-{rank:05d}"
-
-
-def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Path, watch: Stopwatch) -> bool:
+def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Path, form: LatentForm, watch: Stopwatch) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
     if run.world.is_main:
         for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
             if other != folder:
                 shutil.rmtree(other)
-    settings, latents = vae.settings, run.config.latents
-    width = latents.records_per_part * run.world.size
-    for first in range(0, len(records), width):
+    firsts, size = _firsts(run, len(records)), run.config.latents.records_per_part
+    for start in range(0, len(firsts), run.world.size):
         if run.stop_agreed():
             return False
-        mine = range(first + run.world.rank, min(first + width, len(records)), run.world.size)
-        part = folder / _part_name(first, run.world.rank)
-        if mine and not _is_whole(part):
-            rows = _rows(vae, records, mine, latents)
-            LatentStore.write(part, rows, watch.mark, settings.latent_dim, settings.latents_per_block)
-            if run.world.is_main:
-                watch.note()
+        for first in firsts[start + run.world.rank : start + run.world.size][:1]:
+            if not is_whole(folder, first):
+                mine = range(first, min(first + size, len(records)))
+                write_part(folder, first, _rows(vae, records, mine, run.config.latents), watch.mark, form)
+                if run.world.is_main:
+                    watch.note()
     return True
 
 
-def _is_whole(part: Path) -> bool:
-    """Whether a part is written, and was not cut short since (in a copy, say)."""
+def _is_current(run: Run, name: str, mark: str, source: str) -> bool:
+    """Whether the latents ``name`` are already those that this VAE makes of these records, whole, with all that is wanted."""
     try:
-        LatentStore.open(part)
-        return True
-    except (FileNotFoundError, UnusableError):
-        return False
-
-
-def _is_current(folder: RunFolder, name: str, mark: str, source: str) -> bool:
-    """Whether the latents ``name`` are already those that this VAE makes of these records, whole."""
-    try:
-        return LatentStore.open(folder.latents / name).fingerprint == mark and read_json(folder.sources).get(name) == source
+        store = LatentStore.open(run.folder.latents / name)
     except FileNotFoundError:
         return False
     except UnusableError as error:  # torn: a copy that was cut off, a disk that filled up
         logger.warning("%s; encoding it anew", error)
         return False
+    kept = store.form.logvar or not run.config.denoiser.sample_latents
+    return store.fingerprint == mark and read_json(run.folder.sources).get(name) == source and kept
 
 
 def _rows(vae: Vae, records: Sequence[TokenRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
@@ -165,7 +154,6 @@ def _rows(vae: Vae, records: Sequence[TokenRecord], mine: Sequence[int], setting
         record = records[i]
         at = [place[tuple(block)] for block in record.blocks]
         yield {
-            "index": i,
             "question": record.question,
             "blocks": record.blocks,
             "answer": record.answer,
