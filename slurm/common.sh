@@ -92,6 +92,9 @@ export_environment() {
     MASTER_ADDR=$(sed -n '1s/ .*//p' "$HOSTFILE")
     MASTER_PORT=${MASTER_PORT:-$((FIRST_PORT + SLURM_JOB_ID % NUM_PORTS))}
     CORES=$((${SLURM_CPUS_ON_NODE:-$PROCESSES} / PROCESSES))
+    # Without GPUs (PROCESSES_PER_NODE) processes may share a CPU; beside a GPU they would keep it waiting.
+    [ "$CORES" -gt 0 ] || [ -n "${PROCESSES_PER_NODE:-}" ] ||
+        fail "$SLURM_CPUS_ON_NODE CPU(s) on a node for $PROCESSES processes: add --cpus-per-task=N, the CPUs of a whole node"
     export MASTER_ADDR MASTER_PORT
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

@@ -1,13 +1,16 @@
 """What the scripts of this folder need to know of a configuration, without loading more than the settings.
 
-``settings.py CONFIG [section.key=value ...]`` prints the run folder and the stop signal, one a line; with ``--phases`` as the
-first argument also the phases of the whole chain, one a line.  Errors go to stderr, one a line, with status 2.
+``settings.py CONFIG [section.key=value ...]`` prints the run folder and the stop signal, one a line.  With ``--phases`` as the
+first argument it prints the phases of the chain as well, one a line: those in the variable PHASES, else all that are needed.
+What follows and begins with ``--`` are options of sbatch: whether every phase can start on what they ask for is checked.
+Errors go to stderr, one a line, with status 2.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
@@ -16,8 +19,9 @@ import preflight  # noqa: F401
 
 from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
-from training.runtime.chain import chain
+from training.runtime.chain import Step, chain
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
+from training.runtime.topology import asked_for, step_problems
 
 
 def missing(config: Config) -> list[str]:
@@ -39,18 +43,42 @@ def refused_by_every_training(config: Config) -> list[str]:
     return []
 
 
+def named_phases(text: str) -> list[str]:
+    """The entries of PHASES."""
+    return [" ".join(entry.split()) for entry in text.split(";") if entry.split()]
+
+
+def refused_there(phases: Iterable[str], options: Sequence[str], path: str, overrides: Sequence[str]) -> Iterator[str]:
+    """What keeps a phase from starting on the nodes, GPUs and CPUs that options and variables of sbatch ask for."""
+    for entry, *words in map(str.split, phases):
+        own = [word for word in words if word.startswith("--")]
+        settings = [word for word in words if not word.startswith("--")]
+        try:
+            config = load_config(path, [*overrides, *settings])
+        except ConfigError as error:
+            yield from error.errors
+            continue
+        phase = {"train_ar": config.ar.phase, "train_denoiser": "rollout" if config.stage == "rollout" else "denoiser"}
+        step = Step(phase.get(entry, entry.removeprefix("train_")), entry, tuple(settings))
+        yield from step_problems(config, step, asked_for([*options, *own], os.environ))
+
+
 def main(arguments: list[str]) -> int:
     """Print the answer; returns the exit status."""
     whole = arguments[:1] == ["--phases"]
-    path, *overrides = arguments[1:] if whole else arguments
+    options = [argument for argument in arguments[1:] if whole and argument.startswith("--")]
+    path, *overrides = [argument for argument in arguments if not (whole and argument.startswith("--"))]
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
         return _refused(error.errors)
-    if wrong := [*refused_by_every_training(config), *(missing(config) if whole else [])]:
+    named = named_phases(os.environ.get("PHASES", "")) if whole else []
+    phases = named or [step.words for step in chain(config) if whole]
+    wrong = [*refused_by_every_training(config), *(missing(config) if whole and not named else [])]
+    if wrong := wrong or list(refused_there(phases, options, path, overrides)):
         return _refused(wrong)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
-    sys.stdout.write("\n".join([*lines, *(step.words for step in chain(config) if whole)]) + "\n")
+    sys.stdout.write("\n".join([*lines, *phases]) + "\n")
     return 0
 
 

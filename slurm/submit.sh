@@ -33,17 +33,11 @@ asks_for_gpus ${options[@]+"${options[@]}"} ||
 
 python=${VENV:-.venv}/bin/python
 [ -x "$python" ] || python=python3
-chain=--phases
-[ -z "${PHASES:-}" ] || chain=
-answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py ${chain:+"$chain"} "$config" "$@") || exit 2
+[[ ${PHASES-train} =~ [a-z] ]] || [ -z "$PHASES" ] || fail "PHASES names no phase"
+answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py --phases ${options[@]+"${options[@]}"} "$config" "$@") || exit 2
 mapfile -t lines <<<"$answer"
 run_folder=${lines[0]} stop_signal=${lines[1]}
-if [ -n "${PHASES:-}" ]; then
-    IFS=';' read -r -a phases <<<"${PHASES//$'\n'/ }"
-    [[ $PHASES =~ [a-z] ]] || fail "PHASES names no phase"
-else
-    phases=("${lines[@]:2}")
-fi
+phases=("${lines[@]:2}")
 
 mkdir -p "$run_folder/logs" "$run_folder/slurm" || fail "$run_folder cannot be written; choose another run.folder"
 # Jobs read this copy, so that editing the file does not change what is queued.

@@ -141,16 +141,40 @@ def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued
     assert result.returncode == 2 and "does not go with ZeRO stage 3" in result.stderr
 
 
-def test_what_submit_prints_can_be_pasted(tmp_path: Path) -> None:
-    """With a folder whose name has spaces and brackets, and an sbatch that only counts."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
+def submit(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """submit.sh with an sbatch that only counts."""
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir(exist_ok=True)
     sbatch.write_text("#!/bin/sh\necho 17\n")
     sbatch.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", **variables}
+    return subprocess.run(["slurm/submit.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_a_chain_that_cannot_run_on_what_is_asked_for_is_not_queued(tmp_path: Path) -> None:
+    run = ["configs/math_8b.yaml", f"run.folder={tmp_path}", "run.name=a"]
+    result = submit(tmp_path, "--nodes=4", "--gres=gpu:8", "--cpus-per-task=4", *run)
+    assert (result.returncode, result.stdout) == (2, "") and not (tmp_path / "a").exists()
+    *others, batch = sorted(result.stderr.splitlines())
+    assert batch.startswith("error: train_vae: 4 CPUs on a node for 8 processes")
+    assert any(
+        "train_denoiser stage=rollout: rollout.train.global_batch=16 cannot be shared equally by 32" in line for line in others
+    )
+    phases = "train_vae; train_denoiser --nodes=2 stage=rollout;\n train_ar ar.train.global_batch=30 --gres=gpu:5"
+    result = submit(tmp_path, "--nodes=4", "--gres=gpu:8", "--cpus-per-task=64", *run, PHASES=phases)
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "error: train_ar ar.train.global_batch=30: ar.train.global_batch=30 cannot be shared equally by 20"
+    )
+    result = submit(tmp_path, "--nodes=4", "--gres=gpu:8", *run, PHASES=phases.replace("gpu:5", "gpu:6").replace("30", "24"))
+    assert result.returncode == 0 and result.stdout.count("job 17") == 3
+
+
+def test_what_submit_prints_can_be_pasted(tmp_path: Path) -> None:
+    """With a folder whose name has spaces and brackets."""
     folder = tmp_path / "my runs [1]"
-    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "PHASES": "train_vae"}
-    command = ["slurm/submit.sh", "--gres=gpu:1", "configs/demo.yaml", f"run.folder={folder}", "run.name=d"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    command = ["--gres=gpu:1", "configs/demo.yaml", f"run.folder={folder}", "run.name=d"]
+    result = submit(tmp_path, *command, PHASES="train_vae")
     assert result.returncode == 0, result.stderr
     lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
     assert shlex.split(lines["tensorboard"])[-1] == str(folder / "d" / "tensorboard")

@@ -15,6 +15,7 @@ import psutil
 
 from training.runtime.chain import OWN_SETTINGS, Step, following
 from training.runtime.run import Outcome, Run
+from training.runtime.topology import section_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ def tell_trained(run: Run, outcome: Outcome, limit: str) -> None:
     prefix = "validation/"
     held_out = {name.removeprefix(prefix): value for name, value in outcome.metrics.items() if name.startswith(prefix)}
     figures = f"validation: {in_words(held_out)}" if held_out else "no validation"
-    section = run.phase if run.phase in ("vae", "denoiser", "rollout") else "ar"
-    done = f"{outcome.steps} steps in {outcome.seconds:.0f} s, ended by {section}.train.{limit}; {figures}"
+    done = f"{outcome.steps} steps in {outcome.seconds:.0f} s, ended by {section_of(run.phase)}.train.{limit}; {figures}"
     tell_end(run, done, run.folder.model(run.phase))
 
 

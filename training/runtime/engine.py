@@ -53,6 +53,7 @@ class Engine:
             config["zero_optimization"].setdefault("memory_efficient_linear", False)
         optimizer = _make_optimizer(model, train, config, torch_dtype, world)
         self._engine: Any = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        world.wait_at_most(deepspeed.timeout_minutes)  # also in the process groups that DeepSpeed has just made
         self.partitions = partitions_of(self._engine, self._names, world.rank)
         self._optimizer: torch.optim.Optimizer = optimizer
         if isinstance(optimizer, MuonAdamW):

@@ -22,6 +22,7 @@ from training.runtime.loop import NonFiniteError
 from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
+from training.runtime.topology import check_topology
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         if trains:
             check_ds_config(config.backbone, config.deepspeed)
         world = start(config.deepspeed)
+        if trains:
+            check_topology(config, phase(config), world.size)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
             run.given = given_settings(arguments)

@@ -30,6 +30,7 @@ from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import StopRequest
+from training.runtime.topology import train_settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ LOCK_SECONDS = 120.0
 
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
-    "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing", "backbone.attention",
+    "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
+    "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
     "rollout.enabled",
 )  # fmt: skip
@@ -151,10 +153,7 @@ class Run:
     @property
     def settings(self) -> TrainSettings:
         """The training settings of this phase."""
-        if self.phase in ("vae", "denoiser", "rollout"):
-            own: TrainSettings = getattr(self.config, self.phase).train
-            return own
-        return self.config.ar.train
+        return train_settings(self.config, self.phase)
 
     @property
     def outcome(self) -> Outcome | None:
