@@ -24,8 +24,8 @@ run_phase() {
     count_processes "$entry" "$needs"
     prepare_run_folder
     echo "$(date '+%F %T') $SLURM_JOB_NAME, job $SLURM_JOB_ID, start $((restarts + 1)): $NODES node(s) x $PROCESSES process(es), $LAUNCHER"
-    [ "$restarts" -le "$max_restarts" ] ||
-        fail "$entry: started $((restarts + 1)) times, MAX_RESTARTS=$max_restarts; find out why in $LOG, then submit it again: it continues"
+    [ "$idle_restarts" -le "$max_restarts" ] ||
+        fail "$entry: $idle_restarts restarts without progress, MAX_RESTARTS=$max_restarts; find out why in $LOG, then submit it again: it continues"
     export_environment
     local status=0
     trap : TERM USR1 USR2 "$STOP_SIGNAL" # the step's processes answer signals; this shell only waits for them
@@ -71,7 +71,7 @@ count_processes() {
 
 # One appended log per job, the submitted script and the hostfile, all in the run folder.
 prepare_run_folder() {
-    restarts=${SLURM_RESTART_COUNT:-0} max_restarts=${MAX_RESTARTS:-20}
+    max_restarts=${MAX_RESTARTS:-20}
     RANK_LOGS=$RUN_FOLDER/logs/ranks
     LOG=$RUN_FOLDER/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.log
     HOSTFILE=$RUN_FOLDER/slurm/hostfile-$SLURM_JOB_ID
@@ -85,7 +85,29 @@ prepare_run_folder() {
     # Of this job alone: another one that starts in this run removes INTERRUPTED, and must not take this one for finished.
     INTERRUPTED_MARK=$RUN_FOLDER/slurm/interrupted-$SLURM_JOB_ID
     rm -f "$INTERRUPTED_MARK"
+    count_restarts
     export RANK_LOGS HOSTFILE LOG INTERRUPTED_MARK
+}
+
+# Sets restarts, of this job, and idle_restarts: the last ones among them before which nothing more was saved.
+count_restarts() {
+    local file=$RUN_FOLDER/slurm/restarts-$SLURM_JOB_ID before=''
+    restarts=${SLURM_RESTART_COUNT:-0} idle_restarts=0
+    mark=$(saved_so_far)
+    if [ "$restarts" -gt 0 ] && [ -f "$file" ]; then
+        read -r idle_restarts before <"$file"
+        if [ "$mark" = "$before" ]; then idle_restarts=$((idle_restarts + 1)); else idle_restarts=0; fi
+    fi
+    echo "$idle_restarts $mark" >"$file"
+}
+
+# Stands for what the run has saved: newest checkpoints, parts of latents, answers, finished phases.
+saved_so_far() {
+    {
+        cat "$RUN_FOLDER"/checkpoints/*/latest || true
+        ls "$RUN_FOLDER"/latents/*.parts-*/*.json "$RUN_FOLDER"/outcome-*.json || true
+        wc -c "$RUN_FOLDER"/evaluation/*/*/*.jsonl || true
+    } 2>/dev/null | cksum | tr ' ' -
 }
 
 export_environment() {
@@ -137,9 +159,9 @@ finish() {
         echo "$entry: interrupted and saved; this job was cancelled, submit it again to continue"
         exit 1
     fi
-    [ "$restarts" -lt "$max_restarts" ] ||
-        fail "$entry: interrupted and saved, but MAX_RESTARTS=$max_restarts is used up; submit it again to continue"
-    echo "$entry: interrupted and saved; back to the queue (restart $((restarts + 1)) of at most $max_restarts)"
+    [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$max_restarts" ] ||
+        fail "$entry: interrupted before anything more was saved, and MAX_RESTARTS=$max_restarts is used up; submit it again to continue"
+    echo "$entry: interrupted and saved; back to the queue (restart $((restarts + 1)); at most $max_restarts without progress)"
     scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
     exit 0
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,6 @@ def refusals(world: World, folder: Path) -> dict[str, str]:
     saved = json.loads(stats.read_text())
     stats.write_text(json.dumps({**saved, "fingerprint": folder_fingerprint(RunFolder(config).model("vae"))}))
     RunFolder(config).outcome_file("rollout").unlink()
-    shutil.rmtree(RunFolder(config).checkpoints("rollout"))
     config.data.validation = None
     return {**found, "rollout": said("rollout", lambda run: rollout_phase(run.config, world))}
 

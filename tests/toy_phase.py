@@ -88,6 +88,7 @@ def toy_config(folder: Path, stage: int = 3, dtype: str = "float32", name: str =
     config = Config()
     config.run.folder, config.run.name, config.backbone.dtype = str(folder), name, dtype
     settings = {"max_steps": 6, "max_epochs": None, "global_batch": 8, "micro_batch": 4, "lr": 1e-2, "log_every": 1}
+    settings["keep_finished"] = True  # for tests that look at checkpoints
     config.ar.train = dataclasses.replace(TrainSettings(), **{**settings, **train})
     config.deepspeed = DeepSpeedSettings(config=f"ds_configs/zero{stage}.json")
     config.telemetry.tensorboard = False

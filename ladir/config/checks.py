@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import signal
 import typing
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ladir.config import Config, TrainSettings
+
+#: settings that a training under way may go on with other values of
+CHANGEABLE = re.compile(r"(vae|denoiser|rollout|ar)\.train\.(lr|min_lr_ratio|max_grad_norm)")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("*.train.momentum", _DECAY),
     ("*.train.ema", _DECAY),
     ("*.train.*_every", _COUNT),
+    ("*.train.*_minutes", _POSITIVE),
     ("*.train.validation_batches", _COUNT),
     ("*.train.keep_checkpoints", _COUNT),
     ("backbone.logits_parts", _COUNT),
@@ -192,6 +197,12 @@ def _text_errors(config: Config) -> Iterator[str]:
     data = config.data
     if data.input_field == data.output_field:
         yield f"data.input_field and data.output_field are both {data.input_field!r}: a record needs a field for each"
+    for changed in config.run.allow_changes:
+        if not CHANGEABLE.fullmatch(changed):
+            yield (
+                f"run.allow_changes: {changed!r} cannot change under way; lr, min_lr_ratio and max_grad_norm of a training can, "
+                "e.g. vae.train.lr"
+            )
     wanted = config.deepspeed.stop_signal
     usable = sorted(entry.name.removeprefix("SIG") for entry in signal.Signals)
     if wanted not in usable or wanted in ("KILL", "STOP"):

@@ -18,6 +18,11 @@ class RunSettings:
         "keep other jobs out of the run's folder; false: train_ar.py, and evaluations with a name or of a snapshot, may work in "
         "it beside LaDiR's phases and one another (not under Slurm)",
     )
+    allow_changes: list[str] = setting(
+        [],
+        "settings that may change when a training under way goes on: <phase>.train.lr, min_lr_ratio and max_grad_norm, by full "
+        "name; what changed is kept in changes-<phase>.jsonl (<phase>.train.skip_samples may always change)",
+    )
 
 
 @dataclass

@@ -47,7 +47,16 @@ class TrainSettings:
     validate_every: int | None = setting(None, "steps between validations; not set: only at the end")
     validation_batches: int = setting(8, "global batches in one validation")
     checkpoint_every: int | None = setting(None, "steps between checkpoints; not set: only when stopped and at the end")
-    keep_checkpoints: int = setting(2, "newest checkpoints kept")
+    checkpoint_minutes: float | None = setting(
+        None, "minutes of training between checkpoints, beside checkpoint_every or in its place; not set: by steps only"
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints kept while a phase is trained")
+    keep_finished: bool = setting(False, "keep the checkpoints of a finished phase, too; false: its model is what is left")
+    skip_samples: list[int] = setting(
+        [],
+        "numbers of samples, as the message of a step that is not finite names them: the batches they stand in are left out, "
+        "also of a training that goes on",
+    )
     snapshot_every: int | None = setting(
         None,
         "steps between models that are kept as they then are (models/<phase>-<step>), for what longer training brings "

@@ -114,7 +114,7 @@ def test_a_chain_is_stopped_and_continues_under_each_launcher(launcher: str, cha
         project.cluster.run("scancel", "--signal=USR2", job)
         project.restarted(job, 1)
         project.finish(job)
-        assert "interrupted and saved; back to the queue (restart 1 of at most 20)" in project.log(job)
+        assert "interrupted and saved; back to the queue (restart 1; at most 20 without progress)" in project.log(job)
         assert f"start 2: 2 node(s) x 1 process(es), {launcher}" in project.log(job)
     assert (project.folder / launcher / "results.json").is_file()
     assert project.losses(launcher, "vae") == project.losses("first", "vae")
@@ -175,9 +175,9 @@ def test_a_failing_phase_cancels_what_depends_on_it(chain: dict[str, str], proje
     assert "nowhere.jsonl" in project.log(jobs["train_vae"])
 
 
-def test_a_job_goes_back_to_the_queue_only_so_many_times(chain: dict[str, str], project: Project) -> None:
+def test_a_job_goes_back_to_the_queue_only_so_often_without_progress(chain: dict[str, str], project: Project) -> None:
     job = project.submit("train_vae", "tired", MAX_RESTARTS="0")
     project.started(job)
     project.cluster.run("scancel", "--signal=USR2", job)
     assert project.cluster.wait(job) == "FAILED"
-    assert "interrupted and saved, but MAX_RESTARTS=0 is used up" in project.log(job)
+    assert "interrupted before anything more was saved, and MAX_RESTARTS=0 is used up" in project.log(job)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
 from training.runtime.telemetry import Telemetry
+from training.runtime.topology import section_of
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
 from training.runtime.validation import validate
 from training.runtime.windows import Window, Windows
@@ -87,6 +89,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self._checkpoints = run.folder.checkpoints(run.phase)
         self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
+        self._saved_seconds = 0.0
         self._counts: dict[str, float] = {}
         self._window = {"tokens": 0.0, "wait": 0.0}
         self._interval = {"tokens": 0.0, "flops": 0.0, "wait": 0.0, "seconds": 0.0}
@@ -108,6 +111,7 @@ class Trainer:
             self.meters.load(state["meters"])
             self.metrics.update(state["metrics"])
             self._saved_step, self._validated_step = self.progress.step, state["validated"]
+            self._saved_seconds = self.progress.seconds
             logger.info("phase %s continues after step %d (%s)", self.run.phase, self.progress.step, path)
 
     @contextmanager
@@ -123,7 +127,9 @@ class Trainer:
 
     def windows(self) -> Windows:
         """The data from here on."""
-        return Windows(self.phase, self.order, self.progress.samples, self.world, self.micro, self.settings.data_processes)
+        settings = self.settings
+        consumed, skipped = self.progress.samples, settings.skip_samples
+        return Windows(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
@@ -177,6 +183,9 @@ class Trainer:
         self._counts = dict(zip(self.phase.weights, counts, strict=True))
         self._window = {"tokens": tokens, "wait": wait / self.world.size}  # counted once it is trained on
         self.progress.seconds = seconds
+        if window.first > self.progress.samples:
+            logger.info("samples %d to %d are left out (skip_samples)", self.progress.samples, window.first - 1)
+            self.progress.samples = window.first
         return stops > 0
 
     def accumulate(self, window: Window) -> float:
@@ -225,15 +234,27 @@ class Trainer:
 
     def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
         """Find out together which rank's samples it was."""
-        bad = [list(b.sample_ids) for b, loss in zip(window.batches, losses, strict=True) if not torch.isfinite(loss)]
-        found = self.world.gather((bad, self._sample_ids))
-        where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _) in enumerate(found) if ids]
+        finite = [bool(torch.isfinite(loss)) for loss in losses]
+        bad = [list(batch.sample_ids) for batch, fine in zip(window.batches, finite, strict=True) if not fine]
+        first = min((number for number, fine in zip(window.numbers, finite, strict=True) if not fine), default=math.inf)
+        found = self.world.gather((bad, self._sample_ids, first))
+        where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _, _) in enumerate(found) if ids]
         if not where:
-            where = [f"gradient, from rank {rank}'s samples {ids}" for rank, (_, ids) in enumerate(found)]
+            where = [f"gradient, from rank {rank}'s samples {ids}" for rank, (_, ids, _) in enumerate(found)]
+        named = min(first for *_, first in found)
         raise NonFiniteError(
             f"phase {self.run.phase}, step {self.progress.step + 1}: not finite: {'; '.join(where)}. "
-            "Neither weights nor checkpoints were touched. Look at these samples (python -m ladir inspect), or lower "
-            f"{self.run.phase}'s learning rate or max_grad_norm; the same command then continues after the last checkpoint"
+            f"Neither weights nor checkpoints were touched. {self._remedy(window.first if named == math.inf else int(named))}"
+        )
+
+    def _remedy(self, number: int) -> str:
+        """How to go on behind a step that was not finite, sample ``number`` being in it."""
+        train = f"{section_of(self.run.phase)}.train"
+        skipped = ",".join(map(str, [*self.settings.skip_samples, number]))
+        return (
+            f"To go on after the last checkpoint, start the same command with this batch left out ({train}.skip_samples="
+            f"[{skipped}]), or with a lower learning rate ({train}.lr=... run.allow_changes=[{train}.lr]) or clipping norm "
+            f"({train}.max_grad_norm=... run.allow_changes=[{train}.max_grad_norm])"
         )
 
     def advance(self, lr: float, gradient_norm: float, ahead: float) -> None:
@@ -251,10 +272,16 @@ class Trainer:
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
             self._keep("unfinished", step)
-        if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and ahead < 1:
+        if self._checkpoint_due() and ahead < 1:
             self.save()
         if self._validation_due(ahead):  # behind the checkpoint: whatever fails here costs no step
             self.validate()
+
+    def _checkpoint_due(self) -> bool:
+        """By steps, or by rank 0's clock, which all ranks have agreed on."""
+        every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
+        by_step = every is not None and self.progress.step % every == 0
+        return by_step or (minutes is not None and self.progress.seconds - self._saved_seconds >= 60 * minutes)
 
     def _validation_due(self, fraction: float) -> bool:
         every = self.settings.validate_every
@@ -295,15 +322,18 @@ class Trainer:
         shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}
         self._telemetry.progress(fraction, self.progress.step, {**averages, **shown})
 
-    def validate(self) -> None:
-        """Validate now, off the clock."""
-        most = self.settings.validation_batches * self.settings.global_batch
+    def validate(self) -> bool:
+        """Validate now, off the clock; False where a signal asked to stop in between: it is then made up for."""
+        most, stopped = self.settings.validation_batches * self.settings.global_batch, self.run.stop_agreed
         with self._off_the_clock():
-            values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step)
+            values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step, stopped)
+        if values is None:
+            return False
         self._validated_step = self.progress.step
         if values:
             self._telemetry.record("validation", self.progress.step, values)
             self.metrics.update({f"validation/{name}": value for name, value in values.items()})
+        return True
 
     def save(self) -> None:
         """Write a checkpoint of the present step, off the clock, unless there is one."""
@@ -318,7 +348,7 @@ class Trainer:
                 "validated": self._validated_step,
             }
             checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
-        self._saved_step = self.progress.step
+        self._saved_step, self._saved_seconds = self.progress.step, self.progress.seconds
 
     def interrupt(self) -> Outcome:
         """Stopped by a signal: checkpoint, and leave the mark to be started again."""
@@ -328,12 +358,14 @@ class Trainer:
         return self._outcome("interrupted")
 
     def finish(self) -> Outcome:
-        """At the end: log, validate, checkpoint, write the model, record the outcome."""
+        """At the end: log, validate, checkpoint, write the model, record the outcome; a signal may interrupt the validation."""
         self._log(1.0)
         self.save()
-        if self._validated_step != self.progress.step:  # else it was done before a restart
-            self.validate()
+        if self._validated_step != self.progress.step and not self.validate():  # else it was done before a restart
+            return self.interrupt()
         outcome = self._keep("finished")
+        if self.world.is_main and not self.settings.keep_finished:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
         tell_trained(self.run, outcome, self.progress.limit(self.settings, self.phase.num_samples))
         return outcome
 

@@ -25,12 +25,13 @@ import torch
 import yaml
 
 from ladir.config import Config, EvaluateSettings, TrainSettings
+from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import StopRequest
-from training.runtime.topology import train_settings
+from training.runtime.topology import section_of, train_settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ LOCK_SECONDS = 120.0
 """How long a job that has died may still hold the run folder (a network file system notices late)."""
 
 IRRELEVANT = (
-    "run.name", "run.folder", "run.exclusive", "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
+    "run.name", "run.folder", "run.exclusive", "run.allow_changes",
+    "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
     "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
@@ -48,7 +50,7 @@ IRRELEVANT = (
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
-    "snapshot_every",
+    "snapshot_every", "checkpoint_minutes", "keep_finished",
 )  # fmt: skip
 SECTIONS = {
     "vae": ("vae",),
@@ -123,6 +125,10 @@ class RunFolder:
         """The settings a phase was started with."""
         return self.path / f"config-{phase}.yaml"
 
+    def changes(self, phase: str) -> Path:
+        """Settings that changed while a phase was trained, a line for each start with others."""
+        return self.path / f"changes-{phase}.jsonl"
+
     def inputs(self, phase: str) -> Path:
         """What a phase was started on, the export is made of: hashes of data and models, by name."""
         return self.path / f"inputs-{phase}.json"
@@ -149,6 +155,7 @@ class Run:
         self.given: Sequence[str] = ()
         """The settings of the command line, as they were written, --config first."""
         self._lock: TextIO | None = None
+        self._changes: dict[str, list[Any]] = {}
 
     @property
     def settings(self) -> TrainSettings:
@@ -183,6 +190,7 @@ class Run:
                 if self.phase != "evaluate" or not (self.folder.path / "config.yaml").is_file():
                     write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
                 write_json(self.folder.path / "environment.json", environment())
+                self._note_changes()
                 self.folder.interrupted.unlink(missing_ok=True)
                 for remark in idle_settings(self.config):
                     logger.warning("%s", remark)
@@ -242,7 +250,11 @@ class Run:
         # A setting that came later: its default is what was done before.
         defaults = relevant_settings(dataclasses.asdict(Config()), self.phase)
         old |= {key: defaults[key] for key in (new.keys() & defaults.keys()) - old.keys()}
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if not self.folder.outcome_file(self.phase).is_file():
+            allowed = {*self.config.run.allow_changes, f"{section_of(self.phase)}.train.skip_samples"}
+            self._changes = {key: [old.get(key), new.get(key)] for key in changed if key in allowed}
+            changed = [key for key in changed if key not in allowed]
         lines = [f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         lines += [f"  {name}: is not what it was (its content has changed)" for name in self._changed_inputs(inputs)]
         if not lines:
@@ -250,9 +262,25 @@ class Run:
         listed = "\n".join(lines)
         return (
             f"phase '{self.phase}' of {self.folder.path} was started with other settings or inputs:\n{listed}\n"
-            f"Give them back, choose another run.name, or delete {self.folder.checkpoints(self.phase)}, "
+            f"Give them back{self._allowing(changed)}, choose another run.name, or delete {self.folder.checkpoints(self.phase)}, "
             f"{self.folder.outcome_file(self.phase)} and its snapshots' (outcome-{self.phase}-*.json) to train this phase anew"
         )
+
+    def _allowing(self, changed: Sequence[str]) -> str:
+        """The remedy where what changed may change on request."""
+        may = [key for key in changed if CHANGEABLE.fullmatch(key)] if not self.folder.outcome_file(self.phase).is_file() else []
+        return f", say run.allow_changes=[{','.join(may)}]" if may else ""
+
+    def _note_changes(self) -> None:
+        """Keep what a training goes on with that it was not begun with."""
+        if not self._changes:
+            return
+        latest = self.folder.checkpoints(self.phase) / "latest"
+        after = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "the start"
+        with self.folder.changes(self.phase).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"after": after, "changed": self._changes}) + "\n")
+        listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in self._changes.items())
+        logger.warning("phase %s goes on after %s with other settings: %s", self.phase, after, listed)
 
     def _has_work(self) -> bool:
         """Whether the phase left something behind that another start would use."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from training.runtime.distributed import World
@@ -12,23 +14,30 @@ from training.runtime.sampler import MicroBatch
 from training.runtime.telemetry import Telemetry
 
 
-def validate(engine: Engine, phase: Phase, most: int, micro: int, telemetry: Telemetry, step: int) -> dict[str, float]:
+def validate(
+    engine: Engine, phase: Phase, most: int, micro: int, telemetry: Telemetry, step: int, stopped: Callable[[], bool]
+) -> dict[str, float] | None:
     """Mean loss per term over the first ``most`` validation samples, on all ranks alike; empty without such.
 
     Sample n has number n, so the noise is the same each time.  Then the phase's ``on_validate``, where it has one: what that
-    shows need not be held out.
+    shows need not be held out.  ``stopped`` (collective) is asked between micro batches; None where it breaks off.
     """
     with engine.averaged_weights():
-        averages = {} if phase.validation is None else _averages(engine, phase, phase.validation, most, micro)
-        _phase_hook(engine, phase, telemetry, step)
+        averages = {} if phase.validation is None else _averages(engine, phase, phase.validation, most, micro, stopped)
+        if averages is not None and not stopped():
+            _phase_hook(engine, phase, telemetry, step)
     return averages
 
 
-def _averages(engine: Engine, phase: Phase, source: SampleSource, most: int, micro: int) -> dict[str, float]:
+def _averages(
+    engine: Engine, phase: Phase, source: SampleSource, most: int, micro: int, stopped: Callable[[], bool]
+) -> dict[str, float] | None:
     world = engine.world
     sums, counts = LossSums(phase.weights, world.device), dict.fromkeys(phase.weights, 0.0)
     meters = Meters(phase.weights)
     for (indices, numbers), real in share(min(most, source.num_samples), micro, world):
+        if stopped():
+            return None
         batch = source.collate(indices, numbers, training=False)
         outputs = engine.evaluate(batch)
         if real:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ _AHEAD = 2
 class Window:
     """This rank's part of a global batch."""
 
+    first: int
+    """Number of the global batch's first sample in the whole run."""
     batches: list[Batch]
     numbers: list[int]
     """Number of each micro batch's first sample in the whole run."""
@@ -46,11 +48,22 @@ class Windows:
     """Endless iterator over a rank's windows, collated ahead.  Use as a context manager."""
 
     def __init__(
-        self, source: SampleSource, order: DataOrder, consumed: int, world: World, micro: int, processes: int = 0
+        self,
+        source: SampleSource,
+        order: DataOrder,
+        consumed: int,
+        world: World,
+        micro: int,
+        processes: int = 0,
+        skipped: Collection[int] = (),
     ) -> None:
-        """``consumed``: samples of the run already used, by all ranks together; ``processes`` collate, or one thread (0)."""
-        collate = _Collate(source, order, world.rank, world.size, micro)
-        starts = itertools.count(consumed, order.global_batch)
+        """``consumed``: samples of the run already used, by all ranks together; ``processes`` collate, or one thread (0).
+
+        Global batches that hold one of the samples ``skipped``, by their numbers, are left out.
+        """
+        collate, size = _Collate(source, order, world.rank, world.size, micro), order.global_batch
+        bad = frozenset(skipped)
+        starts = (start for start in itertools.count(consumed, size) if bad.isdisjoint(range(start, start + size)))
         self._ahead = _by_processes(collate, starts, processes) if processes else _by_thread(collate, starts)
 
     def __enter__(self) -> Windows:
@@ -64,13 +77,13 @@ class Windows:
 
     def __next__(self) -> Window:
         start = time.perf_counter()
-        batches, numbers = next(self._ahead)
-        return Window(batches, numbers, time.perf_counter() - start)
+        first, batches, numbers = next(self._ahead)
+        return Window(first, batches, numbers, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
-class _Collate(Dataset[tuple[list[Batch], list[int]]]):
-    """A rank's micro batches of the global batch after so many samples, and the number of each one's first sample."""
+class _Collate(Dataset[tuple[int, list[Batch], list[int]]]):
+    """A rank's micro batches of the global batch after so many samples, so many, and the number of each one's first sample."""
 
     source: SampleSource
     order: DataOrder
@@ -78,9 +91,9 @@ class _Collate(Dataset[tuple[list[Batch], list[int]]]):
     ranks: int
     micro: int
 
-    def __getitem__(self, consumed: int) -> tuple[list[Batch], list[int]]:
+    def __getitem__(self, consumed: int) -> tuple[int, list[Batch], list[int]]:
         parts = self.order.window(consumed, self.rank, self.ranks, self.micro)
-        return [self._micro_batch(*part) for part in parts], [part[1][0] for part in parts]
+        return consumed, [self._micro_batch(*part) for part in parts], [part[1][0] for part in parts]
 
     def _micro_batch(self, indices: list[int], numbers: list[int]) -> Batch:
         try:
@@ -90,7 +103,7 @@ class _Collate(Dataset[tuple[list[Batch], list[int]]]):
             raise
 
 
-_Windows = Generator[tuple[list[Batch], list[int]], None, None]
+_Windows = Generator[tuple[int, list[Batch], list[int]], None, None]
 
 
 def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
