@@ -262,4 +262,7 @@ def test_a_link_to_a_store_stays_one(tmp_path: Path) -> None:
 
 def test_the_longest_chain_is_known(tmp_path: Path) -> None:
     store = write(tmp_path / "latents", 7)
+    for index, record in enumerate(store):
+        assert store.num_blocks(index) == len(record.blocks)
+        assert store.length(index) == len(record.question) + len(record.answer) + len(record.blocks) * (PER_BLOCK + 2)
     assert store.most_blocks == max(len(store[i].blocks) for i in range(7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,34 @@ def test_any_number_of_ranks_sees_the_same_global_batches(samples: int, per_rank
         assert sorted(pair for window in shared for pair in numbered(window)) == expected
         assert [number for number, _ in expected] == list(range(step * batch, (step + 1) * batch))
         assert {len(window) for window in shared} == {per_rank // micro} and micro <= most
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([2, 3, 4]), st.integers(1, 8), st.integers(0, 2**31))
+def test_known_lengths_change_only_who_gets_a_sample(samples: int, per_rank: int, world: int, most: int, seed: int) -> None:
+    batch, lengths = per_rank * world, [(7 * i * i) % 41 for i in range(samples)]
+    micro, order = micro_batch_size(batch, world, most), DataOrder(samples, batch, seed, lengths.__getitem__)
+    alone, plain = order.window(batch, 0, 1, micro), DataOrder(samples, batch, seed)
+    assert alone == plain.window(batch, 0, 1, micro)
+    shared = [order.window(batch, rank, world, micro) for rank in range(world)]
+    assert sorted(pair for window in shared for pair in numbered(window)) == sorted(numbered(alone))
+    assert {len(part) for window in shared for part, _ in window} == {micro}
+    assert all(numbers == sorted(numbers) for window in shared for _, numbers in window)
+
+
+def test_ranks_get_equal_shares_of_the_work_in_every_pass() -> None:
+    """Lengths as of DART-Math, roughly log-normal; the mean rank's work over the most that any has, summed over passes."""
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.7, 2000).astype(int)
+
+    def balance(order: DataOrder, batch: int, ranks: int, micro: int) -> float:
+        windows = [[order.window(step * batch, rank, ranks, micro) for rank in range(ranks)] for step in range(4)]
+        work = np.array([[[lengths[indices].sum() for indices, _ in rank] for rank in window] for window in windows])
+        return float(work.mean(axis=1).sum() / work.max(axis=1).sum())
+
+    for batch, ranks, micro, before, after in ((64, 32, 2, 0.4, 0.45), (64, 8, 2, 0.55, 0.8), (256, 32, 2, 0.45, 0.75)):
+        plain = DataOrder(2000, batch, 0)
+        dealt = DataOrder(2000, batch, 0, lambda index: int(lengths[index]))
+        assert balance(plain, batch, ranks, micro) < before
+        assert balance(dealt, batch, ranks, micro) > after
 
 
 @given(st.integers(1, 30), st.integers(1, 50), st.integers(0, 9))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ladir.data.encode import EncodedRecord, EncodedRecords
 from ladir.data.records import Record
-from ladir.data.token_lists import TokenLists, TokenPairs
+from ladir.data.token_lists import Joined, TokenLists, TokenPairs
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 SLICES = st.slices(12)
@@ -44,3 +44,11 @@ def test_records_read_as_they_were_put_in(records: list[tuple[list[int], list[li
 def test_an_id_that_does_not_fit_is_refused() -> None:
     with pytest.raises(OverflowError):
         TokenLists([[2**31]])
+
+
+def test_lengths_are_known_without_reading() -> None:
+    lists = TokenLists([[1, 2], [], [3]])
+    pairs = TokenPairs(lists, [[4], [5, 6], [7]])
+    both: Joined[tuple[list[int], list[int]]] = Joined(pairs, pairs)
+    assert [lists.length(i) for i in range(3)] == [2, 0, 1]
+    assert [both.length(i) for i in range(6)] == [3, 2, 2] * 2

@@ -82,6 +82,7 @@ def test_a_store_holds_what_reading_by_hand_gives(
         assert (text.question, text.blocks, text.answer) == (one.record.question, one.record.blocks, one.record.answer)
         assert text.source == one.record.source
     blocks = [block for one in usable for block in one.blocks]
+    assert [store.blocks.length(i) for i in range(len(blocks))] == list(map(len, blocks))
     assert list(store.blocks) == blocks and store.blocks[2:-1] == blocks[2:-1]
     write_chains(tmp_path / "chains", store, "####", WORDS, processes)
     chains = stored_chains(Store(tmp_path / "chains", []))

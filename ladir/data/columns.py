@@ -73,6 +73,10 @@ class Lists:
         """Items of every list [n]."""
         return np.diff(self.offsets)
 
+    def length(self, i: int) -> int:
+        """Items of the i-th list."""
+        return int(self.offsets[i + 1] - self.offsets[i])
+
 
 class _Sized(Protocol):
     def __len__(self) -> int: ...
@@ -110,6 +114,11 @@ class StoredLists(MadeWhenRead[list[int]]):
         column, i = self._chunks.find(place)
         return column[i].tolist()
 
+    def length(self, place: int) -> int:
+        """Ids of the list at ``place``."""
+        column, i = self._chunks.find(place)
+        return column.length(i)
+
 
 @dataclass(frozen=True)
 class TokenRecord:
@@ -140,6 +149,10 @@ class TokenChunk:
     def longest_question(self) -> int:
         """Tokens of the longest question."""
         return int(self.questions.lengths().max(initial=0))
+
+    def num_blocks(self, i: int) -> int:
+        """Blocks of the i-th record."""
+        return int(self.blocks_of[i + 1] - self.blocks_of[i])
 
     def tokens(self, i: int) -> TokenRecord:
         """The i-th record."""

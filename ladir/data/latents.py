@@ -122,6 +122,17 @@ class LatentStore:
         chunk, place = self._chunks.find(index)
         return chunk.record(place)
 
+    def num_blocks(self, index: int) -> int:
+        """Blocks of a record."""
+        chunk, place = self._chunks.find(index)
+        return chunk.num_blocks(place)
+
+    def length(self, index: int) -> int:
+        """Tokens of a record as the denoiser reads it: question, marks and latents, answer."""
+        chunk, place = self._chunks.find(index)
+        text = chunk.questions.length(place) + chunk.answers.length(place)
+        return text + chunk.num_blocks(place) * (self.latents_per_block + 2)
+
     @property
     def most_blocks(self) -> int:
         """Blocks of the record that has most."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.data.completions import first_answer
 from ladir.data.records import Record
-from ladir.data.token_lists import MadeWhenRead
+from ladir.data.token_lists import MadeWhenRead, length_of
 from ladir.tokens import encode_stream, encode_text
 
 
@@ -70,6 +70,10 @@ class CopyPairs(MadeWhenRead[tuple[list[int], list[int]]]):
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def length(self, place: int) -> int:
+        """Ids of both."""
+        return 2 * length_of(self._sentences, int(self._chosen[place]))
 
     def _at(self, place: int) -> tuple[list[int], list[int]]:
         ids = self._sentences[int(self._chosen[place])]

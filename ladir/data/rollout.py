@@ -42,6 +42,10 @@ class GoldStore:
     def __len__(self) -> int:
         return len(self.store)
 
+    def length(self, index: int) -> int:
+        """By blocks, which are denoised one after another; among those with as many, by tokens."""
+        return self.store.num_blocks(index) * (1 << 20) + self.store.length(index)
+
     def __getitem__(self, index: int) -> Golds:
         record = self.store[index]
         alike = (self.store[other] for other in self._group.get(index, ()) if other != index)

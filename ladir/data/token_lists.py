@@ -8,7 +8,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -50,6 +50,10 @@ class TokenLists(MadeWhenRead[list[int]]):
     def _at(self, place: int) -> list[int]:
         return self._ids[self._ends[place] : self._ends[place + 1]].tolist()
 
+    def length(self, place: int) -> int:
+        """Ids of the list at ``place``."""
+        return self._ends[place + 1] - self._ends[place]
+
 
 @dataclass(frozen=True)
 class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
@@ -64,6 +68,10 @@ class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
     def _at(self, place: int) -> tuple[list[int], list[int]]:
         return self.prompts[place], self.completions[place]
 
+    def length(self, place: int) -> int:
+        """Ids of both."""
+        return length_of(self.prompts, place) + length_of(self.completions, place)
+
 
 class Joined(MadeWhenRead[T]):
     """Some sequences end to end."""
@@ -75,5 +83,19 @@ class Joined(MadeWhenRead[T]):
         return self._starts[-1]
 
     def _at(self, place: int) -> T:
-        part = bisect_right(self._starts, place) - 1
-        return self._parts[part][place - self._starts[part]]
+        part, within = self._find(place)
+        return part[within]
+
+    def length(self, place: int) -> int:
+        """Tokens of the item at ``place``."""
+        return length_of(*self._find(place))
+
+    def _find(self, place: int) -> tuple[Sequence[T], int]:
+        number = bisect_right(self._starts, place) - 1
+        return self._parts[number], place - self._starts[number]
+
+
+def length_of(items: Sequence[Any], place: int) -> int:
+    """About how many tokens an item is: without reading it where ``items`` knows, else of the list of ids that it is."""
+    known = getattr(items, "length", None)
+    return int(known(place)) if known is not None else len(items[place])

@@ -37,6 +37,11 @@ class Samples:
     def num_samples(self) -> int:
         return len(self.items)
 
+    def length(self, index: int) -> int:
+        """About how much work a sample is; 0 where the items do not know."""
+        known = getattr(self.items, "length", None)
+        return 0 if known is None else int(known(index))
+
     def collate(self, indices: list[int], numbers: list[int], training: bool = True) -> Any:
         """One micro batch of the samples at ``indices``, whose places in the run are ``numbers``."""
         return self.collator([self.items[i] for i in indices], numbers, training)

@@ -22,7 +22,7 @@ from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
-from training.runtime.phase import Batch, Phase
+from training.runtime.phase import Batch, Measured, Phase
 from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
@@ -80,7 +80,8 @@ class Trainer:
     def __init__(self, run: Run, phase: Phase) -> None:
         self.run, self.phase, self.world, self.settings = run, phase, run.world, run.settings
         self.micro = micro_batch_size(self.settings.global_batch, self.world.size, self.settings.micro_batch)
-        self.order = DataOrder(phase.num_samples, self.settings.global_batch, run.config.run.seed)
+        length = phase.length if isinstance(phase, Measured) else None
+        self.order = DataOrder(phase.num_samples, self.settings.global_batch, run.config.run.seed, length)
         self.progress = Progress()
         self.progress.fraction(self.settings, phase.num_samples)  # refuses a training without end before it starts
         backbone, deepspeed = run.config.backbone, run.config.deepspeed

@@ -80,6 +80,14 @@ class Phase(SampleSource, Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """A phase may have this method: ranks then get equal shares of the work."""
+
+    def length(self, index: int) -> int:
+        """About how much work the sample ``index`` is, e.g. its tokens."""
+
+
+@runtime_checkable
 class ValidationHook(Protocol):
     """A phase may have this method: more to look at (text samples, histograms) after every validation."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -38,10 +39,12 @@ class DataOrder:
     Batches may span two epochs, so no sample is ever dropped or repeated within an epoch.
     """
 
-    def __init__(self, num_samples: int, global_batch: int, seed: int) -> None:
+    def __init__(self, num_samples: int, global_batch: int, seed: int, length: Callable[[int], int] | None = None) -> None:
+        """``length``: about how much work a sample is; where it is known, ranks get equal shares of every global batch."""
         if num_samples < 1:
             raise UnusableError("there are no training samples: check data.train and what was skipped")
         self.num_samples, self.global_batch, self.seed = num_samples, global_batch, seed
+        self._length = length
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
@@ -54,7 +57,29 @@ class DataOrder:
 
     def window(self, consumed: int, rank: int, world_size: int, micro: int) -> list[MicroBatch]:
         """This rank's micro batches of the next global batch, after ``consumed`` samples of the run."""
-        numbers = range(consumed, consumed + self.global_batch)
+        numbers = list(range(consumed, consumed + self.global_batch))
         stride = micro * world_size
-        windows = (list(numbers[start : start + micro]) for start in range(rank * micro, self.global_batch, stride))
+        if self._length is not None and world_size > 1:
+            numbers = self._dealt(numbers, self._length, world_size, stride)
+        windows = (numbers[start : start + micro] for start in range(rank * micro, self.global_batch, stride))
         return [([self.index(number) for number in part], part) for part in windows]
+
+    def _dealt(self, numbers: list[int], length: Callable[[int], int], ranks: int, stride: int) -> list[int]:
+        """``numbers`` so ordered that the micro batches that ranks go through together are alike, and their sums as well.
+
+        The longest come first, ``stride`` of them at a time, dealt out to and fro.  Whoever gets a sample, it is the same: all
+        that is random about it follows from its number.
+        """
+        ordered = sorted(numbers, key=lambda number: -length(self.index(number)))
+        groups = [ordered[start : start + stride] for start in range(0, len(ordered), stride)]
+        hands = [hand for group in groups for hand in _to_and_fro(group, ranks)]
+        return [number for hand in hands for number in sorted(hand)]
+
+
+def _to_and_fro(cards: list[int], players: int) -> list[list[int]]:
+    """The cards dealt out in rounds, every other one backwards."""
+    hands: list[list[int]] = [[] for _ in range(players)]
+    for place, card in enumerate(cards):
+        turn, player = divmod(place, players)
+        hands[player if turn % 2 == 0 else -1 - player].append(card)
+    return hands
