@@ -16,6 +16,7 @@ from ladir.data.columns import TOKENS, list_column, token_columns
 from ladir.data.latent_parts import is_whole, join_parts, write_latents, write_part
 from ladir.data.latents import LatentForm, LatentStore
 from ladir.errors import UnusableError
+from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm
 
 DIM, PER_BLOCK = 3, 2
 FORM = LatentForm(DIM, PER_BLOCK)
@@ -266,3 +267,21 @@ def test_the_longest_chain_is_known(tmp_path: Path) -> None:
         assert store.num_blocks(index) == len(record.blocks)
         assert store.length(index) == len(record.question) + len(record.answer) + len(record.blocks) * (PER_BLOCK + 2)
     assert store.most_blocks == max(len(store[i].blocks) for i in range(7))
+
+
+def test_the_denoiser_s_losses_on_half_the_bytes_are_the_same_to_a_fraction_of_the_noise(tmp_path: Path) -> None:
+    """Against what other draws of noise and times change them by."""
+    records = random_records(40, dim=DIM, latents=PER_BLOCK)
+    rows = [{**vars(record), "mu": record.mu.numpy(), "logvar": None} for record in records]
+    denoiser = tiny_denoiser(tiny_lm(dtype=torch.float32), dim=DIM, latents=PER_BLOCK)
+
+    def losses(dtype: str, seed: int) -> torch.Tensor:
+        store = write_latents(tmp_path / dtype, rows, "f", LatentForm(DIM, PER_BLOCK, dtype, logvar=False))
+        batch = collator(denoiser, seed)(list(store), list(range(len(store))))
+        with torch.no_grad():
+            found = denoiser(batch)
+        return torch.stack([found[term] / batch.counts[term] for term in ("flow", "answer", "stop")])
+
+    exact, other = losses("float32", 11), losses("float32", 12)
+    for dtype in ("bfloat16", "float16"):
+        assert ((losses(dtype, 11) - exact).abs() < 0.05 * (other - exact).abs()).all()
