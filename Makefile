@@ -1,4 +1,5 @@
 # make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
+# make prose   the same on word problems with chains of thought in English, about an hour     [SEED=0] [RANKS=2] [SECONDS=...]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
 # make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
 # make bench   what one pass, caches, packing and ZeRO-3 save and cost on this machine, measured   [SIZE=tiny] [SUITE=all, compiled]
@@ -15,6 +16,7 @@ PINS := constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint $(PINS)
 SEED ?= 0
 RANKS ?= 2
+SECONDS ?= 1800
 PYTEST_ARGS ?= -n 2 --dist loadfile
 SIZE ?= tiny
 SUITE ?= all
@@ -29,7 +31,7 @@ WHEEL_NAMES := deepspeed hjson py-cpuinfo ninja msgpack einops pydantic pydantic
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 BROWSER_PACKAGES := chromium-headless-shell fonts-dejavu-core
 
-.PHONY: help demo test browser test-slurm bench gpu-check wheels lint venv clean-venv
+.PHONY: help demo prose test browser test-slurm bench gpu-check wheels lint venv clean-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +40,10 @@ help:
 demo: $(VENV)/.ready
 	@$(BIN)/python -m training.demo --ranks $(RANKS) --config configs/demo.yaml run.seed=$(SEED) \
 		run.name=demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+
+prose: $(VENV)/.ready-examples
+	@$(BIN)/python -m training.demo --ranks $(RANKS) --seconds $(SECONDS) --config configs/gsm_symbolic.yaml run.seed=$(SEED) \
+		run.name=prose$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 test: lint browser
 	@echo "tests: pytest $(PYTEST_ARGS)"
@@ -105,7 +111,12 @@ $(VENV)/.ready: requirements.txt $(PINS) pyproject.toml | $(VENV)/.created
 	@$(PIP) --build-constraint $(PINS) --no-deps --editable . 2>$(VENV)/install.log || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt $(PINS) $(VENV)/.ready
+$(VENV)/.ready-examples: requirements-examples.txt $(PINS) $(VENV)/.ready
+	@echo "environment: installing requirements-examples.txt (once)"
+	@$(PIP) --build-constraint $(PINS) -r requirements-examples.txt
+	@touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt requirements-examples.txt $(PINS) $(VENV)/.ready
 	@echo "environment: installing requirements-dev.txt (once)"
 	@$(PIP) --build-constraint $(PINS) -r requirements-dev.txt
 	@touch $@

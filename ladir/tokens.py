@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -255,4 +255,23 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
+    )
+
+
+def build_bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``size`` tokens made of ``texts``: ``<pad>``, ``<eos>``, all bytes, and what they build.
+
+    Every digit is a token, alone or with the space before it, so that no number is one whole; any text can be written.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    by_digit = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )

@@ -220,10 +220,27 @@ def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
         assert counts == [str(ranks)] * 2 + [str(max(1, ranks // 2))] * 3
 
 
+def test_stages_are_chosen_and_records_of_another_kind_are_asked_by_themselves(tmp_path: Path) -> None:
+    def names(*overrides: str, ranks: int = 1) -> list[list[list[str]]]:
+        built, _ = demo(tmp_path, *overrides, ranks=ranks)
+        return [[[stage.name for stage in track] for track in part] for part in built.plan()]
+
+    own = ["demo.stages=[vae,latents,denoiser,export,evaluate]", "backbone.name_or_path=some/lm"]
+    stages = ["vae", "latents", "denoiser", "rollout", "export"]
+    assert names(*own, ranks=2) == [[stages], [["evaluate"]]]
+    assert names(*own, "rollout.enabled=false")[0] == [[stage for stage in stages if stage != "rollout"]]
+    built, _ = demo(tmp_path, "demo.data=gym", "data.test_held_out=other.jsonl")
+    plan = built.plan()
+    assert plan[0][0][0].command()[1:4] == ["-m", "ladir", "gym"]
+    first, held_out = plan[-2][0]
+    assert first.name == "evaluate" and held_out.name == "evaluate-held-out"
+    assert held_out.command()[-2:] == ["evaluate.split=test_held_out", "evaluate.name=held-out"]
+
+
 def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:
     built, _ = demo(tmp_path, "rollout.enabled=false", ranks=2)
     ladir = {"vae": (20, 1.5), "latents": (5, 1.0), "denoiser": (60, 2.0), "export": (1, 0.5)}
-    costs = {"puzzles": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0), "report": (3, 0.5)}
+    costs = {"data": (1, 0.5), "base": (10, 1.0), **ladir, "ar": (84, 1.25), "evaluate": (30, 3.0), "report": (3, 0.5)}
     built.record = {name: {"seconds": seconds, "peak_gib": peak} for name, (seconds, peak) in costs.items()}
     assert built._cost() == (1 + 10 + 86 + 30 + 3, 2.0 + 1.25)
 

@@ -221,6 +221,16 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     assert "…" not in text  # fits a narrow terminal
 
 
+def test_results_on_what_is_held_out_stand_in_a_column(tmp_path: Path) -> None:
+    content = read_results(results(tmp_path))
+    (first, *_) = content["rows"]
+    other = {**content, "rows": [{**first, "pass@1": 0.125}]}
+    text = rendered(results_table(content, other))
+    assert "held" in text and "held out: pass@1 on questions of kinds that no training record has" in text
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    assert lines[first["method"]][-3:-2] == ["12.5"] and lines[content["rows"][1]["method"]][-1] == "-"
+
+
 def test_the_table_s_foot_says_what_the_figures_do_not(tmp_path: Path) -> None:
     content = read_results(results(tmp_path))
     assert rendered(results_table(content)).count("\n") == rendered(results_table({**content, "left_out": {"number": 0}})).count(

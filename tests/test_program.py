@@ -87,7 +87,7 @@ def test_help_works_and_a_wrong_argument_is_answered_by_one_line(entry: str, cap
         assert len(lines) == 1 and argument in lines[0] if status else len(lines) > 5 and not errors
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["countdown"], ["report"], ["report", "x", "--questions=many"]])
+@pytest.mark.parametrize("arguments", [["inspect"], ["countdown"], ["gym"], ["report"], ["report", "x", "--questions=many"]])
 def test_commands_answer_wrong_arguments_by_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         ladir_main(arguments)

@@ -1,8 +1,10 @@
-"""The demo: LaDiR from nothing on arithmetic puzzles, every training phase through the deepspeed launcher.
+"""From data to report: LaDiR from nothing on arithmetic puzzles or word problems, every training phase through the deepspeed
+launcher.
 
-Makes the puzzles, trains a base LM and, from it, LaDiR (VAE, latents, denoiser) and the autoregressive baseline for as many
-seconds, evaluates both, draws the report and shows what came out.  The two train side by side, each with half of the processes;
-with one process they take turns.  Run again, it skips what is finished and continues what was interrupted.
+Makes the records, trains a base LM and, from it, LaDiR (VAE, latents, denoiser) and the autoregressive baseline for as many
+seconds, evaluates both, draws the report and shows what came out; demo.stages leaves parts away.  The two train side by side,
+each with half of the processes; with one process they take turns.  Run again, it skips what is finished and continues what was
+interrupted.
 """
 
 from __future__ import annotations
@@ -38,11 +40,16 @@ from training.runtime.run import RunFolder, relevant_settings
 
 ENTRIES = Path(__file__).parent
 LOG_TAIL = 30
+#: name of the evaluation of data.test_held_out
+HELD_OUT = "held-out"
+#: stages that go with another one
+_WITH = {"rollout": "denoiser", f"evaluate-{HELD_OUT}": "evaluate"}
+_RECORDS = {"countdown": "puzzles", "gym": "records of reasoning-gym"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the demo: what it is for people, and the program with its own settings."""
+    """One step of the way: what it is for people, and the program with its own settings."""
 
     name: str
     title: str
@@ -88,25 +95,41 @@ class Demo:
     def plan(self) -> list[list[Track]]:
         """What is run one after another; within a part, tracks run side by side where there are processes for each."""
         together = max(1, self.ranks // 2)
-        puzzles = Stage("puzzles", "puzzles as JSONL", self._puzzles)
-        base = Stage(
-            "base",
-            "base LM: a new Llama learns chains of thought",
-            self._entry("train_ar", "ar.phase=base", "ar.from_scratch=true"),
-            trains=True,
-        )
+        base = self._entry("train_ar", "ar.phase=base", "ar.from_scratch=true")
         ladir = [
             Stage("vae", "VAE: sentence <-> thought tokens", self._entry("train_vae", ranks=together), trains=True),
-            Stage("latents", "latents of the training puzzles", self._entry("encode_latents", ranks=together)),
+            Stage("latents", "latents of the training records", self._entry("encode_latents", ranks=together)),
             Stage("denoiser", "denoiser: thought tokens from noise", self._denoiser(together), trains=True),
             *(self._rollout(together) if self.config.rollout.enabled else ()),
             Stage("export", "export as a Hugging Face folder", self._export),
         ]
         ar = [Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True)]
-        evaluate = Stage("evaluate", "evaluation on held-out puzzles", self._entry("evaluate"))
-        report = Stage("report", "report: curves, and thoughts forming", self._report)
-        side_by_side = [[ladir, ar]] if self.ranks > 1 else [[ladir], [ar]]
-        return [[[puzzles]], [[base]], *side_by_side, [[evaluate]], [[report]]]
+        parts = [
+            [[Stage("data", f"{_RECORDS[self.config.demo.data]} as JSONL", self._data)]],
+            [[Stage("base", "base LM: a new LM learns chains of thought", base, trains=True)]],
+            *([[ladir, ar]] if self.ranks > 1 else [[ladir], [ar]]),
+            [self._evaluations()],
+            [[Stage("report", "report: curves, and thoughts forming", self._report)]],
+        ]
+        return self._chosen(parts)
+
+    def _chosen(self, parts: Sequence[Sequence[Track]]) -> list[list[Track]]:
+        """Of these, what demo.stages names."""
+
+        def named(stage: Stage) -> bool:
+            return _WITH.get(stage.name, stage.name) in self.config.demo.stages
+
+        kept = [[[stage for stage in track if named(stage)] for track in part] for part in parts]
+        without_empty = [[track for track in part if track] for part in kept]
+        return [part for part in without_empty if part]
+
+    def _evaluations(self) -> Track:
+        """Of the test records, and of those of another kind where there are any."""
+        stages = [Stage("evaluate", "evaluation on the test records", self._entry("evaluate"))]
+        if self.config.data.test_held_out is not None:
+            held_out = ("evaluate.split=test_held_out", f"evaluate.name={HELD_OUT}")
+            stages.append(Stage(f"evaluate-{HELD_OUT}", "evaluation on what is held out", self._entry("evaluate", *held_out)))
+        return stages
 
     def run(self) -> None:
         """Run every stage that is not finished, and all after one that ran; ends the process where one fails."""
@@ -196,14 +219,16 @@ class Demo:
         return [Text(f"{self._label(stage)}  {_clock(lane.job.seconds)}"[:width]), Text(line[:width], style="dim")]
 
     def show(self) -> None:
-        """Print the table, some puzzles, what it cost and what to try next."""
-        results = read_results(self.folder.path / "results.json")
-        questions = read_questions(self.folder.path / "generations.jsonl")
-        self.console.print()
-        self.console.print(results_table(results))
-        shown = self._solved_first(questions.get("ladir", []))
-        self.console.print("\nLaDiR's thoughts, decoded to text (first trajectory of each puzzle):\n")
-        self.console.print(examples(shown, self.config.evaluate.examples))
+        """Print the table, some questions, what it cost and what to try next."""
+        file, held_out = (self.folder.path / f"results{label}.json" for label in ("", f"-{HELD_OUT}"))
+        shown: list[QuestionResult] = []
+        if file.is_file():
+            beside = read_results(held_out) if self.config.data.test_held_out and held_out.is_file() else None
+            self.console.print()
+            self.console.print(results_table(read_results(file), beside))
+            shown = self._solved_first(read_questions(self.folder.path / "generations.jsonl").get("ladir", []))
+            self.console.print("\nLaDiR's thoughts, decoded to text (first trajectory of each question):\n")
+            self.console.print(examples(shown, self.config.evaluate.examples))
         seconds, memory = self._cost()
         self._line(f"total {_clock(seconds)}, at most {memory:.1f} GiB of memory")
         self._line(f"results {self.folder.path / 'results.json'}   logs {self.logs}")
@@ -226,9 +251,9 @@ class Demo:
         title = "denoiser, stage 2: answers through its own thoughts"
         return [Stage("rollout", title, self._entry("train_denoiser", "stage=rollout", ranks=ranks), trains=True)]
 
-    def _puzzles(self) -> list[str]:
+    def _data(self) -> list[str]:
         out = ["--out", str(self.folder.path / "data")]
-        return [sys.executable, "-m", "ladir", "countdown", *out, *self.settings]
+        return [sys.executable, "-m", "ladir", self.config.demo.data, *out, *self.settings]
 
     def _export(self) -> list[str]:
         return [sys.executable, str(ENTRIES / "export.py"), *self.settings]

@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("ladir.cli.inspect", "FILE", "blocks and token lengths of a data file, and what would be refused"),
     "report": Command("ladir.cli.report", "RUN...", "one page about runs: curves, tables, thoughts forming"),
     "countdown": Command("ladir.cli.countdown", "--out DIR", "write Countdown puzzles"),
+    "gym": Command("ladir.cli.gym", "SET --out DIR", "write records of a set of reasoning-gym, such as gsm_symbolic"),
 }
 
 _HELP = ("-h", "--help")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ladir.config.asking import EvaluateSettings, ExportSettings, SampleSettings
 from ladir.config.declare import section, setting
-from ladir.config.model import BackboneSettings, CountdownSettings, DataSettings, LoraSettings, RunSettings
-from ladir.config.runtime import DeepSpeedSettings, PlanSettings, TelemetrySettings
+from ladir.config.model import BackboneSettings, CountdownSettings, DataSettings, GymSettings, LoraSettings, RunSettings
+from ladir.config.runtime import DeepSpeedSettings, DemoSettings, PlanSettings, TelemetrySettings
 from ladir.config.training import ArSettings, DenoiserSettings, LatentSettings, RolloutSettings, TrainSettings, VaeSettings
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "CountdownSettings",
     "DataSettings",
     "DeepSpeedSettings",
+    "DemoSettings",
     "DenoiserSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "GymSettings",
     "LatentSettings",
     "LoraSettings",
     "PlanSettings",
@@ -49,6 +51,7 @@ class Config:
     backbone: BackboneSettings = section(BackboneSettings, "the language model")
     data: DataSettings = section(DataSettings, "records and their blocks")
     countdown: CountdownSettings = section(CountdownSettings, "the Countdown generator (python -m ladir countdown)")
+    gym: GymSettings = section(GymSettings, "records from reasoning-gym's generators (python -m ladir gym)")
     vae: VaeSettings = section(VaeSettings, "sentence <-> thought tokens")
     latents: LatentSettings = section(LatentSettings, "encoding the training set")
     denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
@@ -59,4 +62,5 @@ class Config:
     evaluate: EvaluateSettings = section(EvaluateSettings, "the evaluation")
     telemetry: TelemetrySettings = section(TelemetrySettings, "what people look at")
     deepspeed: DeepSpeedSettings = section(DeepSpeedSettings, "the engine")
+    demo: DemoSettings = section(DemoSettings, "what training/demo.py runs (make demo, make prose)")
     plan: PlanSettings = section(PlanSettings, "what training/plan.py assumes of the data; no phase reads it")

@@ -72,7 +72,7 @@ class EvaluateSettings:
         "answers that each rank judges at a time; not set: as many programs as it has threads (task=code, isolation=namespaces), "
         "else one",
     )
-    split: str = setting("test", "which records are asked", ("validation", "test"))
+    split: str = setting("test", "which records are asked", ("validation", "test", "test_held_out"))
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")
     questions_per_batch: int = setting(20, "questions answered in one batch")

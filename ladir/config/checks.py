@@ -135,6 +135,9 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("countdown.numbers", Range(at_least=2)),
     ("countdown.max_*", Range(at_least=2)),
     ("countdown.*", _COUNT),
+    ("gym.held_out_templates", _NOT_NEGATIVE),
+    ("gym.vocabulary", Range(at_least=0)),
+    ("gym.*", _COUNT),
 )
 
 

@@ -83,6 +83,9 @@ class DataSettings:
     )
     validation: str | None = setting(None, "validation records: settings are chosen on them")
     test: str | None = setting(None, "test records: the final table is made on them")
+    test_held_out: str | None = setting(
+        None, "a second set of test records, of a kind that is in no other file (python -m ladir gym: templates held out)"
+    )
     sentences: str | None = setting(None, 'extra sentences the VAE also trains on: JSONL of {"text": sentence} (optional)')
     store: str | None = setting(
         None,
@@ -130,4 +133,19 @@ class CountdownSettings:
         "one",
         "one: solutions that differ only in the order of sums, products and their steps count as one; all: each counts",
         ("one", "all"),
+    )
+
+
+@dataclass
+class GymSettings:
+    dataset: str = setting("gsm_symbolic", "set of reasoning-gym that records are made from; one that has chains of thought")
+    train: int = setting(20000, "training records")
+    validation: int = setting(300, "validation records")
+    test: int = setting(500, "test records; as many again of the templates that are held out")
+    templates: list[int] = setting([], "numbers of the templates that records are made from (gsm_symbolic has 85); []: all")
+    held_out_templates: int = setting(
+        0, "so many of these templates, drawn with run.seed, are in test_held_out.jsonl and in no other file; 0: there is none"
+    )
+    vocabulary: int = setting(
+        2048, "tokens of the tokenizer that is made of the training records (byte-level BPE, every digit by itself); 0: none"
     )

@@ -35,6 +35,24 @@ class DeepSpeedSettings:
     stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
 
 
+_STAGES = ("data", "base", "vae", "latents", "denoiser", "export", "ar", "evaluate", "report")
+
+
+@dataclass
+class DemoSettings:
+    data: str = setting(
+        "countdown",
+        "records that are made first; countdown: puzzles (countdown.*); gym: of a set of reasoning-gym (gym.*)",
+        ("countdown", "gym"),
+    )
+    stages: list[str] = setting(
+        list(_STAGES),
+        "what is run, always in this order, stage 2 behind the denoiser where rollout.enabled; without data and base: records "
+        "and LM are those that data.* and backbone.name_or_path name",
+        _STAGES,
+    )
+
+
 @dataclass
 class PlanSettings:
     samples: int | None = setting(None, "training records; not set: counted in data.train")

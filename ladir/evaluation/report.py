@@ -22,24 +22,32 @@ _COLUMNS = {
     "forward_passes_per_question": "passes\neach",
     "training_seconds": "seconds\ntrained",
 }
+_MEANING = "percent, ± standard error by question; chain: the thoughts alone are right"
+_HELD_OUT = "held out: pass@1 on questions of kinds that no training record has"
 _COSTS = {"seconds_per_question": "{:.3f}", "forward_passes_per_question": "{:.0f}", "training_seconds": "{:.0f}"}
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
-    """The rows of a ``results.json`` as a table of 80 columns; rates in percent."""
+def results_table(results: Mapping[str, Any], held_out: Mapping[str, Any] | None = None) -> Table:
+    """The rows of a ``results.json`` as a table of 80 columns; rates in percent.
+
+    ``held_out``: results on questions of another kind, whose pass@1 stands in a column of its own.
+    """
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
-        caption="\n".join(["percent, ± standard error by question; chain: the thoughts alone are right", *remarks(results)]),
+        caption="\n".join([_MEANING, *([_HELD_OUT] if held_out else []), *remarks(results)]),
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
-    for title in _COLUMNS.values():
+    columns = {name: title for name, title in _COLUMNS.items() if any(row.get(name) is not None for row in results["rows"])}
+    beside = {row["method"]: row for row in held_out["rows"]} if held_out else {}
+    for title in [*columns.values(), *(["held\nout"] if held_out else [])]:
         table.add_column(title, justify="right", no_wrap=True)
     for row in results["rows"]:
-        table.add_row(row["method"], *(_cell(row, name) for name in _COLUMNS))
+        other = [_cell(beside.get(row["method"], {}), "pass@1")] if held_out else []
+        table.add_row(row["method"], *(_cell(row, name) for name in columns), *other)
     return table
 
 

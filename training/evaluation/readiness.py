@@ -30,7 +30,8 @@ def ready_methods(run: Run) -> list[str]:
 
 def question_file(config: Config) -> str | None:
     """The file, or Hub data set, of the split that is asked."""
-    return config.data.test if config.evaluate.split == "test" else config.data.validation
+    path: str | None = getattr(config.data, config.evaluate.split)
+    return path
 
 
 def _is_trained(run: Run, method: str) -> bool:

@@ -42,7 +42,7 @@ LOCK_SECONDS = 120.0
 
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "run.allow_changes",
-    "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "plan.",
+    "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "gym.", "plan.", "demo.",
     "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
