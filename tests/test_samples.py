@@ -135,10 +135,17 @@ class Shown:
     """A TensorBoard that counts."""
 
     shows_samples = True
+    #: how often it may be asked before there is a stop
+    patience = 99
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.images: list[str] = []
+
+    @property
+    def asked_to_stop(self) -> bool:
+        self.patience -= 1
+        return self.patience < 0
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """Not looked at."""
@@ -195,6 +202,11 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     (table,) = shown.texts
     lines = [samples._cell("\n".join([*trace.thoughts, trace.answer])) for trace in all_steps]
     assert [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]] == lines
+    for patience, decoded in ((0, 0), (2, 2 * len(all_steps[0].blocks)), (4, first_and_last)):
+        rows.clear()
+        shown.texts, shown.images, shown.patience = [], [], patience
+        show(model, shown, 1)
+        assert (sum(rows), shown.images) == (decoded, []) and len(shown.texts) == (patience == 4)
 
 
 def write_puzzles(folder: Path) -> None:

@@ -105,7 +105,7 @@ def denoiser_samples(
         assert isinstance(model, Denoiser)
         recorder = LatentRecorder.without_vae(model, tokenizer, config.sample)
         recorded = recorder.record(questions, 1, config.run.seed)
-        if not telemetry.shows_samples:
+        if not telemetry.shows_samples or telemetry.asked_to_stop:
             return
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
         telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
@@ -114,12 +114,18 @@ def denoiser_samples(
         # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are read.
         on_cpu = replace(config.backbone, dtype="auto", attention="auto")
         decoder = load_thought_decoder(vae, on_cpu, torch.device("cpu"))
-        traces = [only for (only,) in recorder.read([at_steps(one, first_and_last) for one in recorded], decoder)]
+        traces: list[TrajectoryTrace] = []
+        for one in recorded:
+            if telemetry.asked_to_stop:  # the training is saved first
+                return
+            traces += [only for (only,) in recorder.read([at_steps(one, first_and_last)], decoder)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
         telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
+        if telemetry.asked_to_stop:
+            return
         drawn = max(range(len(traces)), key=lambda i: (_changes(traces[i]), recorder.movement(recorded[i][0])))
         _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)
 

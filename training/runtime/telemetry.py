@@ -36,7 +36,7 @@ class Telemetry:
         """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn, and that of its
         validation unless it was ``validated`` before it was saved."""
         self._settings: TelemetrySettings = run.config.telemetry
-        self._phase, self._device = run.phase, run.world.device
+        self._phase, self._device, self._stop = run.phase, run.world.device, run.stop
         self._active = run.world.is_main
         self._writers: dict[str, Any] = {}  # by kind
         self._bar: tqdm[Any] | None = None
@@ -51,6 +51,11 @@ class Telemetry:
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=1.0, desc=run.phase, bar_format=layout, file=sys.stderr, leave=True)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process was asked to stop, for what rank 0 does alone while the others wait."""
+        return self._stop.requested
 
     @property
     def shows_samples(self) -> bool:
