@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from ladir.tasks.code import CodeTask
 from ladir.tasks.sandbox import Limits, run_program
 from ladir.tasks.verdict import Verdict
 from tests.toy_task import Judge
+from training.evaluation import gold
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
+from training.runtime.preemption import StopRequest
 
 RECORDS = [
     Record(question, ("a step",), answer, f"y:{line}") for line, (question, answer) in enumerate([("p", "1"), ("q", "2")], 1)
@@ -82,3 +85,25 @@ def test_programs_take_a_rank_s_threads_where_each_is_alone() -> None:
     threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     assert found == [threads, 1, 1, 3]
     assert judges_of(Config(evaluate=EvaluateSettings(task="code")), ranks=1000) == 1
+
+
+class Asked(Judge):
+    """Accepts every answer, and asks to stop at the second."""
+
+    def __init__(self) -> None:
+        self.stop, self.asked = StopRequest("USR2"), 0
+
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        self.asked += 1
+        self.stop.requested = self.asked == 2
+        return Verdict(True)
+
+
+def test_judging_of_own_answers_stops_when_asked_to_and_keeps_what_was_accepted(tmp_path: Path) -> None:
+    records = [Record(str(i), (), str(i), f"y:{i}") for i in range(5)]
+    first, second = Asked(), Asked()
+    assert gold._judged(tmp_path / "gold.json", EvaluateSettings(), first, records, 1, first.stop) is None
+    assert first.asked == 2
+    second.asked = 2
+    check = gold._judged(tmp_path / "gold.json", EvaluateSettings(), second, records, 1, second.stop)
+    assert check is not None and (check.records, check.refused, second.asked) == (5, {}, 5)

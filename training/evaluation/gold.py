@@ -19,6 +19,7 @@ from ladir.errors import UnusableError
 from ladir.tasks import Task
 from training.evaluation.judging import judges_of
 from training.runtime.files import read_json, write_json
+from training.runtime.preemption import StopRequest
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -46,17 +47,17 @@ class GoldCheck:
         return "\n".join([*lines, *([f"  ... and {len(self.refused) - _LISTED} more"] if len(self.refused) > _LISTED else [])])
 
 
-def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck:
+def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck | None:
     """Judge the own answers of all records (rank 0, in as many judges as the node's ranks have together).
 
-    Those accepted before are not judged again: they are kept in the run folder, by content and checker.  Raises UnusableError
-    where some are refused and ``evaluate.on_bad_gold=error``; else they are told.
+    Those accepted before are not judged again: they are kept in the run folder, by content and checker.  None where a signal
+    asked to stop.  Raises UnusableError where some are refused and ``evaluate.on_bad_gold=error``; else they are told.
     """
     judges = judges_of(run.config, ranks := run.world.largest([run.world.local_rank])[0] + 1) * ranks
     run.world.wait_at_most(_MINUTES)
-    found = _judged(run.folder.gold, run.config.evaluate, task, records, judges) if run.world.is_main else None
-    check: GoldCheck = run.world.broadcast(found)
-    if check.refused:
+    found = _judged(run.folder.gold, run.config.evaluate, task, records, judges, run.stop) if run.world.is_main else None
+    check: GoldCheck | None = run.world.broadcast(found)
+    if check is not None and check.refused:
         counted = f"{len(check.refused)} of {check.records} records have an own answer that evaluate.task={task.name} refuses"
         if run.config.evaluate.on_bad_gold == "error":
             raise UnusableError(
@@ -69,17 +70,23 @@ def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck:
     return check
 
 
-def _judged(file: Path, settings: EvaluateSettings, task: Task, records: Sequence[Record], judges: int) -> GoldCheck:
+def _judged(
+    file: Path, settings: EvaluateSettings, task: Task, records: Sequence[Record], judges: int, stop: StopRequest
+) -> GoldCheck | None:
+    """None where ``stop`` came in between: what was accepted until then is kept."""
     start, checker = time.perf_counter(), _checker(settings)
     known = set(read_json(file).get(checker, []))
     asked = {place: _digest(record) for place, record in enumerate(records) if record.answer}
     new = [place for place, digest in asked.items() if digest not in known]
     with ThreadPoolExecutor(judges) as judging:
-        verdicts = dict(zip(new, judging.map(lambda place: _reason(task, records[place]), new), strict=True))
+        found = list(judging.map(lambda place: None if stop.requested else [_reason(task, records[place])], new))
+    verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
-    accepted = known | {digest for place, digest in asked.items() if place not in refused}
+    accepted = known | {asked[place] for place, reason in verdicts.items() if reason is None}
     if accepted != known:
         write_json(file, {checker: sorted(accepted)})
+    if len(verdicts) < len(new):
+        return None
     seconds = time.perf_counter() - start
     logger.info("own answers of %d records: %d judged in %.1f s, %d refused", len(asked), len(new), seconds, len(refused))
     return GoldCheck(len(asked), refused, seconds)

@@ -25,10 +25,15 @@ class Asked:
     gold: GoldCheck
 
 
-def choose_questions(run: Run, task: Task) -> Asked:
-    """Those of the split that ``task`` can judge, as many as are asked; what is wrong with the others is told or raised."""
+def choose_questions(run: Run, task: Task) -> Asked | None:
+    """Those of the split that ``task`` can judge, as many as are asked; what is wrong with the others is told or raised.
+
+    None where a signal asked to stop.
+    """
     found = read_split(run.config, task)
     gold = check_gold(run, task, found.asked)
+    if gold is None:
+        return None
     skipped = gold.refused.keys() if run.config.evaluate.on_bad_gold == "skip" else ()
     records = [record for place, record in enumerate(found.asked) if place not in skipped]
     if not records:

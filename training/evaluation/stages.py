@@ -24,16 +24,23 @@ def evaluate(run: Run) -> None:
     check_export(run, methods)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
     asked = choose_questions(run, task)
+    if asked is None:
+        _interrupt(run)
+        return
     log = AnswerLog(run, asked.records)
     samplings = dict.fromkeys(sampling_of(method)[0] for method in methods)
     for model in dict.fromkeys(map(model_of, samplings)):
         ways = [name for name in samplings if model_of(name) == model]
         if not ask_model(run, log, task, model, ways, asked.records):
-            run.interrupt()
-            logger.info("evaluate interrupted, all answers so far are kept: the same command continues")
+            _interrupt(run)
             return
     if run.world.is_main:
         report(run, methods, {sampling: log.read(sampling) for sampling in samplings}, asked)
         draw_results(run)
         tell_results(run)
     log.remove()
+
+
+def _interrupt(run: Run) -> None:
+    run.interrupt()
+    logger.info("evaluate interrupted, all answers so far are kept: the same command continues")
