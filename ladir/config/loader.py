@@ -71,6 +71,18 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` with other values of some settings, given by their full names.  Raises ConfigError as loading does."""
+    tree, errors = OmegaConf.structured(config), list[str]()
+    for name, value in changes.items():
+        _merge(tree, _nested(name, value), {}, lambda _: "there", errors)
+    changed = _resolve(tree, errors)
+    errors += [*_choice_errors(changed), *validate(changed)]
+    if errors:
+        raise ConfigError(errors)
+    return changed
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write every setting of ``config`` to ``path`` as YAML; :func:`load_config` reads the same configuration back."""
     OmegaConf.save(OmegaConf.structured(config), path)
@@ -231,7 +243,8 @@ def _merge(
         try:
             OmegaConf.update(tree, entry.name, value, merge=True)
             # OmegaConf lets containers into a list of texts.
-            fits = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
+            plain = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
+            fits = plain or entry.annotation is Any
             fits &= not is_texts(entry.annotation) or value is None or _are_texts(value)
         except OmegaConfBaseException:
             fits = False
@@ -331,6 +344,8 @@ def _type_name(annotation: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if annotation in names:
         return names[annotation]
+    if annotation is Any:
+        return "text, or a list of texts and mappings"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         inner = " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import logging
 
-from ladir.tasks import get_task
-from training.evaluation.answers import AnswerLog
-from training.evaluation.asking import ask_model
+from training.evaluation.asking import ask
+from training.evaluation.benchmarks import data_sets, open_benchmarks
 from training.evaluation.board import draw_results
 from training.evaluation.kinship import check_export
-from training.evaluation.questions import choose_questions
 from training.evaluation.readiness import ready_methods
-from training.evaluation.rows import model_of, sampling_of
-from training.evaluation.table import report, tell_results
+from training.evaluation.rows import sampling_of
+from training.evaluation.suite import report_suite
+from training.evaluation.table import report, show, tell_results
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(run: Run) -> None:
-    """Fill the table: every method on every question; rank 0 writes and shows the results."""
-    methods = ready_methods(run)
+    """Fill the table: every method on every question of every data set; rank 0 writes and shows the results."""
+    sets = data_sets(run)
+    methods = ready_methods(run, [data_set.run.config for data_set in sets])
     check_export(run, methods)
-    task = get_task(run.config.evaluate.task, run.config.evaluate)
-    asked = choose_questions(run, task)
-    if asked is None:
+    if (benchmarks := open_benchmarks(sets)) is None:
         _interrupt(run)
         return
-    log = AnswerLog(run, asked.records)
-    samplings = dict.fromkeys(sampling_of(method)[0] for method in methods)
-    for model in dict.fromkeys(map(model_of, samplings)):
-        ways = [name for name in samplings if model_of(name) == model]
-        if not ask_model(run, log, task, model, ways, asked.records):
-            _interrupt(run)
-            return
+    samplings = list(dict.fromkeys(sampling_of(method)[0] for method in methods))
+    if not ask(run, benchmarks, samplings):
+        _interrupt(run)
+        return
     if run.world.is_main:
-        report(run, methods, {sampling: log.read(sampling) for sampling in samplings}, asked)
-        draw_results(run)
-        tell_results(run)
-    log.remove()
+        for benchmark in benchmarks:
+            answers = {sampling: benchmark.log.read(sampling) for sampling in samplings}
+            report(benchmark.run, methods, answers, benchmark.asked, benchmark.name)
+            draw_results(benchmark.run)
+        if run.config.evaluate.suite is None:
+            show(run)
+            tell_results(run)
+        else:
+            report_suite(run, benchmarks)
+    for benchmark in benchmarks:
+        benchmark.log.remove()
 
 
 def _interrupt(run: Run) -> None:
