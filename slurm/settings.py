@@ -27,7 +27,7 @@ from training.runtime.topology import asked_for, step_problems
 def missing(config: Config) -> list[str]:
     """What the whole chain reads and the configuration does not name."""
     names = {"train": "every phase reads it"}
-    if config.evaluate.suite is None:  # whose sets have files of their own
+    if not config.evaluate.suite:  # whose sets have files of their own
         names[config.evaluate.split] = "the last phase, evaluate, asks its questions"
     return [
         f"data.{name} is not set: {why}; name it, or say in PHASES which phases to run"

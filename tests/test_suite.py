@@ -139,13 +139,13 @@ def test_sets_by_name_have_a_task_and_a_file_whatever_its_spelling(models: Path,
     assert names["humaneval"] == "HumanEval.jsonl.gz" and names["mbpp+"] == "MbppPlus.jsonl"
     assert names["humaneval+"] == "humaneval+.jsonl" and names["college-math"] == "college_math/test.jsonl"
     assert [config.evaluate.task for config in found.values()] == ["code"] * 4 + ["maths"]
-    assert len(entries("maths7")) == 7 and len(entries(["countdown", "gsm8k"])) == 3 and entries(None) == []
+    assert len(entries(["maths7"])) == 7 and len(entries(["countdown", "gsm8k"])) == 3 and entries([]) == []
 
 
 def test_other_values_of_some_settings_leave_the_first_as_they_were() -> None:
     config = load_config(None, ["evaluate.suite=[gsm8k]"])
-    changed = with_settings(config, {"sample.max_blocks": 7, "evaluate.suite": None})
-    assert (changed.sample.max_blocks, changed.evaluate.suite) == (7, None)
+    changed = with_settings(config, {"sample.max_blocks": 7, "evaluate.suite": []})
+    assert (changed.sample.max_blocks, changed.evaluate.suite) == (7, [])
     assert (config.sample.max_blocks, config.evaluate.suite) == (SampleSettings().max_blocks, ["gsm8k"])
 
 

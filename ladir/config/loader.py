@@ -240,11 +240,13 @@ def _merge(
         as_written = texts.get(entry.name)
         if as_written is not None and (is_text if isinstance(as_written, str) else is_text_list)(entry.annotation):
             value = as_written
+        if entry.annotation == list[Any] and isinstance(value, str):
+            value = [value]
         try:
             OmegaConf.update(tree, entry.name, value, merge=True)
             # OmegaConf lets containers into a list of texts.
             plain = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
-            fits = plain or entry.annotation is Any
+            fits = plain or entry.annotation == list[Any]
             fits &= not is_texts(entry.annotation) or value is None or _are_texts(value)
         except OmegaConfBaseException:
             fits = False
@@ -344,12 +346,12 @@ def _type_name(annotation: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if annotation in names:
         return names[annotation]
-    if annotation is Any:
-        return "text, or a list of texts and mappings"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         inner = " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
         return f"{inner}, or null" if type(None) in arguments else inner
+    if annotation == list[Any]:
+        return "a list of names and mappings"
     if origin is list:
         return f"a list, each {_type_name(arguments[0])}"
     return "a mapping" if origin is dict else str(annotation)

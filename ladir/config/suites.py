@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,25 +29,25 @@ class DataSetEntry:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def entries(suite: Any) -> list[DataSetEntry]:
-    """The data sets of ``evaluate.suite``: a suite's name, or a list of names and data sets.  Empty where it is not set."""
+def entries(suite: Sequence[Any]) -> list[DataSetEntry]:
+    """The data sets of ``evaluate.suite``, a list of names (of suites or sets) and mappings."""
     found: list[DataSetEntry] = []
-    for part in suite if isinstance(suite, list) else [] if suite is None else [suite]:
+    for part in suite:
         if isinstance(part, Mapping):
             own = {str(name): value for name, value in part.items()}
             found.append(DataSetEntry(str(own.pop("name", "")), own))
-        elif part in SUITES:
+        elif isinstance(part, str) and part in SUITES:
             found += [DataSetEntry(name, {"evaluate.task": task}) for name, task in SUITES[part].items()]
         else:
-            task = next((sets[part] for sets in SUITES.values() if part in sets), None)
+            task = next((sets[part] for sets in SUITES.values() if isinstance(part, str) and part in sets), None)
             found.append(DataSetEntry(str(part), {} if task is None else {"evaluate.task": task}))
     return found
 
 
-def suite_errors(suite: Any) -> Iterator[str]:
+def suite_errors(suite: Sequence[Any]) -> Iterator[str]:
     """What is wrong with ``evaluate.suite``, a sentence each; the values of a set's settings are checked when it is opened."""
     known = sorted({*SUITES, *(name for sets in SUITES.values() for name in sets)})
-    for part in suite if isinstance(suite, list) else [] if suite is None else [suite]:
+    for part in suite:
         if not isinstance(part, Mapping) and part not in known:
             yield (
                 f"evaluate.suite: {part!r} is no suite or data set known by name; valid: {', '.join(known)}, or a mapping "

@@ -56,7 +56,7 @@ def data_sets(run: Run) -> list[DataSet]:
 def _config(config: Config, entry: DataSetEntry) -> Config:
     """The settings under which a set of a suite is asked; its results are filed under its name."""
     name = "-".join(part for part in (config.evaluate.name, entry.name) if part)
-    alone = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, suite=None, name=name))
+    alone = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, suite=[], name=name))
     file = f"data.{config.evaluate.split}"  # its own in any case: that of the run is another set
     own = entry.settings if file in entry.settings else {file: str(_file(Path(config.evaluate.suite_folder), entry.name))}
     return with_settings(alone, {**own, **entry.settings})

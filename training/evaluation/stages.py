@@ -34,11 +34,11 @@ def evaluate(run: Run) -> None:
             answers = {sampling: benchmark.log.read(sampling) for sampling in samplings}
             report(benchmark.run, methods, answers, benchmark.asked, benchmark.name)
             draw_results(benchmark.run)
-        if run.config.evaluate.suite is None:
+        if run.config.evaluate.suite:
+            report_suite(run, benchmarks)
+        else:
             show(run)
             tell_results(run)
-        else:
-            report_suite(run, benchmarks)
     for benchmark in benchmarks:
         benchmark.log.remove()
 
