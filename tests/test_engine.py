@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
@@ -334,3 +335,16 @@ def test_compiled_layers_are_refused_under_zero_3_only() -> None:
         check_ds_config(BackboneSettings(), DeepSpeedSettings(config="nowhere.json"))
     with pytest.raises(DeepSpeedConfigError, match=r"backbone\.compile=true .*zero3\.json.*take .*zero2\.json"):
         check_ds_config(BackboneSettings(compile=True), DeepSpeedSettings())
+
+
+def waits(world: World, minutes: float) -> set[float]:
+    """How long the process groups of an engine that was just made wait for other ranks, in minutes."""
+    settings = DeepSpeedSettings(config="ds_configs/zero3.json", timeout_minutes=minutes)
+    Engine(ToyModel(), TrainSettings(), "float32", settings, world)
+    return {group._get_backend(world.device).options._timeout.total_seconds() / 60 for group in c10d._world.pg_map}
+
+
+def test_every_process_group_waits_as_long_as_is_set_before_the_first_step(two_processes: ProcessGroup) -> None:
+    """DeepSpeed makes some of its own, which would wait for half an hour."""
+    assert two_processes.run(waits, 7.0) == [{7.0}] * 2
+    two_processes.run(waits, DeepSpeedSettings().timeout_minutes)

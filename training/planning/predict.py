@@ -258,7 +258,7 @@ class Planner:
             capacity=self.machine.gpu_bytes - self.machine.reserve,
             host_per_node=size * self.machine.ranks_per_node,
             checkpoint=0,
-            model_folder=sentences * self.config.vae.latents_per_block * self.config.vae.latent_dim * 8,
+            model_folder=sentences * self.config.vae.latents_per_block * self.config.vae.latent_dim * self._latent_bytes,
             setup=f"{self.config.latents.batch_size} sentences a pass",
             samples=sentences,
             tokens=sentences * (self.data.mean.block + self.config.vae.latents_per_block),
@@ -313,6 +313,12 @@ class Planner:
     @cached_property
     def _lm_numel(self) -> int:
         return sum(p.numel() for p in self._model("ar", self.config).parameters())
+
+    @property
+    def _latent_bytes(self) -> int:
+        """Stored bytes of one element of a latent."""
+        kept = 4 if self.config.latents.dtype == "float32" else 2
+        return kept * (2 if self.config.denoiser.sample_latents else 1)
 
     @property
     def _cache_bytes(self) -> int:
