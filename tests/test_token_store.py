@@ -211,12 +211,14 @@ def test_extra_sentences_are_stored_alike(tmp_path: Path, caplog: pytest.LogCapt
     assert list(Tokens(skip, ALONE, WORDS).sentences(None)) == []
 
 
-def test_what_fails_in_a_helper_s_process_is_raised() -> None:
+def test_what_fails_in_a_helper_s_process_is_raised_and_nothing_random_is_used_up() -> None:
     def work(chunk: int) -> int:
         if chunk == 5:
             raise ValueError("of chunk 5")
         return chunk * chunk
 
+    state = torch.get_rng_state()
     assert list(in_order(work, range(5), 2)) == [0, 1, 4, 9, 16]
+    assert torch.equal(torch.get_rng_state(), state)  # models start from the same weights whether or not a store was made
     with pytest.raises(ValueError, match="of chunk 5"):
         list(in_order(work, range(9), 2))

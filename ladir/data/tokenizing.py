@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -167,6 +168,7 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int) -> Ite
         worker_init_fn=_alone,
         prefetch_factor=_AHEAD,
         multiprocessing_context="fork",
+        generator=torch.Generator(),  # else it would draw from the one that models are made with
     )
     made: Any = iter(loader)
     try:
