@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from types import TracebackType
 
 _OURS = ("ladir", "training")
+#: what brings a package that not everybody needs
+_EXTRAS = {"lm_eval": "requirements-eval.txt"}
 
 
 def missing_package(error: BaseException) -> str | None:
@@ -14,6 +16,8 @@ def missing_package(error: BaseException) -> str | None:
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not package or package in _OURS or find_spec(package) is not None:
         return None
+    if package in _EXTRAS:
+        return f"the package {package} is not installed for {sys.executable}: pip install -r {_EXTRAS[package]}"
     return (
         f"the package {package} is not installed for {sys.executable}: run make venv and start with .venv/bin/python, or "
         "pip install -r requirements.txt"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
+from ladir.cli.commands import COMMANDS
 from ladir.config import DataSettings
 from ladir.config.loader import ConfigError, load_config, setting_names
 from ladir.data.records import read_records
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "ds_configs" / "README.md", *(ROOT / "docs").glob("*.md")])
 #: what was true on its day: files and settings named there may be gone
 HISTORY = ("CHANGELOG.md", "log.md")
 CURRENT = [page for page in PAGES if page.name not in HISTORY]
 #: a reader's own files, in examples, and a file of the public release
-EXAMPLES = {"configs/mine.yaml", "configs/NAME.yaml", "configs/cd_formal_8B_VAE_conn.yaml"}
+EXAMPLES = {"configs/mine.yaml", "configs/NAME.yaml", "configs/my.yaml", "configs/cd_formal_8B_VAE_conn.yaml"}
 #: shown as a mistake that is refused
 MISTAKES = {"vae.latents_per_blok"}
 FOLDERS = ("configs", "docs", "ds_configs", "ladir", "slurm", "tests", "training")
@@ -86,6 +90,80 @@ def test_the_page_of_settings_is_fresh_and_knows_the_papers_values() -> None:
     fresh = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == script["page"]()
     assert fresh, "write it again: python docs/settings.py"
     assert script["PAPER"].keys() <= set(setting_names())
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of ours that stands on a line of its own in a page."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^(?: {4}|)((?:python|deepspeed|torchrun) .*(?:training/\w+\.py|-m ladir) .*)$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def option_names(words: list[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
+def help_of(module: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).run(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_commands_of_the_program_that_are_shown_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their subcommand and options, by the help; what lm-evaluation-harness is given is its own."""
+    for words in commands(page):
+        if "-m" in words and words[words.index("-m") + 1] == "ladir":
+            name, *rest = words[words.index("-m") + 2 :]
+            name = name if name in COMMANDS else "ask" if " " in name else name
+            assert name in COMMANDS, words
+            if name != "harness":
+                shown = help_of(COMMANDS[name].module, capsys)
+                assert [option for option in option_names(rest) if option not in shown] == [], words
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_commands_of_the_entry_points_that_are_shown_would_start(page: Path, tmp_path: Path) -> None:
+    """As far as their settings and options can tell: nothing is started."""
+    block = re.search(r"```yaml\n(.*?)```", readme(), re.S)
+    assert block is not None
+    (tmp_path / "mine.yaml").write_text(block[1], encoding="utf-8")
+    for words in commands(page):
+        entry = next((word for word in words if re.fullmatch(r"training/\w+\.py", word)), None)
+        if entry is None:
+            continue
+        rest = words[words.index(entry) + 1 :]
+        source = (ROOT / entry).read_text(encoding="utf-8")
+        unknown = [name for name in option_names(rest) if name != "--config" and f'"{name}"' not in source]
+        assert unknown == [], words
+        given = ROOT / rest[rest.index("--config") + 1] if rest[:-1].count("--config") else tmp_path / "mine.yaml"
+        settings = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) and "$" not in word]
+        if "ar.from_scratch=true" in settings:  # beside an LM that the page describes
+            settings.append("backbone.scratch.model_type=llama")
+        if "..." in " ".join(rest):  # the reader's to fill in
+            assert {word.partition("=")[0] for word in settings} <= set(setting_names()), words
+            continue
+        load_config(str(given if given.is_file() else tmp_path / "mine.yaml"), settings)
+
+
+def program_texts() -> str:
+    """Every text in the program as it is written there, with what is filled in left open."""
+    found = []
+    for file in (*(ROOT / "ladir").rglob("*.py"), *(ROOT / "training").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("\0".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_errors_of_the_faq_are_those_that_the_program_prints() -> None:
+    texts = program_texts()
+    shown = re.findall(r"\*\*`([^`]+)`\*\*", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"))
+    pieces = [piece.strip(" :;,.()'=@") for message in shown for piece in message.split("...")]
+    assert len(shown) > 25
+    assert [piece for piece in pieces if len(piece) > 8 and piece not in texts] == []
 
 
 def test_entries_of_the_log_that_results_name_are_there() -> None:
