@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -130,11 +132,13 @@ class Reasoner:
         settings: SampleSettings | None = None,
         encoder: Vae | None = None,
         trained_on: TrainedOn | None = None,
+        card: str | None = None,
     ) -> None:
         """``encoder``: the VAE, of which the encoder alone is asked; needed where blocks are encoded again.
 
-        ``trained_on``: what the denoiser's folder says of its training.
+        ``trained_on``: what the denoiser's folder says of its training; ``card``: the text of its model card.
         """
+        self.card = card
         self.encoder = encoder
         self.trained_on = trained_on or TrainedOn()
         self._longest_told = 0
@@ -154,7 +158,7 @@ class Reasoner:
         denoiser: str | Path | None = None,
         base: str | Path | None = None,
     ) -> Reasoner:
-        """Load an export folder.
+        """Load an export: a folder, or an id of the Hub (``owner/name``).
 
         Raises UnusableError naming what is missing, damaged, of another version or does not belong together, and for a device or
         dtype that cannot be used.
@@ -167,7 +171,8 @@ class Reasoner:
         device = usable_device(device)
         loaded = load_export(folder, device, attention, _dtype_name(dtype), denoiser, base)
         settings = settings_of(SampleSettings, loaded.sample, folder)
-        return cls(loaded.denoiser, loaded.thought_decoder, loaded.tokenizer, settings, loaded.encoder, loaded.trained_on)
+        parts = loaded.denoiser, loaded.thought_decoder, loaded.tokenizer
+        return cls(*parts, settings, loaded.encoder, loaded.trained_on, loaded.card)
 
     @property
     def device(self) -> torch.device:
@@ -293,10 +298,8 @@ class Reasoner:
         sampled = BlockSampler(self.denoiser, settings, noise, ask.reward, settle, self.graphs).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
-            flat.update(self._finish(group, settings, noise))
+            flat.update(self._finish(group, settings, noise, ask.thoughts))
             del group  # and its cache, before the others think on
-        if ask.thoughts:
-            self.read_thoughts([flat[row] for row in range(len(rows))])
         for (row, block), texts in sorted(traces.items()):
             if block < len(flat[row].thoughts):  # a span may reach beyond the last block
                 flat[row].trace.append(texts)
@@ -369,18 +372,20 @@ class Reasoner:
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
         return prefix.share(owner)
 
-    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise) -> dict[int, Trajectory]:
-        """Answers of trajectories that ended after the same block, their thoughts not read yet."""
+    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, thoughts: bool) -> dict[int, Trajectory]:
+        """Answers and thoughts of trajectories that ended after the same block."""
         uniform = noise.uniform(group.rows, settings.max_answer_tokens).to(self.device)
         soa = self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1)
         hidden = group.prefix.append(soa)[:, 0]
         answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
         latents = self._plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
+        # Block by block: no more rows at once than there are trajectories.
+        texts = [self.decode_latents(latents[:, b]) if thoughts else [""] * len(latents) for b in range(blocks)]
         return {
             row: Trajectory(
                 answer=decode_text(self.tokenizer, answers[i]),
-                thoughts=[""] * blocks,
+                thoughts=[text[i] for text in texts],
                 latents=latents[i].cpu(),
                 num_steps=passes_per_span(settings, span) * num_spans(blocks, span),
                 stopped=group.stopped,
@@ -404,12 +409,11 @@ class Reasoner:
         return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
 
     def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
-        """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time."""
-        places = [(entry, block) for entry in trajectories for block in range(len(entry.latents))]
-        size = self.settings.thoughts_per_batch
-        for part in (places[first : first + size] for first in range(0, len(places), size)):
-            texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
-            for (entry, block), text in zip(part, texts, strict=True):
+        """Fill in the ``thoughts`` of trajectories that were generated without."""
+        for block in range(max((len(entry.latents) for entry in trajectories), default=0)):
+            having = [entry for entry in trajectories if len(entry.latents) > block]
+            texts = self.decode_latents(torch.stack([entry.latents[block] for entry in having]).to(self.device))
+            for entry, text in zip(having, texts, strict=True):
                 entry.thoughts[block] = text
 
     def _trace_hook(self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook) -> StepHook:
@@ -430,5 +434,19 @@ class Reasoner:
 
         A model that is there already is replaced; UnusableError where ``folder`` holds anything else.
         """
-        sample = asdict(self.settings)
-        save_export(Export(self.denoiser, self.thought_decoder, self.tokenizer, sample, self.encoder, self.trained_on), folder)
+        parts = self.denoiser, self.thought_decoder, self.tokenizer
+        save_export(Export(*parts, asdict(self.settings), self.encoder, self.trained_on, self.card), folder)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None, commit_message: str = "LaDiR export"
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hub, where ``repo_id`` (``owner/name``) is made if it is not there.
+
+        ``private`` and ``token`` as in :mod:`huggingface_hub`.  Returns the commit's address.
+        """
+        hub = HfApi(token=token)
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as aside:
+            folder = Path(aside) / "export"
+            self.save_pretrained(folder)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url

@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face Hub: data sets, served over HTTP to the real client."""
+"""A stand-in for the Hugging Face Hub: data sets, and models that can be uploaded, over HTTP to the real client."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -45,6 +46,71 @@ def hub(sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def model_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
+    """The address of a Hub that takes models, and what it was given: by name their files, by path."""
+    models: dict[str, dict[str, bytes]] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, content: object, status: int = 200, **headers: str) -> None:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {"X-Repo-Commit": _COMMIT, **headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            name = "/".join(path.split("/")[3:5])
+            if path == "/api/repos/create":
+                given = json.loads(body)
+                made = f"{given.get('organization') or 'me'}/{given['name']}"
+                models.setdefault(made, {})
+                self.answer({"url": f"http://{self.headers['Host']}/{made}"})
+            elif path == "/api/validate-yaml":
+                self.answer({"errors": [], "warnings": []})
+            elif "/preupload/" in path:
+                how = {"uploadMode": "regular", "shouldIgnore": False}
+                self.answer({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
+            else:  # a commit: a line for each file
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        models[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self.answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{_COMMIT}", "commitOid": _COMMIT})
+
+        def do_GET(self) -> None:
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if parts[0] == "api":
+                files = models.get("/".join(parts[2:4]))
+                if "tree" in parts:
+                    entries = [{"type": "file", "path": p, "size": len(d), "oid": _digest(d)} for p, d in (files or {}).items()]
+                    self.answer(entries)
+                    return
+                facts = {"id": "/".join(parts[2:4]), "sha": _COMMIT, "siblings": [{"rfilename": path} for path in files or {}]}
+                self.answer(facts if files is not None else {}, 200 if files is not None else 404)
+                return
+            data = models.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+            self.answer(data or b"", 404 if data is None else 200, ETag=f'"{_digest(data or b"")}"')
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", models
     finally:
         server.shutdown()
         server.server_close()

@@ -17,9 +17,11 @@ from typing import Any
 from ladir.config import Config
 from ladir.errors import UnusableError
 from ladir.models.assembling import assemble_export
+from ladir.models.card import CARD_FILE
 from ladir.models.pairing import adapter_base, base_fingerprint
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
+from training.runtime.cards import card_facts
 from training.runtime.distributed import run_as_program
 from training.runtime.ending import ask_command, tell_end
 from training.runtime.files import read_json, write_json
@@ -60,8 +62,9 @@ def is_current(folder: RunFolder, made_of: dict[str, Any]) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file, by name: what a copy that was cut off has not."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Bytes of every file, by name: what a copy that was cut off has not.  The card gets the results later."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD_FILE)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def export(run: Run) -> None:
@@ -71,7 +74,8 @@ def export(run: Run) -> None:
     made_of = parts(run.config, folder, denoiser)
     if not is_current(folder, made_of):
         tokenizer = load_tokenizer(run.config.backbone)
-        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export)
+        facts = card_facts(run.config, folder)
+        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export, facts)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
     tell_end(run, f"{denoiser} and {folder.model('vae')}; ask it: {ask_command(folder.export)}", folder.export)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ladir.config.declare import setting
 
@@ -50,9 +49,6 @@ class SampleSettings:
     max_thought_tokens: int = setting(
         128, "longest text of a decoded block, in tokens; below data.max_block_tokens long ones are cut short"
     )
-    thoughts_per_batch: int = setting(
-        4096, "blocks that are read as text at a time, of whichever trajectories; more of them take fewer passes and more memory"
-    )
     answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
 
 
@@ -76,22 +72,10 @@ class EvaluateSettings:
         "answers that each rank judges at a time; not set: as many programs as it has threads (task=code, isolation=namespaces), "
         "else one",
     )
-    suite: list[Any] = setting(
-        [],
-        "several data sets in one table; names (maths7, code4, countdown, or one of their sets) and mappings {name: NAME, "
-        "data.test: FILE, evaluate.task: TASK, ...}, each with whatever settings of data, evaluate and sample are its own; "
-        "[]: data.test alone",
-    )
-    suite_folder: str = setting(
-        "data/benchmarks", "folder of the files of data sets given by name: NAME.jsonl (.json, .jsonl.gz, .parquet), NAME/test.*"
-    )
     split: str = setting("test", "which records are asked", ("validation", "test", "test_held_out"))
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")
     questions_per_batch: int = setting(20, "questions answered in one batch")
-    greedy_questions_per_batch: int = setting(
-        200, "the same for rows of one answer per question (ar-greedy, ladir-zero-noise), of which many fill a batch"
-    )
     left_out: str = setting(
         "count",
         "questions of the file that are not asked (data.on_bad_record=skip); count: as questions without a right answer; "
@@ -149,4 +133,7 @@ class ExportSettings:
         False,
         "copy the LM under LoRA adapters, or a frozen decoder of the Hub, into the export; else it is named: a folder as it is "
         "seen from the export, an LM of the Hub by its id",
+    )
+    license: str | None = setting(
+        None, "licence of the model as the Hub calls it (apache-2.0, llama3.1, ...), for its card; not set: none is stated"
     )

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from ladir.config import ExportSettings, SampleSettings
 from ladir.errors import UnusableError
+from ladir.models.card import CardFacts, write_card
 from ladir.models.exports import DECODER_FOLDER, DECODER_HEAD, ENCODER_FOLDER, dtype_of
 from ladir.models.merging import merge_adapter
 from ladir.models.pairing import (
@@ -49,11 +50,13 @@ def assemble_export(
     folder: str | Path,
     sample: SampleSettings,
     how: ExportSettings | None = None,
+    facts: CardFacts | None = None,
 ) -> None:
     """Make an export folder from trained model folders; it appears whole or not at all.
 
     Files are copied; with ``how.merge_lora`` weights are read a shard at a time.  An export that is there already is replaced;
     UnusableError where ``folder`` holds anything else, and for parts that are no model folders, damaged, or not of one kin.
+    ``facts``: what its model card says beside that.
     """
     how = how or ExportSettings()
     final = Path(folder).resolve()  # a link stays one
@@ -69,7 +72,8 @@ def assemble_export(
         save_tokenizer(tokenizer, aside)
         copied = _copy_base(parts, aside) if how.copy_base else None
         settings = {**parts.saved, "sample": asdict(sample), "trained_on": asdict(parts.trained_on)}
-        update_settings(aside, **settings, base_place=name_base(aside, final, copied))  # last: a folder that has them is whole
+        update_settings(aside, **settings, base_place=name_base(aside, final, copied))  # a folder that has them is whole
+        write_card(aside, replace(facts or CardFacts(), base=(facts or CardFacts()).base or parts.base))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ encoded again, ``base/`` where the LM under the adapters was copied, and the tok
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -21,6 +23,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
 from ladir.models.backbone import Backbone, choose_dtype
+from ladir.models.card import CARD_FILE, write_card
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_denoiser, load_vae, save_denoiser, save_vae
 from ladir.models.loading import load_lm
@@ -46,10 +49,13 @@ DECODER_FOLDER = "vae"
 #: the encoding half of the VAE, as a VAE's folder without decoder
 ENCODER_FOLDER = "vae_encoder"
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_REASON = 300  # characters
+
 
 @dataclass(frozen=True)
 class Export:
-    """What an export holds; ``sample``: its default controls; ``encoder``: where it has one."""
+    """What an export holds; ``sample``: its default controls; ``encoder``: where it has one; ``card``: its model card."""
 
     denoiser: Denoiser
     thought_decoder: ThoughtDecoder
@@ -57,6 +63,7 @@ class Export:
     sample: dict[str, Any]
     encoder: Vae | None
     trained_on: TrainedOn
+    card: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,13 @@ def load_export(
     other: str | Path | None = None,
     base: str | Path | None = None,
 ) -> Export:
-    """An export folder on ``device``.
+    """An export folder, or one of the Hub by its id, on ``device``.
 
     ``other``: the folder of another denoiser for it; ``base``: the folder of the LM under the adapters, where it is not where the
     export says.  UnusableError for what is missing, damaged or does not belong together, before an LM is loaded.
     """
-    found = _look_at(Path(folder), Path(other or folder), base)
+    folder = local_export(folder)
+    found = _look_at(folder, Path(other or folder), base)
     tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
     settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(found.source, device))
     check_tokenizer(found.trained_on, tokenizer, found.denoiser_base or found.source, found.folder)
@@ -93,7 +101,30 @@ def load_export(
     thoughts = _load_thought_decoder(found, denoiser, settings, device)
     encoder = found.folder / ENCODER_FOLDER
     vae = load_vae(encoder, settings, device, encoder_only=True, base=found.encoder_base) if encoder.is_dir() else None
-    return Export(denoiser, thoughts, tokenizer, found.sample, vae, found.trained_on)
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    return Export(denoiser, thoughts, tokenizer, found.sample, vae, found.trained_on, text)
+
+
+def local_export(name: str | Path) -> Path:
+    """The folder of an export; that of an id of the Hub (``owner/name``, where nothing here has this name) is fetched.
+
+    UnusableError where it cannot be.
+    """
+    folder = Path(name)
+    if folder.exists() or _HUB_ID.fullmatch(str(name)) is None or _meant(folder) is not None:
+        return folder
+    try:
+        return Path(snapshot_download(str(name)))
+    except (OSError, ValueError) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:_REASON]
+        raise UnusableError(f"{name}: no such folder, and no model of the Hub that can be fetched ({reason})") from error
+
+
+def _meant(folder: Path) -> Path | None:
+    """The export near a folder that is none."""
+    near = [place / "export" for place in (folder, *list(folder.parents)[:2])]
+    return next((place for place in near if (place / SETTINGS_FILE).is_file()), None)
 
 
 def _look_at(folder: Path, source: Path, base: str | Path | None) -> _Found:
@@ -140,8 +171,7 @@ def _check_is_export(folder: Path) -> None:
     """UnusableError for a folder that is none or lacks the decoder; names the export that may have been meant."""
     if (folder / SETTINGS_FILE).is_file() and (folder / DECODER_FOLDER).is_dir():
         return
-    near = [place / "export" for place in (folder, *list(folder.parents)[:2])]
-    meant = next((place for place in near if (place / SETTINGS_FILE).is_file()), None)
+    meant = _meant(folder)
     hint = f"did you mean {meant}?" if meant else "training/export.py writes runs/<name>/export"
     if not folder.is_dir():
         raise UnusableError(f"{folder}: no such folder; {hint}")
@@ -190,6 +220,10 @@ def save_export(parts: Export, folder: str | Path) -> None:
         update_settings(aside / DECODER_FOLDER, vae=vae)
         saved = load_settings(aside, "denoiser")
         update_settings(aside, trained_on={**saved["trained_on"], "vae": vae}, base_place=name_base(aside, final))
+        if parts.card is None:
+            write_card(aside)
+        else:
+            (aside / CARD_FILE).write_text(parts.card, encoding="utf-8")
 
 
 def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Backbone | None = None) -> None:

@@ -17,13 +17,13 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, question_from
 from ladir.inference.cost import Cost
+from ladir.models.card import CARD_FILE
 from training.runtime.run import Run, evaluation_label
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
 #: settings in them that do not: which answers are shown, and how, how many are judged at a time, what else is counted
-_SHOWN = ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold", "suite", "suite_folder")
-ABOUT_ROWS = tuple(f"evaluate.{name}" for name in _SHOWN)
+ABOUT_ROWS = tuple(f"evaluate.{name}" for name in ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _digest(run: Run, records: Sequence[Record]) -> str:
     digest = hashlib.sha256(json.dumps([[settings[name] for name in SECTIONS], questions], default=str).encode())
     models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "denoiser", "rollout")]
     for folder in (run.folder.export, *map(run.folder.model, models)):
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD_FILE):
             facts = file.stat()
             digest.update(f"{file.name}:{facts.st_size}:{facts.st_mtime_ns};".encode())
     return digest.hexdigest()[:16]

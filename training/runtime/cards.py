@@ -1,0 +1,60 @@
+"""What a run knows of its model, for the model card of its export."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ladir.config import Config
+from ladir.evaluation.report import remarks
+from ladir.models.card import CardFacts, write_card
+from ladir.models.store import load_settings
+from ladir.report.tables import markdown_table
+from training.runtime.run import RunFolder
+
+#: what a reader asks first, beside what the export says itself
+_TOLD = ("data.sentences_per_block", "vae.beta", "vae.latent_noise", "vae.token_substitution", "vae.decoder", "run.seed")
+
+
+def card_facts(config: Config, folder: RunFolder, results: dict[str, Any] | None = None) -> CardFacts:
+    """Base, data, settings and trainings of a run; ``results``: the content of its results.json."""
+    splits = {split: getattr(config.data, split) for split in ("train", "validation", "test")}
+    sections = dataclasses.asdict(config)
+    told = {name: sections[name.partition(".")[0]][name.partition(".")[2]] for name in _TOLD}
+    if config.backbone.lora.rank:
+        told["backbone.lora.rank"] = config.backbone.lora.rank
+    return CardFacts(
+        name=config.run.name,
+        base=config.backbone.name_or_path,
+        data={split: name for split, name in splits.items() if name},
+        settings=told,
+        training=_trainings(config, folder),
+        results="" if results is None else _results(folder, results),
+        license=config.export.license,
+    )
+
+
+def write_results_card(config: Config, folder: RunFolder, results: dict[str, Any]) -> None:
+    """Put the results of an evaluation into the card of the run's export, where there is one."""
+    if folder.export.is_dir():
+        write_card(folder.export, card_facts(config, folder, results))
+
+
+def _trainings(config: Config, folder: RunFolder) -> dict[str, str]:
+    """Steps, batch and time of every phase that is finished."""
+    names = {"vae": "VAE", "denoiser": "denoiser, stage 1", "rollout": "denoiser, stage 2"}
+    outcomes = {phase: folder.outcome(phase) for phase in names}
+    return {
+        names[phase]: f"{outcome.steps} steps of {getattr(config, phase).train.global_batch} samples, {outcome.seconds:.0f} s"
+        for phase, outcome in outcomes.items()
+        if outcome is not None
+    }
+
+
+def _results(folder: RunFolder, results: dict[str, Any]) -> str:
+    """The table of an evaluation, which of its rows the export is, and what the figures leave unsaid."""
+    asked = f"{results['num_questions']} {results['split']} questions, {results['num_trajectories']} trajectories each"
+    second = load_settings(folder.export, "denoiser").get("origin") is not None
+    lines = [f"Task {results['task']}: {asked}, seed {results['seed']}; ± standard error by question."]
+    lines += ["This model is the row `ladir-rollout`; `ladir` is the one before its second stage."] if second else []
+    return "\n\n".join([*lines, markdown_table(results["rows"]), *map(str, remarks(results))])
