@@ -59,7 +59,7 @@ def configure(folder: Path, sentences_per_block: int) -> Config:
             "sample.max_thought_tokens=32",
             "evaluate.num_trajectories=2",
             "evaluate.methods=[ladir,ladir-rollout,ladir-zero-noise]",
-            "telemetry.tensorboard=false",
+            "telemetry.loggers=[]",
         ],
     )
 

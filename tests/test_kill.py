@@ -34,7 +34,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def train_and_report(folder: Path, pipe: Connection) -> None:
     """A process of its own: says when the first batch is made, and how the run ended."""
     config, phase = toy_config(folder, **SETTINGS), ToyPhase()
-    config.telemetry.tensorboard = True
+    config.telemetry.loggers = ["tensorboard"]
     world = start(config.deepspeed)
     torch.set_num_threads(1)
     told: list[int] = []

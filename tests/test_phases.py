@@ -73,7 +73,7 @@ def configure(folder: Path, name: str, stage: int, micro: int, overrides: list[s
             f"backbone.scratch={SCRATCH}",
             'data.answer_prefixes=["####"]',
             f"deepspeed.config=ds_configs/zero{stage}.json",
-            "telemetry.tensorboard=false",
+            "telemetry.loggers=[]",
             *settings,
             *data,
             *sizes,

@@ -79,7 +79,7 @@ def configure(folder: Path, family: str) -> Config:
             "evaluate.num_trajectories=3",
             "evaluate.methods=[ladir,ladir-rollout]",
             "deepspeed.config=ds_configs/zero0.json",
-            "telemetry.tensorboard=false",
+            "telemetry.loggers=[]",
         ],
     )
 

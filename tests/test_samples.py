@@ -60,7 +60,7 @@ ROLLOUT = {**TRAIN, "max_steps": 1, "micro_batch": 4}
 
 def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
     """VAE, latents, both stages of the denoiser and AR baseline under ZeRO-3, with samples in TensorBoard."""
-    settings = ["telemetry.tensorboard=true", f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
+    settings = [f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
     settings += ["evaluate.ar_max_tokens=6", "sample.max_answer_tokens=4", "rollout.num_steps=2"]
     settings += [f"rollout.train.{name}={value}" for name, value in ROLLOUT.items()]
     config = configure(folder, "shown", 3, 4, [*settings, *variant])
@@ -393,6 +393,6 @@ def test_an_evaluation_is_a_row_of_what_is_not_the_default_and_of_what_came_out(
     events = read_events(folder)
     assert {f"pass@{k}/{method}" for k in (1, 10) for method in ("ladir", "ar")} == set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("pass@1/ladir")] == [(12, 0.0)]
-    config.telemetry.tensorboard, config.evaluate.name = False, "quiet"
+    config.telemetry.loggers, config.evaluate.name = [], "quiet"
     draw_results(run)
     assert not run.folder.tensorboard("evaluate-quiet").exists()

@@ -10,15 +10,19 @@ import logging
 import math
 import os
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ladir.config import Config
+from ladir.config.checks import validate
 from tests.toy_phase import toy_config
 from training.runtime import job as job_module
 from training.runtime import run as run_module
@@ -35,7 +39,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     config = toy_config(tmp_path)
-    config.telemetry.tensorboard = True
+    config.telemetry.loggers = ["tensorboard"]
     run = Run(config, "ar", ALONE)
     run.prepare()
     return run
@@ -107,8 +111,7 @@ def test_a_restart_draws_nothing_twice(run: Run, killed: bool, validated: bool) 
     folder = run.folder.tensorboard("ar")
     with Telemetry(run, 0) as telemetry:
         draw(telemetry, range(1, 6))
-        for writer in telemetry._writers.values():
-            writer.flush()
+        telemetry._loggers.write(lambda one: one.flush())  # type: ignore[attr-defined]
         written = {file: file.read_bytes() for file in folder.rglob("events*")}
         assert len(written) == 2  # of training and validation
     for file, content in written.items() if killed else ():
@@ -124,6 +127,81 @@ def test_a_restart_draws_nothing_twice(run: Run, killed: bool, validated: bool) 
         assert (tag, shown[tag]) == (tag, [1, 2, 3, 4, 5, 6])
     for tag in ("1 losses/ar/loss", "samples/text_summary", "3 latents/ar/mean", "block"):
         assert (tag, validation[tag]) == (tag, [1, 2, 3, 4, 5, 6])
+
+
+class Tracker:
+    """Stands in for the package wandb."""
+
+    Error = type("Error", (Exception,), {})
+    Html = Histogram = Image = staticmethod(lambda value: value)
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished = 0
+        self.full = False
+
+    def init(self, **given: Any) -> Any:
+        self.started.append(given)
+        return SimpleNamespace(id="abc", define_metric=lambda *_, **__: None, log=self.log, finish=self.finish)
+
+    def log(self, values: dict[str, Any]) -> None:
+        if self.full:
+            raise self.Error("quota")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_is_told_everything_and_left_where_it_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)  # type: ignore[arg-type]
+    run.config.telemetry.loggers = ["wandb"]
+    for number in range(2):
+        with Telemetry(run, number) as telemetry:
+            telemetry.record("train", number + 1, {"loss": 0.5})
+            draw_validation(telemetry, number + 1)
+    first, second = tracker.started
+    assert (first["group"], first["name"], first["id"], first["resume"]) == ("toy", "toy/ar", None, None)
+    assert (second["id"], second["resume"], first["config"]["ar.train.max_steps"]) == ("abc", "allow", 6)
+    assert [set(values) - {"step"} for values in tracker.logged[:5]] == [
+        {"train/loss"}, {"samples"}, {"latents/mean"}, {"block"}, {"validation/loss"},
+    ]  # fmt: skip
+    assert [values["step"] for values in tracker.logged] == [1] * 5 + [2] * 5 and tracker.finished == 2
+    tracker.full = True
+    with Telemetry(run, 2) as telemetry:
+        draw(telemetry, [3, 4])
+        assert not telemetry.shows_samples
+    assert caplog.text.count("wandb cannot be written (quota)") == 1 and tracker.finished == 2
+    assert steps(run.folder.metrics) == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_mlflow_writes_to_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")  # mlflow-skinny comes without
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run.config.telemetry.loggers = ["mlflow"]
+    for number in range(2):
+        with Telemetry(run, number) as telemetry:
+            telemetry.record("train", number + 1, {"loss": 0.5 / (number + 1), "pass@1/ladir": 1.0})
+            draw_validation(telemetry, number + 1)
+    client = mlflow.MlflowClient(f"sqlite:///{run.folder.path.resolve()}/mlflow/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
+    assert found.info.run_name == "toy/ar" and found.info.status == "FINISHED"
+    assert found.data.params["ar.train.max_steps"] == "6" and found.data.metrics["train/pass_1/ladir"] == 1.0
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(entry.step, entry.value) for entry in history] == [(1, 0.5), (2, 0.25)]
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"samples", "block"}
+
+
+def test_a_logger_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ladir.config.checks.find_spec", lambda name: None if name == "wandb" else object())
+    config = Config()
+    config.telemetry.loggers = ["tensorboard", "wandb"]
+    assert validate(config) == ["telemetry.loggers: the package wandb is not installed; pip install wandb, or leave it out"]
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(run: Run) -> None:

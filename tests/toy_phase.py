@@ -91,5 +91,5 @@ def toy_config(folder: Path, stage: int = 3, dtype: str = "float32", name: str =
     settings["keep_finished"] = True  # for tests that look at checkpoints
     config.ar.train = dataclasses.replace(TrainSettings(), **{**settings, **train})
     config.deepspeed = DeepSpeedSettings(config=f"ds_configs/zero{stage}.json")
-    config.telemetry.tensorboard = False
+    config.telemetry.loggers = []
     return config

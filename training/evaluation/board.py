@@ -1,11 +1,11 @@
-"""An evaluation's row of TensorBoard's HPARAMS: the settings that are not the defaults, and what came out."""
+"""What loggers are told of an evaluation; TensorBoard's HPARAMS get a row: settings that are not the defaults, what came out."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,7 @@ from ladir.evaluation.results import read_results
 from training.evaluation.rows import PHASES, model_of, sampling_of
 from training.evaluation.table import result_files
 from training.runtime.dashboard import hyperparameters
+from training.runtime.loggers import Loggers
 from training.runtime.run import IRRELEVANT_IN_TRAIN, SECTIONS, Run, evaluation_label, flatten
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,28 @@ def passes(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def draw_results(run: Run) -> None:
-    """Write the row, in place of one under the same label; where there is no room the results are still in their files."""
-    if not run.config.telemetry.tensorboard:
-        return
+    """Tell the loggers of an evaluation; what they cannot take is still in its files."""
+    label, names = f"evaluate{evaluation_label(run.config.evaluate)}", run.config.telemetry.loggers
+    rows = read_results(result_files(run)[0])["rows"]
+    rates = [(name, rate, _step(run, row["method"])) for row in rows for name, rate in passes(row).items()]
+    if "tensorboard" in names:
+        _draw_row(run, label, rates)
+    others = Loggers(run, label, [name for name in names if name != "tensorboard"])
+    for rate in rates:
+        _tell(others, *rate)
+    others.close()
+
+
+def _tell(loggers: Loggers, name: str, rate: float, step: int) -> None:
+    loggers.write(lambda one: one.scalars("evaluate", {name: rate}, step))
+
+
+def _draw_row(run: Run, label: str, rates: Sequence[tuple[str, float, int]]) -> None:
+    """A row of TensorBoard's HPARAMS, in place of one under the same label."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    folder = run.folder.tensorboard(f"evaluate{evaluation_label(run.config.evaluate)}")
+    folder = run.folder.tensorboard(label)
     # The columns are left to TensorBoard, which puts those of all rows together where none names them.
     _, started, ended = hparams(hyperparameters(changed_settings(run)), {})
     try:
@@ -61,9 +77,8 @@ def draw_results(run: Run) -> None:
         with SummaryWriter(str(folder)) as writer:
             for summary in (started, ended):
                 writer.file_writer.add_summary(summary)
-            for row in read_results(result_files(run)[0])["rows"]:
-                for name, rate in passes(row).items():
-                    writer.add_scalar(name, rate, _step(run, row["method"]))
+            for name, rate, step in rates:
+                writer.add_scalar(name, rate, step)
     except OSError as error:
         logger.warning("TensorBoard's files cannot be written (%s): make room; this evaluation is not shown there", error)
 

@@ -155,7 +155,7 @@ def _drawn_steps(count: int) -> list[int]:
 
 
 def _wanted(config: Config, available: int) -> int:
-    return min(config.telemetry.samples, available) if config.telemetry.tensorboard else 0
+    return min(config.telemetry.samples, available) if config.telemetry.loggers else 0
 
 
 def _chosen(what: str, held_out: SamplesT | None, trained: SamplesT) -> tuple[SamplesT, str]:

@@ -32,7 +32,7 @@ OURS = {
     "checkpoint": "<phase>.train.checkpoint_every",
     "activation_checkpointing": "backbone.activation_checkpointing",
     "compile": "backbone.compile",
-    "tensorboard": "telemetry.tensorboard",
+    "tensorboard": "telemetry.loggers",
     "zero_optimization.compute_grad_norm": "<phase>.train.max_grad_norm",
     "zero_optimization.leaf_module": "deepspeed.leaf_layers",
 }

@@ -1,4 +1,4 @@
-"""What people look at: metrics.jsonl, TensorBoard, and a progress bar on a terminal or lines in a log.
+"""What people look at: metrics.jsonl, TensorBoard and other loggers, and a progress bar on a terminal or lines in a log.
 
 Rank 0 writes; on the other ranks every method does nothing.
 """
@@ -11,8 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
-from ladir.report.status import duration
-from training.runtime import dashboard
 from training.runtime.files import locked, write_text
+from training.runtime.loggers import Loggers
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -39,15 +37,15 @@ class Telemetry:
         self._settings: TelemetrySettings = run.config.telemetry
         self._phase, self._device, self._stop = run.phase, run.world.device, run.stop
         self._active = run.world.is_main
-        self._writers: dict[str, Any] = {}  # by kind
+        self._loggers = Loggers(run, run.phase, [])
         self._bar: tqdm[Any] | None = None
         self._last_line = -math.inf
         if not self._active:
             return
         self._file = run.folder.metrics
         withdraw(self._file, run.phase, resumed_step, validated)
-        if self._settings.tensorboard:
-            self._open_tensorboard(run, {"train": resumed_step + 1, "validation": resumed_step + validated})
+        purge_steps = {"train": resumed_step + 1, "validation": resumed_step + validated}
+        self._loggers = Loggers(run, run.phase, self._settings.loggers, purge_steps)
         bar = self._settings.progress == "bar" or (self._settings.progress == "auto" and sys.stderr.isatty())
         if bar:
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
@@ -60,45 +58,16 @@ class Telemetry:
 
     @property
     def shows_samples(self) -> bool:
-        """Whether texts, histograms and pictures go anywhere: to TensorBoard, from rank 0."""
-        return bool(self._writers)
+        """Whether texts, histograms and pictures go anywhere: to the loggers, from rank 0."""
+        return bool(self._loggers)
 
     def __enter__(self) -> Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for kind in tuple(self._writers):
-            self._draw(kind, lambda writer: writer.close())
+        self._loggers.close()
         if self._bar is not None:
             self._bar.close()
-
-    @contextmanager
-    def _while_there_is_room(self) -> Iterator[None]:
-        """Where TensorBoard's files have none there are no more charts, and the training goes on."""
-        try:
-            yield
-        except OSError as error:
-            self._writers = {}
-            logger.warning("TensorBoard's files cannot be written (%s): make room; charts end here until the next start", error)
-
-    def _draw(self, kind: str, write: Callable[[Any], None]) -> None:
-        """Let TensorBoard's writer of training or validation write, where there is one."""
-        if kind in self._writers:
-            with self._while_there_is_room():
-                write(self._writers[kind])
-
-    def _open_tensorboard(self, run: Run, purge_steps: Mapping[str, int]) -> None:
-        """Start TensorBoard's files with the charts' layout; what earlier ones hold of ``purge_steps`` and later is withdrawn.
-
-        Training and validation are two runs for TensorBoard, which draws tags of the same name into one chart.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = run.folder.tensorboard(run.phase)
-        folders = {"train": folder, "validation": folder / "validation"}
-        with self._while_there_is_room():
-            self._writers = {kind: SummaryWriter(str(folders[kind]), purge_step=step) for kind, step in purge_steps.items()}
-            self._writers["train"].add_custom_scalars(dashboard.layout(run.phase))
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write scalars: ``kind`` is ``train`` or ``validation``; non-finite values are written as null."""
@@ -111,17 +80,10 @@ class Telemetry:
         except OSError as error:  # the training is worth more than its record
             logger.warning("%s cannot be written (%s): make room; the record of step %d is lost", self._file, error, step)
 
-        def scalars(writer: Any) -> None:
-            for name, value in values.items():
-                writer.add_scalar(dashboard.tag(self._phase, name), value, step)
+        self._loggers.write(lambda one: one.scalars(kind, values, step))
 
-        self._draw(kind, scalars)
-
-    def progress(self, fraction: float, step: int, values: Mapping[str, float], left: float | None = None) -> None:
-        """Move the bar, or write a line where the last one is old enough (or the training is at its end).
-
-        ``left``: seconds until the end, where they are known.
-        """
+    def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
+        """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
         if not self._active:
             return
         text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
@@ -132,26 +94,24 @@ class Telemetry:
         now = time.monotonic()
         if fraction >= 1 or now - self._last_line >= self._settings.line_every_seconds:
             self._last_line = now
-            end = f" ETA {duration(left)}" if left else ""
-            logger.info("%s %3.0f%% step %d%s %s", self._phase, 100 * min(fraction, 1.0), step, end, text)
+            logger.info("%s %3.0f%% step %d %s", self._phase, 100 * min(fraction, 1.0), step, text)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """A text sample (Markdown) for TensorBoard."""
-        self._draw("validation", lambda writer: writer.add_text(name, text, step))
+        """A text sample (Markdown)."""
+        self._loggers.write(lambda one: one.text(name, text, step))
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """The distribution of ``values``, which describe latents, for TensorBoard."""
-        if not self._writers:
+        """The distribution of ``values``, which describe latents."""
+        if not self._loggers:
             return
         values = values.detach().float().cpu()
         values = values[values.isfinite()]
         if len(values):
-            tag = dashboard.latents_tag(self._phase, name)
-            self._draw("validation", lambda writer: writer.add_histogram(tag, values, step))
+            self._loggers.write(lambda one: one.histogram(name, values, step))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """A picture for TensorBoard: uint8 [height, width, channels]."""
-        self._draw("validation", lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+        """A picture: uint8 [height, width, channels]."""
+        self._loggers.write(lambda one: one.image(name, pixels, step))
 
     def memory_gib(self) -> float:
         """Peak memory of this process so far, in GiB: of the GPU where there is one, else resident."""
