@@ -50,6 +50,8 @@ def passes(row: Mapping[str, Any]) -> dict[str, float]:
 def draw_results(run: Run) -> None:
     """Tell the loggers of an evaluation; what they cannot take is still in its files."""
     label, names = f"evaluate{evaluation_label(run.config.evaluate)}", run.config.telemetry.loggers
+    if not names:
+        return
     rows = read_results(result_files(run)[0])["rows"]
     rates = [(name, rate, _step(run, row["method"])) for row in rows for name, rate in passes(row).items()]
     if "tensorboard" in names:
