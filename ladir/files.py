@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -35,3 +36,17 @@ def replace_folder(aside: Path, final: Path) -> None:
     aside.rename(final)
     sync_file(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process keeps the lock file ``path`` locked; None where the file system knows no locks."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once: who wants to lock it tries again
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False

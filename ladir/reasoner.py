@@ -298,8 +298,10 @@ class Reasoner:
         sampled = BlockSampler(self.denoiser, settings, noise, ask.reward, settle, self.graphs).think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
-            flat.update(self._finish(group, settings, noise, ask.thoughts))
+            flat.update(self._finish(group, settings, noise))
             del group  # and its cache, before the others think on
+        if ask.thoughts:
+            self.read_thoughts([flat[row] for row in range(len(rows))])
         for (row, block), texts in sorted(traces.items()):
             if block < len(flat[row].thoughts):  # a span may reach beyond the last block
                 flat[row].trace.append(texts)
@@ -372,20 +374,18 @@ class Reasoner:
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
         return prefix.share(owner)
 
-    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, thoughts: bool) -> dict[int, Trajectory]:
-        """Answers and thoughts of trajectories that ended after the same block."""
+    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise) -> dict[int, Trajectory]:
+        """Answers of trajectories that ended after the same block, their thoughts not read yet."""
         uniform = noise.uniform(group.rows, settings.max_answer_tokens).to(self.device)
         soa = self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1)
         hidden = group.prefix.append(soa)[:, 0]
         answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
         latents = self._plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
-        # Block by block: no more rows at once than there are trajectories.
-        texts = [self.decode_latents(latents[:, b]) if thoughts else [""] * len(latents) for b in range(blocks)]
         return {
             row: Trajectory(
                 answer=decode_text(self.tokenizer, answers[i]),
-                thoughts=[text[i] for text in texts],
+                thoughts=[""] * blocks,
                 latents=latents[i].cpu(),
                 num_steps=passes_per_span(settings, span) * num_spans(blocks, span),
                 stopped=group.stopped,
@@ -409,11 +409,12 @@ class Reasoner:
         return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
 
     def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
-        """Fill in the ``thoughts`` of trajectories that were generated without."""
-        for block in range(max((len(entry.latents) for entry in trajectories), default=0)):
-            having = [entry for entry in trajectories if len(entry.latents) > block]
-            texts = self.decode_latents(torch.stack([entry.latents[block] for entry in having]).to(self.device))
-            for entry, text in zip(having, texts, strict=True):
+        """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time."""
+        places = [(entry, block) for entry in trajectories for block in range(len(entry.latents))]
+        size = self.settings.thoughts_per_batch
+        for part in (places[first : first + size] for first in range(0, len(places), size)):
+            texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
+            for (entry, block), text in zip(part, texts, strict=True):
                 entry.thoughts[block] = text
 
     def _trace_hook(self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook) -> StepHook:

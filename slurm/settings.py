@@ -26,7 +26,9 @@ from training.runtime.topology import asked_for, step_problems
 
 def missing(config: Config) -> list[str]:
     """What the whole chain reads and the configuration does not name."""
-    names = {"train": "every phase reads it", config.evaluate.split: "the last phase, evaluate, asks its questions"}
+    names = {"train": "every phase reads it"}
+    if not config.evaluate.suite:  # whose sets have files of their own
+        names[config.evaluate.split] = "the last phase, evaluate, asks its questions"
     return [
         f"data.{name} is not set: {why}; name it, or say in PHASES which phases to run"
         for name, why in names.items()

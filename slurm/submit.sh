@@ -73,9 +73,11 @@ for phase in "${phases[@]}"; do
     job=${job%%;*} # with several clusters: ID;CLUSTER
     echo "job $job  ${words[*]}${after:+  (after ${jobs[-1]})}"
     jobs+=("$job")
+    echo "$job ${words[*]}" >>"$run_folder/slurm/jobs" # python -m ladir status asks what waits in the queue
 done
 list=$(IFS=,; echo "${jobs[*]}")
 echo "watch        squeue --jobs=$list"
+printf 'status       %s -m ladir status %q --watch\n' "$python" "$run_folder"
 printf 'logs         tail -F %q/logs/*.log\n' "$run_folder"
 printf 'tensorboard  tensorboard --logdir %q\n' "$run_folder/tensorboard"
 echo "stop it all  scancel ${jobs[*]}"

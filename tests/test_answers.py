@@ -17,9 +17,12 @@ from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
 from tests.toy_task import Judge
+from training.evaluation import asking
 from training.evaluation.answerers import Answers, Sampled
 from training.evaluation.answers import AnswerLog
-from training.evaluation.asking import ask
+from training.evaluation.benchmarks import Benchmark
+from training.evaluation.gold import GoldCheck
+from training.evaluation.questions import Asked
 from training.runtime.distributed import World
 from training.runtime.run import Run
 
@@ -50,6 +53,14 @@ class Model:
 
 
 TASK: Task = Judge()
+
+
+def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[Record], model: Model) -> bool:
+    """Ask one model in one way; False where it was stopped."""
+    benchmark = Benchmark("", run, task, Asked(list(records), [], GoldCheck(0, {}, 0.0), len(records)), log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "load_answerers", lambda *about: [{sampling: model}])
+        return asking.ask(run, [benchmark], [sampling])
 
 
 def results(log: AnswerLog) -> dict[int, QuestionResult]:

@@ -248,7 +248,7 @@ def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command
         assert main([*ask, *options, f"--{no}reencode", f"--{no}restart-keeps-state"]) == 0
         switches = {"reencode": wanted, "restart_keeps_state": wanted}
         assert fake.asked == {**given, **switches, "seed": 4, "num_trajectories": 2, "batch_size": "auto"}
-    controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens"}
+    controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens", "thoughts_per_batch"}
     assert controls == {*given, *switches} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
     assert main(ask) == 0
     assert {fake.asked[name] for name in controls} == {None}  # left to the export's settings

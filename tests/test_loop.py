@@ -22,7 +22,8 @@ from training.runtime.distributed import RankLostError, World
 from training.runtime.loop import NonFiniteError, train
 from training.runtime.run import Outcome, Run, RunConflict, open_run
 
-HIDDEN = ("phase", "kind", "tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds")
+HIDDEN = ("phase", "kind", "tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds",
+          "data_wait_worst", "memory_rank", "rank_slowest", "rank_slowdown")  # fmt: skip
 
 
 def run_toy(

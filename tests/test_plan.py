@@ -22,8 +22,8 @@ from training.benchmarks.sizes import SIZES
 from training.plan import main
 from training.planning.memory import Zero, checkpoint_bytes, holdings, taking_in, weights_of
 from training.planning.models import Lengths, lm_config, meta_model, micro_batch
-from training.planning.predict import GIB
-from training.planning.trace import trace_long_rollout, trace_rollout, trace_training
+from training.planning.predict import GIB, Machine, Planner
+from training.planning.trace import trace_inference, trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
@@ -209,6 +209,7 @@ def test_a_rollout_is_predicted_from_two_short_ones(gradient_steps: int | None, 
     model, batch = meta_model(config, "rollout", "none"), micro_batch(config, "rollout", LENGTHS, 2, VOCAB)
     predicted, traced = trace_rollout(model, batch), trace_training(model, batch)  # type: ignore[arg-type]
     assert predicted.flops == pytest.approx(traced.flops, rel=0.02)
+    assert predicted.launches == pytest.approx(traced.launches, rel=0.1)
 
 
 @pytest.mark.parametrize(("checkpointing", "span"), [("none", 1), ("full", 1), ("full", 2)])
@@ -224,6 +225,33 @@ def test_a_rollout_of_many_blocks_is_predicted_from_short_records(checkpointing:
     predicted, traced = trace_long_rollout(model, batch_of, blocks), trace_rollout(model, batch_of(blocks))  # type: ignore[arg-type]
     assert predicted.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.05)
     assert predicted.flops == pytest.approx(traced.flops, rel=0.01)
+    assert predicted.launches == pytest.approx(traced.launches, rel=0.02)
+
+
+def test_launches_are_the_operators_that_are_no_views() -> None:
+    """And hardly more for two samples than for one."""
+    config = tiny_config()
+    model, batches = meta_model(config, "ar", "none"), [micro_batch(config, "ar", LENGTHS, count, VOCAB) for count in (1, 2)]
+    one, two = (trace_training(model, batch).launches for batch in batches)
+    assert 0 < one <= two < 1.05 * one
+    layer = nn.Linear(3, 4, bias=False, device="meta")
+    traced = trace_inference(layer, lambda: layer(torch.empty(2, 5, 3, device="meta")).transpose(0, 1).add(1))
+    assert traced.launches == 2  # the product and the sum
+
+
+def test_what_is_bound_by_launching_takes_that_time() -> None:
+    config = tiny_config()
+    config.plan.samples, config.rollout.train.micro_batch = 1200, 3
+    config.data.max_blocks, config.plan.blocks, config.rollout.num_steps = 2, 2, 3
+    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
+    planner = Planner(config, machine)
+    found = planner.training("rollout")
+    launches = trace_training(planner._model("rollout", config), micro_batch(config, "rollout", planner.data.mean, 3, VOCAB))
+    assert found.bound == "launches"
+    assert found.seconds == pytest.approx(1200 / 3 / 2 * launches.launches * 1e-5, rel=0.02)
+    assert found.lighter == "ds_configs/zero2.json"
+    arithmetic = Planner(config, dataclasses.replace(machine, launch_seconds=0.0)).training("rollout")
+    assert (arithmetic.bound, arithmetic.steps) == ("", found.steps) and 0 < arithmetic.seconds < found.seconds
 
 
 def test_recomputing_saves_what_the_plan_says() -> None:
@@ -291,7 +319,8 @@ SMALL = [*ARCHITECTURE, "plan.samples=1000", "backbone.name_or_path=null", "eval
 
 
 def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    """In a pipe, where no word is lost."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["--gpus", "2", "--gpu-memory", "40", *SMALL]) == 0
     printed = capsys.readouterr().out
     for word in (
@@ -305,8 +334,13 @@ def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monk
         "activations",
         "every phase fits",
         "hours",
+        "communication buffers",
+        "a checkpoint on disk",
+        "recompute none",
+        "ar: deepspeed.config=ds_configs/zero2.json fits as well",
     ):
         assert word in printed
+    assert "…" not in printed
 
 
 def test_what_does_not_fit_is_told_with_what_makes_it_fit(

@@ -481,6 +481,25 @@ def test_guidance_of_one_is_no_guidance() -> None:
     assert not torch.allclose(strong.latents[0], plain.generate(QUESTIONS, 2)[0][0].latents[0], atol=1e-3)
 
 
+def test_blocks_are_read_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as many passes of the LM as the longest text has tokens, not as many for every block; and within the bound on rows."""
+    reasoner, rows = tiny_reasoner(), list[int]()
+    reasoner.thought_decoder.backbone.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    read = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
+    blocks = [z for trajectory in read for z in trajectory.latents]
+    together = len(rows)
+    assert rows[0] == len(blocks) > len(read) and together <= SETTINGS.max_thought_tokens
+    alone = [reasoner.decode_latents(torch.stack([trajectory.latents[b] for trajectory in read if b < len(trajectory.latents)]))
+             for b in range(3)]  # fmt: skip
+    assert len(rows) - together > 2 * together  # of three blocks
+    for b, texts in enumerate(alone):
+        assert texts == [trajectory.thoughts[b] for trajectory in read if b < len(trajectory.latents)]
+    reasoner.settings = replace(reasoner.settings, thoughts_per_batch=2)
+    rows.clear()
+    bounded = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
+    assert max(rows) == 2 and [one.thoughts for one in bounded] == [one.thoughts for one in read]
+
+
 @pytest.mark.parametrize("span", [1, 2])
 def test_both_branches_of_the_guidance_are_one_batch(span: int) -> None:
     reasoner = tiny_reasoner(span=span, max_blocks=2, max_answer_tokens=1)

@@ -23,7 +23,7 @@ from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from training.planning.models import PlanError
 from training.planning.predict import GIB, Machine, Planner
-from training.planning.report import report
+from training.planning.report import print_report
 from training.runtime.ds_config import DeepSpeedConfigError
 from training.runtime.sampler import BatchSizeError
 
@@ -34,6 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a host's memory (8)")
     parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
+    parser.add_argument("--launch-us", type=float, default=10.0, help="microseconds in which the host launches an operator (10)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of that peak that is reached (0.4)")
 
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reserve=int(arguments.reserve * GIB),
         flops=arguments.tflops * 1e12,
         mfu=arguments.mfu,
+        launch_seconds=arguments.launch_us * 1e-6,
     )
     try:
         planner = Planner(config, machine)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PlanError, BatchSizeError, DeepSpeedConfigError, BadRecords, UnusableError) as error:
         sys.stderr.write(f"plan.py: {error}\n")
         return 2
-    Console().print(report(predictions, machine, planner.data.measured))
+    print_report(Console(), predictions, machine, planner.data.measured)
     return 0 if all(p.fits for p in predictions) else 1
 
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "ask": Command("ladir.cli.ask", "QUESTION... --model DIR", "a trained model answers and shows its thoughts"),
     "inspect": Command("ladir.cli.inspect", "FILE", "blocks and token lengths of a data file, and what would be refused"),
     "report": Command("ladir.cli.report", "RUN...", "one page about runs: curves, tables, thoughts forming"),
+    "status": Command("ladir.cli.status", "RUN [--watch]", "what a run's job is doing, and when it will be done"),
     "harness": Command("ladir.cli.harness", "--model ladir ...", "lm-evaluation-harness, with LaDiR among its models"),
     "countdown": Command("ladir.cli.countdown", "--out DIR", "write Countdown puzzles"),
     "gym": Command("ladir.cli.gym", "SET --out DIR", "write records of a set of reasoning-gym, such as gsm_symbolic"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ladir.config.declare import setting
 
@@ -49,6 +50,9 @@ class SampleSettings:
     max_thought_tokens: int = setting(
         128, "longest text of a decoded block, in tokens; below data.max_block_tokens long ones are cut short"
     )
+    thoughts_per_batch: int = setting(
+        4096, "blocks that are read as text at a time, of whichever trajectories; more of them take fewer passes and more memory"
+    )
     answer_temperature: float = setting(0.7, "temperature of the answer's tokens; 0: greedy")
 
 
@@ -72,10 +76,22 @@ class EvaluateSettings:
         "answers that each rank judges at a time; not set: as many programs as it has threads (task=code, isolation=namespaces), "
         "else one",
     )
+    suite: list[Any] = setting(
+        [],
+        "several data sets in one table; names (maths7, code4, countdown, or one of their sets) and mappings {name: NAME, "
+        "data.test: FILE, evaluate.task: TASK, ...}, each with whatever settings of data, evaluate and sample are its own; "
+        "[]: data.test alone",
+    )
+    suite_folder: str = setting(
+        "data/benchmarks", "folder of the files of data sets given by name: NAME.jsonl (.json, .jsonl.gz, .parquet), NAME/test.*"
+    )
     split: str = setting("test", "which records are asked", ("validation", "test", "test_held_out"))
     num_questions: int | None = setting(None, "first questions of the split that are asked; not set: all")
     num_trajectories: int = setting(100, "samples per question")
     questions_per_batch: int = setting(20, "questions answered in one batch")
+    greedy_questions_per_batch: int = setting(
+        200, "the same for rows of one answer per question (ar-greedy, ladir-zero-noise), of which many fill a batch"
+    )
     left_out: str = setting(
         "count",
         "questions of the file that are not asked (data.on_bad_record=skip); count: as questions without a right answer; "

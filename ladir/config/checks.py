@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ladir.config import Config, TrainSettings
+from ladir.config.suites import suite_errors
 
 #: settings that a training under way may go on with other values of
 CHANGEABLE = re.compile(r"(vae|denoiser|rollout|ar)\.train\.(lr|min_lr_ratio|max_grad_norm)")
@@ -112,12 +113,13 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
+    ("sample.thoughts_per_batch", _COUNT),
     ("sample.restart_time", Range(at_least=0.01, at_most=1)),
     ("sample.restart_steps", _COUNT),
     ("sample.spacing_power", Range(at_least=0.1, at_most=10)),
     ("sample.*", Range(at_least=0, at_most=100)),
     ("evaluate.num_*", _COUNT),
-    ("evaluate.questions_per_batch", _COUNT),
+    ("evaluate.*questions_per_batch", _COUNT),
     ("evaluate.check_seconds", _COUNT),
     ("evaluate.check_memory_mb", Range(at_least=256)),
     ("evaluate.judges", _COUNT),
@@ -128,6 +130,8 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),
     ("telemetry.line_every_seconds", _NOT_NEGATIVE),
+    ("telemetry.status_every_seconds", _POSITIVE),
+    ("telemetry.slow_rank_factor", Range(above=1)),
     ("telemetry.samples", _NOT_NEGATIVE),
     ("telemetry.peak_tflops", _POSITIVE),
     ("deepspeed.start_seconds", _POSITIVE),
@@ -211,6 +215,7 @@ def _text_errors(config: Config) -> Iterator[str]:
     usable = sorted(entry.name.removeprefix("SIG") for entry in signal.Signals)
     if wanted not in usable or wanted in ("KILL", "STOP"):
         yield f"deepspeed.stop_signal={wanted!r}: must be a signal that can be caught, without SIG, e.g. USR1 or USR2"
+    yield from suite_errors(config.evaluate.suite)
     if len(set(config.evaluate.methods)) != len(config.evaluate.methods):
         yield f"evaluate.methods={config.evaluate.methods}: a method stands there twice; remove one"
     for name in config.telemetry.loggers:
@@ -259,6 +264,9 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="
             f"{config.evaluate.num_trajectories} samples to vote; lower the one or raise the other"
         )
+    window = config.telemetry.profile_steps
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
     if config.ar.copy_fraction > 0 and config.data.train is None:
         yield "ar.copy_fraction: there are no sentences to copy; set data.train"
 

@@ -71,6 +71,18 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` with other values of some settings, given by their full names.  Raises ConfigError as loading does."""
+    tree, errors = OmegaConf.structured(config), list[str]()
+    for name, value in changes.items():
+        _merge(tree, _nested(name, value), {}, lambda _: "there", errors)
+    changed = _resolve(tree, errors)
+    errors += [*_choice_errors(changed), *validate(changed)]
+    if errors:
+        raise ConfigError(errors)
+    return changed
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write every setting of ``config`` to ``path`` as YAML; :func:`load_config` reads the same configuration back."""
     OmegaConf.save(OmegaConf.structured(config), path)
@@ -228,10 +240,13 @@ def _merge(
         as_written = texts.get(entry.name)
         if as_written is not None and (is_text if isinstance(as_written, str) else is_text_list)(entry.annotation):
             value = as_written
+        if entry.annotation == list[Any] and isinstance(value, str):
+            value = [value]
         try:
             OmegaConf.update(tree, entry.name, value, merge=True)
             # OmegaConf lets containers into a list of texts.
-            fits = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
+            plain = not isinstance(value, list) or not any(isinstance(item, (list, Mapping)) for item in value)
+            fits = plain or entry.annotation == list[Any]
             fits &= not is_texts(entry.annotation) or value is None or _are_texts(value)
         except OmegaConfBaseException:
             fits = False
@@ -335,6 +350,8 @@ def _type_name(annotation: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         inner = " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
         return f"{inner}, or null" if type(None) in arguments else inner
+    if annotation == list[Any]:
+        return "a list of names and mappings"
     if origin is list:
         return f"a list, each {_type_name(arguments[0])}"
     return "a mapping" if origin is dict else str(annotation)

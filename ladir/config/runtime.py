@@ -17,6 +17,15 @@ class TelemetrySettings:
     )
     progress: str = setting("auto", "auto: a bar on a terminal, lines in a log", ("auto", "bar", "lines"))
     line_every_seconds: float = setting(10.0, "least seconds between two progress lines in a log")
+    status_every_seconds: float = setting(5.0, "seconds between two writings of status.json, which python -m ladir status reads")
+    slow_rank_factor: float = setting(
+        1.3,
+        "a rank whose matrix products take so many times as long as the median rank's, in three log lines on end, is named in a "
+        "warning (not measured where backbone.compile=true)",
+    )
+    profile_steps: list[int] = setting(
+        [], "[first, last]: these training steps are traced by PyTorch's profiler, a file per rank in profile/<phase>; []: none"
+    )
     samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for the MFU; not set: that of a large matrix product, measured at the start"

@@ -39,10 +39,14 @@ _ANSWER_FIELDS = ("final_answer", "answer")
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions that are asked, and the lines of the file that are not, as far as the last question asked."""
+    """The questions that are asked, and the lines of the file that are not, as far as the last question asked.
+
+    ``in_file``: all its lines.
+    """
 
     asked: list[Record]
     left_out: list[BadRecord]
+    in_file: int
 
 
 def read_questions(
@@ -67,7 +71,7 @@ def read_questions(
     places = [place for place, entry in enumerate(entries) if isinstance(entry, Record)]
     shown = entries if most is None or most >= len(places) else entries[: places[most - 1] + 1]
     asked = [entry for entry in shown if isinstance(entry, Record)]
-    return QuestionSet(asked, [entry for entry in shown if isinstance(entry, BadRecord)])
+    return QuestionSet(asked, [entry for entry in shown if isinstance(entry, BadRecord)], len(entries))
 
 
 def _question(source: str, load: Callable[[], Any], settings: DataSettings) -> Record | BadRecord:

@@ -27,10 +27,18 @@ _HELD_OUT = "held out: pass@1 on questions of kinds that no training record has"
 _COSTS = {"seconds_per_question": "{:.3f}", "forward_passes_per_question": "{:.0f}", "training_seconds": "{:.0f}"}
 
 
-def results_table(results: Mapping[str, Any], held_out: Mapping[str, Any] | None = None) -> Table:
+def shown_figures(results: Mapping[str, Any]) -> list[str]:
+    """The figures that some row of a ``results.json`` has, in the order in which they are shown."""
+    return [name for name in _COLUMNS if any(row.get(name) is not None for row in results["rows"])]
+
+
+def results_table(
+    results: Mapping[str, Any], held_out: Mapping[str, Any] | None = None, figures: Sequence[str] | None = None
+) -> Table:
     """The rows of a ``results.json`` as a table of 80 columns; rates in percent.
 
-    ``held_out``: results on questions of another kind, whose pass@1 stands in a column of its own.
+    ``held_out``: results on questions of another kind, whose pass@1 stands in a column of its own; ``figures``: these alone, for
+    less room than 80 columns.
     """
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
@@ -41,7 +49,7 @@ def results_table(results: Mapping[str, Any], held_out: Mapping[str, Any] | None
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
-    columns = {name: title for name, title in _COLUMNS.items() if any(row.get(name) is not None for row in results["rows"])}
+    columns = {name: _COLUMNS[name] for name in (shown_figures(results) if figures is None else figures)}
     beside = {row["method"]: row for row in held_out["rows"]} if held_out else {}
     for title in [*columns.values(), *(["held\nout"] if held_out else [])]:
         table.add_column(title, justify="right", no_wrap=True)

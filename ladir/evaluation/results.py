@@ -111,6 +111,8 @@ def write_results(
     num_questions: int,
     num_trajectories: int,
     seed: int,
+    in_file: int | None = None,
+    benchmark: str = "",
     split: str = "test",
     snapshot: int | None = None,
     sample: Mapping[str, Any] | None = None,
@@ -122,12 +124,14 @@ def write_results(
 
     ``sample`` and ``ar``: the controls of LaDiR's generation and of the baseline's; ``snapshot``: the training step of models
     that are not the finished ones; ``left_out`` and ``gold``: what was not asked, and what the checker said of the records' own
-    answers.
+    answers; ``in_file``: questions in the file, asked or not; ``benchmark``: name of the data set in a suite.
     """
     content = {
+        "benchmark": benchmark,
         "task": task,
         "split": split,
         "snapshot": snapshot,
+        "in_file": in_file,
         "num_questions": num_questions,
         "num_trajectories": num_trajectories,
         "seed": seed,

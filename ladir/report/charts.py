@@ -157,7 +157,8 @@ def _alike(run: RunData, control: str | None = None) -> Iterator[Results]:
 
     def facts(results: Results) -> tuple[Any, ...]:
         controls = {name: value for name, value in results.sample.items() if name != control}
-        return controls, *(results.content.get(name) for name in ("task", "split", "num_questions", "num_trajectories", "seed"))
+        asked = (results.content.get(name) for name in ("task", "split", "num_questions", "num_trajectories", "seed"))
+        return controls, results.content.get("benchmark") or "", *asked
 
     return (results for results in run.results if facts(results) == facts(run.results[0]))
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
 from ladir.data.prompts import parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
+from ladir.models.backbone import Backbone
 from ladir.models.folders import load_backbone, reads_questions_both_ways
 from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
@@ -50,19 +52,20 @@ class Answers:
 Answerer = Callable[[Sequence[Record]], Answers]
 
 
-def load_answerers(config: Config, model: str, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:
-    """Load one model; how it answers in each of ``samplings``."""
-    folder = RunFolder(config)
+def load_answerers(
+    configs: Sequence[Config], model: str, samplings: Sequence[str], device: torch.device
+) -> list[dict[str, Answerer]]:
+    """Load one model; how it answers in each of ``samplings``, under the settings of each data set."""
+    config, folder = configs[0], RunFolder(configs[0])
     if model == "ar":
-        return ar_answerers(config, folder, samplings, device)
+        return ar_answerers(configs, folder, samplings, device)
     reasoner = Reasoner.from_pretrained(
         folder.export,
         device,
         config.backbone.attention,
         denoiser=stage_folder(folder, model == "rollout", config.evaluate.snapshot),
     )
-    reasoner.settings = config.sample
-    return {sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings}
+    return [{sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings} for config in configs]
 
 
 def stage_folder(folder: RunFolder, second: bool, snapshot: int | None) -> Path | None:
@@ -78,6 +81,7 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
     controls = {"num_trajectories": config.evaluate.num_trajectories, **VARIANTS.get(sampling, {})}
 
     def answer(records: Sequence[Record]) -> Answers:
+        reasoner.settings = config.sample
         questions = [record.question for record in records]
         with count_cost(*reasoner.answering()) as cost, reasoner.graphs.counted(cost):
             groups = reasoner.generate(questions, seed=config.run.seed, thoughts=False, **controls)
@@ -88,37 +92,45 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
     return answer
 
 
-def ar_answerers(config: Config, folder: RunFolder, samplings: Sequence[str], device: torch.device) -> dict[str, Answerer]:
-    """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``)."""
-    tokenizer = load_tokenizer(config.backbone)
-    model = folder.model(folder.snapshot("ar", config.evaluate.snapshot))
-    backbone = load_backbone(model, config.backbone, device).to(device).eval()
-    bidirectional = reads_questions_both_ways(model)
+def ar_answerers(
+    configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device
+) -> list[dict[str, Answerer]]:
+    """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``), under each data set's settings."""
+    settings, snapshot = configs[0].backbone, configs[0].evaluate.snapshot
+    model = folder.model(folder.snapshot("ar", snapshot))
+    backbone = load_backbone(model, settings, device).to(device).eval()
+    tokenizer, bidirectional = load_tokenizer(settings), reads_questions_both_ways(model)
+    return [
+        {sampling: ar_answerer(config, tokenizer, backbone, bidirectional, sampling == "ar-greedy") for sampling in samplings}
+        for config in configs
+    ]
 
-    def answerer(samples: int, temperature: float) -> Answerer:
-        def answer(records: Sequence[Record]) -> Answers:
-            with count_cost(backbone) as cost:
-                texts = complete(
-                    backbone,
-                    [prompt_ids(tokenizer, record.question) for record in records],
-                    [record.question for record in records],
-                    samples,
-                    int(tokenizer.eos_token_id),
-                    config.evaluate.ar_max_tokens,
-                    temperature,
-                    config.run.seed,
-                    bidirectional_question=bidirectional,
-                    top_p=config.evaluate.ar_top_p,
-                )
-            prefixes = config.data.answer_prefixes
-            return Answers([[sampled_of(ids, prefixes) for ids in group] for group in texts], cost)
 
-        return answer
+def ar_answerer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, bidirectional: bool, greedy: bool
+) -> Answerer:
+    """The baseline as the settings say."""
+    samples, temperature = (1, 0.0) if greedy else (config.evaluate.num_trajectories, config.evaluate.ar_temperature)
 
-    def sampled_of(ids: list[int], prefixes: Sequence[str]) -> Sampled:
-        chain = parse_completion(decode_text(tokenizer, ids), prefixes, programs=config.evaluate.task == "code")
+    def answer(records: Sequence[Record]) -> Answers:
+        with count_cost(backbone) as cost:
+            texts = complete(
+                backbone,
+                [prompt_ids(tokenizer, record.question) for record in records],
+                [record.question for record in records],
+                samples,
+                int(tokenizer.eos_token_id),
+                config.evaluate.ar_max_tokens,
+                temperature,
+                config.run.seed,
+                bidirectional_question=bidirectional,
+                top_p=config.evaluate.ar_top_p,
+            )
+        return Answers([[sampled_of(ids) for ids in group] for group in texts], cost)
+
+    def sampled_of(ids: list[int]) -> Sampled:
+        text, prefixes = decode_text(tokenizer, ids), config.data.answer_prefixes
+        chain = parse_completion(text, prefixes, programs=config.evaluate.task == "code")
         return Sampled(chain.answer, tuple(chain.thoughts), stopped=len(ids) < config.evaluate.ar_max_tokens)
 
-    greedy = answerer(1, 0.0)
-    sampled = answerer(config.evaluate.num_trajectories, config.evaluate.ar_temperature)
-    return {sampling: greedy if sampling == "ar-greedy" else sampled for sampling in samplings}
+    return answer

@@ -23,7 +23,8 @@ from training.runtime.run import Run, evaluation_label
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
 #: settings in them that do not: which answers are shown, and how, how many are judged at a time, what else is counted
-ABOUT_ROWS = tuple(f"evaluate.{name}" for name in ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold"))
+_SHOWN = ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold", "suite", "suite_folder")
+ABOUT_ROWS = tuple(f"evaluate.{name}" for name in _SHOWN)
 
 
 @dataclass(frozen=True)

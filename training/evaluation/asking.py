@@ -1,48 +1,137 @@
-"""The queue of questions: batch by batch over the ranks, each batch kept as soon as it is judged."""
+"""The queue of questions: batches of all data sets, taken by the ranks as they are done, each kept as soon as it is judged."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ladir.data.records import Record
 from ladir.evaluation.results import QuestionResult
+from ladir.report.status import duration
 from ladir.tasks import Task
 from training.evaluation.answerers import Answerer, load_answerers
-from training.evaluation.answers import Answered, AnswerLog, cut
+from training.evaluation.answers import Answered, cut
+from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
+from training.evaluation.rows import GREEDY, model_of
 from training.runtime.run import Run
+from training.runtime.status import Pace
+from training.runtime.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
-#: a batch of programs that never end takes its rank so much longer than the others theirs
+#: at the end the ranks wait for the last batches of the others; one of programs that never end takes long
 _BATCH_MINUTES = 24 * 60
 
 
-def ask_model(run: Run, log: AnswerLog, task: Task, model: str, samplings: Sequence[str], records: Sequence[Record]) -> bool:
-    """Ask one model in all its ways; it is loaded only where questions are left.  False when a signal asked to stop."""
-    left = [sampling for sampling in samplings if len(log.done(sampling)) < len(records)]
-    answerers = load_answerers(run.config, model, left, run.world.device) if left else {}
-    return all(ask(run, log, task, sampling, records, answerer) for sampling, answerer in answerers.items())
+@dataclass(frozen=True)
+class Portion:
+    """A batch of a data set's questions that is asked in one way: the place of its benchmark, and those of its questions."""
+
+    benchmark: int
+    sampling: str
+    batch: range
 
 
-def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[Record], answerer: Answerer) -> bool:
-    """Add answers to all questions to the log; False when a signal asked to stop (what is answered is kept)."""
-    done, judges = log.done(sampling), judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
-    batches = cut(len(records), run.config.evaluate.questions_per_batch, run.world.size)
-    left = [batch for batch in batches if not done.issuperset(batch)]
+def portions(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> list[Portion]:
+    """What is not answered yet, alike on all ranks: model by model, so that each is loaded once; greedy rows, whose batches are
+    short, are the last of each, for then nobody waits long at the end."""
+    found = []
+    for model in dict.fromkeys(map(model_of, samplings)):
+        own = [sampling for sampling in samplings if model_of(sampling) == model]
+        for sampling in sorted(own, key=lambda sampling: sampling in GREEDY):
+            for place, benchmark in enumerate(benchmarks):
+                done, settings = benchmark.log.done(sampling), benchmark.run.config.evaluate
+                size = settings.greedy_questions_per_batch if sampling in GREEDY else settings.questions_per_batch
+                batches = cut(len(benchmark.asked.records), size, run.world.size)
+                found += [Portion(place, sampling, batch) for batch in batches if not done.issuperset(batch)]
+    return found
+
+
+class Models:
+    """One model in memory at a time, and how it answers the questions of every data set."""
+
+    def __init__(self, run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> None:
+        self._run, self._samplings = run, samplings
+        self._configs = [benchmark.run.config for benchmark in benchmarks]
+        self._model = ""
+        self._answerers: Sequence[Mapping[str, Answerer]] = ()
+
+    def answerer(self, portion: Portion) -> Answerer:
+        """Who answers a portion; the model is loaded where it is not the present one."""
+        model = model_of(portion.sampling)
+        if model != self._model:
+            self._run.status.say(f"loading the model behind {portion.sampling}")
+            self._answerers = ()  # lets the other one go before this one comes
+            own = [sampling for sampling in self._samplings if model_of(sampling) == model]
+            self._answerers, self._model = load_answerers(self._configs, model, own, self._run.world.device), model
+        return self._answerers[portion.benchmark][portion.sampling]
+
+
+def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> bool:
+    """Add all answers to the logs; False when a signal asked to stop (what is answered is kept)."""
+    left, models, tickets = portions(run, benchmarks, samplings), Models(run, benchmarks, samplings), Tickets(run.world)
+    judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
+    told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0
+    while not _asked_to_stop(run, tickets) and (number := tickets.take()) < len(left):
+        begun, portion = time.perf_counter(), left[number]
+        told.taken(number)
+        benchmark, answerer = benchmarks[portion.benchmark], models.answerer(portion)
+        records = [benchmark.asked.records[i] for i in portion.batch]
+        answered = _answer(benchmark.task, judges, records, answerer, run.world.rank)
+        benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))
+        busy += time.perf_counter() - begun
+    run.status.say("waits for the last batches of the other ranks" if run.world.size > 1 else None)
     run.world.wait_at_most(_BATCH_MINUTES)
-    for first in range(0, len(left), run.world.size):  # together, so that no rank waits for another one's whole share
-        if run.stop_agreed():
-            return False
-        for batch in left[first + run.world.rank :][:1]:
-            answered = _answer(task, judges, [records[i] for i in batch], answerer, run.world.rank)
-            log.add(sampling, dict(zip(batch, answered, strict=True)))
     if run.stop_agreed():
         return False
-    logger.info("%s: %d questions answered", sampling, len(records))
+    _tell_busy(run, busy, time.perf_counter() - start)
     return True
+
+
+def _asked_to_stop(run: Run, tickets: Tickets) -> bool:
+    """Whether any rank was; the others learn it here, when they are done with what they are at."""
+    run.stop.announce()
+    if run.stop.requested:
+        tickets.close()
+    return tickets.closed
+
+
+def _tell_busy(run: Run, busy: float, seconds: float) -> None:
+    """How much of the time the ranks worked (all ranks together)."""
+    shares = [own / max(seconds, 1e-9) for own in run.world.gather(busy)]
+    if run.world.size > 1 and seconds:
+        least = min(range(len(shares)), key=shares.__getitem__)
+        mean = sum(shares) / len(shares)
+        logger.info("asked for %s; ranks were busy %.0f %% of it (rank %d, the least: %.0f %%)",
+                    duration(seconds), 100 * mean, least, 100 * shares[least])  # fmt: skip
+
+
+class _Progress:
+    """Says how far the queue is, in the status and now and then in a line."""
+
+    def __init__(self, run: Run, benchmarks: Sequence[Benchmark], left: Sequence[Portion]) -> None:
+        self._run, self._benchmarks, self._left = run, benchmarks, left
+        self._before = [0]
+        for portion in left:
+            self._before.append(self._before[-1] + len(portion.batch))
+        self._pace, self._line = Pace(), -math.inf
+
+    def taken(self, number: int) -> None:
+        """This rank is about to ask portion ``number``; all before it are taken."""
+        portion, done = self._left[number], self._before[number] / self._before[-1]
+        benchmark, seconds = self._benchmarks[portion.benchmark], self._pace.seconds_left(done)
+        name = f"{portion.sampling} on {benchmark.name}" if benchmark.name else portion.sampling
+        first, end, count = portion.batch.start + 1, portion.batch.stop, len(benchmark.asked.records)
+        self._run.status.say(f"asking {name}, questions {first} to {end} of {count}", fraction=done, seconds_left=seconds)
+        now = time.monotonic()
+        if self._run.world.is_main and now - self._line >= self._run.config.telemetry.line_every_seconds:
+            self._line = now
+            eta = "" if seconds is None else f" ETA {duration(seconds)}"
+            logger.info("evaluate %3.0f%%%s %s: question %d of %d", 100 * done, eta, name, first, count)
 
 
 def _answer(task: Task, judges: int, records: Sequence[Record], answerer: Answerer, rank: int) -> list[Answered]:

@@ -84,7 +84,7 @@ def _judged(
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
     accepted = known | {asked[place] for place, reason in verdicts.items() if reason is None}
     if accepted != known:
-        write_json(file, {checker: sorted(accepted)})
+        write_json(file, {**read_json(file), checker: sorted(accepted)})
     if len(verdicts) < len(new):
         return None
     seconds = time.perf_counter() - start

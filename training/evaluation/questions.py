@@ -23,6 +23,8 @@ class Asked:
     left_out: list[BadRecord]
     """Lines that are not asked, as far as the last question that is."""
     gold: GoldCheck
+    in_file: int
+    """Lines of the file, whether they are asked or not."""
 
 
 def choose_questions(run: Run, task: Task) -> Asked | None:
@@ -38,7 +40,7 @@ def choose_questions(run: Run, task: Task) -> Asked | None:
     records = [record for place, record in enumerate(found.asked) if place not in skipped]
     if not records:
         raise UnusableError(f"{question_file(run.config)}: no question is left whose own answer is right; nothing can be asked")
-    return Asked(records, found.left_out, gold)
+    return Asked(records, found.left_out, gold, found.in_file)
 
 
 def read_split(config: Config, task: Task) -> QuestionSet:

@@ -7,22 +7,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ladir.config import Config
+from ladir.data.rows import EXTENSIONS
 from training.evaluation.answerers import stage_folder
 from training.evaluation.rows import PHASES, model_of, sampling_of
 from training.runtime.run import Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
-_ENDINGS = (".jsonl", ".gz", ".parquet")
+_ENDINGS = (*EXTENSIONS, ".gz")
 
 
-def ready_methods(run: Run) -> list[str]:
+def ready_methods(run: Run, asked: Sequence[Config]) -> list[str]:
     """The rows of the table that can be filled: all, or all but the second stage's where it was not trained.
 
-    Raises FileNotFoundError with a line for everything else that is missing: models, their snapshots, the file of questions.
+    ``asked``: the settings of every data set.  Raises FileNotFoundError with a line for everything else that is missing: models,
+    their snapshots, the files of questions.
     """
     methods = [method for method in run.config.evaluate.methods if _is_trained(run, method)]
-    problems = [*_missing_file(run.config), *_missing_models(run, methods)] if run.world.is_main else None
+    files = (problem for config in asked for problem in _missing_file(config))
+    problems = [*files, *_missing_models(run, methods)] if run.world.is_main else None
     if problems := run.world.broadcast(problems):
         raise FileNotFoundError("\n".join(problems))
     return methods

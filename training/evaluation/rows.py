@@ -8,6 +8,10 @@ from ladir.evaluation.voting import RULES
 PHASES = {"ar": ("ar",), "ladir": ("vae", "latents", "denoiser"), "rollout": ("vae", "latents", "denoiser", "rollout")}
 
 
+#: samplings of one answer per question, without randomness
+GREEDY = ("ar-greedy", "ladir-zero-noise")
+
+
 def sampling_of(method: str) -> tuple[str, str | None]:
     """The samples behind a row of the table, and the rule by which one of them is elected (None: all are shown)."""
     rule = next((rule for rule in RULES if method.endswith(f"-{rule}")), None)

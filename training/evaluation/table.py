@@ -6,15 +6,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ladir.evaluation.metrics import summarise
-from ladir.evaluation.report import examples, results_table
-from ladir.evaluation.results import MethodResult, QuestionResult, read_results, write_questions, write_results
+from ladir.evaluation.report import examples, results_table, shown_figures
+from ladir.evaluation.results import MethodResult, QuestionResult, read_questions, read_results, write_questions, write_results
 from ladir.evaluation.voting import elections
+from ladir.report.fitting import print_whole
 from training.evaluation.answers import Answered
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
@@ -57,8 +59,10 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
     )
 
 
-def report(run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, Answered]], asked: Asked) -> None:
-    """Write the results and show them (rank 0)."""
+def report(
+    run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, Answered]], asked: Asked, benchmark: str = ""
+) -> None:
+    """Write the results (rank 0); ``benchmark``: the data set's name in a suite."""
     settings = run.config.evaluate
     results, generations = result_files(run)
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
@@ -71,6 +75,8 @@ def report(run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, 
         results,
         [result_row(run, method, answers, len(asked.left_out) if counted else 0) for method in methods],
         task=settings.task,
+        benchmark=benchmark,
+        in_file=asked.in_file,
         num_questions=len(asked.records),
         num_trajectories=settings.num_trajectories,
         seed=run.config.run.seed,
@@ -81,10 +87,15 @@ def report(run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, 
         left_out={"number": len(asked.left_out), "counted": counted, "reasons": list(map(str, asked.left_out[:_LISTED]))},
         gold=gold_facts(asked.gold, settings.on_bad_gold),
     )
-    console = Console()
-    console.print(results_table(read_results(results)))
+
+
+def show(run: Run) -> None:
+    """The table, and the first questions with their thoughts (rank 0)."""
+    results, generations = result_files(run)
+    console, content, judged = Console(), read_results(results), read_questions(generations)
+    print_whole(console, partial(results_table, content, None), shown_figures(content))
     shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
-    console.print(examples(judged[shown], settings.examples))
+    console.print(examples(judged[shown], run.config.evaluate.examples))
 
 
 def gold_facts(check: GoldCheck, handling: str) -> dict[str, Any]:

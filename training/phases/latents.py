@@ -29,6 +29,7 @@ from training.phases.tokens import Tokens
 from training.runtime.ending import tell_end
 from training.runtime.files import read_json, sha256, write_json
 from training.runtime.run import Outcome, Run
+from training.runtime.status import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def encode_split(
     parts = _parts(run, target, watch.mark, source, form)
     if not _encode_parts(run, vae, records, parts, form, watch):
         return False
+    run.status.say(f"joining the parts of {target}", fraction=None, seconds_left=None)
     run.world.barrier()
 
     def join() -> None:
@@ -117,10 +119,11 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Pa
         for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
             if other != folder:
                 shutil.rmtree(other)
-    firsts, size = _firsts(run, len(records)), run.config.latents.records_per_part
+    firsts, size, pace = _firsts(run, len(records)), run.config.latents.records_per_part, Pace()
     for start in range(0, len(firsts), run.world.size):
         if run.stop_agreed():
             return False
+        _tell_part(run, pace, firsts[start], len(records))
         for first in firsts[start + run.world.rank : start + run.world.size][:1]:
             if not is_whole(folder, first):
                 mine = range(first, min(first + size, len(records)))
@@ -128,6 +131,12 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Pa
                 if run.world.is_main:
                     watch.note()
     return True
+
+
+def _tell_part(run: Run, pace: Pace, first: int, count: int) -> None:
+    """How far the encoding is."""
+    done = first / count
+    run.status.say(f"encoding from record {first + 1:,} of {count:,}", fraction=done, seconds_left=pace.seconds_left(done))
 
 
 def _is_current(run: Run, name: str, mark: str, source: str) -> bool:

@@ -22,6 +22,8 @@ from training.runtime.ds_config import read_ds_config
 from training.runtime.sampler import micro_batch_size
 
 GIB = 2**30
+#: what splits least, where there are several GPUs
+_LIGHTEST = "ds_configs/zero2.json"
 #: offloading that is tried, mildest first, where a phase does not fit
 _LADDER = ("ds_configs/zero3.json", "ds_configs/zero3_offload_optimizer.json", "ds_configs/zero3_offload.json")
 
@@ -36,6 +38,8 @@ class Machine:
     reserve: int
     flops: float
     mfu: float
+    launch_seconds: float = 10e-6
+    """What it takes the host to launch one operator."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -61,6 +65,10 @@ class Prediction:
     seconds: float
     epochs: float | None
     remedy: str = ""
+    lighter: str = ""
+    """The DeepSpeed file that splits less and fits as well."""
+    bound: str = ""
+    """What the time is that of, where not of arithmetic."""
 
     @property
     def peak(self) -> int:
@@ -84,7 +92,7 @@ class Planner:
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int], nn.Module] = {}
         self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
-        self._sample_flops: dict[tuple[str, int], int] = {}
+        self._mean_passes: dict[tuple[str, int], Pass] = {}
 
     def predictions(self) -> Iterator[Prediction]:
         """All phases in the order in which they run."""
@@ -107,8 +115,22 @@ class Planner:
         micro = micro_batch_size(train.global_batch, self.machine.gpus, train.micro_batch)
         found = self._attempt(phase, self.config, micro)
         if not found.fits:
-            found = Prediction(**{**vars(found), "remedy": self._remedy(phase, micro, backbone.activation_checkpointing)})
-        return found
+            return replace(found, remedy=self._remedy(phase, micro, backbone.activation_checkpointing))
+        return replace(found, lighter=self._lighter(phase, found))
+
+    def _lighter(self, phase: str, found: Prediction) -> str:
+        """The first of the usual DeepSpeed files before ours that fits as well; "" where there is none.
+
+        What a pass allocates is no more there: only splitting takes memory for a gradient on its way.
+        """
+        train, own = self.train_settings(phase), self.config.deepspeed.config
+        usual = [*(["ds_configs/zero0.json"] if self.machine.gpus == 1 else [_LIGHTEST]), *_LADDER]
+        for path in usual[: usual.index(own)] if own in usual else []:
+            zero = Zero.of(read_ds_config(path), self.machine.gpus, self.element_bytes)
+            held = holdings(weights_of(self._model(phase, self.config), train.optimizer), zero, train.ema > 0)
+            if replace(found, holdings=held).fits:
+                return path
+        return ""
 
     def _attempt(self, phase: str, config: Config, micro: int) -> Prediction:
         """The phase under ``config`` (which may differ from ours in checkpointing, offloading and adapters)."""
@@ -118,6 +140,8 @@ class Planner:
         zero = Zero.of(read_ds_config(config.deepspeed.config), machine.gpus, self.element_bytes)
         held = holdings(weights, zero, train.ema > 0)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)
+        arithmetic = samples * self._mean_pass(phase, config).flops / self._speed
+        launching = samples / micro / machine.gpus * self._launches(phase, config) * machine.launch_seconds
         return Prediction(
             phase=phase,
             holdings=held,
@@ -130,8 +154,9 @@ class Planner:
             samples=samples,
             tokens=samples * self._tokens(phase),
             steps=samples / train.global_batch,
-            seconds=samples * self._flops(phase, config) / self._speed,
+            seconds=max(arithmetic, launching),
             epochs=train.max_epochs,
+            bound="launches" if launching > arithmetic else "",
         )
 
     @property
@@ -152,14 +177,22 @@ class Planner:
             self._peaks[key] = self._trace(phase, config, self.data.longest, micro, partial(taking_in, zero=zero)).peak_bytes
         return self._peaks[key]
 
-    def _flops(self, phase: str, config: Config) -> int:
-        """FLOPs of one mean sample, forward and backward, nothing recomputed (what MFU counts)."""
+    def _mean_pass(self, phase: str, config: Config) -> Pass:
+        """A pass over one mean sample, forward and backward, nothing recomputed (what MFU counts)."""
         key = (phase, config.backbone.lora.rank)
-        if key not in self._sample_flops:
+        if key not in self._mean_passes:
             plain = deepcopy(config)
             plain.backbone.activation_checkpointing = "none"
-            self._sample_flops[key] = self._trace(phase, plain, self.data.mean, 1).flops
-        return self._sample_flops[key]
+            self._mean_passes[key] = self._trace(phase, plain, self.data.mean, 1)
+        return self._mean_passes[key]
+
+    def _launches(self, phase: str, config: Config) -> float:
+        """Operators that a GPU's host launches for a micro batch, what is recomputed included.
+
+        Their number is that of one sample: more samples make operators larger, not more.
+        """
+        again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}[config.backbone.activation_checkpointing]
+        return self._mean_pass(phase, config).launches * (1 + again)
 
     def _trace(self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost) -> Pass:
         """A pass over ``count`` records of these sizes."""
@@ -252,7 +285,9 @@ class Planner:
         if sample.reencode:  # a block's text is written from a cache of its own, then read again
             trajectory += 2 * (latents + sample.max_thought_tokens)
             per_row += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
-        cache = ask.questions_per_batch * ask.num_trajectories * trajectory * self._cache_bytes
+        rows = max(ask.questions_per_batch * ask.num_trajectories, ask.greedy_questions_per_batch)
+        read = min(sample.thoughts_per_batch, rows * blocks) * 2 * (latents + mean.block + 1)  # behind the answers, as text
+        cache = max(rows * trajectory, read) * self._cache_bytes
         flops = 2 * lm * (mean.question + ask.num_trajectories * branches * per_row)
         questions = ask.num_questions or 1000
         capacity = self.machine.gpu_bytes - self.machine.reserve

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-from rich.console import Group
+from rich.console import Console
 from rich.table import Table
 
+from ladir.report.fitting import print_whole
 from training.planning.predict import GIB, Machine, Prediction
 
 _ROWS = (
@@ -22,13 +24,13 @@ _ROWS = (
 )
 
 
-def memory_table(predictions: Sequence[Prediction], machine: Machine) -> Table:
+def memory_table(machine: Machine, predictions: Sequence[Prediction]) -> Table:
     """GiB per GPU by item and phase, host memory per node, sizes on disk, and the verdict."""
     table = Table(title=f"GiB per GPU ({machine.gpus} GPUs of {machine.gpu_bytes / GIB:g} GiB)", title_justify="left")
     table.add_column("")
     for p in predictions:
         table.add_column(p.phase, justify="right")
-    table.add_row("", *(f"[dim]{p.setup}[/dim]" for p in predictions))
+    table.add_row("", *("[dim]" + p.setup.replace(", ", ",\n") + "[/dim]" for p in predictions))
     for name, value in _ROWS:
         if any(value(p) for p in predictions):
             table.add_row(name, *(_gib(value(p)) for p in predictions))
@@ -42,9 +44,10 @@ def memory_table(predictions: Sequence[Prediction], machine: Machine) -> Table:
     return table
 
 
-def time_table(predictions: Sequence[Prediction], machine: Machine) -> Table:
+def time_table(machine: Machine, predictions: Sequence[Prediction]) -> Table:
     """Samples, tokens, steps and hours of an epoch by phase."""
-    table = Table(title=f"An epoch, at {machine.mfu:.0%} of {machine.flops / 1e12:g} TFLOP/s per GPU", title_justify="left")
+    title = f"An epoch, at {machine.mfu:.0%} of {machine.flops / 1e12:g} TFLOP/s per GPU"
+    table = Table(title=f"{title} and {machine.launch_seconds * 1e6:g} us per launch", title_justify="left")
     table.add_column("")
     for p in predictions:
         table.add_column(p.phase, justify="right")
@@ -52,6 +55,8 @@ def time_table(predictions: Sequence[Prediction], machine: Machine) -> Table:
     table.add_row("tokens", *(f"{p.tokens / 1e6:,.1f} M" for p in predictions))
     table.add_row("steps", *("" if p.steps is None else f"{p.steps:,.0f}" for p in predictions))
     table.add_row("hours", *(f"{p.seconds / 3600:,.2f}" for p in predictions))
+    if any(p.bound for p in predictions):
+        table.add_row("which is the time of", *(p.bound or "arithmetic" for p in predictions))
     table.add_row("epochs set", *("" if p.epochs is None else f"{p.epochs:g}" for p in predictions))
     table.add_row("hours in all", *("" if p.epochs is None else f"{p.epochs * p.seconds / 3600:,.1f}" for p in predictions))
     return table
@@ -62,15 +67,27 @@ def remedies(predictions: Sequence[Prediction]) -> list[str]:
     return [f"{p.phase} needs {_gib(p.peak)} GiB of {_gib(p.capacity)}: try {p.remedy}" for p in predictions if not p.fits]
 
 
-def report(predictions: Sequence[Prediction], machine: Machine, measured: bool) -> Group:
-    """Everything to print."""
+def lighter(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """What splits less than the configured file and fits as well, a line for each such file."""
+    for path in dict.fromkeys(p.lighter for p in predictions if p.lighter):
+        phases = ", ".join(p.phase for p in predictions if p.lighter == path)
+        yield f"{phases}: deepspeed.config={path} fits as well and is faster, since less is gathered and sent"
+
+
+def print_report(console: Console, predictions: Sequence[Prediction], machine: Machine, measured: bool) -> None:
+    """Everything, as wide as it is where it goes to a file or a pipe."""
+    print_whole(console, partial(memory_table, machine), predictions)
+    print_whole(console, partial(time_table, machine), predictions)
     source = "lengths measured in data.train" if measured else "lengths from plan.* and data.max_* (data.train is not at hand)"
-    verdict = [f"[red]{line}[/red]" for line in remedies(predictions)] or ["[green]every phase fits[/green]"]
     notes = [
         f"Memory is that of a micro batch of the longest records, time that of mean ones: {source}.",
+        "Time is the larger of a GPU's arithmetic and of its host's launching one operator after another (--launch-us).",
         "Decoding (evaluate) reads memory more than it computes: its MFU is lower, its keys and values are an upper bound.",
+        *lighter(predictions),
     ]
-    return Group(memory_table(predictions, machine), time_table(predictions, machine), *notes, *verdict)
+    verdict = [f"[red]{line}[/red]" for line in remedies(predictions)] or ["[green]every phase fits[/green]"]
+    for line in [*notes, *verdict]:
+        console.print(line, soft_wrap=True)
 
 
 def _gib(size: float) -> str:

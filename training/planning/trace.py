@@ -29,11 +29,26 @@ from ladir.spans import turns
 _TRACED_BLOCKS = (2, 4, 6)
 
 
+#: operators that only make or rename tensors, besides views
+_FREE = frozenset(
+    (
+        torch.ops.aten.empty,
+        torch.ops.aten.empty_like,
+        torch.ops.aten.empty_strided,
+        torch.ops.aten.new_empty,
+        torch.ops.aten.detach,
+        torch.ops.aten._unsafe_view,
+        torch.ops.aten.resize_,
+        torch.ops.aten.set_,
+    )
+)
+
+
 class LiveMemory(TorchDispatchMode):
     """Within, counts the bytes of storages that operators allocate and that are still alive, and their peak.
 
     Only storages of the device type ``device`` count, and none that was there before (weights, batch: ``known``).
-    ``flops`` counts matrix products.
+    ``flops`` counts matrix products; ``launches`` the operators that a GPU has work with, of which each is launched by the host.
     """
 
     def __init__(self, device: str, known: Iterable[Tensor] = ()) -> None:
@@ -41,6 +56,7 @@ class LiveMemory(TorchDispatchMode):
         self._device = device
         self.live = self.peak = 0
         self.flops = 0
+        self.launches = 0
         self._seen: Any = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = 0
@@ -50,6 +66,7 @@ class LiveMemory(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
+        self.launches += not (func.is_view or func._overloadpacket in _FREE)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
@@ -113,10 +130,12 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Pass:
-    """A traced pass: most bytes alive at once (weights, their gradients and the batch not counted) and its FLOPs."""
+    """A traced pass: most bytes alive at once (weights, their gradients and the batch not counted), its FLOPs, and the operators
+    that the host launches for it."""
 
     peak_bytes: int
     flops: int
+    launches: int = 0
 
 
 #: bytes that the engine has for a moment, beside a complete gradient of so many elements
@@ -139,7 +158,7 @@ def trace_training(model: nn.Module, batch: Any, taking_in: TakingIn = at_no_cos
         outputs = model(batch)
         losses = [value for name, value in outputs.items() if not name.startswith("metric/")]
         torch.stack(losses).sum().backward()
-    return Pass(memory.peak, memory.flops)
+    return Pass(memory.peak, memory.flops, memory.launches)
 
 
 def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) -> Pass:
@@ -156,8 +175,12 @@ def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) 
     model.settings = settings
     one, two = passes
     more, forward = max(with_gradient - 1, 0), all_passes - max(with_gradient, 1)
-    flops = two.flops - one.flops
-    return Pass(one.peak_bytes + more * (two.peak_bytes - one.peak_bytes), one.flops + more * flops + forward * flops // 3)
+    flops, launches = two.flops - one.flops, two.launches - one.launches
+    return Pass(
+        one.peak_bytes + more * (two.peak_bytes - one.peak_bytes),
+        one.flops + more * flops + forward * flops // 3,
+        one.launches + more * launches + forward * launches // 3,
+    )
 
 
 def _passes_per_span(settings: RolloutSettings, span: int) -> tuple[int, int]:
@@ -179,7 +202,8 @@ def trace_long_rollout(model: Rollout, batch_of: Callable[[int], Any], blocks: i
     weights = _lagrange(traced, blocks)
     peak = sum(weight * found.peak_bytes for weight, found in zip(weights, passes, strict=True))
     flops = sum(weight * found.flops for weight, found in zip(weights, passes, strict=True))
-    return Pass(max(int(peak), passes[-1].peak_bytes), int(flops))
+    launches = sum(weight * found.launches for weight, found in zip(weights, passes, strict=True))
+    return Pass(max(int(peak), passes[-1].peak_bytes), int(flops), int(launches))
 
 
 def _lagrange(points: Sequence[int], x: int) -> list[Fraction | int]:
@@ -193,12 +217,13 @@ def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None)
     memory = LiveMemory(_device(model), _known(model, batch))
     with torch.no_grad(), memory, _fused(model, memory):
         run()
-    return Pass(memory.peak, memory.flops)
+    return Pass(memory.peak, memory.flops, memory.launches)
 
 
 def _fused(model: nn.Module, memory: LiveMemory) -> AbstractContextManager[Any]:
     def add(flops: int) -> None:
         memory.flops += flops
+        memory.launches += 1
 
     return fused_attention(add) if _device(model) == "meta" else nullcontext()
 

@@ -18,7 +18,18 @@ _GROUPS = {
     QUALITY: ("exact", "rollout_distance", "rollout_other_gold"),
     LATENTS: ("active_units", "posterior_std", "latent_std"),
     OPTIMIZER: ("lr", "grad_norm", "skipped_steps", "epoch"),
-    SPEED: ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds"),
+    SPEED: (
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "mfu",
+        "data_wait",
+        "data_wait_worst",
+        "memory_gib",
+        "memory_rank",
+        "rank_slowest",
+        "rank_slowdown",
+        "seconds",
+    ),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 
@@ -32,8 +43,9 @@ _COMMON: tuple[_Chart, ...] = (
     ("skipped steps", OPTIMIZER, "skipped_steps"),
     ("tokens per second and device", SPEED, "tokens_per_second_per_device"),
     ("model FLOPs utilisation", SPEED, "mfu"),
-    ("share of time waiting for data", SPEED, "data_wait"),
-    ("memory (GiB)", SPEED, "memory_gib"),
+    ("share of time waiting for data (mean, worst rank)", SPEED, "data_wait(_worst)?"),
+    ("time of the slowest rank by the median one's", SPEED, "rank_slowdown"),
+    ("memory of the worst rank (GiB)", SPEED, "memory_gib"),
 )
 _VAE: tuple[_Chart, ...] = (
     _TOTAL,
@@ -84,9 +96,7 @@ def layout(phase: str) -> dict[str, dict[str, list[Any]]]:
     """A phase's section of charts for ``SummaryWriter.add_custom_scalars``."""
     title, charts = _SECTIONS.get(phase, (phase, _AR))
     return {
-        title: {
-            chart: ["Multiline", [rf"^{group}/{re.escape(phase)}/{names}$"]] for chart, group, names in (*charts, *_COMMON)
-        }
+        title: {chart: ["Multiline", [rf"^{group}/{re.escape(phase)}/{names}$"]] for chart, group, names in (*charts, *_COMMON)}
     }
 
 

@@ -23,9 +23,12 @@ from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Batch, Measured, Phase
+from training.runtime.profiling import StepProfiler
+from training.runtime.ranks import RankWatch
 from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
+from training.runtime.status import Pace
 from training.runtime.telemetry import Telemetry
 from training.runtime.topology import section_of
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
@@ -97,9 +100,14 @@ class Trainer:
         self._sample_ids: list[list[int]] = []
         self._first = True
         self._heartbeat = Heartbeat(run.world, run.phase)
+        telemetry = run.config.telemetry
+        self._ranks = RankWatch(run.world, telemetry.slow_rank_factor)
+        self._profiler = StepProfiler(telemetry.profile_steps, run.folder.profile(run.phase), run.world)
+        self._pace = Pace()
         self._flops_per_token: dict[str, float] = {}
         self._peak = 0.0
         self._unlogged: tuple[float, float] | None = None
+        self._left: float | None = None
         self._started = 0.0
 
     def resume(self) -> None:
@@ -113,6 +121,7 @@ class Trainer:
             self.metrics.update(state["metrics"])
             self._saved_step, self._validated_step = self.progress.step, state["validated"]
             self._saved_seconds = self.progress.seconds
+            self.run.status.say(step=self.progress.step, checkpoint_step=self.progress.step, checkpoint_time=path.stat().st_mtime)
             logger.info("phase %s continues after step %d (%s)", self.run.phase, self.progress.step, path)
 
     @contextmanager
@@ -151,6 +160,7 @@ class Trainer:
             raise
         finally:
             self._heartbeat.end()
+            self._profiler.close()
         self.world.wait_at_most(self.run.config.deepspeed.timeout_minutes)
 
     def _wait_at_most(self, minutes: float) -> None:
@@ -159,9 +169,10 @@ class Trainer:
         self._heartbeat.expect_within(minutes)
 
     @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
+    def _off_the_clock(self, doing: str) -> Iterator[None]:
         """What happens inside is not training time, and ranks may wait long for one another."""
         start = time.perf_counter()
+        self.run.status.say(f"{doing}, behind step {self.progress.step}")
         self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
         yield
         if not self._first:  # which waits for others that compile
@@ -175,7 +186,8 @@ class Trainer:
     def agree(self, window: Window) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
         self._sample_ids = [list(batch.sample_ids) for batch in window.batches]
-        self._heartbeat.beat(self.progress.step + 1, SAMPLES_READ, self._sample_ids)
+        self._profiler.before(self.progress.step + 1)
+        self._arrive(SAMPLES_READ)
         self.run.stop.announce()
         seconds = self._seconds() if self.world.is_main else 0.0
         counts = [window.count(term) for term in self.phase.weights]
@@ -187,7 +199,15 @@ class Trainer:
         if window.first > self.progress.samples:
             logger.info("samples %d to %d are left out (skip_samples)", self.progress.samples, window.first - 1)
             self.progress.samples = window.first
+        self._ranks.waited(window.wait)
+        self.run.status.say(f"step {self.progress.step + 1}: forward and backward")
         return stops > 0
+
+    def _arrive(self, part: str) -> None:
+        """This rank has come so far in the step, and has to wait for the others."""
+        self._heartbeat.beat(self.progress.step + 1, part, self._sample_ids)
+        waits = ", waits for the other ranks" if self.world.size > 1 else ""
+        self.run.status.say(f"step {self.progress.step + 1}: {part}{waits}")
 
     def accumulate(self, window: Window) -> float:
         """Forward and backward of all micro batches, then the second all-reduce: loss sums and gradient norm.
@@ -206,7 +226,7 @@ class Trainer:
             sums.add(outputs)
             self.meters.add_metrics(outputs)
         square = self.engine.gradient_square().double().reshape(1)
-        self._heartbeat.beat(self.progress.step + 1, GRADIENTS_COMPUTED, self._sample_ids)
+        self._arrive(GRADIENTS_COMPUTED)
         *values, square_sum = self.world.sum(torch.cat([sums.stacked(), square])).tolist()
         if not all(map(math.isfinite, (*values, square_sum))):
             self._report_non_finite(window, losses)
@@ -225,7 +245,8 @@ class Trainer:
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The engine's forward pass; the FLOPs per token of the first batch of a kind stand for all of it (MFU)."""
         if batch.kind in self._flops_per_token:
-            outputs = self.engine.forward(batch)
+            with self._ranks.timed(self.engine.model):
+                outputs = self.engine.forward(batch)
         else:
             with counted_flops(self.engine.model) as count:
                 outputs = self.engine.forward(batch)
@@ -265,6 +286,8 @@ class Trainer:
             self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
+        self._profiler.after(step)
+        self._tell(ahead)
         for name, amount in self._window.items():
             self._interval[name] += amount
         self._unlogged = (lr, gradient_norm)
@@ -277,6 +300,13 @@ class Trainer:
             self.save()
         if self._validation_due(ahead):  # behind the checkpoint: whatever fails here costs no step
             self.validate()
+        self.run.status.say(f"step {step + 1}: waits for its batch")
+
+    def _tell(self, fraction: float) -> None:
+        """How far the training is, and when it will be done."""
+        self._left = self._pace.seconds_left(fraction)
+        total = round(self.progress.step / fraction) if fraction > 0 else None
+        self.run.status.say(step=self.progress.step, fraction=fraction, total_steps=total, seconds_left=self._left)
 
     def _checkpoint_due(self) -> bool:
         """By steps, or by rank 0's clock, which all ranks have agreed on."""
@@ -305,6 +335,7 @@ class Trainer:
         now = self._seconds()
         seconds = max(now - self._interval["seconds"], 1e-9)
         per_device = self._interval["tokens"] / seconds / self.world.size
+        of_ranks, ranks = self._ranks.figures(self._telemetry.memory_gib(), seconds)
         speed = {
             "lr": lr,
             "grad_norm": gradient_norm,
@@ -313,7 +344,7 @@ class Trainer:
             "tokens_per_second_per_device": per_device,
             "mfu": self._interval["flops"] / seconds / self._peak,
             "data_wait": self._interval["wait"] / seconds,
-            "memory_gib": self._telemetry.memory_gib(),
+            **of_ranks,
             "epoch": self.progress.samples / self.phase.num_samples,
             "seconds": now,
         }
@@ -321,12 +352,14 @@ class Trainer:
         self.metrics.update(averages)
         self._telemetry.record("train", self.progress.step, {**averages, **speed})
         shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}
-        self._telemetry.progress(fraction, self.progress.step, {**averages, **shown})
+        self._telemetry.progress(fraction, self.progress.step, {**averages, **shown}, self._left)
+        told = {name: speed[name] for name in ("tokens_per_second", "mfu", "data_wait", "memory_gib")}
+        self.run.status.say(loss=averages.get("loss"), **told, **ranks)
 
     def validate(self) -> bool:
         """Validate now, off the clock; False where a signal asked to stop in between: it is then made up for."""
         most, stopped = self.settings.validation_batches * self.settings.global_batch, self.run.stop_agreed
-        with self._off_the_clock():
+        with self._off_the_clock("validation"):
             values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step, stopped)
         if values is None:
             return False
@@ -340,7 +373,7 @@ class Trainer:
         """Write a checkpoint of the present step, off the clock, unless there is one."""
         if self._saved_step == self.progress.step:
             return
-        with self._off_the_clock():
+        with self._off_the_clock("writing a checkpoint"):
             self.meters.collect(self.world)
             state = {
                 **dataclasses.asdict(self.progress),
@@ -350,6 +383,7 @@ class Trainer:
             }
             checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
         self._saved_step, self._saved_seconds = self.progress.step, self.progress.seconds
+        self.run.status.say(checkpoint_step=self._saved_step, checkpoint_time=time.time())
 
     def interrupt(self) -> Outcome:
         """Stopped by a signal: checkpoint, and leave the mark to be started again."""
@@ -373,7 +407,7 @@ class Trainer:
     def _keep(self, status: str, snapshot: int | None = None) -> Outcome:
         """Write the model, as the finished one or that of a step, off the clock."""
         outcome = self._outcome(status)
-        with self._off_the_clock():  # the others wait while rank 0 brings the last files to disk
+        with self._off_the_clock("writing the model"):  # the others wait while rank 0 brings the last files to disk
             self._write_model(self.run.folder.snapshot(self.run.phase, snapshot))
             self.run.finish(outcome, snapshot)
         return outcome

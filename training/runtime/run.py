@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,6 +32,7 @@ from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import StopRequest
+from training.runtime.status import Status
 from training.runtime.topology import section_of, train_settings
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,10 @@ class RunFolder:
         """Who holds this file locked works in the folder; ``lane``: beside others."""
         return self.path / (f".lock-{lane}" if lane else ".lock")
 
+    def status(self, lane: str = "") -> Path:
+        """What the job that holds the lock of the same lane is doing."""
+        return self.path / (f"status-{lane}.json" if lane else "status.json")
+
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
         return self.path / "checkpoints" / phase
@@ -120,6 +126,10 @@ class RunFolder:
     def tensorboard(self, phase: str) -> Path:
         """Folder of the TensorBoard events of a phase (of an evaluation: with its label)."""
         return self.path / "tensorboard" / phase
+
+    def profile(self, phase: str) -> Path:
+        """Folder of the profiler's traces of a phase."""
+        return self.path / "profile" / phase
 
     def config(self, phase: str) -> Path:
         """The settings a phase was started with."""
@@ -156,6 +166,13 @@ class Run:
         """The settings of the command line, as they were written, --config first."""
         self._lock: TextIO | None = None
         self._changes: dict[str, list[Any]] = {}
+        self.status = Status(phase, world.size)
+
+    def under(self, config: Config) -> Run:
+        """The same run, folder, processes and stop signal, under other settings (of one of its data sets)."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     @property
     def settings(self) -> TrainSettings:
@@ -194,6 +211,8 @@ class Run:
                 self.folder.interrupted.unlink(missing_ok=True)
                 for remark in idle_settings(self.config):
                     logger.warning("%s", remark)
+                seconds = self.config.telemetry.status_every_seconds
+                self.status = Status(self.phase, self.world.size, self.folder.status(self._locked_lane()), seconds)
             return problem
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
@@ -210,7 +229,7 @@ class Run:
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
             owner = f"{owner}, job {job}"
-        file = self.folder.lock("" if self.config.run.exclusive else self._lane())
+        file = self.folder.lock(self._locked_lane())
         end, waiting = time.monotonic() + LOCK_SECONDS, False
         while (lock := try_lock(file, owner)) is None:
             other = file.read_text(encoding="utf-8")
@@ -222,6 +241,9 @@ class Run:
             time.sleep(0.5)
         self._lock = lock
         return None
+
+    def _locked_lane(self) -> str:
+        return "" if self.config.run.exclusive else self._lane()
 
     def _lane(self) -> str:
         """What else may go on in the folder beside this job is in another lane.
@@ -295,6 +317,7 @@ class Run:
     def interrupt(self) -> None:
         """Leave the mark that the phase waits, and the one by which a batch script knows that its job should be queued again."""
         self.interrupted = True
+        self.status.stopped()
         if self.world.is_main:
             own = os.environ.get("INTERRUPTED_MARK")
             for mark in (self.folder.interrupted, *([Path(own)] if own else [])):
@@ -338,7 +361,7 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     try:
         run.prepare()
         seed_everything(config.run.seed, phase)
-        with run.stop:
+        with run.status, run.stop:
             yield run
     finally:
         run.release()

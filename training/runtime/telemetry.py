@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
+from ladir.report.status import duration
 from training.runtime.files import locked, write_text
 from training.runtime.loggers import Loggers
 from training.runtime.run import Run
@@ -82,8 +83,11 @@ class Telemetry:
 
         self._loggers.write(lambda one: one.scalars(kind, values, step))
 
-    def progress(self, fraction: float, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar, or write a line where the last one is old enough (or the training is at its end)."""
+    def progress(self, fraction: float, step: int, values: Mapping[str, float], left: float | None = None) -> None:
+        """Move the bar, or write a line where the last one is old enough (or the training is at its end).
+
+        ``left``: seconds until the end, where they are known.
+        """
         if not self._active:
             return
         text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
@@ -94,7 +98,8 @@ class Telemetry:
         now = time.monotonic()
         if fraction >= 1 or now - self._last_line >= self._settings.line_every_seconds:
             self._last_line = now
-            logger.info("%s %3.0f%% step %d %s", self._phase, 100 * min(fraction, 1.0), step, text)
+            end = f" ETA {duration(left)}" if left else ""
+            logger.info("%s %3.0f%% step %d%s %s", self._phase, 100 * min(fraction, 1.0), step, end, text)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text sample (Markdown)."""

@@ -1,0 +1,72 @@
+"""Suites of benchmarks: several data sets that one evaluation asks, each under settings of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: data sets by suite, with the task that judges their answers
+SUITES: Mapping[str, Mapping[str, str]] = {
+    "maths7": dict.fromkeys(
+        ("gsm8k", "math", "gaokao2023-en", "deepmind-mathematics", "college-math", "olympiadbench", "theoremqa"), "maths"
+    ),
+    "code4": dict.fromkeys(("humaneval", "humaneval+", "mbpp", "mbpp+"), "code"),
+    "countdown": dict.fromkeys(("countdown-4", "countdown-5"), "countdown"),
+}
+
+#: settings that a data set may have of its own (by section), and those in these sections that are the evaluation's
+_OWN_SECTIONS = ("data.", "evaluate.", "sample.")
+_SHARED = ("evaluate.suite", "evaluate.suite_folder", "evaluate.name", "evaluate.snapshot", "evaluate.methods", "evaluate.split")
+
+
+@dataclass(frozen=True)
+class DataSetEntry:
+    """A data set of a suite: its name, and settings of its own by their full names."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def entries(suite: Sequence[Any]) -> list[DataSetEntry]:
+    """The data sets of ``evaluate.suite``, a list of names (of suites or sets) and mappings."""
+    found: list[DataSetEntry] = []
+    for part in suite:
+        if isinstance(part, Mapping):
+            own = {str(name): value for name, value in part.items()}
+            found.append(DataSetEntry(str(own.pop("name", "")), own))
+        elif isinstance(part, str) and part in SUITES:
+            found += [DataSetEntry(name, {"evaluate.task": task}) for name, task in SUITES[part].items()]
+        else:
+            task = next((sets[part] for sets in SUITES.values() if isinstance(part, str) and part in sets), None)
+            found.append(DataSetEntry(str(part), {} if task is None else {"evaluate.task": task}))
+    return found
+
+
+def suite_errors(suite: Sequence[Any]) -> Iterator[str]:
+    """What is wrong with ``evaluate.suite``, a sentence each; the values of a set's settings are checked when it is opened."""
+    known = sorted({*SUITES, *(name for sets in SUITES.values() for name in sets)})
+    for part in suite:
+        if not isinstance(part, Mapping) and part not in known:
+            yield (
+                f"evaluate.suite: {part!r} is no suite or data set known by name; valid: {', '.join(known)}, or a mapping "
+                "{name: NAME, data.test: FILE, evaluate.task: TASK, ...}"
+            )
+    names = [entry.name for entry in entries(suite)]
+    for entry in entries(suite):
+        if not entry.name or entry.name.isdecimal() or re.search(r"[/\\\0]", entry.name):
+            yield f"evaluate.suite: name={entry.name!r}: a data set's name must be a part of a file's name, and not a number"
+        if names.count(entry.name) > 1:
+            yield f"evaluate.suite: two data sets are named {entry.name!r}; give one another name"
+        for setting in entry.settings:
+            if not setting.startswith(_OWN_SECTIONS) or setting in _SHARED:
+                yield (
+                    f"evaluate.suite: {entry.name}: {setting} cannot be a data set's own; what can: name, and settings of data, "
+                    "evaluate and sample by their full names (data.test, evaluate.task, sample.max_blocks, ...)"
+                )
+
+
+def file_key(name: str) -> str:
+    """What names of a data set's file have in common: ``MbppPlus`` and ``mbpp+``, ``college_math`` and ``college-math``."""
+    return re.sub(r"[^a-z0-9+]", "", name.lower().replace("plus", "+"))

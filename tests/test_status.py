@@ -1,0 +1,258 @@
+"""``python -m ladir status`` beside real trainings that run, are stopped, killed and started again; slow ranks; traces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ladir.__main__ import main
+from ladir.config.loader import ConfigError, load_config
+from ladir.errors import UnusableError
+from ladir.files import is_locked
+from ladir.report.status import (
+    CRASHED,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    SILENT,
+    STOPPED,
+    JobStatus,
+    duration,
+    lines,
+    one_line,
+    read_status,
+)
+from tests.distributed import ProcessGroup
+from tests.toy_phase import ToyPhase, toy_config
+from training.runtime.distributed import World, start
+from training.runtime.files import try_lock, write_json
+from training.runtime.loop import train
+from training.runtime.ranks import RankWatch, Slowest, slowest_rank
+from training.runtime.run import open_run
+from training.runtime.status import Pace, Status
+
+
+def train_toy(world: World, folder: Path, phase: ToyPhase, profile: list[int] | None = None, **settings: Any) -> None:
+    config = toy_config(folder, **settings)
+    config.telemetry.status_every_seconds = 0.02
+    config.telemetry.profile_steps = profile or []
+    with open_run(config, "ar", world) as run:
+        train(run, phase)
+
+
+def train_for_long(folder: Path) -> None:
+    """A process of its own, which makes a step every hundredth of a second, and a checkpoint of every second one."""
+    phase = ToyPhase()
+    phase.before_collate = lambda numbers: time.sleep(0.01)
+    config = toy_config(folder)
+    train_toy(start(config.deepspeed), folder, phase, max_steps=100_000, checkpoint_every=2)
+
+
+def until_it_trains(folder: Path, process: multiprocessing.process.BaseProcess) -> JobStatus:
+    while process.is_alive():
+        with suppress(UnusableError):
+            (job,) = read_status(folder).jobs
+            if job.facts["process"] == process.pid and job.facts.get("seconds_left") and job.facts.get("checkpoint_step"):
+                return job
+        time.sleep(0.05)
+    pytest.fail("the training has ended")
+
+
+def test_a_training_runs_is_killed_started_again_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "toy"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_status", "deepspeed"])
+    for number, (end, state, status) in enumerate(((signal.SIGKILL, CRASHED, 1), (signal.SIGTERM, STOPPED, 0))):
+        process = context.Process(target=train_for_long, args=(tmp_path,))
+        process.start()
+        try:
+            job = until_it_trains(folder, process)
+            assert (job.state, job.facts["phase"]) == (RUNNING, "ar")
+            assert 0 < job.facts["fraction"] < 1 and job.facts["loss"] > 0 and abs(job.facts["total_steps"] - 100_000) <= 1
+            assert main(["status", str(folder)]) == 0
+            shown = capsys.readouterr().out
+            for words in ("ar is running", "ETA", "loss", "tokens/s", "MFU", "data wait", "GiB", "now: ", "last checkpoint:"):
+                assert words in shown
+            assert ("restarts: 1" in shown) == (number == 1)
+            assert process.pid is not None
+            os.kill(process.pid, end)
+            process.join()
+        finally:
+            process.kill()
+        assert read_status(folder).jobs[0].state == state
+        assert main(["status", str(folder)]) == status
+        shown = capsys.readouterr().out
+        assert ("CRASHED" if number == 0 else "stopped") in shown and "ETA" not in shown
+
+
+def train_to_the_end(world: World, folder: Path) -> list[str]:
+    """What the status says meanwhile."""
+    phase, seen = ToyPhase(), []
+
+    def look(numbers: list[int]) -> None:
+        seen.append(read_status(folder / "toy").jobs[0].state)
+
+    phase.before_collate = look
+    train_toy(world, folder, phase, profile=[2, 3])
+    return seen
+
+
+def test_a_training_that_ends_and_the_trace_of_its_steps(one_process: ProcessGroup, tmp_path: Path) -> None:
+    (seen,) = one_process.run(train_to_the_end, tmp_path)
+    assert set(seen) == {RUNNING}
+    status = read_status(tmp_path / "toy")
+    (job,) = status.jobs
+    assert (job.state, job.facts["step"], job.facts["seconds_left"], status.finished) == (FINISHED, 6, 0.0, ["ar (6 steps)"])
+    assert "ar has finished, step 6 of about 6, 100 %" in lines(status)[0]
+    (trace,) = (tmp_path / "toy" / "profile" / "ar").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert trace.name == "rank-00000.json.gz" and any(event.get("name") == "aten::linear" for event in events)
+
+
+def fail(world: World, folder: Path) -> None:
+    try:
+        train_toy(world, folder, ToyPhase(poison=9))
+    except RuntimeError:
+        return
+
+
+def test_a_training_that_fails_says_why(one_process: ProcessGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_process.run(fail, tmp_path)
+    assert read_status(tmp_path / "toy").jobs[0].state == FAILED
+    assert main(["status", str(tmp_path / "toy")]) == 1
+    assert "NonFiniteError: phase ar, step 2: not finite: loss on rank 0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run whose status says that it is running."""
+    with Status("vae", 1, tmp_path / "status.json") as status:
+        status.say("step 4: forward and backward", step=3, fraction=0.25, seconds_left=90.0)
+    facts = json.loads((tmp_path / "status.json").read_text())
+    write_json(tmp_path / "status.json", {**facts, "state": RUNNING, "doing": "step 4"})
+    return tmp_path
+
+
+def test_where_locks_are_unknown_age_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_status(folder).jobs[0].state == CRASHED
+    held = try_lock(folder / ".lock", "us")
+    assert held is not None and is_locked(folder / ".lock") is True
+    assert read_status(folder).jobs[0].state == RUNNING
+    held.close()
+    monkeypatch.setattr("ladir.report.status.is_locked", lambda path: None)
+    assert read_status(folder).jobs[0].state == RUNNING
+    facts = json.loads((folder / "status.json").read_text())
+    write_json(folder / "status.json", {**facts, "written": facts["written"] - 3600})
+    (job,) = read_status(folder).jobs
+    assert job.state == SILENT and "last seen, 1:00:0" in "\n".join(lines(read_status(folder)))
+
+
+def test_jobs_in_the_queue(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "jobs").write_text("7 train_vae\n8 train_denoiser stage=rollout\n")
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text('#!/bin/sh\necho "$@" > "${0%/*}/asked"\necho "8 Dependency"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
+    status = read_status(folder)
+    assert "--jobs=7,8" in (squeue.parent / "asked").read_text()
+    assert lines(status)[-1] == "waits in the queue: job 8 train_denoiser stage=rollout (Dependency)"
+    (folder / "status.json").unlink()
+    assert one_line(read_status(folder)) == "waits in the queue: job 8 train_denoiser stage=rollout (Dependency)"
+
+
+def test_watching_into_a_file_writes_what_is_new(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter(range(4))
+
+    def sleep(_: float) -> None:
+        if (second := next(seconds)) == 3:
+            raise KeyboardInterrupt
+        if second == 1:
+            facts = json.loads((folder / "status.json").read_text())
+            write_json(folder / "status.json", {**facts, "state": FINISHED, "doing": ""})
+
+    monkeypatch.setattr("ladir.cli.status.time.sleep", sleep)
+    assert main(["status", str(folder), "--watch", "1"]) == 130
+    first, second = capsys.readouterr().out.splitlines()
+    assert "vae has CRASHED" in first and "step 3, 25 %, step 4" in first and second.endswith("vae has finished, step 3, 25 %")
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / "none")]) == 1
+    assert "no job has left a status.json there" in capsys.readouterr().err
+
+
+def test_the_end_is_foreseen_from_the_pace_since_the_start() -> None:
+    clock = iter((100.0, 110.0, 120.0, 130.0))
+    pace = Pace(lambda: next(clock))
+    assert [pace.seconds_left(fraction) for fraction in (0.5, 0.5, 0.6, 1.0)] == [None, None, pytest.approx(80.0), 0.0]
+    assert duration(3725.4) == "1:02:05"
+
+
+def test_a_disk_that_is_full_costs_the_status_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with Status("vae", 1, tmp_path / "file" / "status.json") as status:
+        status.say("step 1")
+    assert "cannot be written" in caplog.text
+
+
+class Slow(nn.Linear):
+    """A linear layer whose products take ``seconds``."""
+
+    seconds = 0.0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return super().forward(inputs)
+
+
+def watch_ranks(world: World) -> tuple[list[dict[str, float]], list[dict[str, str]], list[str]]:
+    layer, watch, said = Slow(8, 8), RankWatch(world, 1.3), []
+    layer.seconds = 0.03 if world.rank == 1 else 0.001
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("training.runtime.ranks").addHandler(handler)
+    rows = []
+    for _ in range(4):
+        watch.waited(0.5 * world.rank)
+        with watch.timed(layer):
+            layer(torch.zeros(2, 8))
+        rows.append(watch.figures(1.0 + world.rank, 2.0))
+    logging.getLogger("training.runtime.ranks").removeHandler(handler)
+    return [row[0] for row in rows], [row[1] for row in rows], said
+
+
+def test_the_slow_rank_has_a_name(two_processes: ProcessGroup) -> None:
+    (figures, names, said), (_, _, others) = two_processes.run(watch_ranks)
+    for row, named in zip(figures, names, strict=True):
+        assert (row["rank_slowest"], row["memory_gib"], row["memory_rank"], row["data_wait_worst"]) == (1.0, 2.0, 1.0, 0.25)
+        assert (
+            row["rank_slowdown"] > 1.3 and named["slow_rank"].startswith("rank 1 (") and named["memory_rank"].startswith("rank 1")
+        )
+    assert len(said) == 1 and "rank 1 (" in said[0] and "is slow" in said[0] and not others
+
+
+def test_a_rank_is_slow_beside_the_median_one() -> None:
+    assert slowest_rank((1.0, 3.0, 2.0, 1.0)) == Slowest(1, 3.0)
+    assert slowest_rank((1.0, None)) is None and slowest_rank(()) is None
+
+
+def test_a_window_that_is_none_is_refused() -> None:
+    for wrong in ("[3]", "[0,2]", "[5,4]"):
+        with pytest.raises(ConfigError, match=r"telemetry\.profile_steps=.*: must be \[first, last\]"):
+            load_config(None, [f"telemetry.profile_steps={wrong}"])
