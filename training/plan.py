@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a host's memory (8)")
     parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
-    parser.add_argument("--launch-us", type=float, default=10.0, help="microseconds in which the host launches an operator (10)")
+    parser.add_argument("--launch-us", type=float, default=20.0, metavar="US", help="microseconds to launch an operator (20)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of that peak that is reached (0.4)")
 
 

@@ -38,8 +38,8 @@ class Machine:
     reserve: int
     flops: float
     mfu: float
-    launch_seconds: float = 10e-6
-    """What it takes the host to launch one operator."""
+    launch_seconds: float = 20e-6
+    """What it takes the host to launch one operator (docs/benchmark.md: 20 to 28 us beside an H200)."""
 
     @property
     def ranks_per_node(self) -> int:
