@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import SampleSettings
 from ladir.config.checks import section_errors
 from ladir.data.batches import pad_left
-from ladir.data.prompts import bos_ids
+from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, decode_thoughts, reencode
@@ -202,6 +202,8 @@ class Reasoner:
         restart_keeps_state: bool | None = None,
         reencode: bool | None = None,
         lag: int | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float | None = None,
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
         batch_size: int | Literal["auto"] | None = None,
@@ -241,6 +243,8 @@ class Reasoner:
             restart_keeps_state=restart_keeps_state,
             reencode=reencode,
             lag=lag,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
         if num_trajectories < 1:
             raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
@@ -343,7 +347,7 @@ class Reasoner:
         """Warns of a question longer than the training's; UnusableError where the LM has no positions left to answer it."""
         longest, number = max((len(ids), -n) for n, ids in enumerate(encode_texts(self.tokenizer, questions), start=1))
         limit = getattr(self.denoiser.backbone.base.config.get_text_config(), "max_position_embeddings", None)
-        rest = len(bos_ids(self.tokenizer)) + self.denoiser.latents_per_block + len((Mark.BOT, Mark.EOT, Mark.SOA))
+        rest = len(self._frame) + self.denoiser.latents_per_block + len((Mark.BOT, Mark.EOT, Mark.SOA))
         if limit is not None and longest + rest >= limit:
             raise UnusableError(
                 f"question {-number} has {longest} tokens, too many for an LM of {limit} positions, of which a block and an "
@@ -361,13 +365,14 @@ class Reasoner:
 
     def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
-        bos = bos_ids(self.tokenizer)
+        frame = self._frame
         # Padded with <eos>, which the embedding has for certain: a padding token may have no row there.
-        ids, lengths = pad_left([bos + ids for ids in encode_texts(self.tokenizer, questions)], self._eos)
+        ids, lengths = pad_left([frame.around(ids) for ids in encode_texts(self.tokenizer, questions)], self._eos)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:
             places = torch.arange(inputs.shape[1], device=self.device)
-            hidden = places >= (inputs.shape[1] - lengths + len(bos))[:, None]  # <bos> stays
+            hidden = places >= (inputs.shape[1] - lengths + len(frame.before))[:, None]  # <bos> stays, and a chat template
+            hidden &= places < inputs.shape[1] - len(frame.behind)
             free = torch.where(hidden[..., None], self.denoiser.mark(Mark.NULL), inputs)
             inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
@@ -398,6 +403,12 @@ class Reasoner:
         if not self.settings.reencode or self.encoder is None:
             return [self.denoiser]
         return [self.denoiser, self.thought_decoder.backbone, self.thought_decoder.from_latent, self.encoder]
+
+    @property
+    def _frame(self) -> Frame:
+        """What stands around a question: as in training, where that is known."""
+        saved = self.trained_on.frame
+        return Frame.of(self.tokenizer, chat=False) if saved is None else Frame.saved(saved)
 
     @property
     def _eos(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ladir.config import SampleSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.data.latents import LatentRecord
+from ladir.data.prompts import Frame
 from ladir.inference.sampler import TrajectoryNoise
 from ladir.layout import Mark
 from ladir.models import flow
@@ -48,13 +49,16 @@ def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
 
 
-def question_groups(denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = ()) -> list[Tensor]:
-    """A question's tokens behind ``prefix``, each a group [1, H], or one group [n, H] where they see each other.
+def question_groups(
+    denoiser: Denoiser, ids: Sequence[int], hidden: bool, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+) -> list[Tensor]:
+    """A question's tokens between ``prefix`` and ``suffix``, each a group [1, H], or one group [n, H] where they see each other.
 
-    A hidden question is one learned vector at every place; what is in ``prefix`` stays visible.
+    A hidden question is one learned vector at every place; what is around it stays visible.
     """
     null = denoiser.marks.weight[Mark.NULL][None]
-    groups = [*_text_groups(denoiser, prefix), *([null for _ in ids] if hidden else _text_groups(denoiser, ids))]
+    question = [null for _ in ids] if hidden else _text_groups(denoiser, ids)
+    groups = [*_text_groups(denoiser, prefix), *question, *_text_groups(denoiser, suffix)]
     return [torch.cat(groups)] if denoiser.settings.bidirectional_question else groups
 
 
@@ -102,18 +106,18 @@ def objective_target(objective: str, z0: Tensor, eps: Tensor, t: Tensor) -> Tens
 
 
 def reference_losses(
-    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], prefix: Sequence[int] = ()
+    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], frame: Frame | None = None
 ) -> dict[str, Tensor]:
     """Summed losses of a batch, as :class:`Denoiser` gives them: the sum of all :func:`reference_passes`."""
     zero = torch.zeros((), dtype=denoiser.dtype)
     losses = {"flow": zero, "answer": zero, "stop": zero, **({"token": zero} if denoiser.token_head else {})}
-    for part in reference_passes(denoiser, records, batch, hidden, prefix):
+    for part in reference_passes(denoiser, records, batch, hidden, frame):
         losses.update({name: losses[name] + value for name, value in part.items()})
     return losses
 
 
 def reference_passes(
-    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], prefix: Sequence[int] = ()
+    denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], frame: Frame | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Losses of one forward per span and draw for the flow, then of one per record for answer and stop.
 
@@ -125,21 +129,25 @@ def reference_passes(
     for record, is_hidden in zip(records, hidden, strict=True):
         for start in range(0, len(record.blocks), span):
             for draw in range(batch.t.shape[1]):
-                before = _before(denoiser, record, is_hidden, prefix, batch.z0[first : first + start])
+                before = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + start])
                 rows = slice(first + start, first + start + span)
                 yield _one_draw(denoiser, before, batch, rows, draw, record.blocks[start : start + span])
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
-            before = _before(denoiser, record, is_hidden, prefix, batch.z0[first : first + len(record.blocks)])
+            before = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
             yield _answer_and_stop(denoiser, before, record, labels)
         first += start + span
     assert first == len(batch.z0)
 
 
-def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, prefix: Sequence[int], z0: Tensor) -> list[Tensor]:
+def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, frame: Frame | None, z0: Tensor) -> list[Tensor]:
     """The question and the finished blocks ``z0`` [B, L, d]."""
-    return [*question_groups(denoiser, record.question, hidden, prefix), *(clean_group(denoiser, z) for z in z0)]
+    around = frame or Frame()
+    return [
+        *question_groups(denoiser, record.question, hidden, around.before, around.behind),
+        *(clean_group(denoiser, z) for z in z0),
+    ]
 
 
 def _one_draw(

@@ -210,6 +210,8 @@ def test_a_wrong_value_is_refused(override: str, part: str) -> None:
         (["ar.from_scratch=true", "backbone.scratch.model_type=llama"], "backbone.tokenizer"),
         (["backbone.lora.rank=4", "backbone.lora.targets=[]"], "no layer"),
         (["sample.guidance_scale=4", "denoiser.condition_dropout=0"], "condition_dropout above 0"),
+        (["sample.guidance_interval=[0.2,1.5]"], "must be two times, [low, high]"),
+        (["ar.train.heads_lr_factor=5"], "an LM alone, which has no fresh heads"),
         (["ar.copy_fraction=0.1"], "data.train"),
         (["data.output_field=input"], "a record needs a field for each"),
         (["countdown.min_target=50", "countdown.max_target=40"], "countdown.max_target=40"),

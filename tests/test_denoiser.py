@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ladir.config import LoraSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.data.latents import LatentRecord
+from ladir.data.prompts import Frame
 from ladir.data.randomness import Streams, generator
 from ladir.layout import CLEAN, PAD
 from ladir.models import flow
@@ -66,13 +67,14 @@ def losses_and_gradients(
 
 
 def assert_one_pass_is_the_reference(
-    denoiser: Denoiser, records: Sequence[LatentRecord], numbers: Sequence[int], prefix: tuple[int, ...] = (), **changes: Any
+    denoiser: Denoiser, records: Sequence[LatentRecord], numbers: Sequence[int], frame: Frame | None = None, **changes: Any
 ) -> None:
-    changes = {"prefix": prefix, **changes}
+    around = frame or Frame()
+    changes = {"prefix": around.before, "suffix": around.behind, **changes}
     batch = collator(denoiser, **changes)(records, list(numbers))
     hidden = hidden_questions(denoiser, records, numbers, **changes)
     ours, our_gradients = losses_and_gradients(denoiser, lambda: denoiser(batch))
-    theirs, their_gradients = losses_and_gradients(denoiser, lambda: reference_losses(denoiser, records, batch, hidden, prefix))
+    theirs, their_gradients = losses_and_gradients(denoiser, lambda: reference_losses(denoiser, records, batch, hidden, frame))
     assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-5)
     assert_same_gradients(our_gradients, their_gradients, TOLERANCE)
     assert max(float(g.abs().max()) for g in our_gradients.values()) > 0.1
@@ -112,7 +114,7 @@ def test_random_layouts_equal_the_reference(
     records = random_records(count, seed=seed, latents=latents)
     first = (seed % 100) * 16 + (0 if answer else 8)
     numbers = range(first, first + count)
-    assert_one_pass_is_the_reference(denoiser, records, numbers, prefix=(3,), condition_dropout=0.3, samples_per_step=8)
+    assert_one_pass_is_the_reference(denoiser, records, numbers, Frame((3,), (6, 2)), condition_dropout=0.3, samples_per_step=8)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0])

@@ -62,6 +62,7 @@ def encode(
     folder.mkdir(exist_ok=True)
     (folder / "train.jsonl").touch()  # its records are stand-ins
     settings = [f"data.train={folder / 'train.jsonl'}", "latents.records_per_part=3", "latents.batch_size=2", *settings]
+    settings.append("latents.report_sentences=0")  # there is no VAE to read them
     run = Run(load_config(None, [f"run.folder={folder}", *settings]), "latents", world)
     vae: Any = Encoder(run, stop_in)
     monkeypatch.setattr(encode_latents, "encode_sentences", vae)

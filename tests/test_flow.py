@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ladir.config import SampleSettings
-from ladir.inference.guidance import classifier_free, diversity_force
+from ladir.inference.guidance import Guidance, classifier_free, diversity_force, rescaled
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise
 from ladir.models import flow
 
@@ -206,7 +206,30 @@ def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     assert torch.allclose(classifier_free(c, u, 4.0), u + 4 * (c - u))
 
 
-def test_diversity_force_is_the_written_out_sum() -> None:
+def test_guidance_holds_in_its_interval_and_keeps_the_spread_of_the_unguided_block() -> None:
+    c, u, z = draw(3, 2, 4, 5), draw(3, 2, 4, 5, seed=1), draw(3, 2, 4, 5, seed=2)
+    t = torch.tensor([[0.0, 0.25], [0.5, 0.75], [0.8, 1.0]], dtype=torch.float64)
+    found = Guidance(3.0, 0.25, 0.75).velocity(c, u, z, t)
+    for row, block in itertools.product(range(3), range(2)):
+        guided = 0.25 <= float(t[row, block]) <= 0.75
+        assert torch.allclose(found[row, block], (u + 3 * (c - u) if guided else c)[row, block])
+    strong, t = Guidance(4.0, rescale=1.0).velocity(c, u, z, t), t[..., None, None]
+    whole, plain = (z - t * v for v in (u + 4 * (c - u), c))
+    for row, block in list(itertools.product(range(3), range(2)))[1:]:  # at t = 0 nothing moves
+        scaled = whole[row, block] * plain[row, block].std() / whole[row, block].std()
+        assert torch.allclose((z - t * strong)[row, block], scaled)
+        part = Guidance(4.0, rescale=0.7).velocity(c, u, z, t[..., 0, 0])
+        assert torch.allclose((z - t * part)[row, block], 0.7 * scaled + 0.3 * whole[row, block])
+    lone = draw(2, 1, 1)
+    assert torch.equal(rescaled(lone, 2 * lone, 1.0), lone)  # one number has no spread
+
+
+def test_diversity_force_does_not_grow_with_the_number_of_trajectories() -> None:
+    sizes = [float(diversity_force(draw(count, 2, 3), [count]).square().mean().sqrt()) for count in (25, 100, 400)]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_diversity_force_is_the_written_out_mean() -> None:
     z, owner = draw(7, 2, 3), torch.tensor([0, 0, 0, 1, 2, 2, 2])
     force = diversity_force(z, [3, 1, 3])
     for i in range(7):
@@ -217,7 +240,7 @@ def test_diversity_force_is_the_written_out_sum() -> None:
             s2 = sorted(distances)[(len(distances) - 1) // 2] ** 2
             for j in group:
                 d2 = float((z[i] - z[j]).square().sum())
-                expected += 2 * (1 - d2 / s2) * torch.exp(torch.tensor(-d2 / s2)) * (z[i] - z[j])
+                expected += 2 * (1 - d2 / s2) * torch.exp(torch.tensor(-d2 / s2)) * (z[i] - z[j]) / (len(group) - 1)
         assert torch.allclose(force[i], expected, atol=1e-8)
     assert torch.equal(force[3], torch.zeros(2, 3, dtype=torch.float64))
 

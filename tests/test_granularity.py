@@ -60,6 +60,7 @@ def configure(folder: Path, sentences_per_block: int) -> Config:
             "evaluate.num_trajectories=2",
             "evaluate.methods=[ladir,ladir-rollout,ladir-zero-noise]",
             "telemetry.loggers=[]",
+            "latents.report_sentences=0",
         ],
     )
 

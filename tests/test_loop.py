@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ladir.config import Config
+from ladir.config.loader import load_config
 from tests.distributed import ProcessGroup
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime.distributed import RankLostError, World
 from training.runtime.loop import NonFiniteError, train
-from training.runtime.run import Outcome, Run, RunConflict, open_run
+from training.runtime.run import Outcome, Run, RunConflict, open_run, relevant_settings
 
 HIDDEN = ("phase", "kind", "tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds",
           "data_wait_worst", "memory_rank", "rank_slowest", "rank_slowdown")  # fmt: skip
@@ -174,6 +176,28 @@ def test_a_finished_phase_returns_at_once_and_other_settings_are_refused(two_pro
         assert first == second and first.finished and first.steps == 6
         assert "ar.train.lr: 0.01 -> 0.5" in conflict and "run.name" in conflict
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_stage_2_depends_on_how_its_blocks_are_denoised() -> None:
+    def relevant(phase: str, *changes: str) -> dict[str, Any]:
+        return relevant_settings(dataclasses.asdict(load_config(None, changes)), phase)
+
+    for change in ("sample.num_steps=5", "sample.initial_noise=2", "sample.guidance_interval=[0,0.5]", "rollout.lag=1"):
+        assert relevant("rollout", change) != relevant("rollout") and relevant("denoiser", change) == relevant("denoiser")
+    assert relevant("rollout", "sample.max_blocks=5") == relevant("rollout", "sample.sampler=sde") == relevant("rollout")
+    own = "rollout.num_steps=7"
+    assert relevant("rollout", own, "sample.num_steps=5") == relevant("rollout", own) == relevant("rollout", "sample.num_steps=7")
+
+
+def test_a_vae_begun_without_bos_does_not_go_on_with_it(tmp_path: Path) -> None:
+    run = Run(load_config(None, [f"run.folder={tmp_path}"]), "vae", World(0, 1, 0, torch.device("cpu")))
+    run.folder.checkpoints("vae").mkdir(parents=True)
+    before = dataclasses.asdict(run.config)
+    del before["vae"]["bos"]
+    run.folder.config("vae").write_text(yaml.safe_dump(before))
+    assert "vae.bos: False -> True" in str(run._conflict({}))
+    run.config.vae.bos = False
+    assert run._conflict({}) is None
 
 
 def poisoned(world: World, folder: Path) -> str:

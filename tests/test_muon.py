@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ladir.config import DeepSpeedSettings, TrainSettings
+from ladir.config import DeepSpeedSettings, LoraSettings, TrainSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.models.denoiser import Denoiser
 from ladir.models.orthogonal import orthogonalised, step_scale
 from tests.distributed import ProcessGroup
-from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm
+from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm, tiny_vae
 from training.runtime import checkpoint
 from training.runtime.distributed import World
-from training.runtime.engine import Engine
+from training.runtime.engine import Engine, fresh_heads
 
-LR, DECAY, MOMENTUM, BETAS, CLIP = 0.01, 0.1, 0.9, (0.9, 0.98), 0.05
+LR, DECAY, MOMENTUM, BETAS, CLIP, HEADS_FACTOR = 0.01, 0.1, 0.9, (0.9, 0.98), 0.05, 3.0
 """The clipping norm is one that every step exceeds."""
 
 
@@ -63,9 +63,16 @@ def total(outputs: dict[str, Tensor]) -> Tensor:
     return torch.stack([value for name, value in outputs.items() if not name.startswith("metric")]).sum() / 100
 
 
-def make_engine(world: World, stage: str) -> Engine:
+def make_engine(world: World, stage: str, optimizer: str = "muon") -> Engine:
     train = TrainSettings(
-        optimizer="muon", momentum=MOMENTUM, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, max_grad_norm=CLIP, ema=0.9
+        optimizer=optimizer,
+        momentum=MOMENTUM,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=DECAY,
+        max_grad_norm=CLIP,
+        ema=0.9,
+        heads_lr_factor=HEADS_FACTOR,
     )
     return Engine(model(), train, "float32", DeepSpeedSettings(config=f"ds_configs/zero{stage}.json"), world)
 
@@ -81,14 +88,14 @@ def engine_steps(engine: Engine, steps: range) -> dict[str, Tensor]:
     return world.broadcast(dict(engine.full_state(ema=False)))
 
 
-def reference_steps(steps: range) -> dict[str, Tensor]:
+def reference_steps(steps: range, optimizer: str = "muon") -> dict[str, Tensor]:
     """The same in plain PyTorch, a matrix at a time."""
     trained = model()
-    matrices = {n: p for n, p in trained.named_parameters() if ".layers." in n and p.ndim == 2}
-    others = [p for n, p in trained.named_parameters() if n not in matrices]
+    matrices = {n: p for n, p in trained.named_parameters() if optimizer == "muon" and ".layers." in n and p.ndim == 2}
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": DECAY},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p], "weight_decay": DECAY if p.ndim >= 2 else 0.0, "lr": LR * (1 if ".lm." in n else HEADS_FACTOR)}
+        for n, p in trained.named_parameters()
+        if n not in matrices
     ]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
     momenta = {name: torch.zeros_like(parameter) for name, parameter in matrices.items()}
@@ -108,8 +115,8 @@ def reference_steps(steps: range) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in trained.state_dict().items()}
 
 
-def gap(world: World, stage: str) -> float:
-    ours, reference = engine_steps(make_engine(world, stage), range(3)), reference_steps(range(3))
+def gap(world: World, stage: str, optimizer: str) -> float:
+    ours, reference = engine_steps(make_engine(world, stage, optimizer), range(3)), reference_steps(range(3), optimizer)
     moved = model().state_dict()
     assert min(float((reference[n] - moved[n]).abs().max()) for n in reference if n.endswith("proj.weight")) > 1e-3
     return max(float((ours[name] - reference[name]).abs().max()) for name in ours)
@@ -118,8 +125,18 @@ def gap(world: World, stage: str) -> float:
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["0", "2", "3", "3_offload_optimizer"])
 def test_every_stage_steps_as_the_reference_does(two_processes: ProcessGroup, one_process: ProcessGroup, stage: str) -> None:
-    for result in [*two_processes.run(gap, stage), *one_process.run(gap, stage)]:
+    """With fresh heads that learn at a rate of their own."""
+    for result in [*two_processes.run(gap, stage, "muon"), *one_process.run(gap, stage, "muon")]:
         assert result < 2e-5
+    for result in two_processes.run(gap, stage, "adamw"):
+        assert result < 2e-5
+
+
+def test_what_is_not_the_lms_own_is_a_fresh_head() -> None:
+    heads = fresh_heads(model())
+    assert "latent_out.weight" in heads and "marks.weight" in heads and not any(".lm." in name for name in heads)
+    adapted = tiny_vae(lora=LoraSettings(rank=2))
+    assert not any("lora_" in name for name in fresh_heads(adapted)) and "queries.weight" in fresh_heads(adapted)
 
 
 def save_and_go_on(world: World, stage: str, folder: Path) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from training.phases import vae as vae_module
 from training.phases.ar import ar_phase
 from training.phases.base import TrainingPhase
 from training.phases.denoiser import denoiser_phase
+from training.phases.joint import joint_phase
 from training.phases.vae import vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
@@ -52,6 +53,8 @@ VARIANTS = {
     "full": ["denoiser.token_weight=0.5", "denoiser.answer_every=2"],
     "carry": ["denoiser.carry=hidden", "denoiser.carry_probability=0.7", "denoiser.carry_own_rollout=0.5", "denoiser.span=2"],
     "both-ways": ["ar.bidirectional_question=true"],
+    "grounded": ["backbone.lora.rank=4", "vae.objective=grounded"],
+    "joint": ["stage=joint", "denoiser.span=2"],
     "lora-parts": ["backbone.lora.rank=4", "backbone.logits_parts=3"],
     "hpz": ["deepspeed.config=tests/data/zero3_hpz.json"],
     "full-parts": ["denoiser.token_weight=0.5", "denoiser.answer_every=2", "backbone.logits_parts=3"],
@@ -74,6 +77,8 @@ def configure(folder: Path, name: str, stage: int, micro: int, overrides: list[s
             'data.answer_prefixes=["####"]',
             f"deepspeed.config=ds_configs/zero{stage}.json",
             "telemetry.loggers=[]",
+            "latents.report_sentences=8",
+            "latents.probe_steps=2",
             *settings,
             *data,
             *sizes,
@@ -98,7 +103,7 @@ def run_phase(world: World, folder: Path, name: str, phase: str, stage: int, mic
     """Train a phase; returns what was not split when it had been built."""
     config = configure(folder, name, stage, micro, overrides)
     with open_run(config, phase, world) as run:
-        built: TrainingPhase = BUILDERS[phase](config, world)
+        built: TrainingPhase = (joint_phase if config.stage == "joint" else BUILDERS[phase])(config, world)
         whole = split_parameters(built.model, world)
         assert train(run, built).steps == STEPS
     return whole
@@ -176,6 +181,8 @@ def weights(folder: Path, name: str, phase: str) -> dict[str, Tensor]:
         ("ar", "frozen"),
         ("ar", "full-parts"),
         ("ar", "both-ways"),
+        ("vae", "grounded"),
+        ("denoiser", "joint"),
     ],
 )
 def test_two_ranks_of_zero3_train_what_one_process_trains(

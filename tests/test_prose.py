@@ -70,6 +70,7 @@ def configure(folder: Path, family: str) -> Config:
             "denoiser.draws=2",
             "denoiser.timestep_features=8",
             "rollout.num_steps=2",
+            "latents.probe_steps=2",
             *(f"{phase}.train.{name}={value}" for phase in ("vae", "denoiser", "rollout") for name, value in training.items()),
             "sample.num_steps=2",
             "sample.max_blocks=2",

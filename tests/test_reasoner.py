@@ -153,7 +153,7 @@ def plain_span(
                 velocity, carried[i] = plain_velocity(reasoner, ids, before[i], zs[i], now, False, carried[i])
                 if s.guidance_scale != 1.0:
                     free, free_carried[i] = plain_velocity(reasoner, ids, before[i], zs[i], now, True, free_carried[i])
-                    velocity = free + s.guidance_scale * (velocity - free)
+                    velocity = plain_guided(s, velocity, free, zs[i], now)
                 for block, step in enumerate(taken):
                     if 0 <= step < steps:
                         z, t, t_next = zs[i][block], times[step], times[step + 1]
@@ -163,6 +163,20 @@ def plain_span(
                         moved[i][block] = plain_reencoded(reasoner, z) if s.reencode and step == steps - 1 else z
             zs = moved
     return [[[*path, z] for path, z in zip(paths[i], zs[i], strict=True)] for i in range(len(rows))]
+
+
+def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Tensor, times: list[float]) -> Tensor:
+    """Guidance of a span [J, L, d], block by block."""
+    low, high = settings.guidance_interval
+    guided = free + settings.guidance_scale * (velocity - free)
+    for block, t in enumerate(times):
+        if not low <= t <= high:
+            guided[block] = velocity[block]
+        elif settings.guidance_rescale and t > 0:
+            x0, plain = z[block] - t * guided[block], z[block] - t * velocity[block]
+            share = settings.guidance_rescale * float(plain.std() / x0.std()) + 1 - settings.guidance_rescale
+            guided[block] = (z[block] - share * x0) / t
+    return guided
 
 
 def plain_reencoded(reasoner: Reasoner, z: Tensor) -> Tensor:
@@ -293,6 +307,7 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"carry": "hidden", "restarts": 1, "restart_keeps_state": True, "span": 2, "diversity_scale": 0.5},
         {"bidirectional_question": True, "guidance_scale": 2.0},
         {"bidirectional_question": True, "span": 2},
+        {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "guidance_rescale": 0.7, "carry": "hidden", "span": 2, "lag": 1},
     ],
     ids=lambda controls: "-".join(controls),
 )
@@ -712,6 +727,9 @@ def test_extreme_rewards_guide_or_are_refused() -> None:
         ({"lag": 101}, "lag=101: must be at least 0 and at most 100"),
         ({"answer_temperature": -0.1}, "answer_temperature=-0.1: must be at least 0"),
         ({"diversity_scale": -0.1}, "diversity_scale=-0.1: must be at least 0"),
+        ({"guidance_interval": [0.9, 0.1]}, r"guidance_interval=\[0.9, 0.1\]: must be two times, \[low, high\]"),
+        ({"guidance_interval": 0.5}, "guidance_interval=0.5: must be two times"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5: must be at least 0 and at most 1"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -943,7 +961,7 @@ def trained(folder: Path, denoiser_lora: bool, vae_lora: bool, decoder: str, kin
     plain = BackboneSettings(name_or_path=str(base), dtype="float32", attention="eager")
     adapted = replace(plain, lora=LORA)
     vae_settings = VaeSettings(latent_dim=3, latents_per_block=2, decoder=decoder)
-    vae = new_vae(vae_settings, adapted if vae_lora else plain, "cpu")
+    vae = new_vae(vae_settings, adapted if vae_lora else plain, "cpu", bos=[3])
     model = tiny_denoiser(tiny_lm(kind, dtype=torch.float32))
     denoiser = Denoiser(
         build_backbone(adapted if denoiser_lora else plain, "cpu"), model.settings, 2, model.latent_mean, model.latent_std

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ladir.config import DeepSpeedSettings, LoraSettings, RolloutSettings, TrainSettings
+from ladir.config import DeepSpeedSettings, LoraSettings, RolloutSettings, SampleSettings, TrainSettings
 from ladir.data.latent_parts import write_latents
 from ladir.data.latents import LatentForm, LatentRecord, LatentStore
-from ladir.data.rollout import Golds, GoldStore, RolloutBatch, RolloutCollator
+from ladir.data.rollout import Golds, GoldStore, RolloutBatch, RolloutCollator, sampling_of
 from ladir.inference.rollout import Rollout
 from ladir.layout import Mark
 from ladir.models import flow
@@ -43,6 +43,7 @@ from training.runtime.engine import Engine
 TOLERANCE = 2e-5
 WEIGHTS = {"flow": 0.3, "answer": 0.7, "stop": 1.3, "token": 0.5, "rollout": 0.9}
 MAX_BLOCKS = 4
+SAMPLE = SampleSettings(guidance_interval=[0.2, 0.8])
 
 
 def rollout_settings(**changes: Any) -> RolloutSettings:
@@ -50,7 +51,7 @@ def rollout_settings(**changes: Any) -> RolloutSettings:
 
 
 def rollout_collator(denoiser: Denoiser, rollout: RolloutSettings, **changes: Any) -> RolloutCollator:
-    return RolloutCollator(collator(denoiser, **changes), rollout, seed=17)
+    return RolloutCollator(collator(denoiser, **changes), rollout, seed=17, sample=SAMPLE)
 
 
 def with_golds(records: Sequence[LatentRecord], seed: int) -> list[Golds]:
@@ -69,12 +70,23 @@ def with_golds(records: Sequence[LatentRecord], seed: int) -> list[Golds]:
 # --- the reference -----------------------------------------------------------------------------------------------------
 
 
-def own_span(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor], start: Tensor, given: list[bool]) -> Tensor:
-    """A span [J, L, d] from ``start``, a whole forward pass per Euler step; blocks that are ``given`` are finished."""
-    steps, lag = rollout.num_steps, min(rollout.lag, rollout.num_steps)
+def own_span(
+    denoiser: Denoiser,
+    rollout: RolloutSettings,
+    before: list[Tensor],
+    start: Tensor,
+    given: list[bool],
+    free_before: list[Tensor],
+) -> Tensor:
+    """A span [J, L, d] from ``start``, whole forward passes per Euler step; blocks that are ``given`` are finished.
+
+    ``free_before``: what the branch without the question has before it.
+    """
+    how = sampling_of(rollout, SAMPLE)
+    steps, lag = how.num_steps, min(how.lag, how.num_steps)
     gradient = steps if rollout.gradient_steps is None else rollout.gradient_steps
-    times = torch.linspace(1.0, 0.0, steps + 1).tolist()
-    blocks, carried = list(start), None
+    times = [1.0 - step / steps for step in range(steps)] + [0.0]
+    blocks, carried, free_carried = list(start), None, None
     for number in range(steps + lag * (len(blocks) - 1)):
         taken = [number - lag * block for block in range(len(blocks))]
         now = torch.tensor([0.0 if true else times[min(max(n, 0), steps)] for n, true in zip(taken, given, strict=True)])
@@ -82,11 +94,19 @@ def own_span(denoiser: Denoiser, rollout: RolloutSettings, before: list[Tensor],
             hidden = span_hidden(denoiser, before, torch.stack(blocks), now, carried)
             carried = hidden if rollout.carry_gradient else hidden.detach()
             prediction = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
+            if how.guidance_scale != 1:
+                hidden = span_hidden(denoiser, free_before, torch.stack(blocks), now, free_carried)
+                free_carried = hidden if rollout.carry_gradient else hidden.detach()
+                free = F.linear(hidden, denoiser.latent_out.weight, denoiser.latent_out.bias).float()
             for block, step in enumerate(taken):
                 if given[block] or not 0 <= step < steps:
                     continue
                 z, t = blocks[block], now[block]
                 velocity = flow.to_velocity(denoiser.settings.objective, prediction[block], z, t)
+                low, high = how.guidance_interval
+                if how.guidance_scale != 1 and low <= float(t) <= high:
+                    without = flow.to_velocity(denoiser.settings.objective, free[block], z, t)
+                    velocity = without + how.guidance_scale * (velocity - without)
                 moved = z + (times[step + 1] - times[step]) * velocity
                 blocks[block] = moved if steps - step <= gradient else moved.detach()
     return torch.stack(blocks)
@@ -105,6 +125,8 @@ def one_record(
     count = batch.blocks[row]
     ids = batch.question_ids[row, -int(batch.question_lengths[row]) :].tolist()
     groups, blocks, stop = question_groups(denoiser, ids, False), [], torch.tensor(0.0)
+    first, last = batch.shown[0], len(ids) - batch.shown[1]
+    free = question_groups(denoiser, ids[first:last], True, ids[:first], ids[last:])
     size = denoiser.settings.span
     for block in range(count):
         if block % size == 0:
@@ -112,9 +134,9 @@ def one_record(
             places = slice(block, block + size)
             span = torch.where(torch.tensor(given)[:, None, None], batch.gold[row, 0, places], batch.noise[row, places])
             if not all(given):
-                span = own_span(denoiser, rollout, groups, span, given)
+                span = own_span(denoiser, rollout, groups, span, given, free)
         z = span[block % size]
-        groups = [*groups, clean_group(denoiser, z)]
+        groups, free = [*groups, clean_group(denoiser, z)], [*free, clean_group(denoiser, z)]
         hidden = plain_forward(denoiser.backbone, groups)
         stop = stop + F.binary_cross_entropy_with_logits(
             denoiser.stop_head(hidden[-1])[0].float(), torch.tensor(float(block + 1 == count))
@@ -174,13 +196,31 @@ def losses_and_gradients(denoiser: Denoiser, losses: dict[str, Tensor]) -> tuple
 
 def assert_rollout_is_the_reference(denoiser: Denoiser, rollout: RolloutSettings, recompute: bool, seed: int, count: int) -> None:
     golds = with_golds(random_records(count, seed=seed, max_blocks=MAX_BLOCKS, latents=denoiser.latents_per_block), seed)
-    batch = rollout_collator(denoiser, rollout, prefix=(3,), condition_dropout=0.0)(golds, list(range(count)))
-    model = Rollout(denoiser, rollout, MAX_BLOCKS, recompute).train()
+    batch = rollout_collator(denoiser, rollout, prefix=(3,), suffix=(6, 2), condition_dropout=0.0)(golds, list(range(count)))
+    model = Rollout(denoiser, rollout, MAX_BLOCKS, recompute, sample=SAMPLE).train()
     ours, our_gradients = losses_and_gradients(denoiser, model(batch))
     theirs, their_gradients = losses_and_gradients(denoiser, reference(denoiser, rollout, batch))
     assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-5)
     assert_same_gradients(our_gradients, their_gradients, TOLERANCE)
     assert batch.own_context == bool(rollout.own_context)
+
+
+def test_what_is_not_set_is_as_in_sampling() -> None:
+    sample = SampleSettings(
+        num_steps=7, lag=3, initial_noise=2.0, guidance_scale=4.0, guidance_interval=[0.1, 0.9], spacing="cosine"
+    )
+    assert sampling_of(RolloutSettings(), sample) == sample
+    own = RolloutSettings(num_steps=5, lag=0, initial_noise=0.0, guidance_scale=1.0)
+    wanted = dataclasses.replace(sample, num_steps=5, lag=0, initial_noise=0.0, guidance_scale=1.0)
+    assert sampling_of(own, sample) == wanted
+    denoiser = tiny_denoiser(tiny_lm())
+    loud, plain = (
+        RolloutCollator(collator(denoiser), RolloutSettings(), 17, SampleSettings(initial_noise=scale))(
+            with_golds(random_records(2), 0), [0, 1]
+        ).noise
+        for scale in (2.0, 1.0)
+    )
+    assert torch.equal(loud, 2 * plain)
 
 
 # --- equality ----------------------------------------------------------------------------------------------------------
@@ -195,6 +235,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one step, louder": {"num_steps": 1, "initial_noise": 2.0},
     "all together": {"lag": 0, "gradient_steps": 1},
     "one after another": {"lag": 9, "last_blocks": 2},
+    "guided": {"guidance_scale": 2.0, "gradient_steps": 2, "own_context": 1.0},
 }
 
 
@@ -233,7 +274,9 @@ def test_random_shapes(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("carry_gradient", "variant"), [(False, "all"), (True, "own context"), (True, "all together")])
+@pytest.mark.parametrize(
+    ("carry_gradient", "variant"), [(False, "all"), (True, "own context"), (True, "all together"), (True, "guided")]
+)
 def test_a_carried_state_equals_the_reference(carry_gradient: bool, variant: str, recompute: bool) -> None:
     denoiser = tiny_denoiser(tiny_lm(), draws=1, objective="x0", span=2, carry="hidden", carry_probability=1.0)
     if recompute:
@@ -324,7 +367,7 @@ def trained(world: World, ds_config: str, recompute: bool, changes: dict[str, An
     ("recompute", "changes"),
     [
         (False, {"num_steps": 2}),
-        (True, {"num_steps": 2, "own_context": 1.0}),
+        (True, {"num_steps": 2, "own_context": 1.0, "guidance_scale": 2.0}),
         (True, {"num_steps": 2, "span": 2, "lag": 1, "gradient_steps": 1, "last_blocks": 1}),
         (True, {"num_steps": 2, "carry": "hidden", "carry_gradient": True, "own_context": 1.0}),
     ],

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ladir.config import BackboneSettings, Config
 from ladir.config.loader import load_config, save_config
+from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_results
@@ -166,7 +167,7 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config(None, [*settings, "telemetry.samples=3", "backbone.attention=flex", "backbone.dtype=bfloat16"])
     records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
     model, decoder, words, shown = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder, tokenizer(), Shown()
-    recorder = LatentRecorder.without_vae(model, words, config.sample)
+    recorder = LatentRecorder.without_vae(model, words, config.sample, Frame())
     questions = [decode_text(words, record.question) for record in records]
     recorded = recorder.record(questions, 1, config.run.seed)
     all_steps = [only for (only,) in recorder.read(recorded, decoder)]
@@ -182,7 +183,7 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(samples, "load_thought_decoder", loaded)
     monkeypatch.setattr(traces, "decode_thoughts", counted)
-    show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"))  # type: ignore[arg-type]
+    show: Any = samples.denoiser_samples(config, words, records, records, Path("vae"), Frame())  # type: ignore[arg-type]
     pictures: list[tuple[str, list[str]]] = []
 
     def drawn(latents: np.ndarray, texts: list[str], names: list[str], title: str) -> Figure:

@@ -17,16 +17,20 @@ from transformers import AutoModelForCausalLM
 
 from ladir.config import BackboneSettings, DenoiserSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.data.batches import VaeBatch, VaeCollator, flat_ids
+from ladir.data.columns import TokenRecord
+from ladir.data.grounding import GroundedSentences
+from ladir.data.prompts import Frame
+from ladir.data.token_lists import GroundedSentence
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode
+from ladir.inference.decode import decode, thought_ids
 from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_vae, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.folders import load_thought_decoder, load_vae, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import ShardWriter, folder_fingerprint, load_settings, own_state
-from ladir.models.vae import Vae, encode_sentences
-from ladir.tokens import build_word_tokenizer
+from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
+from ladir.tokens import build_word_tokenizer, encode_text
 from tests.tiny import (
     EOS,
     SHAPES,
@@ -51,7 +55,7 @@ def sentences(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def collate(vae: Vae, rows: list[list[int]], training: bool = True, first: int = 0) -> VaeBatch:
-    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3)
+    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos)
     return collator(rows, list(range(first, first + len(rows))), training)
 
 
@@ -82,6 +86,95 @@ def test_the_encoder_is_the_lm_over_sentence_and_queries() -> None:
     mean, logvar = encode_sentences(vae, [row])
     assert torch.allclose(mean, vae.to_mean(hidden).float(), atol=1e-6)
     assert torch.allclose(logvar, vae.to_logvar(hidden).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@torch.no_grad()
+def test_with_bos_encoder_and_decoder_read_it_first(lora: LoraSettings | None) -> None:
+    vae, rows = tiny_vae(bos=(4,), lora=lora, latent_noise=0.0, token_substitution=0.0), sentences(3)
+    batch, decoder = collate(vae, rows, training=False), vae.thought_decoder
+    mean, _ = vae.encode(batch.encoder_ids, batch.encoder)
+    assert torch.equal(mean, encode_sentences(vae, rows)[0])
+    total = 0.0
+    for row, latents in zip(rows, mean, strict=True):
+        inputs = torch.cat([vae.encoder.embed(torch.tensor([4, *row])), vae.queries.weight])[None]
+        hidden = vae.encoder.base.get_decoder()(inputs_embeds=inputs).last_hidden_state[0, -2:]
+        assert torch.allclose(latents, vae.to_mean(hidden).float(), atol=1e-6)
+        with decoder.lm() as lm:
+            read = [lm.embed(torch.tensor([4])), vae.from_latent(latents.double()), lm.embed(torch.tensor(row))]
+            logits = lm.base(inputs_embeds=torch.cat(read)[None]).logits[0, 2:]
+        labels = torch.tensor([*row, EOS])
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        written = thought_ids(decoder, EOS, latents[None], max_tokens=4)[0]
+        assert written == _greedy(decoder, [lm.embed(torch.tensor([4])), vae.from_latent(latents.double())], 4)
+    assert float(vae(batch)["reconstruction"]) == pytest.approx(total, rel=1e-5)
+    assert not torch.allclose(mean, encode_sentences(tiny_vae(lora=lora), rows)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_what_follows_is_learned_from_question_and_latents_alone(lora: LoraSettings | None) -> None:
+    vae = tiny_vae(bos=(4,), lora=lora, objective="grounded", grounded_tokens=3, latent_noise=0.5, token_substitution=0.0)
+    items = [GroundedSentence([5, 6], [4, 7, 8], [9, 10]), GroundedSentence([6], [4, 9], [11, 12, 13, 14, 15])]
+    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos)
+    batch = collator([*items, [7, 8]], [0, 1, 2])  # the last one is a sentence alone
+    assert batch.counts["grounded"] == 3 + 3  # with <eos>; cut at three
+    mean, logvar = vae.encode(batch.encoder_ids, batch.encoder)
+    z = mean + (0.5 * logvar).exp() * batch.posterior_noise + batch.extra_noise
+    expected, lm = torch.zeros(()), vae.thought_decoder.backbone
+    for item, latents in zip(items, z, strict=False):
+        text, ids = item.follows[:3], torch.tensor([*item.prompt, *item.follows[:3]])
+        labels = torch.tensor([*text, EOS] if len(item.follows) <= 3 else text)
+        with vae.thought_decoder.lm():
+            read = lm.embed(ids)
+            vectors = [read[: len(item.prompt)], vae.from_latent(latents.double()), read[len(item.prompt) :]]
+            logits = lm.base(inputs_embeds=torch.cat(vectors)[None]).logits[0, len(item.prompt) + 1 :]
+        expected = expected + torch.nn.functional.cross_entropy(logits[: len(labels)], labels, reduction="sum")
+    found = vae(batch)
+    assert float(found["grounded"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(found["metric/grounded_accuracy"][1]) == 6
+    vae.zero_grad()
+    found["grounded"].backward()
+    ours = gradients(vae)
+    vae.zero_grad()
+    expected.backward()
+    assert_same_gradients(ours, gradients(vae), 1e-6)
+    plain = VaeCollator(replace(vae.settings, objective="reconstruct"), range(VOCAB), EOS, seed=3, bos=vae.bos)
+    same = vae(plain([item.sentence for item in items] + [[7, 8]], [0, 1, 2]))
+    assert float(same["reconstruction"].detach()) == float(found["reconstruction"].detach()) and "grounded" not in same
+
+
+def test_what_follows_a_sentence_is_the_rest_of_its_chain_and_the_answer() -> None:
+    words = build_word_tokenizer(["q", "a", "b", "c", "#", "7", "\n"])
+
+    def record(*blocks: str) -> TokenRecord:
+        return TokenRecord(encode_text(words, "q"), [encode_text(words, text) for text in blocks], encode_text(words, "7"))
+
+    items = GroundedSentences([record("a", "b a", "c"), record("c")], words, "#", Frame())
+    texts = [[words.decode(ids) for ids in (item.sentence, item.prompt, item.follows)] for item in items]
+    assert texts == [
+        ["a", "q\n", "b a\nc\n# 7"],
+        ["b a", "q\n", "c\n# 7"],
+        ["c", "q\n", "# 7"],
+        ["c", "q\n", "# 7"],
+    ]
+    assert items.length(0) == 2 * 1 + 2 + len(items[0].follows)
+    assert [item.sentence for item in items.of(1)] == [encode_text(words, "c")] and len(items.of(0)) == 3
+    chat = Frame((3,), (4,), is_chat=True)
+    [framed] = GroundedSentences([record("a")], words, "#", chat)
+    assert framed.prompt == chat.around(encode_text(words, "q"))
+
+
+def _greedy(decoder: ThoughtDecoder, read: list[Tensor], count: int) -> list[int]:
+    """Token by token, everything read anew."""
+    text: list[int] = []
+    with decoder.lm() as lm:
+        while len(text) < count:
+            inputs = torch.cat([*read, lm.embed(torch.tensor(text, dtype=torch.int64))])[None]
+            token = int(lm.base(inputs_embeds=inputs).logits[0, -1].argmax())
+            if token == EOS:
+                break
+            text.append(token)
+    return text
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -255,6 +348,23 @@ def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: st
     assert_same_weights(back, load_vae(tmp_path / "vae", backbone, CPU))
     assert not back.training
     assert not list(tmp_path.glob("**/*.writing")) and not list(tmp_path.glob("**/*.bin"))
+
+
+def test_bos_is_recorded_and_a_vae_of_before_reads_none(tmp_path: Path) -> None:
+    backbone, small = settings(base_folder(tmp_path / "base")), VaeSettings(latent_dim=3, latents_per_block=2)
+    assert new_vae(small, backbone, "cpu", bos=[4]).bos == (4,)
+    vae = new_vae(replace(small, bos=False), backbone, "cpu", bos=[4])
+    assert vae.bos == ()
+    save_vae(vae, tmp_path / "vae", base=backbone.name_or_path)
+    path = tmp_path / "vae" / "ladir.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "bos": [4]}))
+    assert load_vae(tmp_path / "vae", backbone, CPU).bos == load_thought_decoder(tmp_path / "vae", backbone, CPU).bos == (4,)
+    del saved["bos"], saved["settings"]["bos"]
+    path.write_text(json.dumps(saved))
+    old = load_vae(tmp_path / "vae", backbone, CPU)
+    assert old.bos == load_thought_decoder(tmp_path / "vae", backbone, CPU).bos == () and not old.settings.bos
+    assert torch.equal(encode_sentences(old, sentences(2))[0], encode_sentences(vae.eval(), sentences(2))[0])
 
 
 def move(vae: Vae) -> None:

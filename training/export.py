@@ -18,6 +18,7 @@ from ladir.config import Config
 from ladir.errors import UnusableError
 from ladir.models.assembling import assemble_export
 from ladir.models.card import CARD_FILE
+from ladir.models.folders import vae_folder
 from ladir.models.pairing import adapter_base, base_fingerprint
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
@@ -48,7 +49,7 @@ def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
     return {
         "code": environment()["commit"],
         "denoiser": [str(denoiser), folder_fingerprint(denoiser, "denoiser")],
-        "vae": folder_fingerprint(folder.model("vae")),
+        "vae": folder_fingerprint(vae_folder(denoiser, folder.model("vae"))),
         "base": base_fingerprint(adapter_base(denoiser)),
         "tokenizer": tokenizer,
         "sample": asdict(config.sample),
@@ -71,13 +72,14 @@ def export(run: Run) -> None:
     """Write the export, unless it is there as it would be."""
     folder = run.folder
     denoiser = last_denoiser(folder)
+    vae = vae_folder(denoiser, folder.model("vae"))
     made_of = parts(run.config, folder, denoiser)
     if not is_current(folder, made_of):
         tokenizer = load_tokenizer(run.config.backbone)
         facts = card_facts(run.config, folder)
-        assemble_export(denoiser, folder.model("vae"), tokenizer, folder.export, run.config.sample, run.config.export, facts)
+        assemble_export(denoiser, vae, tokenizer, folder.export, run.config.sample, run.config.export, facts)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
-    tell_end(run, f"{denoiser} and {folder.model('vae')}; ask it: {ask_command(folder.export)}", folder.export)
+    tell_end(run, f"{denoiser} and {vae}; ask it: {ask_command(folder.export)}", folder.export)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Stage 1 (stage=teacher): all blocks and noise draws behind the true blocks, in one pass.  Reads runs/<name>/latents and
 models/vae, writes models/denoiser.  Stage 2 (stage=rollout): the answer through blocks that the model generates itself.  Reads
-models/denoiser, too, writes models/rollout, which export.py then prefers.
+models/denoiser, too, writes models/rollout, which export.py then prefers.  Jointly (stage=joint, in place of stage 1): VAE and
+denoiser in the same steps, from models/vae on; models/denoiser then holds its own VAE, and there is no stage 2.
 
 Start it under the deepspeed launcher, torchrun, srun, or plain python (one process); started again it continues, or finishes at
 once.
@@ -16,6 +17,7 @@ if not __package__:  # started as a program
 from collections.abc import Sequence
 
 from training.phases.denoiser import denoiser_phase
+from training.phases.joint import joint_phase
 from training.phases.rollout import rollout_phase
 from training.runtime.distributed import run_as_program
 from training.runtime.ending import finished_before
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser", trains=True) as run:
         if finished_before(run) is None:
-            build = rollout_phase if run.phase == "rollout" else denoiser_phase
+            build = {"teacher": denoiser_phase, "joint": joint_phase, "rollout": rollout_phase}[run.config.stage]
             train(run, build(run.config, run.world))
 
 

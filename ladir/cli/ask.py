@@ -26,6 +26,8 @@ _CONTROLS = (
     "spacing_power",
     "initial_noise",
     "guidance_scale",
+    "guidance_interval",
+    "guidance_rescale",
     "diversity_scale",
     "restarts",
     "restart_time",
@@ -54,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--spacing-power", type=float, help="exponent of --spacing power; above 1: short near the finished block")
     parser.add_argument("--initial-noise", type=float, help="scale of the noise a block starts from")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1: off")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times (1: noise) between which it guides"
+    )
+    parser.add_argument("--guidance-rescale", type=float, help="share of the spread without guidance that a guided block keeps")
     parser.add_argument("--diversity-scale", type=float, help="diversity guidance among three or more trajectories; 0: off")
     parser.add_argument("--restarts", type=int, help="times that a finished block is noised again and denoised anew")
     parser.add_argument("--restart-time", type=float, help="time back to which a restart goes; 1: nothing is left of the block")

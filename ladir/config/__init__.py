@@ -44,8 +44,9 @@ __all__ = [
 class Config:
     stage: str = setting(
         "teacher",
-        "what train_denoiser.py trains; teacher: stage 1, behind the true blocks; rollout: stage 2, through the model's own",
-        ("teacher", "rollout"),
+        "what train_denoiser.py trains; teacher: stage 1, behind the true blocks; joint: the same with the VAE trained along, "
+        "its latents made in every step; rollout: stage 2, through the model's own blocks",
+        ("teacher", "joint", "rollout"),
     )
     run: RunSettings = section(RunSettings, "where a run lies and its seed")
     backbone: BackboneSettings = section(BackboneSettings, "the language model")

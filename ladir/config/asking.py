@@ -30,8 +30,19 @@ class SampleSettings:
         1.0, "scale of the noise a block starts from, and of what an SDE adds at every step (acts as a temperature)"
     )
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: off, 0: as if there were no question")
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0],
+        "times t (1: noise) between which guidance bends a step, both ends included; at others the step is that of the question",
+    )
+    guidance_rescale: float = setting(
+        0.0,
+        "share phi to which a guided estimate of the clean block gets back the standard deviation it has without guidance, which "
+        "strong guidance enlarges; 0: off, .7 in its source",
+    )
     diversity_scale: float = setting(
-        0.0, "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off"
+        0.0,
+        "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off; the force is a mean "
+        "over the others, the paper's sum is (num_trajectories - 1) times as large",
     )
     restarts: int = setting(
         0,

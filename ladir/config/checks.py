@@ -69,6 +69,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("*.train.pack_tokens", _NOT_NEGATIVE),
     ("*.train.data_processes", _NOT_NEGATIVE),
     ("*.train.lr", _POSITIVE),
+    ("*.train.heads_lr_factor", Range(above=0, at_most=1000)),
     ("*.train.min_lr_ratio", _FRACTION),
     ("*.train.*_fraction", _FRACTION),
     ("*.train.weight_decay", _NOT_NEGATIVE),
@@ -86,9 +87,12 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("vae.beta", _NOT_NEGATIVE),
     ("vae.latent_noise", _NOT_NEGATIVE),
     ("vae.token_substitution", _FRACTION),
+    ("vae.grounded_weight", _NOT_NEGATIVE),
+    ("vae.grounded_tokens", _COUNT),
     ("latents.batch_size", _COUNT),
     ("latents.pack_tokens", _NOT_NEGATIVE),
     ("latents.records_per_part", _COUNT),
+    ("latents.*", _NOT_NEGATIVE),
     ("denoiser.timestep_std", _POSITIVE),
     ("denoiser.draws", _COUNT),
     ("denoiser.span", _COUNT),
@@ -109,6 +113,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("rollout.last_blocks", _COUNT),
     ("rollout.own_context", _FRACTION),
     ("rollout.initial_noise", _NOT_NEGATIVE),
+    ("rollout.guidance_scale", Range(at_least=0, at_most=100)),
     ("rollout.candidates", _COUNT),
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
@@ -117,6 +122,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("sample.restart_time", Range(at_least=0.01, at_most=1)),
     ("sample.restart_steps", _COUNT),
     ("sample.spacing_power", Range(at_least=0.1, at_most=10)),
+    ("sample.guidance_rescale", _FRACTION),
     ("sample.*", Range(at_least=0, at_most=100)),
     ("evaluate.num_*", _COUNT),
     ("evaluate.*questions_per_batch", _COUNT),
@@ -175,7 +181,14 @@ def section_errors(name: str, section: Any) -> list[str]:
         wanted, meaning = _NUMBERS.get(types[entry.name], ((object,), ""))
         if not isinstance(value, wanted):
             errors.append(f"{entry.name}={value!r}: must be {meaning}")
-    return errors
+    return [*errors, *_interval_errors("guidance_interval", getattr(section, "guidance_interval", (0, 1)))]
+
+
+def _interval_errors(name: str, interval: Any) -> Iterator[str]:
+    """Of a setting that gives two times."""
+    usable = isinstance(interval, (list, tuple)) and all(type(end) in (int, float) for end in interval)
+    if not (usable and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        yield f"{name}={interval}: must be two times, [low, high], with 0 <= low <= high <= 1 (1: noise)"
 
 
 def _range_errors(config: Any, prefix: str = "") -> Iterator[str]:
@@ -249,11 +262,13 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"countdown.min_target={config.countdown.min_target}: no target is left up to countdown.{largest}="
             f"{getattr(config.countdown, largest)}; lower the one or raise the other"
         )
-    if config.sample.guidance_scale != 1 and config.denoiser.condition_dropout == 0:
-        yield (
-            f"sample.guidance_scale={config.sample.guidance_scale:g}: guidance needs a denoiser that has seen hidden "
-            "questions; set denoiser.condition_dropout above 0 and retrain, or sample.guidance_scale=1"
-        )
+    for name, scale in (("sample", config.sample.guidance_scale), ("rollout", config.rollout.guidance_scale)):
+        if scale not in (None, 1) and config.denoiser.condition_dropout == 0:
+            yield (
+                f"{name}.guidance_scale={scale:g}: guidance needs a denoiser that has seen hidden questions; set "
+                f"denoiser.condition_dropout above 0 and retrain, or {name}.guidance_scale=1"
+            )
+    yield from _interval_errors("sample.guidance_interval", config.sample.guidance_interval)
     if config.sample.reencode and config.sample.max_thought_tokens < config.data.max_block_tokens:
         yield (
             f"sample.max_thought_tokens={config.sample.max_thought_tokens}: with sample.reencode a longer sentence would be cut "
@@ -267,6 +282,13 @@ def _combination_errors(config: Config) -> Iterator[str]:
     window = config.telemetry.profile_steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
+    if config.stage == "joint" and config.denoiser.sample_latents:
+        yield "denoiser.sample_latents=true: joint training (stage=joint) takes the posterior's mean; set it to false"
+    if config.ar.train.heads_lr_factor != 1:
+        yield (
+            f"ar.train.heads_lr_factor={config.ar.train.heads_lr_factor:g}: train_ar.py trains an LM alone, which has no fresh "
+            "heads; leave it at 1"
+        )
     if config.ar.copy_fraction > 0 and config.data.train is None:
         yield "ar.copy_fraction: there are no sentences to copy; set data.train"
 

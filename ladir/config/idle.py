@@ -22,6 +22,10 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("denoiser.timestep_mean", "denoiser.timesteps=logit_normal", lambda c: c.denoiser.timesteps == "logit_normal"),
     ("denoiser.timestep_std", "denoiser.timesteps=logit_normal", lambda c: c.denoiser.timesteps == "logit_normal"),
     ("denoiser.token_*", "denoiser.token_weight above 0", lambda c: c.denoiser.token_weight > 0),
+    ("vae.grounded_*", "vae.objective=grounded", lambda c: c.vae.objective == "grounded"),
+    ("latents.probe_steps", "latents.report_sentences above 0", lambda c: c.latents.report_sentences > 0),
+    ("sample.guidance_interval", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
+    ("sample.guidance_rescale", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
     ("evaluate.ar_top_p", "evaluate.ar_temperature above 0", lambda c: c.evaluate.ar_temperature > 0),
 )
 

@@ -104,6 +104,11 @@ class DataSettings:
         "only where one sentence or that answer follows); the AR baseline writes the first",
     )
     sentences_per_block: int = setting(1, "sentences in one block; 0: the whole chain is one block")
+    chat_template: bool = setting(
+        False,
+        "a question stands in the tokenizer's chat template, as an instruct model's user turn, the assistant's begun behind it, "
+        "in all phases, the AR baseline and answering; special tokens are the model's own",
+    )
     strip_calculator: bool = setting(
         True,
         "remove GSM8K's <<...>> calculator annotations from the reasoning; a step that is nothing else keeps what is in them, a "

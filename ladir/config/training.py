@@ -23,6 +23,11 @@ class TrainSettings:
         "than it takes to make its batch (data_wait)",
     )
     lr: float = setting(1e-5, "peak learning rate")
+    heads_lr_factor: float = setting(
+        1.0,
+        "learning rate of what is not the LM's own (latent maps, time, marks, queries, stop and token heads) as a multiple of "
+        "lr: fresh parameters may take larger steps than a pretrained LM bears; adapters count as the LM's",
+    )
     min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak")
     schedule: str = setting(
         "cosine",
@@ -72,6 +77,19 @@ class VaeSettings:
     latent_noise: float = setting(3.0, "standard deviation k of the noise added to z in training")
     token_substitution: float = setting(0.3, "probability that an encoder input token is replaced by a random one in training")
     decoder: str = setting("frozen", "frozen: the base LM as it is; trained: a second LM trained along", ("frozen", "trained"))
+    objective: str = setting(
+        "reconstruct",
+        "what the decoder learns from a sentence's latents; reconstruct: the sentence; grounded: also what follows it, the next "
+        "sentences and the answer, from question and latents alone, so that latents hold what the rest needs",
+        ("reconstruct", "grounded"),
+    )
+    grounded_weight: float = setting(1.0, "weight of the cross-entropy of what follows (objective=grounded)")
+    grounded_tokens: int = setting(128, "first tokens of what follows that are learned (objective=grounded)")
+    bos: bool = setting(
+        True,
+        "encoder and decoder read the tokenizer's <bos> first, where it has one, as the LM learned to read: pretrained LMs use "
+        "position 0 as an attention sink, and hardly read what else stands there",
+    )
     train: TrainSettings = section(TrainSettings, "training of the VAE", max_epochs=2.0, lr=2e-5)
 
 
@@ -86,6 +104,16 @@ class LatentSettings:
     batch_size: int = setting(64, "sentences encoded in one forward pass of one rank")
     pack_tokens: int = setting(0, "sentences are laid end to end in rows of about this many tokens; 0: a row for every sentence")
     records_per_part: int = setting(1024, "records a rank encodes between two looks at the stop signal; finished parts are kept")
+    report_sentences: int = setting(
+        512,
+        "held-out sentences (those trained on, where there are none) on which encode_latents reports what the latents are good "
+        "for: reading them with and without noise, and what a probe learns; 0: no report",
+    )
+    probe_steps: int = setting(
+        300,
+        "steps that a small denoiser, the same for every VAE, is trained for that report: how hard the latents are to generate, "
+        "which how well they decode does not say; seconds on a CPU; 0: none",
+    )
 
 
 @dataclass
@@ -149,8 +177,17 @@ class RolloutSettings:
         "whether make demo, slurm/submit.sh and plan.py include stage 2; train_denoiser.py stage=rollout trains it in any case",
     )
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy through the model's own blocks")
-    num_steps: int = setting(10, "Euler steps per block")
-    lag: int = setting(2, "steps by which a block of a span starts after the one before it (denoiser.span above 1)")
+    num_steps: int | None = setting(
+        None, "Euler steps per block; not set: sample.num_steps, so that training meets what sampling makes (spacing is the same)"
+    )
+    lag: int | None = setting(
+        None, "steps by which a block of a span starts after the one before it (denoiser.span above 1); not set: sample.lag"
+    )
+    guidance_scale: float | None = setting(
+        None,
+        "classifier-free guidance of the own blocks, in sample.guidance_interval and with sample.guidance_rescale; 1: off, half "
+        "the passes; not set: sample.guidance_scale",
+    )
     gradient_steps: int | None = setting(None, "last steps of a block that carry gradient; not set: all")
     last_blocks: int | None = setting(
         None,
@@ -165,7 +202,7 @@ class RolloutSettings:
     carry_gradient: bool = setting(
         False, "the carried state (denoiser.carry) keeps its gradient through the steps that carry gradient"
     )
-    initial_noise: float = setting(1.0, "scale of the noise a block starts from")
+    initial_noise: float | None = setting(None, "scale of the noise a block starts from; not set: sample.initial_noise")
     gold: str = setting(
         "nearest",
         "which gold solution is trained towards where a question has several of as many blocks; nearest: to the model's own "

@@ -17,6 +17,7 @@ from torch import Tensor
 from ladir.config import DenoiserSettings, VaeSettings
 from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows, place, text_rows
 from ladir.data.randomness import Streams, derive, generator
+from ladir.data.token_lists import GroundedSentence
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
 from ladir.spans import with_room
 
@@ -67,9 +68,10 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 @dataclass
 class VaeBatch(TensorBatch):
-    """N sentences of n tokens in all, as the encoder reads them (``encoder_ids`` [n], substituted) and as the decoder does
-    (``decoder_ids`` [n]); ``labels`` [n + N] with the sentence each belongs to, ``owner`` [n + N]; and the two noises [N, L, d]
-    (posterior: unit; extra: already scaled by k)."""
+    """N sentences of n tokens in all, as encoder and decoder read them.
+
+    ``encoder_ids`` [n], substituted ([n + N] with <bos>); ``decoder_ids`` [n]; ``labels`` [n + N] with the sentence each belongs
+    to, ``owner`` [n + N]; and the two noises [N, L, d] (posterior: unit; extra: already scaled by k)."""
 
     encoder_ids: Tensor
     encoder: Rows
@@ -79,6 +81,36 @@ class VaeBatch(TensorBatch):
     owner: Tensor
     posterior_noise: Tensor
     extra_noise: Tensor
+    follows: Follows | None = None
+
+    @property
+    def kind(self) -> str:
+        """Whether the decoder also reads what follows."""
+        return "" if self.follows is None else "grounded"
+
+    def to(self, device: torch.device | str) -> VaeBatch:
+        """The batch with every tensor on ``device``."""
+        moved = super().to(device)
+        return moved if self.follows is None else replace(moved, follows=self.follows.to(device))
+
+
+@dataclass(frozen=True)
+class Follows:
+    """What follows N sentences, as the decoder reads it: ``[prompt, latents, text]`` each.
+
+    ``prompt_ids``, ``ids``: the tokens of all prompts and all texts; ``labels`` [n + N]: the texts' with the <eos> behind each,
+    or IGNORE where a text was cut or nothing is known to follow; ``count``: of the others.
+    """
+
+    prompt_ids: Tensor
+    ids: Tensor
+    rows: Rows
+    labels: Tensor
+    count: int
+
+    def to(self, device: torch.device | str) -> Follows:
+        """The same on another device."""
+        return Follows(self.prompt_ids.to(device), self.ids.to(device), self.rows.to(device), self.labels.to(device), self.count)
 
 
 @dataclass(frozen=True)
@@ -86,7 +118,7 @@ class VaeCollator:
     """Token-id lists of sentences to a :class:`VaeBatch`; ``training`` False leaves out noise and substitution.
 
     ``ordinary``: the ids that substitution draws (:func:`ladir.tokens.ordinary_ids`).
-    ``pack_tokens``: see :func:`ladir.data.packing.place`.
+    ``pack_tokens``: see :func:`ladir.data.packing.place`.  ``bos``: ids read before every sentence and its latents.
     """
 
     settings: VaeSettings
@@ -94,9 +126,14 @@ class VaeCollator:
     eos_id: int
     seed: int
     pack_tokens: int = 0
+    bos: tuple[int, ...] = ()
 
-    def __call__(self, sentences: Sequence[Sequence[int]], numbers: Sequence[int], training: bool = True) -> VaeBatch:
+    def __call__(
+        self, items: Sequence[Sequence[int] | GroundedSentence], numbers: Sequence[int], training: bool = True
+    ) -> VaeBatch:
         s = self.settings
+        sentences = [item.sentence if isinstance(item, GroundedSentence) else item for item in items]
+        follows = self._follows(items) if s.objective == "grounded" else None
         shape = (s.latents_per_block, s.latent_dim)
         posterior = np.zeros((len(sentences), *shape), dtype=np.float32)
         extra = np.zeros_like(posterior)
@@ -110,23 +147,39 @@ class VaeCollator:
                     extra[i] = s.latent_noise * rng.standard_normal(shape, dtype=np.float32)
                 if s.token_substitution:
                     read[i] = self._substitute(np.asarray(sentences[i]), rng)
-        lengths = [len(row) for row in sentences]
+        lengths, start = [len(row) for row in sentences], len(self.bos)
         return VaeBatch(
             counts={
                 "reconstruction": float(sum(lengths) + len(sentences)),
                 "kl": float(len(sentences) * s.latents_per_block),
+                **({} if follows is None else {"grounded": float(follows.count)}),
             },
-            num_tokens=2 * (sum(lengths) + len(sentences) * s.latents_per_block),
+            num_tokens=2 * (sum(lengths) + len(sentences) * (start + s.latents_per_block))
+            + (0 if follows is None else len(follows.ids) + len(follows.prompt_ids) + len(sentences) * s.latents_per_block),
             sample_ids=list(numbers),
-            encoder_ids=flat_ids(read),
-            encoder=encoder_rows(lengths, s.latents_per_block, self.pack_tokens),
+            encoder_ids=flat_ids([[*self.bos, *row] for row in read]),
+            encoder=encoder_rows([start + length for length in lengths], s.latents_per_block, self.pack_tokens),
             decoder_ids=flat_ids(sentences),
-            decoder=decoder_rows(lengths, s.latents_per_block, self.pack_tokens),
+            decoder=decoder_rows(lengths, start + s.latents_per_block, self.pack_tokens),
             labels=flat_ids([[*row, self.eos_id] for row in sentences]),
             owner=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths) + 1),
             posterior_noise=torch.from_numpy(posterior),
             extra_noise=torch.from_numpy(extra),
+            follows=follows,
         )
+
+    def _follows(self, items: Sequence[Sequence[int] | GroundedSentence]) -> Follows:
+        """What follows each sentence, cut at ``grounded_tokens``; sentences of which nothing is known take part unlabelled."""
+        most = self.settings.grounded_tokens
+        known = [item if isinstance(item, GroundedSentence) else GroundedSentence([], [], []) for item in items]
+        texts = [item.follows[:most] for item in known]
+        ends = [self.eos_id if 0 < len(item.follows) <= most else IGNORE for item in known]
+        labels = flat_ids([[*text, end] for text, end in zip(texts, ends, strict=True)])
+        prompts = [item.prompt for item in known]
+        rows = decoder_rows(
+            [len(text) for text in texts], self.settings.latents_per_block, self.pack_tokens, [len(prompt) for prompt in prompts]
+        )
+        return Follows(flat_ids(prompts), flat_ids(texts), rows, labels, int((labels != IGNORE).sum()))
 
     def _substitute(self, row: np.ndarray, rng: np.random.Generator) -> list[int]:
         """Each token replaced by a random ordinary one with probability p."""
@@ -218,7 +271,8 @@ class DenoiserCollator:
     """Latent records to a :class:`DenoiserBatch`.
 
     ``mean`` and ``std`` [d] standardise the latents.  ``samples_per_step`` (the global batch) tells the step a sample belongs
-    to, for ``answer_every``.  ``prefix`` are ids put before every question (the tokenizer's <bos>, where it has one).
+    to, for ``answer_every``.  ``prefix`` are ids put before every question (the tokenizer's <bos>, where it has one, or a chat
+    template's), ``suffix`` ids behind it.
     ``pack_tokens``: see :func:`ladir.data.packing.place`.
     """
 
@@ -230,6 +284,7 @@ class DenoiserCollator:
     samples_per_step: int
     prefix: tuple[int, ...] = ()
     pack_tokens: int = 0
+    suffix: tuple[int, ...] = ()
 
     def __call__(
         self, records: Sequence[LatentRecord], numbers: Sequence[int], training: bool = True, with_answer: bool | None = None
@@ -238,7 +293,7 @@ class DenoiserCollator:
         step = numbers[0] // self.samples_per_step
         if with_answer is None:
             with_answer = not training or step % self.settings.answer_every == 0
-        questions = [[*self.prefix, *record.question] for record in records]
+        questions = [[*self.prefix, *record.question, *self.suffix] for record in records]
         latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
         bidirectional = self.settings.bidirectional_question
         templates = [
@@ -248,7 +303,7 @@ class DenoiserCollator:
         texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
         noise = self._noise(records, numbers, training)
         blocks = [with_room(len(r.blocks), span) for r in records]
-        batch = _assemble(templates, texts, blocks, noise, len(self.prefix), self.pack_tokens)
+        batch = _assemble(templates, texts, blocks, noise, (len(self.prefix), len(self.suffix)), self.pack_tokens)
         block_tokens = self._block_tokens(records)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
@@ -368,12 +423,12 @@ def _assemble(
     texts: Sequence[Sequence[int]],
     blocks: Sequence[int],
     noise: _Noise,
-    shown: int,
+    shown: tuple[int, int],
     pack_tokens: int,
 ) -> dict[str, Any]:
     """Lay the records' layouts in padded rows and point every token at its input vector.
 
-    ``shown``: the first tokens of a hidden question that stay (its <bos>).
+    ``shown``: how many first and last tokens of a hidden question stay (its <bos>, a chat template).
     """
     places = place([len(layout) for layout in templates], pack_tokens)
     size = places.rows * places.width
@@ -387,7 +442,7 @@ def _assemble(
         copy[tokens] = layout.copy
         table_index[tokens] = rows[layout.source] + layout.index
         if hidden:
-            table_index[start + shown : start + layout.question_length] = rows[Source.MARK] + Mark.NULL
+            table_index[start + shown[0] : start + layout.question_length - shown[1]] = rows[Source.MARK] + Mark.NULL
     shape = (places.rows, places.width)
     rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
     return {

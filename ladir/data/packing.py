@@ -151,18 +151,22 @@ def encoder_rows(lengths: Sequence[int], latents: int, budget: int) -> Rows:
     return _rows(places, table, places.first + text, np.full(len(text), latents))
 
 
-def decoder_rows(lengths: Sequence[int], latents: int, budget: int) -> Rows:
-    """``[latents, sentence]``; the table holds all sentences' tokens, then ``latents`` vectors per sentence.
+def decoder_rows(lengths: Sequence[int], latents: int, budget: int, prompts: Sequence[int] | None = None) -> Rows:
+    """``[prompt, latents, sentence]``, prompts of so many tokens (not given: none).
 
+    The table holds all sentences' tokens, then ``latents`` vectors per sentence (<bos> among them), then all prompts' tokens.
     Read is what predicts the sentence's tokens and the <eos> behind them: from the last latent on.
     """
     text = np.asarray(lengths, dtype=np.int64)
-    places = place((text + latents).tolist(), budget)
+    prompt = np.zeros_like(text) if prompts is None else np.asarray(prompts, dtype=np.int64)
+    places = place((prompt + text + latents).tolist(), budget)
     _, document, within = places.tokens
-    before = np.cumsum(text) - text
-    is_latent = within < latents
-    table = np.where(is_latent, text.sum() + document * latents + within, before[document] + within - latents)
-    return _rows(places, table, places.first + latents - 1, text + 1)
+    first_text, first_prompt = (np.cumsum(sizes) - sizes for sizes in (text, prompt))
+    behind = within - prompt[document]  # the prompt: below 0 in it
+    in_latents = text.sum() + document * latents + behind
+    in_prompt = text.sum() + len(text) * latents + first_prompt[document] + within
+    table = np.where(behind < latents, np.where(behind < 0, in_prompt, in_latents), first_text[document] + behind - latents)
+    return _rows(places, table, places.first + prompt + latents - 1, text + 1)
 
 
 def _rows(places: Places, table: np.ndarray, read_from: np.ndarray, read: np.ndarray) -> Rows:

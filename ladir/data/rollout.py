@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ladir.config import RolloutSettings
+from ladir.config import RolloutSettings, SampleSettings
 from ladir.data.batches import DenoiserBatch, DenoiserCollator, TensorBatch, pad_left
 from ladir.data.latents import LatentRecord, LatentStore
 from ladir.data.packing import IGNORE
 from ladir.data.randomness import derive, generator
 from ladir.spans import num_passes, num_spans, with_room
+
+
+def sampling_of(rollout: RolloutSettings, sample: SampleSettings) -> SampleSettings:
+    """How stage 2 denoises its own blocks: as sampling does, but for what ``rollout`` sets otherwise."""
+    own = {name: getattr(rollout, name) for name in ("num_steps", "lag", "initial_noise", "guidance_scale")}
+    return replace(sample, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class RolloutBatch(TensorBatch):
 
     B is a multiple of the span; there are zeros behind a record's last block.  ``blocks``: their true numbers of blocks,
     descending.  ``own_context``: the flow loss of ``teacher``, the ordinary batch of the same records, stands behind the model's
-    own blocks instead of the true ones.
+    own blocks instead of the true ones.  ``shown``: how many first and last tokens of a question
+    stay where it is hidden (its <bos>, a chat template).
     """
 
     teacher: DenoiserBatch
@@ -75,6 +82,7 @@ class RolloutBatch(TensorBatch):
     answer_labels: Tensor  # [R, C, A + 1]: the answer and <eos>, IGNORE behind
     block_at: Tensor  # [K]: the teacher's blocks among the R * B blocks of this batch
     most_labels: int  # of the answers, if every record took its longest
+    shown: tuple[int, int] = (0, 0)
 
     @property
     def kind(self) -> str:
@@ -88,11 +96,20 @@ class RolloutBatch(TensorBatch):
 
 @dataclass(frozen=True)
 class RolloutCollator:
-    """Records with their gold solutions to a :class:`RolloutBatch`; ``teacher`` collates them for stage 1's losses."""
+    """Records with their gold solutions to a :class:`RolloutBatch`; ``teacher`` collates them for stage 1's losses.
+
+    ``sample``: how sampling is set, which stage 2 follows.
+    """
 
     teacher: DenoiserCollator
     settings: RolloutSettings
     seed: int
+    sample: SampleSettings = field(default_factory=SampleSettings)
+
+    @property
+    def sampling(self) -> SampleSettings:
+        """How the own blocks are denoised."""
+        return sampling_of(self.settings, self.sample)
 
     def __call__(self, golds: Sequence[Golds], numbers: Sequence[int], training: bool = True) -> RolloutBatch:
         order = sorted(range(len(golds)), key=lambda i: -len(golds[i].record.blocks))
@@ -103,7 +120,7 @@ class RolloutCollator:
         own_context = training and self._own_context(numbers[0] // self.teacher.samples_per_step)
         # Behind its own blocks the answer and the end are learned from the rollout itself.
         teacher = self.teacher(records, numbers, training, with_answer=False if own_context else None)
-        questions = [[*self.teacher.prefix, *record.question] for record in records]
+        questions = [[*self.teacher.prefix, *record.question, *self.teacher.suffix] for record in records]
         question_ids, lengths = pad_left(questions, self.teacher.eos_id)
         counts = {**teacher.counts, "rollout": float(len(records)), "stop": teacher.counts["stop"] + sum(blocks)}
         if own_context:
@@ -120,6 +137,7 @@ class RolloutCollator:
             num_blocks=torch.tensor(blocks),
             noise=self._noise(records, numbers, most),
             block_at=torch.tensor([row * most + b for row, count in enumerate(blocks) for b in range(self._padded(count))]),
+            shown=(len(self.teacher.prefix), len(self.teacher.suffix)),
             most_labels=sum(max(len(s.answer) for s in (entry.record, *entry.others)) + 1 for entry in golds),
             **self._gold(golds, most),
         )
@@ -130,11 +148,12 @@ class RolloutCollator:
 
     def _tokens(self, record: LatentRecord) -> int:
         """Tokens that run through the model in a record's rollout."""
-        s, span = self.settings, self.teacher.settings.span
+        how, span, last = self.sampling, self.teacher.settings.span, self.settings.last_blocks
         count, latents = record.mu.shape[:2]
-        spans = num_spans(count, span) - (count - min(count, s.last_blocks or count)) // span
-        generated = spans * num_passes(s.num_steps, span, s.lag) * span * (latents + 1) + count * (latents + 2)
-        return len(self.teacher.prefix) + len(record.question) + generated + 1 + len(record.answer)
+        spans = num_spans(count, span) - (count - min(count, last or count)) // span
+        generated = spans * num_passes(how.num_steps, span, how.lag) * span * (latents + 1) + count * (latents + 2)
+        thought = len(self.teacher.prefix) + len(record.question) + len(self.teacher.suffix) + generated
+        return thought * (2 if how.guidance_scale != 1 else 1) + 1 + len(record.answer)
 
     def _padded(self, blocks: int) -> int:
         """Blocks that the spans of so many have room for."""
@@ -145,7 +164,7 @@ class RolloutCollator:
         for row, record, number in zip(noise, records, numbers, strict=True):
             size = self._padded(len(record.blocks))
             generator(self.seed, number).standard_normal(dtype=np.float32, out=row[:size])
-        return self.settings.initial_noise * torch.from_numpy(noise)
+        return self.sampling.initial_noise * torch.from_numpy(noise)
 
     def _gold(self, golds: Sequence[Golds], most_blocks: int) -> dict[str, Tensor]:
         """Latents and answers of every gold solution, padded to the same sizes."""

@@ -56,6 +56,15 @@ class TokenLists(MadeWhenRead[list[int]]):
 
 
 @dataclass(frozen=True)
+class GroundedSentence:
+    """Token ids of a ``sentence``, of the ``prompt`` (its question, as the AR baseline reads it), and of what ``follows`` it."""
+
+    sentence: list[int]
+    prompt: list[int]
+    follows: list[int]
+
+
+@dataclass(frozen=True)
 class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
     """(prompt ids, completion ids) of many texts."""
 

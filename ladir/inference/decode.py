@@ -77,8 +77,8 @@ def decode(
 def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int) -> list[list[int]]:
     """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them."""
     with decoder.lm() as lm:
-        lengths = torch.full((len(z),), z.shape[1], device=z.device)
-        prefix, hidden = Prefix.start(lm, decoder.prefix(z), lengths)
+        inputs = decoder.prefix(z)
+        prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
         return decode(prefix, hidden, eos_id, max_tokens)
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ladir.config import SampleSettings
+from ladir.models import flow
+
 #: ``reward_fn(latents, t)``: a scalar per trajectory [R] for the current estimate of a block's clean latents [R, L, d]
 RewardFn = Callable[[Tensor, float], Tensor]
 
@@ -25,12 +28,58 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How both branches' velocities become one: the scale, the times from ``low`` to ``high`` at which it holds, rescaling."""
+
+    scale: float
+    low: float = 0.0
+    high: float = 1.0
+    rescale: float = 0.0
+
+    @classmethod
+    def of(cls, settings: SampleSettings) -> Guidance:
+        """As sampling is set."""
+        low, high = settings.guidance_interval
+        return cls(settings.guidance_scale, low, high, settings.guidance_rescale)
+
+    def velocity(self, conditional: Tensor, unconditional: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Guided velocity [..., L, d] of both branches' at noisy latents ``z`` [..., L, d] and t [...].
+
+        Outside the interval it is the conditional one (Kynkaanniemi et al. 2024, "Applying guidance in a limited interval",
+        arXiv 2404.07724).  The times are compared where they lie, so that one captured step serves all of them.
+        """
+        time = t[..., None, None]
+        velocity = classifier_free(conditional, unconditional, self.scale)
+        if self.rescale:
+            x0, plain = z - time * velocity, z - time * conditional
+            velocity = velocity + (x0 - rescaled(x0, plain, self.rescale)) / time.clamp_min(flow.EDGE)
+        if (self.low, self.high) == (0.0, 1.0):
+            return velocity
+        return torch.where((time >= self.low) & (time <= self.high), velocity, conditional)
+
+
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """``guided`` latents [..., L, d] with a ``share`` of their standard deviation that of the ``conditional`` ones.
+
+    Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", section 3.4, equations 13 to 15, over a
+    block's elements; of the clean latents, whose spread guidance enlarges, whatever the network predicts.  A block without spread
+    stays.
+    """
+    before, after = (x.std((-2, -1), correction=0, keepdim=True) for x in (conditional, guided))
+    factor = torch.where(after > 0, before / after.clamp_min(torch.finfo(after.dtype).tiny), 1.0)
+    return guided * (share * factor + (1 - share))
+
+
 def diversity_force(z: Tensor, groups: Sequence[int]) -> Tensor:
     """Repulsion F [R, L, d] between trajectories of the same question (never across questions).
 
-    ``F_i = sum_j 2 (1 - d_ij^2 / s^2) exp(-d_ij^2 / s^2) (z_i - z_j)`` with s the median distance between the trajectories of
-    the question.  ``groups``: trajectories of each question, which are consecutive rows; they add up to R.  Pairs that are closer
-    than s repel, others attract; of two trajectories alone the distance is s, so that nothing moves.
+    ``F_i = mean_j 2 (1 - d_ij^2 / s^2) exp(-d_ij^2 / s^2) (z_i - z_j)`` over the others, with s the median distance between the
+    trajectories of the question.  The paper has the sum, which grows with their number: of a hundred it is as large as the
+    latents themselves, and one weight cannot serve ten and a hundred.
+
+    ``groups``: trajectories of each question, which are consecutive rows; they add up to R.  Pairs that are closer than s repel,
+    others attract; of two trajectories alone the distance is s, so that nothing moves.
     """
     return torch.cat([_repulsion(group.flatten(1)).view_as(group) for group in z.split(list(groups))])
 
@@ -46,7 +95,7 @@ def _repulsion(z: Tensor) -> Tensor:
     s2 = off_diagonal.sqrt().median().square().clamp_min(torch.finfo(z.dtype).tiny)
     ratio = squared / s2
     weight = 2 * (1 - ratio) * torch.exp(-ratio)
-    return weight.sum(1, keepdim=True) * z - weight @ z
+    return (weight.sum(1, keepdim=True) * z - weight @ z) / (len(z) - 1)
 
 
 def reward_gradient(function: RewardFn, latents: Tensor, t: float) -> Tensor:

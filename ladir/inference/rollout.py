@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ladir.config import RolloutSettings
+from ladir.config import RolloutSettings, SampleSettings
 from ladir.data.packing import IGNORE
-from ladir.data.rollout import RolloutBatch
+from ladir.data.rollout import RolloutBatch, sampling_of
+from ladir.inference.guidance import Guidance
+from ladir.inference.sampler import step_times
 from ladir.layout import Mark, block_length, span_offsets
 from ladir.models import flow
 from ladir.models.attention import left_padded
@@ -116,24 +118,39 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
 class _Thoughts:
     """A rollout under way.
 
-    The past, latents [R, L, d] by block (zeros behind a record's last one), the stop head's summed loss, and zero with the
-    gradient of passes that ran for other ranks' sake.
+    The past, with guidance that of the branch whose question is hidden as well, latents [R, L, d] by block (zeros behind a
+    record's last one), the stop head's summed loss, and zero with the gradient of passes that ran for other ranks' sake.
     """
 
-    def __init__(self, past: Past) -> None:
-        self.past = past
+    def __init__(self, past: Past, free: Past | None) -> None:
+        self.past, self.free = past, free
         self.latents: list[Tensor] = []
         self.stop_loss = self.anchor = torch.zeros(())
+
+    @property
+    def branches(self) -> list[Past]:
+        """The pasts that a denoising step reads, that of the question first."""
+        return [self.past] if self.free is None else [self.past, self.free]
 
 
 class Rollout(nn.Module):
     """A denoiser in stage 2; ``forward`` gives stage 1's losses and the answer's through the model's own blocks."""
 
     def __init__(
-        self, denoiser: Denoiser, settings: RolloutSettings, max_blocks: int, recompute: bool, agree: Agreement | None = None
+        self,
+        denoiser: Denoiser,
+        settings: RolloutSettings,
+        max_blocks: int,
+        recompute: bool,
+        agree: Agreement | None = None,
+        sample: SampleSettings | None = None,
     ) -> None:
-        """``max_blocks``: most blocks of any record; ``recompute``: see :class:`Past`; ``agree``: needed with several ranks."""
+        """``max_blocks``: most blocks of any record; ``recompute``: see :class:`Past`; ``agree``: needed with several ranks.
+
+        ``sample``: how sampling is set, which the own blocks follow in steps, spacing, lag and guidance (:func:`sampling_of`).
+        """
         super().__init__()
+        self.sample = sample or SampleSettings()
         self.denoiser, self.settings, self.max_blocks, self.recompute = denoiser, settings, max_blocks, recompute
         self._own_blocks = settings.last_blocks or max_blocks
         self._agree = agree
@@ -160,6 +177,11 @@ class Rollout(nn.Module):
             "metric/rollout_token_accuracy": right,
         }
 
+    @property
+    def sampling(self) -> SampleSettings:
+        """How the own blocks are denoised."""
+        return sampling_of(self.settings, self.sample)
+
     def _rounds(self, blocks: Sequence[int]) -> list[int]:
         """Per span what some rank has to do: 0 nothing, 1 add true blocks, 2 denoise some and add them."""
         last, span = self._own_blocks, self.denoiser.settings.span
@@ -172,7 +194,8 @@ class Rollout(nn.Module):
 
     def _think(self, batch: RolloutBatch) -> _Thoughts:
         """Every record's true number of blocks, the last ones its own, all rows at once."""
-        thoughts = _Thoughts(self._question(batch))
+        guided = self.sampling.guidance_scale != 1
+        thoughts = _Thoughts(self._question(batch), self._question(batch, hidden=True) if guided else None)
         span = self.denoiser.settings.span
         for number, work in enumerate(self._rounds(batch.blocks)):
             first = number * span
@@ -187,21 +210,30 @@ class Rollout(nn.Module):
         """Finished blocks ``z`` [n, L, d] to the past of those rows that have so many; where none has, row 0 runs along."""
         active = sum(count > block for count in batch.blocks)
         z = z[: max(active, 1)]
-        stop, chunk = self._append(thoughts.past, batch, z, block)
+        (stop, chunk), *free = [self._append(past, batch, z, block) for past in thoughts.branches]
+        for unread, _ in free:  # no loss looks at it, yet all ranks go backward through the pass
+            thoughts.anchor = thoughts.anchor + 0.0 * unread.sum()
         if not active:
             thoughts.anchor = thoughts.anchor + 0.0 * stop.sum()
             return
-        thoughts.past.chunks.append(chunk)
+        for past, new in zip(thoughts.branches, [chunk, *(own for _, own in free)], strict=True):
+            past.chunks.append(new)
         thoughts.latents.append(F.pad(z, (0, 0, 0, 0, 0, len(batch.blocks) - active)))
         ends = (batch.num_blocks[:active] == block + 1).float()
         thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
 
-    def _question(self, batch: RolloutBatch) -> Past:
-        """The past that begins with the questions."""
+    def _question(self, batch: RolloutBatch, hidden: bool = False) -> Past:
+        """The past that begins with the questions, or with one learned vector in place of each of their tokens (``hidden``)."""
         past = Past(self.denoiser.backbone, self.recompute)
         bidirectional = self.denoiser.settings.bidirectional_question
         valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1], bidirectional)
         inputs = self.denoiser.backbone.embed(batch.question_ids)
+        if hidden:
+            places = torch.arange(inputs.shape[1], device=inputs.device)
+            first, last = batch.shown
+            covered = places >= (inputs.shape[1] - batch.question_lengths + first)[:, None]
+            covered &= places < inputs.shape[1] - last
+            inputs = torch.where(covered[..., None], self.denoiser.mark(Mark.NULL), inputs)
         _, chunk = past.extend(slice(0, len(batch.blocks)), inputs, positions, visible)
         past.chunks.append(replace(chunk, valid=valid))
         return past
@@ -230,33 +262,43 @@ class Rollout(nn.Module):
 
         A block's last ``gradient_steps`` carry gradient.
         """
-        d, s, device = self.denoiser, self.settings, batch.noise.device
-        span, steps = d.settings.span, s.num_steps
+        d, s, how, device = self.denoiser, self.settings, self.sampling, batch.noise.device
+        span, steps = d.settings.span, how.num_steps
         learned = steps - (steps if s.gradient_steps is None else s.gradient_steps)  # the first such step
         offsets = torch.from_numpy(span_offsets(span, d.latents_per_block)).to(device)
         visible = thoughts.past.visible(rows, _all_see_all(len(offsets), device))
         positions = self._positions(batch, rows, first, offsets)
         true = given[..., None, None]
         z = torch.where(true, _span(batch.gold[rows, 0], first, span), _span(batch.noise[rows], first, span))
-        state = d.null_state(z)
-        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
-        now = torch.tensor(staggered(times, span, s.lag), device=device)
-        for number, moving in enumerate(turns(steps, span, s.lag)):
+        states = [d.null_state(z)] * len(thoughts.branches)
+        times = step_times(how)
+        now = torch.tensor(staggered(times, span, how.lag), device=device)
+        for number, moving in enumerate(turns(steps, span, how.lag)):
             blocks = list(z.unbind(1))  # here, so that finished ones keep the gradient that they have
             learns = any(step >= learned for _, step in moving)
             with nullcontext() if learns else torch.no_grad():
                 t = now[number].masked_fill(given, 0.0)
-                prediction, state = thoughts.past.read(rows, _predict(d, t, state, visible, positions), z)
-                velocity = flow.to_velocity(d.settings.objective, prediction, z, t[..., None, None])
+                found = [
+                    past.read(rows, _predict(d, t, state, visible, positions), z)
+                    for past, state in zip(thoughts.branches, states, strict=True)
+                ]
+                predictions, states = [prediction for prediction, _ in found], [state for _, state in found]
+                velocity = self._velocity(predictions, z, t)
                 for block, step in moving:
                     moved = blocks[block] + (times[step + 1] - times[step]) * velocity[:, block]
                     blocks[block] = moved if step >= learned else moved.detach()
             z = torch.where(true, z, torch.stack(blocks, 1))
             if not s.carry_gradient:
-                state = state.detach()
+                states = [state.detach() for state in states]
             if learns:  # ranks whose blocks here are all true go backward through this pass as well
-                thoughts.anchor = thoughts.anchor + 0.0 * prediction.sum()
+                thoughts.anchor = thoughts.anchor + 0.0 * torch.stack(predictions).sum()
         return z
+
+    def _velocity(self, predictions: Sequence[Tensor], z: Tensor, t: Tensor) -> Tensor:
+        """The velocity [n, J, L, d] of one branch's prediction, or of both with guidance."""
+        objective = self.denoiser.settings.objective
+        first, *free = [flow.to_velocity(objective, prediction, z, t[..., None, None]) for prediction in predictions]
+        return Guidance.of(self.sampling).velocity(first, free[0], z, t) if free else first
 
     def _append(self, past: Past, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, Chunk]:
         """The stop head's logits [n] behind finished blocks [n, L, d] of the first rows, and the blocks' keys and values."""

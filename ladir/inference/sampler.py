@@ -14,7 +14,7 @@ from ladir.config import SampleSettings
 from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
 from ladir.inference.graphs import Graphs, can_capture
-from ladir.inference.guidance import Reward, classifier_free, diversity_force, reward_gradient
+from ladir.inference.guidance import Guidance, Reward, diversity_force, reward_gradient
 from ladir.layout import Mark, span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
@@ -232,7 +232,7 @@ class BlockSampler:
         self, prefix: Prefix, z: Tensor, times: Tensor, state: Tensor, visible: Visibility, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The network's velocity [R, J, L, d] at every block's time [J], of both branches where there are two, each with a
-        ``state`` of its own; and what the step hands on."""
+        ``state`` of its own, which goes on also at times that are not guided; and what the step hands on."""
         d = self.denoiser
         branches = len(prefix) // len(z)
         inputs = z.repeat(branches, 1, 1, 1)
@@ -241,7 +241,7 @@ class BlockSampler:
         velocity = flow.to_velocity(d.settings.objective, prediction, inputs, t[..., None, None])
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)
-            velocity = classifier_free(conditional, unconditional, self.settings.guidance_scale)
+            velocity = Guidance.of(self.settings).velocity(conditional, unconditional, z, times.expand(len(z), -1))
         return velocity, state
 
     def _bent(self, velocity: Tensor, z: Tensor, t: float, force: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 #: below this distance from an end of the path a division is not trusted
-_EDGE = 1e-4
+EDGE = 1e-4
 #: this close to pure noise a predicted noise says nothing of z_0, whose mean (0, standardised) is taken: an error of the
 #: prediction would be a hundred times as large in z_0, and a block starts there
 _BLIND = 0.01
@@ -43,7 +43,7 @@ def to_x0(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
     if objective == "x0":
         return prediction
     if objective == "epsilon":
-        return torch.where(1 - t < _BLIND, 0.0, (z_t - t * prediction) / (1 - t).clamp_min(_EDGE))
+        return torch.where(1 - t < _BLIND, 0.0, (z_t - t * prediction) / (1 - t).clamp_min(EDGE))
     if objective == "v":
         return ((1 - t) * z_t - t * prediction) / ((1 - t) ** 2 + t**2)
     raise ValueError(f"unknown objective {objective!r}; valid: velocity, x0, epsilon, v")
@@ -55,7 +55,7 @@ def to_velocity(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> T
         return prediction
     if objective == "epsilon":
         return prediction - to_x0(objective, prediction, z_t, t)
-    return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(_EDGE)
+    return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(EDGE)
 
 
 def timestep_features(t: Tensor, size: int) -> Tensor:

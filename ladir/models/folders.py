@@ -9,6 +9,7 @@ What is made of them to be asked: :mod:`ladir.models.exports`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,46 @@ from ladir.models.store import (
 from ladir.models.vae import LatentMaps, ThoughtDecoder, Vae
 from ladir.models.weights import ADAPTER_WEIGHTS_NAME, check_lm_files
 
+#: in the folder of a denoiser that was trained jointly with its VAE: that VAE
+JOINT_VAE = "vae"
+
+
+def vae_folder(denoiser: Path, vae: Path) -> Path:
+    """The VAE whose latents the model in ``denoiser`` makes: its own, where both were trained jointly, else ``vae``."""
+    own = denoiser / JOINT_VAE
+    return own if own.is_dir() else vae
+
 
 def plain_settings(settings: VaeSettings | DenoiserSettings) -> dict[str, Any]:
     """The settings that shape a model, without how it was trained."""
     return {name: value for name, value in asdict(settings).items() if name != "train"}
 
 
-def save_lm(backbone: Backbone, folder: str | Path, state: State | None = None, bidirectional_question: bool = False) -> None:
+def save_lm(
+    backbone: Backbone,
+    folder: str | Path,
+    state: State | None = None,
+    bidirectional_question: bool = False,
+    frame: dict[str, Any] | None = None,
+) -> None:
     """Write a causal LM (or its adapters); ``state`` streams the full tensors of ``backbone`` where it is sharded.
 
-    ``bidirectional_question``: how it was trained to read questions, for :func:`reads_questions_both_ways`.
+    ``bidirectional_question``: how it was trained to read questions, for :func:`reads_questions_both_ways`; ``frame``: what stood
+    around them, for :func:`question_frame`.
     """
-    settings = {"kind": "lm", "bidirectional_question": bidirectional_question}
+    settings = {"kind": "lm", "bidirectional_question": bidirectional_question, "frame": frame}
     save_model(backbone, state or own_state(backbone), folder, {"lm.": (backbone, "")}, settings)
 
 
 def reads_questions_both_ways(folder: str | Path) -> bool:
     """Whether the tokens of a question see each other in an LM that :func:`save_lm` wrote."""
     return bool(load_settings(folder, "lm").get("bidirectional_question", False))
+
+
+def question_frame(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`save_lm` was told of what stands around a question; None: nothing but <bos>."""
+    frame: dict[str, Any] | None = load_settings(folder, "lm").get("frame")
+    return frame
 
 
 def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str | None = None) -> None:
@@ -66,6 +89,7 @@ def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str
         "kind": "vae",
         "base": base,
         "base_fingerprint": noted_fingerprint(base),
+        "bos": list(vae.bos),
         "settings": plain_settings(vae.settings),
     }
     save_model(vae, state or own_state(vae), folder, lms, settings, skip=[] if trained else ["own_decoder."])
@@ -119,6 +143,7 @@ def load_vae(
     """
     saved = load_settings(folder, "vae")
     settings = settings_of(VaeSettings, saved["settings"], folder)
+    bos = saved.get("bos", [])  # an older version's VAE reads none
     encoder = load_backbone(Path(folder) / "encoder", backbone, device, base=base)
     decoder = None
     if encoder_only:
@@ -127,9 +152,34 @@ def load_vae(
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
     elif not encoder.has_adapters:
         decoder = Backbone(load_lm(backbone, device.type, saved["base"], device))
-    vae = Vae(encoder, decoder, settings)
+    vae = Vae(encoder, decoder, replace(settings, bos=bool(bos)), bos)
     load_heads(vae, folder)
     return vae.to(device).eval()
+
+
+def load_vae_to_train(folder: str | Path, backbone: BackboneSettings, settings: VaeSettings, device_type: str) -> Vae:
+    """A trained VAE that will be trained on, where an engine may have split its LMs; recomputing activations as set.
+
+    Raises UnusableError where it was trained with other ``settings``.
+    """
+    saved, device = load_settings(folder, "vae"), torch.device(device_type)
+    old = settings_of(VaeSettings, saved["settings"], folder)
+    _refuse_changes(folder, "vae", plain_settings(replace(old, bos=settings.bos)), plain_settings(settings))
+    encoder = for_training(load_backbone(Path(folder) / "encoder", backbone, device, trainable=True), backbone)
+    decoder = None
+    if settings.decoder == "trained":
+        decoder = for_training(load_backbone(Path(folder) / "decoder", backbone, device, trainable=True), backbone)
+    elif not encoder.has_adapters:
+        decoder = for_training(Backbone(load_lm(backbone, device_type, saved["base"])), backbone)
+    vae = Vae(encoder, decoder, settings, saved.get("bos", []))
+    load_heads(vae, folder)
+    return vae
+
+
+def _refuse_changes(folder: str | Path, section: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [f"{section}.{name}: {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]]
+    if changed:
+        raise UnusableError(f"{folder} was trained with other settings: {'; '.join(changed)}; give them back, or train it anew")
 
 
 def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device: torch.device) -> ThoughtDecoder:
@@ -138,7 +188,7 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     trained = saved["settings"]["decoder"] == "trained"
     lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"], device))
     from_latent = load_latent_maps(folder).from_latent
-    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype))
+    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), tuple(saved.get("bos", [])))
 
 
 def load_backbone(
@@ -165,14 +215,17 @@ def load_backbone(
     return Backbone(adapted)
 
 
-def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str) -> Vae:
-    """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one."""
-    encoder = build_backbone(backbone, device_type)
+def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str, bos: Sequence[int] = ()) -> Vae:
+    """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one.
+
+    ``bos``: the ids that start a text, which it reads first unless ``settings.bos`` is off.
+    """
+    encoder, start = build_backbone(backbone, device_type), tuple(bos) if settings.bos else ()
     if encoder.has_adapters and settings.decoder == "frozen":
-        return Vae(encoder, None, settings)
+        return Vae(encoder, None, settings, start)
     # A frozen decoder stores activations as well: the gradient passes through it on its way to the latents.
     decoder = for_training(Backbone(load_lm(backbone, device_type)), backbone)
-    return Vae(encoder, decoder, settings)
+    return Vae(encoder, decoder, settings, start)
 
 
 def load_denoiser(
@@ -192,10 +245,7 @@ def load_denoiser_to_train(
     """
     lm = load_backbone(folder, backbone, torch.device(device_type), trainable=True)
     denoiser, _ = _denoiser(folder, for_training(lm, backbone))
-    old, new = plain_settings(denoiser.settings), plain_settings(settings)
-    changed = [f"denoiser.{name}: {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]]
-    if changed:
-        raise UnusableError(f"{folder} was trained with other settings: {'; '.join(changed)}; give them back, or train it anew")
+    _refuse_changes(folder, "denoiser", plain_settings(denoiser.settings), plain_settings(settings))
     return denoiser
 
 

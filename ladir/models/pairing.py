@@ -28,13 +28,14 @@ class TrainedOn:
     """What a denoiser was trained on, kept in its ``ladir.json``; None: not known (an older model, or one made by hand).
 
     ``vae``, ``tokenizer``: fingerprints; ``base``: that of the folder of the LM under its adapters; ``longest_question``: tokens
-    of the longest question, without <bos>.
+    of the longest question; ``frame``: what stood around every one (:meth:`ladir.data.prompts.Frame.to_save`), None: <bos>.
     """
 
     vae: str | None = None
     tokenizer: str | None = None
     base: str | None = None
     longest_question: int | None = None
+    frame: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> TrainedOn:

@@ -1,7 +1,8 @@
 """The VAE: a sentence becomes L latents of size d and back (section 1 of the design).
 
 The encoder reads ``[sentence, L learned queries]``; the last hidden states at the queries give mean and log-variance.  The
-decoder reads ``[W z, sentence]``, teacher-forced.  With LoRA the frozen decoder is the encoder's LM with the adapters off.
+decoder reads ``[W z, sentence]``, teacher-forced.  Both read <bos> first where the tokenizer has one (``vae.bos``).  With LoRA
+the frozen decoder is the encoder's LM with the adapters off.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ladir.config import VaeSettings
-from ladir.data.batches import VaeBatch, flat_ids
-from ladir.data.packing import Rows, encoder_rows
+from ladir.data.batches import Follows, VaeBatch, flat_ids
+from ladir.data.packing import IGNORE, Rows, encoder_rows
 from ladir.models.backbone import Backbone
-from ladir.models.metrics import vae_metrics
+from ladir.models.metrics import accuracy, vae_metrics
 
 #: log-variance of a fresh encoder: a small posterior lets reconstruction start at once
 _INITIAL_LOGVAR = -4.0
@@ -34,10 +35,14 @@ class LatentMaps:
 
 @dataclass(frozen=True)
 class ThoughtDecoder:
-    """The half of the VAE that turns latents into text: ``[W z, sentence]`` read by an LM, its adapters off."""
+    """The half of the VAE that turns latents into text: ``[W z, sentence]`` read by an LM, its adapters off.
+
+    ``bos``: ids read before the latents (the tokenizer's <bos>, or none).
+    """
 
     backbone: Backbone
     from_latent: nn.Linear
+    bos: tuple[int, ...] = ()
 
     @contextmanager
     def lm(self) -> Iterator[Backbone]:
@@ -45,9 +50,18 @@ class ThoughtDecoder:
         with self.backbone.adapter_off():
             yield self.backbone
 
-    def prefix(self, z: Tensor) -> Tensor:
+    def vectors(self, z: Tensor) -> Tensor:
         """Input vectors [N, L, H] of latents ``z`` [N, L, d] (not standardised)."""
-        return self.from_latent(z.to(self.from_latent.weight.dtype))
+        vectors: Tensor = self.from_latent(z.to(self.from_latent.weight.dtype))
+        return vectors
+
+    def prefix(self, z: Tensor) -> Tensor:
+        """What stands before a sentence [N, P, H]: <bos>, where it is read, and the vectors of its latents ``z`` [N, L, d]."""
+        vectors = self.vectors(z)
+        if not self.bos:
+            return vectors
+        start = self.backbone.embed(torch.tensor(self.bos, device=z.device))
+        return torch.cat([start.expand(len(z), -1, -1), vectors], dim=1)
 
     def label_losses(self, z: Tensor, ids: Tensor, rows: Rows, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and whether greedy decoding is right, [n + N] each, for N sentences teacher-forced from ``z`` [N, L, d].
@@ -57,6 +71,12 @@ class ThoughtDecoder:
         """
         with self.lm() as lm:
             return lm.label_losses(self._read(lm, z, ids, rows), labels)
+
+    def following_losses(self, z: Tensor, follows: Follows) -> tuple[Tensor, Tensor]:
+        """The same [n + N] of texts behind a prompt and latents ``z`` [N, L, d]; the sentences of the latents are not shown."""
+        with self.lm() as lm:
+            table = torch.cat([lm.embed(follows.ids), self.vectors(z).flatten(0, 1), lm.embed(follows.prompt_ids)])
+            return lm.label_losses(lm.read(table, follows.rows), follows.labels)
 
     def logits(self, z: Tensor, ids: Tensor, rows: Rows) -> Tensor:
         """Logits [n + N, V] where :meth:`label_losses` gives losses."""
@@ -70,11 +90,15 @@ class ThoughtDecoder:
 class Vae(nn.Module):
     """``forward`` gives the training losses; ``encode`` and ``thought_decoder`` serve the other phases."""
 
-    def __init__(self, encoder: Backbone, decoder: Backbone | None, settings: VaeSettings) -> None:
-        """``decoder`` None: the encoder's LM with its adapters off decodes (it must then have adapters)."""
+    def __init__(self, encoder: Backbone, decoder: Backbone | None, settings: VaeSettings, bos: Sequence[int] = ()) -> None:
+        """``decoder`` None: the encoder's LM with its adapters off decodes (it must then have adapters).
+
+        ``bos``: ids read before every sentence and before its latents; what ``settings.bos`` says is the caller's to heed.
+        """
         super().__init__()
         hidden, d = encoder.hidden_size, settings.latent_dim
         self.settings = settings
+        self.bos = tuple(bos)
         self.encoder = encoder
         self.own_decoder = decoder
         self.queries = nn.Embedding(settings.latents_per_block, hidden)
@@ -87,8 +111,8 @@ class Vae(nn.Module):
 
     @property
     def layers_run_once(self) -> bool:
-        """Whether a forward pass runs every LM layer once: not where encoder and decoder share them."""
-        return self.own_decoder is not None
+        """Whether a forward pass runs every LM layer once: not where both halves share them or the decoder reads twice."""
+        return self.own_decoder is not None and self.settings.objective == "reconstruct"
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -108,7 +132,7 @@ class Vae(nn.Module):
     @property
     def thought_decoder(self) -> ThoughtDecoder:
         """The decoding half; with LoRA it is the encoder's own LM, adapters off."""
-        return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent)
+        return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent, self.bos)
 
     def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each fp32 [N, L, d], of N sentences' tokens ``ids`` [n].
@@ -121,7 +145,8 @@ class Vae(nn.Module):
         return self.to_mean(hidden).float(), self.to_logvar(hidden).float()
 
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
-        """Summed losses: ``reconstruction`` over label tokens, ``kl`` over latents (each summed over d).
+        """Summed losses: ``reconstruction`` over label tokens, ``kl`` over latents (each summed over d), ``grounded`` over
+        the tokens of what follows.
 
         Metrics: see :func:`ladir.models.metrics.vae_metrics`.
         """
@@ -133,12 +158,17 @@ class Vae(nn.Module):
         with torch.no_grad():
             wrong = (~right).float()
             mistakes = wrong.new_zeros(len(mean)).index_add_(0, batch.owner, wrong)
-        return {"reconstruction": losses.sum(), "kl": kl, **vae_metrics(mistakes, len(batch.labels), mean, logvar)}
+        found = {"reconstruction": losses.sum(), "kl": kl, **vae_metrics(mistakes, len(batch.labels), mean, logvar)}
+        if batch.follows is not None:
+            following, known = self.thought_decoder.following_losses(z, batch.follows)
+            found |= {"grounded": following.sum(), **accuracy("grounded", known[batch.follows.labels != IGNORE])}
+        return found
 
 
 @torch.no_grad()
 def encode_sentences(vae: Vae, sentences: Sequence[Sequence[int]], pack_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance [N, L, d] (fp32, on the model's device) of token-id lists."""
+    """Mean and log-variance [N, L, d] (fp32, on the model's device) of token-id lists, without <bos>."""
+    sentences = [[*vae.bos, *sentence] for sentence in sentences]
     rows = encoder_rows([len(sentence) for sentence in sentences], vae.settings.latents_per_block, pack_tokens)
     device = vae.from_latent.weight.device
     return vae.encode(flat_ids(sentences).to(device), rows.to(device))

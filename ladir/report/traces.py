@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import SampleSettings
+from ladir.data.prompts import Frame
 from ladir.inference.decode import decode_thoughts
 from ladir.inference.sampler import NOISE, StepHook
 from ladir.models.denoiser import Denoiser
+from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner, TraceHook, Trajectory
 
@@ -64,13 +66,20 @@ class LatentRecorder(Reasoner):
     """
 
     @classmethod
-    def without_vae(cls, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> LatentRecorder:
-        """One whose blocks stay as they were denoised, whatever the settings say: nobody asks its decoder."""
+    def without_vae(
+        cls, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, frame: Frame
+    ) -> LatentRecorder:
+        """One whose blocks stay as they were denoised, whatever the settings say: nobody asks its decoder.
+
+        ``frame``: what stands around a question.
+        """
         placeholder = ThoughtDecoder(denoiser.backbone, denoiser.latent_in)
-        return cls(Reasoner(denoiser, placeholder, tokenizer, replace(settings, reencode=False)))
+        asked = TrainedOn(frame=frame.to_save())
+        return cls(Reasoner(denoiser, placeholder, tokenizer, replace(settings, reencode=False), trained_on=asked))
 
     def __init__(self, reasoner: Reasoner) -> None:
-        super().__init__(reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
+        parts = (reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
+        super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame))
         self._kept: list[Tensor] = []
         self._noise_of: dict[str, str] = {}
 

@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
-from ladir.data.prompts import parse_completion, prompt_ids
+from ladir.data.prompts import Frame, parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
 from ladir.models.backbone import Backbone
-from ladir.models.folders import load_backbone, reads_questions_both_ways
+from ladir.models.folders import load_backbone, question_frame, reads_questions_both_ways
 from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
 from ladir.tokens import decode_text, load_tokenizer
@@ -92,6 +92,20 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
     return answer
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How an autoregressive LM was trained to read questions: what stands around them, whether their tokens see each other."""
+
+    frame: Frame | None
+    bidirectional: bool
+
+    @classmethod
+    def of(cls, model: Path) -> Reading:
+        """As the LM's folder says."""
+        saved = question_frame(model)
+        return cls(None if saved is None else Frame.saved(saved), reads_questions_both_ways(model))
+
+
 def ar_answerers(
     configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device
 ) -> list[dict[str, Answerer]]:
@@ -99,15 +113,15 @@ def ar_answerers(
     settings, snapshot = configs[0].backbone, configs[0].evaluate.snapshot
     model = folder.model(folder.snapshot("ar", snapshot))
     backbone = load_backbone(model, settings, device).to(device).eval()
-    tokenizer, bidirectional = load_tokenizer(settings), reads_questions_both_ways(model)
+    tokenizer, reading = load_tokenizer(settings), Reading.of(model)
     return [
-        {sampling: ar_answerer(config, tokenizer, backbone, bidirectional, sampling == "ar-greedy") for sampling in samplings}
+        {sampling: ar_answerer(config, tokenizer, backbone, reading, sampling == "ar-greedy") for sampling in samplings}
         for config in configs
     ]
 
 
 def ar_answerer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, bidirectional: bool, greedy: bool
+    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, reading: Reading, greedy: bool
 ) -> Answerer:
     """The baseline as the settings say."""
     samples, temperature = (1, 0.0) if greedy else (config.evaluate.num_trajectories, config.evaluate.ar_temperature)
@@ -116,14 +130,14 @@ def ar_answerer(
         with count_cost(backbone) as cost:
             texts = complete(
                 backbone,
-                [prompt_ids(tokenizer, record.question) for record in records],
+                [prompt_ids(tokenizer, record.question, reading.frame) for record in records],
                 [record.question for record in records],
                 samples,
                 int(tokenizer.eos_token_id),
                 config.evaluate.ar_max_tokens,
                 temperature,
                 config.run.seed,
-                bidirectional_question=bidirectional,
+                bidirectional_question=reading.bidirectional,
                 top_p=config.evaluate.ar_top_p,
             )
         return Answers([[sampled_of(ids) for ids in group] for group in texts], cost)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ladir.errors import UnusableError
 from ladir.models.exports import DECODER_FOLDER
+from ladir.models.folders import vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import folder_fingerprint, load_settings
 from training.evaluation.answerers import stage_folder
@@ -40,9 +41,10 @@ def _check_is_current(folder: RunFolder) -> None:
     """UnusableError where a model was trained anew since it was exported; what has no record of it is not looked at."""
     made_of = read_json(folder.inputs("export"))
     stage = "denoiser" if load_settings(folder.export, "denoiser").get("origin") is None else "rollout"
-    kept = [("vae", "vae", made_of.get("vae")), (stage, "denoiser", made_of.get("denoiser", [None, None])[1])]
-    for phase, kind, before in kept:
-        model = folder.model(phase)
+    denoiser = folder.model(stage)
+    vae = vae_folder(denoiser, folder.model("vae"))
+    kept = [(vae, "vae", made_of.get("vae")), (denoiser, "denoiser", made_of.get("denoiser", [None, None])[1])]
+    for model, kind, before in kept:
         if before is not None and model.is_dir() and folder_fingerprint(model, kind) != before:
             raise UnusableError(
                 f"{folder.export} was made before {model} was trained anew: run training/export.py, then the same command again"

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
 from ladir.data.batches import ArCollator
-from ladir.data.prompts import CopyPairs
+from ladir.data.prompts import CopyPairs, Frame, FramedPairs
 from ladir.data.randomness import derive, generator
+from ladir.data.records import Record
 from ladir.data.token_lists import Joined
 from ladir.data.token_store import TokenStore
 from ladir.models.ar import ArModel
@@ -40,7 +41,8 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         check_lm(config.backbone, tokenizer)
     tokens = Tokens(config, world, tokenizer)
     records, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
-    pairs, validation = _pairs(tokens, records), _pairs(tokens, held_out)
+    frame = Frame.of(tokenizer, config.data.chat_template)
+    pairs, validation = _pairs(tokens, records, frame), _pairs(tokens, held_out, frame)
     # Behind the records: what is wrong with them is told before it is loaded.
     if config.ar.from_scratch:
         backbone = for_training(Backbone(new_lm(config.backbone, size, ids, world.device.type)), config.backbone)
@@ -56,13 +58,19 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         model=ArModel(backbone),
         weights={"text": 1.0},
         validation=Samples(validation, collator) if validation else None,
-        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state, bidirectional),
-        show=ar_samples(config, tokenizer, *([] if store is None else store.texts for store in (held_out, records))),
+        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state, bidirectional, frame),
+        show=ar_samples(config, tokenizer, _texts(held_out), _texts(records), frame),
     )
 
 
-def _pairs(tokens: Tokens, records: TokenStore | None) -> Pairs:
-    return [] if records is None else tokens.chains(records)
+def _texts(records: TokenStore | None) -> Sequence[Record]:
+    return [] if records is None else records.texts
+
+
+def _pairs(tokens: Tokens, records: TokenStore | None, frame: Frame) -> Pairs:
+    if records is None:
+        return []
+    return FramedPairs(records, tokens.chains(records), frame) if frame.is_chat else tokens.chains(records)
 
 
 def _copies(config: Config, tokenizer: PreTrainedTokenizerBase, records: TokenStore) -> Pairs:
@@ -79,8 +87,9 @@ def _write_lm(
     folder: Path,
     state: Iterator[tuple[str, Tensor]],
     bidirectional_question: bool,
+    frame: Frame,
 ) -> None:
     """The LM with its tokenizer, so that the folder can be named as ``backbone.name_or_path``."""
     own = ((name.removeprefix("backbone."), tensor) for name, tensor in state)
-    save_lm(backbone, folder, own, bidirectional_question=bidirectional_question)
+    save_lm(backbone, folder, own, bidirectional_question=bidirectional_question, frame=frame.to_save())
     save_tokenizer(tokenizer, folder)

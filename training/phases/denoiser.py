@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import Config, DenoiserSettings, TrainSettings
 from ladir.data.batches import DenoiserCollator
 from ladir.data.latents import LatentStore
-from ladir.data.prompts import bos_ids
+from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
 from ladir.errors import UnusableError
 from ladir.models.denoiser import Denoiser
@@ -32,7 +32,7 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
     check_lm(config.backbone, tokenizer)
-    folder = RunFolder(config)
+    folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
     store, validation = stored_latents(config, folder, world)
     vae = folder.model("vae")
     with sharded_init(config, config.denoiser.train, world):
@@ -40,7 +40,7 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
         model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         model.init_from_vae(load_latent_maps(vae))
-    collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser")
+    collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
     return TrainingPhase(
         items=store,
         collator=collator,
@@ -48,14 +48,15 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
         model=model,
         weights=denoiser_weights(config.denoiser),
         validation=Samples(validation, collator) if validation is not None else None,
-        write=lambda target, state: save_denoiser(model, target, state, trained_on=trained_on(store, tokenizer)),
-        show=denoiser_samples(config, tokenizer, validation, store, vae),
+        write=lambda target, state: save_denoiser(model, target, state, trained_on=trained_on(store, tokenizer, frame)),
+        show=denoiser_samples(config, tokenizer, validation, store, vae, frame),
     )
 
 
-def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase) -> TrainedOn:
-    """What is kept with a denoiser, to tell what belongs to it."""
-    return TrainedOn(store.fingerprint, tokenizer_fingerprint(tokenizer), longest_question=store.longest_question)
+def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> TrainedOn:
+    """What is kept with a denoiser, to tell what belongs to it and how it is asked."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    return TrainedOn(store.fingerprint, fingerprint, longest_question=store.longest_question, frame=frame.to_save())
 
 
 def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
@@ -88,9 +89,9 @@ def _check_blocks(config: Config, store: LatentStore) -> None:
 
 
 def denoiser_collator(
-    config: Config, store: LatentStore, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str
+    config: Config, store: LatentStore, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str, frame: Frame
 ) -> DenoiserCollator:
-    """Batches of teacher forcing for the phase ``name``, whose training settings are ``train``."""
+    """Batches of teacher forcing for the phase ``name``, trained as ``train`` says, with ``frame`` around questions."""
     return DenoiserCollator(
         config.denoiser,
         np.asarray(store.mean, dtype=np.float32),
@@ -98,7 +99,8 @@ def denoiser_collator(
         eos_id=int(tokenizer.eos_token_id),
         seed=derive(config.run.seed, name),
         samples_per_step=train.global_batch,
-        prefix=tuple(bos_ids(tokenizer)),
+        prefix=frame.before,
+        suffix=frame.behind,
         pack_tokens=train.pack_tokens,
     )
 

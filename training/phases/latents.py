@@ -13,28 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import LatentSettings
 from ladir.data.columns import TokenRecord
 from ladir.data.latent_parts import is_whole, join_parts, write_part
-from ladir.data.latents import LatentForm, LatentStore
+from ladir.data.latents import LatentForm, LatentRecord, LatentStore
+from ladir.data.randomness import derive
 from ladir.data.rows import check_path, data_files
 from ladir.errors import UnusableError
-from ladir.models.folders import load_vae
+from ladir.models.folders import load_thought_decoder, load_vae
+from ladir.models.probe import latent_report
 from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.tokens import Tokens
-from training.runtime.ending import tell_end
+from training.runtime.ending import in_words, tell_end
 from training.runtime.files import read_json, sha256, write_json
-from training.runtime.run import Outcome, Run
+from training.runtime.run import Outcome, Run, RunFolder
 from training.runtime.status import Pace
+from training.runtime.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
 #: settings of the data that name files, or say where and how the token store is made
-_ASIDE = ("train", "validation", "test", "sentences", "store", "processes")
+_ASIDE = ("train", "validation", "test", "sentences", "store", "processes", "chat_template")
+
+#: the others wait while rank 0 loads a decoder and looks at the latents
+_REPORT_MINUTES = 24 * 60
+
+#: the probe learns from so many training records at most
+_PROBED_RECORDS = 8192
 
 
 class Stopwatch:
@@ -183,14 +193,58 @@ def encode(run: Run) -> bool:
     for name, named in files.items():
         if named is not None and not encode_split(run, vae, tokenizer, name, named, watch):
             return False
+    del vae  # a decoder follows
     if watch.used or run.outcome is None:
-        run.finish(Outcome("finished", 0, 0, watch.note() if run.world.is_main else 0.0, {}))
+        seconds = watch.note() if run.world.is_main else 0.0
+        run.finish(Outcome("finished", 0, 0, seconds, _report(run, tokenizer)))
     if run.world.is_main:
         _tell_encoded(run, [name for name, named in files.items() if named is not None])
     return True
 
 
+def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """What the latents are good for (:func:`ladir.models.probe.latent_report`), in TensorBoard and metrics.jsonl, too.
+
+    Rank 0 finds it out, off the clock; the others wait.
+    """
+    if not run.config.latents.report_sentences:
+        return {}
+    run.world.wait_at_most(_REPORT_MINUTES)
+    figures = run.world.on_main(lambda: _figures(run, int(tokenizer.eos_token_id)))
+    run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
+    with Telemetry(run, 0) as telemetry:
+        telemetry.record("validation", 0, figures)
+    return figures
+
+
+def _figures(run: Run, eos_id: int) -> dict[str, float]:
+    settings, noise = run.config.latents, run.config.vae.latent_noise
+    trained, held_out, mean, std = _judged(run.folder, settings.report_sentences)
+    decoder = load_thought_decoder(run.folder.model("vae"), run.config.backbone, run.world.device)
+    seed = derive(run.config.run.seed, "latents/report")
+    return latent_report(decoder, trained, held_out, mean, std, noise, settings.probe_steps, eos_id, seed)
+
+
+def _judged(folder: RunFolder, sentences: int) -> tuple[list[LatentRecord], list[LatentRecord], Tensor, Tensor]:
+    """Records to train the probe on, records of about so many ``sentences`` to judge it on; the latents' mean and deviation.
+
+    Without validation records those are the last of the training's, which the probe does not see, but the VAE did.
+    """
+    store = LatentStore.open(folder.latents / "train")
+    apart = LatentStore.open(folder.latents / "validation") if (folder.latents / "validation").is_dir() else None
+    held_out: list[LatentRecord] = []
+    places = range(len(store) - 1, max(len(store) // 2, 1) - 1, -1) if apart is None else range(len(apart))
+    for place in places:
+        if sum(len(record.blocks) for record in held_out) >= sentences:
+            break
+        held_out.append((store if apart is None else apart)[place])
+    left = len(store) - (len(held_out) if apart is None else 0)
+    trained = [store[place] for place in range(min(left, _PROBED_RECORDS))]
+    return trained, held_out or trained, store.mean, store.std
+
+
 def _tell_encoded(run: Run, names: Sequence[str]) -> None:
     stores = {name: LatentStore.open(run.folder.latents / name) for name in names}
     counts = ", ".join(f"{name} {len(store)} records ({store.num_latents} latents)" for name, store in stores.items())
-    tell_end(run, counts, run.folder.latents)
+    done = run.folder.outcome(run.phase)
+    tell_end(run, f"{counts}; {in_words(done.metrics)}" if done and done.metrics else counts, run.folder.latents)

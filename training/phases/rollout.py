@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ladir.config import Config
+from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
 from ladir.data.rollout import GoldStore, RolloutCollator
+from ladir.errors import UnusableError
 from ladir.inference.rollout import Rollout
-from ladir.models.folders import load_denoiser_to_train, save_denoiser
+from ladir.models.folders import load_denoiser_to_train, save_denoiser, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import folder_fingerprint, load_settings
 from ladir.tokens import load_tokenizer
@@ -31,24 +33,32 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
     folder = RunFolder(config)
     store, validation = stored_latents(config, folder, world)
     source = folder.model("denoiser")
-    check_vae(TrainedOn.of(load_settings(source, "denoiser")), store.fingerprint, source, folder.model("vae"))
+    if vae_folder(source, source) != source:
+        raise UnusableError(
+            f"{source} was trained jointly with its VAE (stage=joint), whose latents are stored nowhere: there is no second "
+            "stage behind it; train stage 1 with stage=teacher, or leave stage 2 out"
+        )
+    before = TrainedOn.of(load_settings(source, "denoiser"))
+    check_vae(before, store.fingerprint, source, folder.model("vae"))
+    # Stage 1's, whose template may have written its day.
+    frame = Frame.saved(before.frame) if before.frame else Frame.of(tokenizer, config.data.chat_template)
     origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
     recompute = config.backbone.activation_checkpointing != "none"
-    teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher")
-    collator = RolloutCollator(teacher, settings, seed=derive(config.run.seed, "rollout"))
-    show = denoiser_samples(config, tokenizer, validation, store, folder.model("vae"))
+    teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher", frame)
+    collator = RolloutCollator(teacher, settings, seed=derive(config.run.seed, "rollout"), sample=config.sample)
+    show = denoiser_samples(config, tokenizer, validation, store, folder.model("vae"), frame)
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
-        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer))
+        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame))
 
     return TrainingPhase(
         items=GoldStore(store, settings.candidates if settings.gold == "nearest" else 1),
         collator=collator,
         name="rollout",
-        model=Rollout(denoiser, settings, config.data.max_blocks, recompute, world.largest),
+        model=Rollout(denoiser, settings, config.data.max_blocks, recompute, world.largest, config.sample),
         weights={**denoiser_weights(config.denoiser), "rollout": settings.answer_weight},
         validation=Samples(GoldStore(validation, 1), collator) if validation is not None else None,
         write=write,

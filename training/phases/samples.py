@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
 from ladir.data.latents import LatentStore
-from ladir.data.prompts import prompt_ids
+from ladir.data.prompts import Frame, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
 from ladir.inference.decode import decode_thoughts
@@ -66,9 +66,9 @@ def vae_samples(
 
 
 def ar_samples(
-    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Record], trained: Sequence[Record]
+    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Record], trained: Sequence[Record], frame: Frame
 ) -> Show | None:
-    """Questions with the AR model's greedy completions."""
+    """Questions, in their ``frame``, with the AR model's greedy completions."""
     records, title = _chosen("question", held_out, trained)
     shown = records[: _wanted(config, len(records))]
     if not shown:
@@ -76,7 +76,7 @@ def ar_samples(
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, ArModel)
-        prompts = [prompt_ids(tokenizer, record.question) for record in shown]
+        prompts = [prompt_ids(tokenizer, record.question, frame) for record in shown]
         eos = int(tokenizer.eos_token_id)
         limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
         both_ways, seed = config.ar.bidirectional_question, config.run.seed
@@ -91,7 +91,12 @@ def ar_samples(
 
 
 def denoiser_samples(
-    config: Config, tokenizer: PreTrainedTokenizerBase, held_out: LatentStore | None, trained: LatentStore, vae: Path
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: LatentStore | None,
+    trained: LatentStore,
+    vae: Path,
+    frame: Frame,
 ) -> Show | None:
     """Questions with thoughts and answers; latents made and meant; blocks of one question, whose text changes, step by step."""
     records, title = _chosen("question", held_out, trained)
@@ -103,7 +108,7 @@ def denoiser_samples(
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
-        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample)
+        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample, frame)
         recorded = recorder.record(questions, 1, config.run.seed)
         if not telemetry.shows_samples or telemetry.asked_to_stop:
             return

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from ladir.config import Config
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config, VaeSettings
 from ladir.data.batches import VaeCollator
+from ladir.data.grounding import GroundedSentences
+from ladir.data.prompts import Frame, bos_ids
 from ladir.data.randomness import derive
 from ladir.data.token_lists import Joined
 from ladir.data.token_store import TokenStore
@@ -24,27 +29,43 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     tokenizer = load_tokenizer(config.backbone)
     check_lm(config.backbone, tokenizer)
     tokens = Tokens(config, world, tokenizer)
-    sentences = Joined(_blocks(tokens.records(config.data.train)), tokens.sentences(config.data.sentences))
-    held_out = _blocks(tokens.records(config.data.validation))
+    trained, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
+    alone = tokens.sentences(config.data.sentences)
+    frame = Frame.of(tokenizer, config.data.chat_template)
+    validation = sentences_of(config, tokenizer, held_out, frame)
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
-        model = new_vae(config.vae, config.backbone, world.device.type)
+        model = new_vae(config.vae, config.backbone, world.device.type, bos_ids(tokenizer))
     collator = VaeCollator(
         config.vae,
         ordinary_ids(tokenizer),
         int(tokenizer.eos_token_id),
         seed=derive(config.run.seed, "vae"),
         pack_tokens=config.vae.train.pack_tokens,
+        bos=model.bos,
     )
     return TrainingPhase(
-        items=sentences,
+        items=Joined(sentences_of(config, tokenizer, trained, frame), alone),
         collator=collator,
         name="vae",
         model=model,
-        weights={"reconstruction": 1.0, "kl": config.vae.beta},
-        validation=Samples(held_out, collator) if held_out else None,
+        weights=vae_weights(config.vae),
+        validation=Samples(validation, collator) if validation else None,
         write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
-        show=vae_samples(config, tokenizer, held_out, sentences),
+        show=vae_samples(config, tokenizer, _blocks(held_out), Joined(_blocks(trained), alone)),
     )
+
+
+def vae_weights(settings: VaeSettings) -> dict[str, float]:
+    """Weights of the VAE's loss terms."""
+    weights = {"reconstruction": 1.0, "kl": settings.beta}
+    return {**weights, "grounded": settings.grounded_weight} if settings.objective == "grounded" else weights
+
+
+def sentences_of(config: Config, tokenizer: PreTrainedTokenizerBase, records: TokenStore | None, frame: Frame) -> Sequence[Any]:
+    """All blocks of some records, with what follows each where the decoder learns that."""
+    if records is None or config.vae.objective == "reconstruct":
+        return _blocks(records)
+    return GroundedSentences(records, tokenizer, config.data.answer_prefixes[0], frame)
 
 
 def _blocks(records: TokenStore | None) -> Sequence[list[int]]:

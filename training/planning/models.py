@@ -19,7 +19,7 @@ from ladir.data.latents import LatentRecord
 from ladir.data.records import read_records
 from ladir.data.rollout import Golds, RolloutCollator
 from ladir.data.rows import data_files
-from ladir.data.token_lists import Joined
+from ladir.data.token_lists import GroundedSentence, Joined
 from ladir.inference.rollout import Rollout
 from ladir.models.adapters import with_lora
 from ladir.models.ar import ArModel
@@ -146,14 +146,23 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         encoder = _backbone(config, checkpointing, device)
         if phase == "vae":
             shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-            return Vae(encoder, None if shares else _backbone(config, checkpointing, device, adapters=False), config.vae)
+            return Vae(
+                encoder, None if shares else _backbone(config, checkpointing, device, adapters=False), config.vae, _bos(config)
+            )
         if phase in ("denoiser", "rollout"):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
             if phase == "denoiser":
                 return denoiser
-            return Rollout(denoiser, config.rollout, config.data.max_blocks, recompute=checkpointing != "none")
+            return Rollout(
+                denoiser, config.rollout, config.data.max_blocks, recompute=checkpointing != "none", sample=config.sample
+            )
         return ArModel(encoder)
+
+
+def _bos(config: Config) -> tuple[int, ...]:
+    """A <bos> that the VAE reads; tokenizers without one are not told apart, which costs a token a sentence too many."""
+    return (_ID,) if config.vae.bos else ()
 
 
 def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
@@ -167,8 +176,11 @@ def micro_batch(
     """``count`` samples of the given sizes, as the phase's collator makes them."""
     numbers = list(range(count))
     if phase == "vae":
-        sentences = [[_ID] * lengths.block] * count
-        collate = VaeCollator(config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens)
+        sentences: list[Any] = [[_ID] * lengths.block] * count
+        if config.vae.objective == "grounded":
+            follows = [_ID] * ((lengths.blocks - 1) * lengths.block // 2 + lengths.answer)
+            sentences = [GroundedSentence([_ID] * lengths.block, [_ID] * lengths.question, follows)] * count
+        collate = VaeCollator(config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, _bos(config))
         return collate(sentences, numbers, training=False).to(device)
     if phase in ("denoiser", "rollout"):
         d = config.vae.latent_dim

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ladir.config import RolloutSettings
 from ladir.inference.rollout import Rollout
 from ladir.spans import turns
 
@@ -167,7 +166,7 @@ def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) 
     A pass without gradient stores nothing and costs the forward pass alone, a third.
     """
     settings = model.settings
-    all_passes, with_gradient = _passes_per_span(settings, model.denoiser.settings.span)
+    all_passes, with_gradient = _passes_per_span(model)
     passes = []
     for steps in (1, 2):
         model.settings = replace(settings, num_steps=steps, gradient_steps=None, lag=0)
@@ -183,10 +182,11 @@ def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) 
     )
 
 
-def _passes_per_span(settings: RolloutSettings, span: int) -> tuple[int, int]:
+def _passes_per_span(model: Rollout) -> tuple[int, int]:
     """Passes in which a span's blocks take their Euler steps, and how many of them carry gradient."""
-    first = 0 if settings.gradient_steps is None else settings.num_steps - settings.gradient_steps
-    passes = turns(settings.num_steps, span, settings.lag)
+    how, gradient = model.sampling, model.settings.gradient_steps
+    first = 0 if gradient is None else how.num_steps - gradient
+    passes = turns(how.num_steps, model.denoiser.settings.span, how.lag)
     return len(passes), sum(any(step >= first for _, step in moving) for moving in passes)
 
 

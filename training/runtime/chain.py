@@ -35,8 +35,9 @@ def chain(config: Config) -> list[Step]:
     base = [Step("base", "train_ar", ("ar.phase=base", "ar.from_scratch=true"))] if config.backbone.scratch and wanted else []
     again = ("ar.copy_fraction=0",) if base else ()  # the sentences to repeat are for the base LM
     baseline = [Step("ar", "train_ar", again)] if any(method.startswith("ar") for method in config.evaluate.methods) else []
-    second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if config.rollout.enabled else []
-    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), Step("denoiser", "train_denoiser"), *second]
+    joint = ("stage=joint",) if config.stage == "joint" else ()
+    second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if config.rollout.enabled and config.stage != "joint" else []
+    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), Step("denoiser", "train_denoiser", joint), *second]
     return [*base, *ladir, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
 
 

@@ -15,9 +15,9 @@ LOSSES, QUALITY, LATENTS, OPTIMIZER, SPEED = "1 losses", "2 quality", "3 latents
 
 #: metrics that are no loss, by group; everything else a phase reports is one
 _GROUPS = {
-    QUALITY: ("exact", "rollout_distance", "rollout_other_gold"),
+    QUALITY: ("exact", "noisy_exact", "probe_exact", "probe_flow_explained", "rollout_distance", "rollout_other_gold"),
     LATENTS: ("active_units", "posterior_std", "latent_std"),
-    OPTIMIZER: ("lr", "grad_norm", "skipped_steps", "epoch"),
+    OPTIMIZER: ("lr", "heads_lr", "grad_norm", "skipped_steps", "epoch"),
     SPEED: (
         "tokens_per_second",
         "tokens_per_second_per_device",
@@ -39,7 +39,7 @@ _Chart = tuple[str, str, str]
 _TOTAL: _Chart = ("loss", LOSSES, "loss")
 _COMMON: tuple[_Chart, ...] = (
     ("gradient norm", OPTIMIZER, "grad_norm"),
-    ("learning rate", OPTIMIZER, "lr"),
+    ("learning rate", OPTIMIZER, "(heads_)?lr"),
     ("skipped steps", OPTIMIZER, "skipped_steps"),
     ("tokens per second and device", SPEED, "tokens_per_second_per_device"),
     ("model FLOPs utilisation", SPEED, "mfu"),
@@ -55,6 +55,13 @@ _VAE: tuple[_Chart, ...] = (
     ("right tokens", QUALITY, "token_accuracy"),
     ("active units", LATENTS, "active_units"),
     ("standard deviations", LATENTS, "(posterior|latent)_std"),
+)
+_LATENTS: tuple[_Chart, ...] = (
+    ("sentences read exactly, from half noise by the probe", QUALITY, "(noisy_|probe_)?exact"),
+    ("right tokens", QUALITY, "(noisy_)?token_accuracy"),
+    ("flow that the probe explains", QUALITY, "probe_flow_explained"),
+    ("cross-entropy per token", LOSSES, "(probe_)?token_cross_entropy"),
+    ("active units", LATENTS, "active_units"),
 )
 _DENOISER: tuple[_Chart, ...] = (
     _TOTAL,
@@ -74,6 +81,7 @@ _AR: tuple[_Chart, ...] = (_TOTAL, ("right tokens", QUALITY, "token_accuracy"))
 #: titles and charts by phase; a phase with another name (``ar.phase``) is a causal LM
 _SECTIONS = {
     "vae": ("VAE", _VAE),
+    "latents": ("latents", _LATENTS),
     "denoiser": ("denoiser", _DENOISER),
     "rollout": ("denoiser, stage 2", _ROLLOUT),
     "base": ("base LM", _AR),

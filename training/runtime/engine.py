@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ladir.config import DeepSpeedSettings, TrainSettings
-from ladir.models.backbone import DTYPES, choose_dtype
+from ladir.models.backbone import DTYPES, Backbone, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import PERSISTENCE_THRESHOLD, complete_ds_config, read_ds_config, zero_stage
 from training.runtime.muon import MuonAdamW, Part, layer_classes, layer_matrices
@@ -105,9 +105,10 @@ class Engine:
         return torch.stack(norms).square().sum().to(self.world.device)
 
     def step(self, lr: float) -> None:
-        """Clip, step with learning rate ``lr``, forget the gradients, update the averaged weights."""
+        """Clip, step with learning rate ``lr`` (fresh heads: ``heads_lr_factor`` times as much), forget the gradients, update the
+        averaged weights."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._engine.step()
         self.partitions.clear_gradients()
         self.steps += 1
@@ -293,26 +294,13 @@ def _make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW or Muon, with weight decay on matrices only; DeepSpeed's CPU kernel where a GPU run offloads AdamW's state."""
     muon = train.optimizer == "muon"
-    orthogonal = layer_matrices(model) if muon else set()
-    sorted_out: dict[str, list[nn.Parameter]] = {"orthogonal": [], "decayed": [], "other": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # under sharded construction only ds_shape tells the real shape
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            kind = "orthogonal" if name in orthogonal else "decayed" if is_matrix else "other"
-            sorted_out[kind].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": group, "weight_decay": 0.0 if kind == "other" else train.weight_decay}
-        for kind, group in sorted_out.items()
-        if group
-    ]
+    groups = _parameter_groups(model, train, layer_matrices(model) if muon else set())
     if not groups:
         raise ValueError("the model has no trainable parameter: nothing requires a gradient")
     arguments: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if muon:
         # DeepSpeed knows optimizers by their exact class, and for offloading would have its own.
         config.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
-        steps = [group["params"] is sorted_out["orthogonal"] for group in groups]
-        groups = [{**group, "orthogonal": step} for group, step in zip(groups, steps, strict=True)]
         # The original computes in bfloat16 throughout; a CPU may only emulate it, and then does not train in it either.
         precision = dtype if world.device.type == "cpu" else torch.bfloat16
         return MuonAdamW(groups, world, train.momentum, precision, fused=True, **arguments)
@@ -321,6 +309,37 @@ def _make_optimizer(
 
         return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments))
     return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def _parameter_groups(model: nn.Module, train: TrainSettings, orthogonal: set[str]) -> list[dict[str, Any]]:
+    """The optimizer's groups: Muon's matrices (names in ``orthogonal``), what decays, the rest; of heads with an ``lr_factor`` of
+    their own each apart."""
+    heads = fresh_heads(model) if train.heads_lr_factor != 1 else set()
+    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for kind in ("orthogonal", "decayed", "other"):  # in this order, with heads behind the LM's own
+        found |= {(kind, False): [], (kind, True): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # under sharded construction only ds_shape tells the real shape
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            kind = "orthogonal" if name in orthogonal else "decayed" if is_matrix else "other"
+            found[kind, name in heads].append(parameter)
+    return [
+        {
+            "params": group,
+            "weight_decay": 0.0 if kind == "other" else train.weight_decay,
+            "lr_factor": train.heads_lr_factor if is_head else 1.0,
+            "orthogonal": kind == "orthogonal",
+        }
+        for (kind, is_head), group in found.items()
+        if group
+    ]
+
+
+def fresh_heads(model: nn.Module) -> set[str]:
+    """Names of the parameters that are of none of the LMs in ``model``."""
+    lms = [module for module in model.modules() if isinstance(module, Backbone)]
+    own = {id(parameter) for lm in lms for parameter in lm.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
 def _local_part(parameter: nn.Parameter, world: World) -> tuple[Tensor, int]:

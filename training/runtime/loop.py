@@ -338,6 +338,7 @@ class Trainer:
         of_ranks, ranks = self._ranks.figures(self._telemetry.memory_gib(), seconds)
         speed = {
             "lr": lr,
+            **({"heads_lr": lr * self.settings.heads_lr_factor} if self.settings.heads_lr_factor != 1 else {}),
             "grad_norm": gradient_norm,
             "skipped_steps": float(self.engine.skipped_steps),
             "tokens_per_second": self._interval["tokens"] / seconds,

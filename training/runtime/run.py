@@ -48,7 +48,7 @@ IRRELEVANT = (
     "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
-    "rollout.enabled",
+    "latents.report_sentences", "latents.probe_steps", "rollout.enabled",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
@@ -61,6 +61,15 @@ SECTIONS = {
     "rollout": ("vae", "latents", "denoiser", "rollout"),
 }
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
+
+DENOISING = (
+    "sample.num_steps", "sample.lag", "sample.spacing", "sample.spacing_power", "sample.initial_noise", "sample.guidance_scale",
+    "sample.guidance_interval", "sample.guidance_rescale",
+)  # fmt: skip
+"""What stage 2 has of the sampling; a setting of its own in ``rollout`` takes its place."""
+
+BEFORE = {"vae.bos": False}
+"""Settings that came later and whose default is not what was done before."""
 
 
 class RunConflict(RuntimeError):
@@ -269,8 +278,8 @@ class Run:
             return None
         old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
         new = relevant_settings(dataclasses.asdict(self.config), self.phase)
-        # A setting that came later: its default is what was done before.
-        defaults = relevant_settings(dataclasses.asdict(Config()), self.phase)
+        # A setting that came later: its default is what was done before, but for a few.
+        defaults = relevant_settings(dataclasses.asdict(Config()), self.phase) | BEFORE
         old |= {key: defaults[key] for key in (new.keys() & defaults.keys()) - old.keys()}
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if not self.folder.outcome_file(self.phase).is_file():
@@ -378,15 +387,27 @@ def seed_everything(seed: int, phase: str) -> None:
 def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
     """The flattened settings on which the result of a phase depends."""
     sections = {"run", "backbone", "data", *SECTIONS.get(phase, ("ar",))}
-    flat = {key: value for key, value in flatten(config) if key.split(".")[0] in sections}
+    everything = dict(flatten(config))
+    flat = {key: value for key, value in everything.items() if key.split(".")[0] in sections}
     own = SECTIONS.get(phase, ("ar",))[-1]
-    return {
+    relevant = {
         key: value
         for key, value in flat.items()
         if not key.startswith(IRRELEVANT)
         and not (key.startswith(f"{own}.train.") and key.rsplit(".", 1)[1] in IRRELEVANT_IN_TRAIN)
         and not (".train." in key and not key.startswith(f"{own}."))
     }
+    if phase == "denoiser":  # which of its two forms
+        relevant["stage"] = everything.get("stage")
+    return relevant if phase != "rollout" else _as_denoised(relevant, everything)
+
+
+def _as_denoised(relevant: dict[str, Any], everything: dict[str, Any]) -> dict[str, Any]:
+    """Stage 2's settings with how its own blocks are denoised, wherever that is set."""
+    how = {key: everything[key] for key in DENOISING if key in everything}
+    own = {key: f"rollout.{key.partition('.')[2]}" for key in how}
+    how |= {key: everything[name] for key, name in own.items() if everything.get(name) is not None}
+    return {key: value for key, value in relevant.items() if key not in own.values()} | how
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
