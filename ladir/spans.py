@@ -20,7 +20,7 @@ def num_passes(steps: int, span: int, lag: int) -> int:
     return steps + min(lag, steps) * (span - 1)
 
 
-def turns(steps: int, span: int, lag: int) -> list[list[tuple[int, int]]]:
+def step_schedule(steps: int, span: int, lag: int) -> list[list[tuple[int, int]]]:
     """Per pass which blocks of a span move, and the steps that they take: (block, step)."""
     lag = min(lag, steps)
     starts = [lag * block for block in range(span)]
@@ -31,7 +31,7 @@ def turns(steps: int, span: int, lag: int) -> list[list[tuple[int, int]]]:
 
 
 def staggered(times: Sequence[float], span: int, lag: int) -> list[list[float]]:
-    """Times [passes + 1][span]: every block of a span takes all the ``times`` in its :func:`turns`."""
+    """Times [passes + 1][span]: every block of a span takes all the ``times`` in its :func:`step_schedule`."""
     last = len(times) - 1
     lag = min(lag, last)
     count = num_passes(last, span, lag) + 1

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.toy_phase import ToyPhase
 from training.runtime.distributed import World
 from training.runtime.sampler import DataOrder
-from training.runtime.windows import Window, Windows
+from training.runtime.windows import Window, WindowLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,11 +41,11 @@ with StopRequest("USR1") as stop, windows(processes=2) as made:
 """
 
 
-def windows(consumed: int = 0, processes: int = 0, phase: ToyPhase | None = None) -> Windows:
+def windows(consumed: int = 0, processes: int = 0, phase: ToyPhase | None = None) -> WindowLoader:
     """Global batches of 8 in micro batches of 4, of rank 1 of 2."""
     world = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
     phase = phase or ToyPhase()
-    return Windows(phase, DataOrder(phase.num_samples, 8, seed=0), consumed, world, 4, processes)
+    return WindowLoader(phase, DataOrder(phase.num_samples, 8, seed=0), consumed, world, 4, processes)
 
 
 def content(window: Window) -> list[object]:
@@ -66,7 +66,7 @@ def test_processes_and_the_thread_make_the_same_windows_from_any_step(start: int
     assert first(4, start + 8, processes) == expected[1:]
 
 
-def error_of(made: Windows) -> str:
+def error_of(made: WindowLoader) -> str:
     """What the error says that ends them."""
     try:
         with made:

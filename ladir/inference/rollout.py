@@ -27,7 +27,7 @@ from ladir.models import flow
 from ladir.models.attention import left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
-from ladir.spans import staggered, turns
+from ladir.spans import staggered, step_schedule
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ Agreement = Callable[[Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class KeyValues:
     """Keys and values of a stretch of tokens in the first n rows: per layer [n, kv heads, T, head]; ``valid`` bool [n, T]."""
 
     keys: list[Tensor]
@@ -60,13 +60,13 @@ class _ReadingLayer(DynamicLayer):
         return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
 
 
-class Past:
+class RolloutCache:
     """What R rows have behind them, as chunks that are joined only while a pass reads them."""
 
     def __init__(self, backbone: Backbone, recompute: bool) -> None:
         """``recompute``: passes with gradient store their inputs alone and run again in the backward pass."""
         self.backbone, self.recompute = backbone, recompute
-        self.chunks: list[Chunk] = []
+        self.chunks: list[KeyValues] = []
 
     def visible(self, rows: slice, within: Tensor) -> Tensor:
         """Mask [n, T, P + T] of new tokens that see the past, and one another as ``within`` [n or 1, T, T] says."""
@@ -94,7 +94,7 @@ class Past:
         # end, where an engine would take away weights that it had just gathered for that backward pass.
         return checkpoint(run, inputs, use_reentrant=False)
 
-    def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor) -> tuple[Tensor, Chunk]:
+    def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor) -> tuple[Tensor, KeyValues]:
         """Hidden states [n, T, H] of new tokens [n, T, H], and their keys and values (not added to the past)."""
         visible = self.visible(rows, within)
 
@@ -104,7 +104,7 @@ class Past:
 
         hidden, new = self.read(rows, run, inputs)
         keys, values = map(list, zip(*new, strict=True))
-        return hidden, Chunk(keys, values, torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device))
+        return hidden, KeyValues(keys, values, torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device))
 
 
 def _rows(x: Tensor, rows: slice) -> Tensor:
@@ -122,13 +122,13 @@ class _Thoughts:
     record's last one), the stop head's summed loss, and zero with the gradient of passes that ran for other ranks' sake.
     """
 
-    def __init__(self, past: Past, free: Past | None) -> None:
+    def __init__(self, past: RolloutCache, free: RolloutCache | None) -> None:
         self.past, self.free = past, free
         self.latents: list[Tensor] = []
         self.stop_loss = self.anchor = torch.zeros(())
 
     @property
-    def branches(self) -> list[Past]:
+    def branches(self) -> list[RolloutCache]:
         """The pasts that a denoising step reads, that of the question first."""
         return [self.past] if self.free is None else [self.past, self.free]
 
@@ -145,7 +145,7 @@ class Rollout(nn.Module):
         agree: Agreement | None = None,
         sample: SampleSettings | None = None,
     ) -> None:
-        """``max_blocks``: most blocks of any record; ``recompute``: see :class:`Past`; ``agree``: needed with several ranks.
+        """``max_blocks``: most of a record; ``recompute``: see :class:`RolloutCache`; ``agree``: needed with several ranks.
 
         ``sample``: how sampling is set, which the own blocks follow in steps, spacing, lag and guidance (:func:`sampling_of`).
         """
@@ -222,9 +222,9 @@ class Rollout(nn.Module):
         ends = (batch.num_blocks[:active] == block + 1).float()
         thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
 
-    def _question(self, batch: RolloutBatch, hidden: bool = False) -> Past:
+    def _question(self, batch: RolloutBatch, hidden: bool = False) -> RolloutCache:
         """The past that begins with the questions, or with one learned vector in place of each of their tokens (``hidden``)."""
-        past = Past(self.denoiser.backbone, self.recompute)
+        past = RolloutCache(self.denoiser.backbone, self.recompute)
         bidirectional = self.denoiser.settings.bidirectional_question
         valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1], bidirectional)
         inputs = self.denoiser.backbone.embed(batch.question_ids)
@@ -273,7 +273,7 @@ class Rollout(nn.Module):
         states = [d.null_state(z)] * len(thoughts.branches)
         times = step_times(how)
         now = torch.tensor(staggered(times, span, how.lag), device=device)
-        for number, moving in enumerate(turns(steps, span, how.lag)):
+        for number, moving in enumerate(step_schedule(steps, span, how.lag)):
             blocks = list(z.unbind(1))  # here, so that finished ones keep the gradient that they have
             learns = any(step >= learned for _, step in moving)
             with nullcontext() if learns else torch.no_grad():
@@ -300,7 +300,7 @@ class Rollout(nn.Module):
         first, *free = [flow.to_velocity(objective, prediction, z, t[..., None, None]) for prediction in predictions]
         return Guidance.of(self.sampling).velocity(first, free[0], z, t) if free else first
 
-    def _append(self, past: Past, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, Chunk]:
+    def _append(self, past: RolloutCache, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, KeyValues]:
         """The stop head's logits [n] behind finished blocks [n, L, d] of the first rows, and the blocks' keys and values."""
         d, rows = self.denoiser, slice(0, len(z))
         bot, eot = (d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT))
@@ -321,7 +321,7 @@ class Rollout(nn.Module):
             return torch.zeros_like(batch.num_blocks), distances[:, 0]
         return distances.argmin(1), distances.amin(1)
 
-    def _answer(self, past: Past, batch: RolloutBatch, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, past: RolloutCache, batch: RolloutBatch, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen answers' cross-entropy behind all blocks, per record the mean over its labels, summed; (right, labels)."""
         d, everyone = self.denoiser, slice(0, len(batch.blocks))
         row = torch.arange(len(chosen), device=chosen.device)

@@ -19,7 +19,7 @@ from ladir.layout import Mark, span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
-from ladir.spans import num_passes, staggered, turns
+from ladir.spans import num_passes, staggered, step_schedule
 
 #: called after every Euler step with (rows, block, step, the current estimate of the clean latents [R, L, d]), and before the
 #: first one of a block with the noise that it starts from, as step NOISE
@@ -200,7 +200,7 @@ class BlockSampler:
         ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.
         """
         s, span, steps = self.settings, z.shape[1], len(times) - 1
-        now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), turns(steps, span, s.lag)
+        now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), step_schedule(steps, span, s.lag)
         offsets = torch.from_numpy(span_offsets(span, z.shape[2])).to(z.device)
         visible, positions = prefix.visible(len(offsets)), prefix.positions(offsets)
         groups = owner.unique_consecutive(return_counts=True)[1].tolist() if s.diversity_scale else []

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ladir.inference.rollout import Rollout
-from ladir.spans import turns
+from ladir.spans import step_schedule
 
 #: records of up to so many blocks are traced as they are, longer ones extrapolated from these
 _TRACED_BLOCKS = (2, 4, 6)
@@ -186,7 +186,7 @@ def _passes_per_span(model: Rollout) -> tuple[int, int]:
     """Passes in which a span's blocks take their Euler steps, and how many of them carry gradient."""
     how, gradient = model.sampling, model.settings.gradient_steps
     first = 0 if gradient is None else how.num_steps - gradient
-    passes = turns(how.num_steps, model.denoiser.settings.span, how.lag)
+    passes = step_schedule(how.num_steps, model.denoiser.settings.span, how.lag)
     return len(passes), sum(any(step >= first for _, step in moving) for moving in passes)
 
 

@@ -33,7 +33,7 @@ from training.runtime.telemetry import Telemetry
 from training.runtime.topology import section_of
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
 from training.runtime.validation import validate
-from training.runtime.windows import Window, Windows
+from training.runtime.windows import Window, WindowLoader
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcom
     with trainer.telemetry(), trainer.windows() as windows:
         trainer.catch_up()
         for window in windows:
-            stop = trainer.agree(window)
+            stop = trainer.all_reduce_counts(window)
             if stop or progress.fraction(settings, num_samples) >= 1:
                 break
             ahead = progress.after(settings.global_batch).fraction(settings, num_samples)
@@ -135,11 +135,11 @@ class Trainer:
             self._interval["seconds"] = self.progress.seconds
             yield
 
-    def windows(self) -> Windows:
+    def windows(self) -> WindowLoader:
         """The data from here on."""
         settings = self.settings
         consumed, skipped = self.progress.samples, settings.skip_samples
-        return Windows(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
+        return WindowLoader(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
@@ -183,7 +183,7 @@ class Trainer:
         """Training seconds so far, by this rank's clock."""
         return time.perf_counter() - self._started
 
-    def agree(self, window: Window) -> bool:
+    def all_reduce_counts(self, window: Window) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
         self._sample_ids = [list(batch.sample_ids) for batch in window.batches]
         self._profiler.before(self.progress.step + 1)
@@ -295,7 +295,7 @@ class Trainer:
             self._log(ahead)
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
-            self._keep("unfinished", step)
+            self._record_model("unfinished", step)
         if self._checkpoint_due() and ahead < 1:
             self.save()
         if self._validation_due(ahead):  # behind the checkpoint: whatever fails here costs no step
@@ -399,13 +399,13 @@ class Trainer:
         self.save()
         if self._validated_step != self.progress.step and not self.validate():  # else it was done before a restart
             return self.interrupt()
-        outcome = self._keep("finished")
+        outcome = self._record_model("finished")
         if self.world.is_main and not self.settings.keep_finished:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         tell_trained(self.run, outcome, self.progress.limit(self.settings, self.phase.num_samples))
         return outcome
 
-    def _keep(self, status: str, snapshot: int | None = None) -> Outcome:
+    def _record_model(self, status: str, snapshot: int | None = None) -> Outcome:
         """Write the model, as the finished one or that of a step, off the clock."""
         outcome = self._outcome(status)
         with self._off_the_clock("writing the model"):  # the others wait while rank 0 brings the last files to disk

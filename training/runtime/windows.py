@@ -44,7 +44,7 @@ class Window:
         return sum(batch.num_tokens for batch in self.batches)
 
 
-class Windows:
+class WindowLoader:
     """Endless iterator over a rank's windows, collated ahead.  Use as a context manager."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Windows:
         starts = (start for start in itertools.count(consumed, size) if bad.isdisjoint(range(start, start + size)))
         self._ahead = _by_processes(collate, starts, processes) if processes else _by_thread(collate, starts)
 
-    def __enter__(self) -> Windows:
+    def __enter__(self) -> WindowLoader:
         return self
 
     def __exit__(self, *error: object) -> None:
