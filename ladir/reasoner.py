@@ -24,7 +24,7 @@ from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.memory import trajectories_that_fit
-from ladir.inference.sampler import NOISE, BlockSampler, StepHook, Think, TrajectoryNoise, passes_per_span
+from ladir.inference.sampler import NOISE, BlockSampler, KeptSteps, StepHook, Think, TrajectoryNoise, passes_per_span
 from ladir.layout import Mark
 from ladir.models.backbone import DTYPES
 from ladir.models.denoiser import Denoiser
@@ -46,7 +46,9 @@ class Trajectory:
     """One line of thought and its answer.
 
     ``thoughts``: text per block; ``latents`` fp32 [B, L, d] (not standardised); ``num_steps``: forward passes that denoised them;
-    ``stopped``: whether the stop head ended it (else the limit on blocks did); ``trace``: text per block and step, if asked.
+    ``stopped``: whether the stop head ended it (else the limit on blocks did); ``answer_ids``: token ids of its answers, the
+    first of which is ``answer``; ``trace``: text per block and step, if asked; ``steps``: those that were kept
+    (:meth:`KeptSteps.of`).
     """
 
     answer: str
@@ -55,6 +57,8 @@ class Trajectory:
     num_steps: int
     stopped: bool
     trace: list[list[str]] = field(default_factory=list)
+    answer_ids: list[list[int]] = field(default_factory=list)
+    steps: Tensor | None = None
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -105,6 +109,8 @@ class _Ask:
     on_step: TraceHook | None
     thoughts: bool
     reward: Reward | None
+    num_answers: int
+    random_steps: tuple[Sequence[int], float] | None
 
     @property
     def total(self) -> int:
@@ -207,6 +213,8 @@ class Reasoner:
         reward_fn: RewardFn | None = None,
         reward_scale: float = 1.0,
         batch_size: int | Literal["auto"] | None = None,
+        num_answers: int = 1,
+        random_steps: tuple[Sequence[int], float] | None = None,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
 
@@ -221,6 +229,11 @@ class Reasoner:
         ``reward_fn(latents, t)`` gives a scalar per trajectory [R] for the estimate of a block's clean latents [R, L, d] (as
         :attr:`Trajectory.latents`); every step moves along its gradient, weighted by ``reward_scale * t`` as the diversity
         guidance is.  A row is a trajectory of any question: the function must treat them one by one.
+
+        ``random_steps``: numbers of denoising steps and their randomness, for those who learn from what a step did: these add
+        fresh noise, the others none, and they are kept (:attr:`Trajectory.steps`).
+
+        ``num_answers`` independent answers are written to every line of thought (:attr:`Trajectory.answer_ids`).
 
         Raises ValueError for questions that are none (:func:`check_questions`) and for controls that make no sense, all of them
         at once; UnusableError for a question too long for the LM, and where the latents did not stay finite.  Warns of questions
@@ -246,14 +259,15 @@ class Reasoner:
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
         )
-        if num_trajectories < 1:
-            raise ValueError(f"num_trajectories must be at least 1, not {num_trajectories}")
+        for name, count in (("num_trajectories", num_trajectories), ("num_answers", num_answers)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, not {count}")
         check_questions(questions)
         if not questions:
             return []
         self._check_lengths(questions)
         reward = Reward(reward_fn, reward_scale) if reward_fn is not None else None
-        ask = _Ask(questions, num_trajectories, settings, seed, on_step, thoughts, reward)
+        ask = _Ask(questions, num_trajectories, settings, seed, on_step, thoughts, reward, num_answers, random_steps)
         found = self._in_batches(ask, batch_size)
         return [found[i : i + num_trajectories] for i in range(0, len(found), num_trajectories)]
 
@@ -299,11 +313,16 @@ class Reasoner:
         traces: dict[tuple[int, int], list[str]] = {}
         hook = self._trace_hook(traces, _from(rows.start, ask.on_step)) if ask.on_step is not None else None
         settle = self._reencode if settings.reencode else None
-        sampled = BlockSampler(self.denoiser, settings, noise, ask.reward, settle, self.graphs).think(prefix, owner, hook)
+        kept = KeptSteps(*ask.random_steps) if ask.random_steps is not None else None
+        sampler = BlockSampler(self.denoiser, settings, noise, ask.reward, settle, self.graphs, kept)
+        sampled = sampler.think(prefix, owner, hook)
         flat: dict[int, Trajectory] = {}
         for group in sampled:
-            flat.update(self._finish(group, settings, noise))
+            flat.update(self._finish(group, ask, noise))
             del group  # and its cache, before the others think on
+        if kept is not None:
+            for row, trajectory in flat.items():
+                trajectory.steps = kept.of(row)
         if ask.thoughts:
             self.read_thoughts([flat[row] for row in range(len(rows))])
         for (row, block), texts in sorted(traces.items()):
@@ -379,24 +398,34 @@ class Reasoner:
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
         return prefix.share(owner)
 
-    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise) -> dict[int, Trajectory]:
+    def _finish(self, group: Think, ask: _Ask, noise: TrajectoryNoise) -> dict[int, Trajectory]:
         """Answers of trajectories that ended after the same block, their thoughts not read yet."""
-        uniform = noise.uniform(group.rows, settings.max_answer_tokens).to(self.device)
-        soa = self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1)
-        hidden = group.prefix.append(soa)[:, 0]
-        answers = decode(group.prefix, hidden, self._eos, settings.max_answer_tokens, settings.answer_temperature, uniform)
+        answers = self._answers(group, ask.settings, noise, ask.num_answers)
         latents = self._plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
         return {
             row: Trajectory(
-                answer=decode_text(self.tokenizer, answers[i]),
+                answer=decode_text(self.tokenizer, answers[0][i]),
                 thoughts=[""] * blocks,
                 latents=latents[i].cpu(),
-                num_steps=passes_per_span(settings, span) * num_spans(blocks, span),
+                num_steps=passes_per_span(ask.settings, span) * num_spans(blocks, span),
                 stopped=group.stopped,
+                answer_ids=[answer[i] for answer in answers],
             )
             for i, row in enumerate(group.rows)
         }
+
+    def _answers(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, count: int) -> list[list[list[int]]]:
+        """``count`` answers of every trajectory of a group, as token ids."""
+        limit = settings.max_answer_tokens
+        uniform = noise.uniform(group.rows, count * limit).to(self.device)
+        everyone = torch.arange(len(group.rows), device=self.device)
+        hidden = group.prefix.append(self.denoiser.mark(Mark.SOA).expand(len(everyone), 1, -1))[:, 0]
+        prefixes = (group.prefix.select(everyone) if later else group.prefix for later in range(count - 1, -1, -1))
+        return [
+            decode(prefix, hidden, self._eos, limit, settings.answer_temperature, own)
+            for prefix, own in zip(prefixes, uniform.split(limit, dim=1), strict=True)
+        ]
 
     def answering(self) -> list[nn.Module]:
         """The models that take part in answering under the settings; reading thoughts afterwards is not part of it."""

@@ -38,7 +38,7 @@ from tests.distributed import ProcessGroup
 from tests.test_code import why_not_isolated
 from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.evaluation import asking, table
-from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers, stage_folder
+from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers
 from training.evaluation.answers import AnswerLog, cut
 from training.evaluation.questions import read_split
 from training.evaluation.stages import evaluate
@@ -46,10 +46,12 @@ from training.evaluation.table import tell_of_limits, tell_of_undecided
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
+from training.runtime.stages import stage_folder
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TIMES = ("seconds_per_question", "wall_seconds", "training_seconds")
-ROWS = ("ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout")
+ROWS = ("ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority")
+LATER = ("ladir-rollout", "ladir-rl", "ar-rl")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ def asked(folder: Path) -> list[str]:
 def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
     results, generations = outcome(whole)
     rows = {row["method"]: row for row in results["rows"]}
-    assert tuple(rows) == ROWS[:-1]  # there is no model of the second stage
+    assert tuple(rows) == ROWS  # there is no model of the later stages
     assert (results["num_questions"], results["num_trajectories"], results["seed"]) == (8, 10, 0)
     assert results["sample"]["num_steps"] == 2  # the settings', not the export's
     for method, row in rows.items():
@@ -214,7 +216,7 @@ def test_the_table_has_every_row_and_what_it_cost(whole: Path) -> None:
         assert rows[f"{sampling}-majority"]["forward_passes_per_question"] == rows[sampling]["forward_passes_per_question"]
         assert rows[f"{sampling}-majority"]["pass@1"] == rows[sampling]["majority"]
     lines = [json.loads(line) for line in generations.splitlines()]
-    assert [line["method"] for line in lines] == [m for m in ROWS[:-1] if not m.endswith("majority") for _ in range(8)]
+    assert [line["method"] for line in lines] == [m for m in ROWS if not m.endswith("majority") for _ in range(8)]
     assert all(line["question"] and line["reference"] for line in lines)
     assert {len(line["trajectories"]) for line in lines} == {1, 10}
     shown = next(line for line in lines if line["method"] == "ladir")["trajectories"][0]
@@ -380,7 +382,11 @@ def test_a_row_of_each_stage_is_of_its_own_denoiser_whichever_was_exported(tmp_p
     folder.export.mkdir(parents=True)
     for origin, first, second in ((None, None, folder.model("rollout")), ("0123", folder.model("denoiser"), None)):
         (folder.export / "ladir.json").write_text(json.dumps({"kind": "denoiser", "origin": origin}))
-        assert [stage_folder(folder, stage, snapshot=None) for stage in (False, True)] == [first, second]
+        assert [stage_folder(folder, stage, snapshot=None) for stage in ("denoiser", "rollout")] == [first, second]
+    (folder.export / "ladir.json").write_text(json.dumps({"kind": "denoiser", "origin": "0123", "stage": "rl"}))
+    found = [stage_folder(folder, stage, snapshot=None) for stage in ("denoiser", "rollout", "rl")]
+    assert found == [folder.model("denoiser"), folder.model("rollout"), None]
+    assert stage_folder(folder, "rl", snapshot=7) == folder.model("rl-7")
 
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 9))
@@ -411,7 +417,7 @@ def test_the_baseline_reads_questions_as_its_folder_says(models: Path, tmp_path:
 
 def test_the_methods_of_the_default_table_are_known() -> None:
     methods: Sequence[str] = Config().evaluate.methods
-    assert tuple(methods) == ROWS
+    assert tuple(methods) == (*ROWS, *LATER)
 
 
 def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(models: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ladir.tasks import countdown
 from ladir.tokens import load_tokenizer
 from tests.distributed import ProcessGroup
 from training.evaluation.stages import evaluate
-from training.export import export, last_denoiser
+from training.export import export
 from training.phases.denoiser import denoiser_phase
 from training.phases.latents import encode
 from training.phases.rollout import rollout_phase
@@ -28,6 +28,7 @@ from training.phases.vae import vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run
+from training.runtime.stages import last_denoiser
 
 SCRATCH = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"  # fmt: skip # noqa: E501
 TRAINING = {"max_epochs": "null", "max_steps": 2, "global_batch": 8, "micro_batch": 4, "lr": "1e-3"}

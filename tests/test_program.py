@@ -72,7 +72,8 @@ def test_a_process_ends_with_the_status_of_its_work(body: str, status: int, said
     assert ("Traceback" in done.stderr) == ("ValueError" in said)
 
 
-ENTRIES = ("train_vae", "encode_latents", "train_denoiser", "train_ar", "export", "evaluate", "plan", "benchmark", "demo")
+TRAININGS = ("train_vae", "encode_latents", "train_denoiser", "train_rl", "train_ar")
+ENTRIES = (*TRAININGS, "export", "evaluate", "plan", "benchmark", "demo")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -149,6 +150,8 @@ def test_the_chain_has_every_phase_and_goes_on_behind_what_is_finished() -> None
     for phase, expected in (("vae", "rollout"), ("rollout", "ar"), ("export", "evaluate"), ("evaluate", None), ("own", "vae")):
         step = following(config, phase, done.__contains__)
         assert (step.phase if step else None) == expected
+    third = following(config, "rl", done.__contains__)  # trained by hand
+    assert third is not None and third.phase == "ar"
 
 
 @pytest.fixture

@@ -433,7 +433,7 @@ def test_curves_over_a_control_hold_the_others_and_leave_snapshots_out(tmp_path:
 def test_what_is_shown_of_a_run_with_a_second_stage_is_the_second_stages(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "one")
     settings = json.loads((folder / "export" / "ladir.json").read_text())
-    (folder / "export" / "ladir.json").write_text(json.dumps({**settings, "origin": "0123"}))
+    (folder / "export" / "ladir.json").write_text(json.dumps({**settings, "origin": "0123", "stage": "rollout"}))
     first, second = sanitised(questions()), sanitised(questions())
     second = [replace(result, trajectories=result.trajectories[1:]) for result in second]  # none is right
     write_questions(folder / "generations.jsonl", {"ladir": first, "ladir-rollout": second})

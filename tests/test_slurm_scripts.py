@@ -113,7 +113,9 @@ def test_settings_name_run_folder_signal_and_the_phases_a_configuration_needs() 
     assert phases == [base, "train_vae", "encode_latents", *denoiser, "train_ar ar.copy_fraction=0", "export", "evaluate"]
     phases = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]").stdout.splitlines()[2:]
     assert phases == ["train_vae", "encode_latents", "train_denoiser", "train_denoiser stage=rollout", "export", "evaluate"]
-    assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in phases)
+    more = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]", "rl.enabled=true").stdout.splitlines()[2:]
+    assert more == [*phases[:4], "train_rl", *phases[4:]]
+    assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in more)
 
 
 def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_beginning() -> None:

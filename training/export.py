@@ -1,6 +1,6 @@
 """Assemble runs/<name>/export: a Hugging Face folder that Reasoner.from_pretrained and `python -m ladir` read.
 
-The denoiser is that of stage 2 where there is one, else that of stage 1.  Files are copied, no model is loaded: it runs on any
+The denoiser is that of the last stage that was trained: 3, 2 or 1.  Files are copied, no model is loaded: it runs on any
 CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA adapters).
 """
 
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ladir.config import Config
-from ladir.errors import UnusableError
 from ladir.models.assembling import assemble_export
 from ladir.models.card import CARD_FILE
 from ladir.models.folders import vae_folder
 from ladir.models.pairing import adapter_base, base_fingerprint
-from ladir.models.store import folder_fingerprint, load_settings
+from ladir.models.store import folder_fingerprint
 from ladir.tokens import load_tokenizer
 from training.runtime.cards import card_facts
 from training.runtime.distributed import run_as_program
@@ -28,19 +27,7 @@ from training.runtime.ending import ask_command, tell_end
 from training.runtime.files import read_json, write_json
 from training.runtime.job import job
 from training.runtime.run import Run, RunFolder, environment
-
-
-def last_denoiser(folder: RunFolder) -> Path:
-    """The denoiser of the last stage that was trained.  UnusableError where stage 2 started from another than the present one."""
-    first, second = folder.model("denoiser"), folder.model("rollout")
-    if not second.is_dir():
-        return first
-    if first.is_dir() and load_settings(second, "denoiser")["origin"] != folder_fingerprint(first, "denoiser"):
-        raise UnusableError(
-            f"{second} was trained from another denoiser than {first}: delete {second}, {folder.checkpoints('rollout')} and "
-            f"{folder.outcome_file('rollout')} and train stage 2 anew, or leave it out"
-        )
-    return second
+from training.runtime.stages import last_denoiser
 
 
 def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:

@@ -80,14 +80,15 @@ def _traced(run: RunData, count: int, trajectories: int, device: str | None, out
         return [], f"{run.name}: nothing to show without {lacking} --config {config} makes it."
     from transformers.utils.logging import disable_progress_bar
 
-    from ladir.models.store import load_settings
+    from ladir.models.folders import denoiser_stage
     from ladir.reasoner import Reasoner
     from ladir.report.traces import trace_questions
 
     disable_progress_bar()
     try:
-        # An export holds stage 2's denoiser, where there is one: a row of its own, from which the verdicts must come.
-        chosen = _chosen(run, "ladir-rollout" if load_settings(export, "denoiser").get("origin") else "ladir", count)
+        # An export holds the last stage's denoiser: a row of its own, from which the verdicts must come.
+        stage = denoiser_stage(export)
+        chosen = _chosen(run, "ladir" if stage == "denoiser" else f"ladir-{stage}", count)
         reasoner = Reasoner.from_pretrained(export, device=device)
         known = {name: value for name, value in run.sample.items() if hasattr(reasoner.settings, name)}  # of any version
         reasoner.settings = reasoner.settings_with(**known)

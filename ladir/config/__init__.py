@@ -12,7 +12,15 @@ from ladir.config.asking import EvaluateSettings, ExportSettings, SampleSettings
 from ladir.config.declare import section, setting
 from ladir.config.model import BackboneSettings, CountdownSettings, DataSettings, GymSettings, LoraSettings, RunSettings
 from ladir.config.runtime import DeepSpeedSettings, DemoSettings, PlanSettings, TelemetrySettings
-from ladir.config.training import ArSettings, DenoiserSettings, LatentSettings, RolloutSettings, TrainSettings, VaeSettings
+from ladir.config.training import (
+    ArSettings,
+    DenoiserSettings,
+    LatentSettings,
+    RlSettings,
+    RolloutSettings,
+    TrainSettings,
+    VaeSettings,
+)
 
 __all__ = [
     "ArSettings",
@@ -29,6 +37,7 @@ __all__ = [
     "LatentSettings",
     "LoraSettings",
     "PlanSettings",
+    "RlSettings",
     "RolloutSettings",
     "RunSettings",
     "SampleSettings",
@@ -57,6 +66,7 @@ class Config:
     latents: LatentSettings = section(LatentSettings, "encoding the training set")
     denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
     rollout: RolloutSettings = section(RolloutSettings, "the denoiser's stage 2: the answer through blocks it generates itself")
+    rl: RlSettings = section(RlSettings, "the denoiser's stage 3: reinforcement learning on its own thoughts and answers")
     ar: ArSettings = section(ArSettings, "the autoregressive baseline")
     sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
     export: ExportSettings = section(ExportSettings, "what an export holds")

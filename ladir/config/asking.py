@@ -124,9 +124,21 @@ class EvaluateSettings:
         None, "ask the models of this training step (train.snapshot_every) in place of the finished ones; results-<step>.json"
     )
     methods: list[str] = setting(
-        ["ar-greedy", "ar", "ar-majority", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-majority", "ladir-rollout"],
+        [
+            "ar-greedy",
+            "ar",
+            "ar-majority",
+            "ladir",
+            "ladir-zero-noise",
+            "ladir-sde",
+            "ladir-majority",
+            "ladir-rollout",
+            "ladir-rl",
+            "ar-rl",
+        ],
         "rows of the table; -majority: the most frequent answer among the samples of ar or ladir; -consistent: the most frequent "
-        "one among those whose reasoning agrees with their answer; ladir-rollout: left out where that stage was not trained",
+        "one among those whose reasoning agrees with their answer; ladir-rollout, ladir-rl, ar-rl: left out where that stage was "
+        "not trained",
         (
             "ar",
             "ar-greedy",
@@ -138,6 +150,8 @@ class EvaluateSettings:
             "ladir-majority",
             "ladir-consistent",
             "ladir-rollout",
+            "ladir-rl",
+            "ar-rl",
         ),
     )
     voters: int | None = setting(

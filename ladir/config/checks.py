@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any
 
-from ladir.config import Config, TrainSettings
+from ladir.config import Config, RlSettings, SampleSettings, TrainSettings
 from ladir.config.suites import suite_errors
 
 #: settings that a training under way may go on with other values of
@@ -115,6 +115,19 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("rollout.initial_noise", _NOT_NEGATIVE),
     ("rollout.guidance_scale", Range(at_least=0, at_most=100)),
     ("rollout.candidates", _COUNT),
+    ("rl.group", Range(at_least=2)),
+    ("rl.*_weight", _NOT_NEGATIVE),
+    ("rl.prompts", _COUNT),
+    ("rl.answers", _COUNT),
+    ("rl.updates", _COUNT),
+    ("rl.questions_per_batch", _COUNT),
+    ("rl.beta", _POSITIVE),
+    ("rl.advantage_clip", _POSITIVE),
+    ("rl.random_steps", _COUNT),
+    ("rl.step_randomness", Range(above=0, at_most=1)),
+    ("rl.step_clip", Range(above=0, below=1)),
+    ("rl.token_clip", Range(above=0, below=1)),
+    ("rl.old_decay", _DECAY),
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
@@ -237,7 +250,7 @@ def _text_errors(config: Config) -> Iterator[str]:
 
 
 def _combination_errors(config: Config) -> Iterator[str]:
-    for name in ("vae", "denoiser", "rollout", "ar"):
+    for name in ("vae", "denoiser", "rollout", "rl", "ar"):
         yield from _training_errors(f"{name}.train", getattr(config, name).train)
     backbone = config.backbone
     if config.ar.from_scratch and "model_type" not in backbone.scratch:
@@ -289,8 +302,63 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"ar.train.heads_lr_factor={config.ar.train.heads_lr_factor:g}: train_ar.py trains an LM alone, which has no fresh "
             "heads; leave it at 1"
         )
+    yield from _rl_errors(config)
     if config.ar.copy_fraction > 0 and config.data.train is None:
         yield "ar.copy_fraction: there are no sentences to copy; set data.train"
+
+
+#: rewards that the task's checker gives; any other is a function of the user's
+CHECKED_REWARDS = ("answer", "chain", "both")
+
+
+def _rl_errors(config: Config) -> Iterator[str]:
+    rl = config.rl
+    module, _, function = rl.reward.partition(":")
+    if rl.reward not in CHECKED_REWARDS and not (module and function.isidentifier()):
+        yield f"rl.reward={rl.reward!r}: must be one of {', '.join(CHECKED_REWARDS)}, or name a function as module:function"
+    if rl.policy == "text":
+        yield from _text_policy_errors(rl)
+    elif rl.policy != "latents" and config.sample.answer_temperature == 0:
+        yield (
+            f"rl.policy={rl.policy}: answers that are not sampled have nothing to learn from one another; set "
+            "sample.answer_temperature above 0, or rl.policy=latents"
+        )
+    if rl.answers > 1 and config.sample.answer_temperature == 0:
+        yield (
+            f"rl.answers={rl.answers}: with sample.answer_temperature=0 all answers to a line of thought are the same; set it "
+            "above 0, or rl.answers=1"
+        )
+    if rl.algorithm == "flow_grpo":
+        yield from _flow_grpo_errors(config)
+    if rl.reward == "chain" and rl.answers > 1:
+        yield f"rl.answers={rl.answers}: rl.reward=chain is of the thoughts alone; set rl.answers=1, or another reward"
+
+
+def _text_policy_errors(rl: RlSettings) -> Iterator[str]:
+    """A completion is its own line of thought, without steps that denoise it."""
+    for name, value, needed in (("answers", rl.answers, 1), ("algorithm", rl.algorithm, "nft")):
+        if value != needed:
+            yield f"rl.{name}={value}: rl.policy=text has no thoughts to answer or to denoise; set rl.{name}={needed}"
+
+
+def _flow_grpo_errors(config: Config) -> Iterator[str]:
+    """A random step's density is known where it is the network's own alone, and depends on the noisy latents alone."""
+    sample, usual = config.sample, SampleSettings()
+    wanted = {"denoiser.span": (config.denoiser.span, 1), "denoiser.carry": (config.denoiser.carry, "none")}
+    for name in ("sampler", "guidance_scale", "diversity_scale", "restarts"):
+        wanted[f"sample.{name}"] = (getattr(sample, name), getattr(usual, name))
+    for name, (value, needed) in wanted.items():
+        if value != needed:
+            yield f"{name}={value}: rl.algorithm=flow_grpo needs {name}={needed}; set it, or rl.algorithm=nft"
+    if config.rl.random_steps >= sample.num_steps:
+        yield (
+            f"rl.random_steps={config.rl.random_steps}: the last of sample.num_steps={sample.num_steps} steps is never random; "
+            "lower it, or take more steps"
+        )
+    if sample.initial_noise == 0:
+        yield "sample.initial_noise=0: rl.algorithm=flow_grpo needs noise; set it above 0, or rl.algorithm=nft"
+    if config.rl.policy == "answer":
+        yield "rl.policy=answer: rl.algorithm=flow_grpo is of the thoughts; set rl.policy=latents or both, or leave it at nft"
 
 
 def _training_errors(name: str, train: TrainSettings) -> Iterator[str]:

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from ladir.config import Config
 from ladir.config.checks import values
 
+#: policies of stage 3 that learn tokens alone
+_TOKENS = ("answer", "text")
 #: a setting (pattern), what it needs, and whether it has that; the first pattern that matches counts
 _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("denoiser.carry_*", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
@@ -26,6 +28,12 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("latents.probe_steps", "latents.report_sentences above 0", lambda c: c.latents.report_sentences > 0),
     ("sample.guidance_interval", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
     ("sample.guidance_rescale", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
+    ("rl.token_clip", "rl.policy=answer, both or text", lambda c: c.rl.policy != "latents"),
+    ("rl.beta", "rl.algorithm=nft and thoughts in rl.policy", lambda c: c.rl.algorithm == "nft" and c.rl.policy not in _TOKENS),
+    ("rl.random_steps", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),
+    ("rl.step_*", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),
+    ("rl.advantage_clip", "rl.policy=latents or both", lambda c: c.rl.policy not in _TOKENS),
+    ("rl.train.global_batch", "rl.anchor_weight above 0", lambda c: c.rl.anchor_weight > 0),
     ("evaluate.ar_top_p", "evaluate.ar_temperature above 0", lambda c: c.evaluate.ar_temperature > 0),
 )
 

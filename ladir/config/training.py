@@ -214,6 +214,81 @@ class RolloutSettings:
 
 
 @dataclass
+class RlSettings:
+    enabled: bool = setting(False, "whether slurm/submit.sh includes stage 3; training/train_rl.py trains it in any case")
+    algorithm: str = setting(
+        "nft",
+        "how the thoughts learn from rewards; nft: DiffusionNFT, from finished latents alone, whatever sampled them; flow_grpo: "
+        "Flow-GRPO, from denoising steps that are made random",
+        ("nft", "flow_grpo"),
+    )
+    policy: str = setting(
+        "latents",
+        "what learns from rewards; latents: the thoughts; answer: the tokens of the answers behind them; both; text: the "
+        "AR baseline's completions, from models/ar, in place of LaDiR",
+        ("latents", "answer", "both", "text"),
+    )
+    questions: str | None = setting(
+        None,
+        "questions that are asked, with what the task judges by (no reasoning is needed); not set: those of data.train. New ones "
+        "teach more than those that are known by heart",
+    )
+    reward: str = setting(
+        "answer",
+        "what an attempt is worth; answer, chain: 1 where the task's checker (evaluate.task) accepts the answer, or the thoughts "
+        "alone; both: the mean of the two; my_module:my_function: one of your own, called with lists of questions, thoughts, "
+        "answers and records, which gives a number each",
+    )
+    length_weight: float = setting(
+        0.0, "taken off the reward of an answer of sample.max_answer_tokens tokens; of a shorter one less, in proportion"
+    )
+    unstopped_weight: float = setting(0.0, "taken off the reward where the thoughts were cut off at sample.max_blocks")
+    prompts: int = setting(48, "questions asked in an iteration, over all ranks")
+    group: int = setting(16, "lines of thought per question: rewards count relative to those of the same question")
+    answers: int = setting(
+        1, "answers to every line of thought, whose reward is their mean: a bad thought is told from a bad answer"
+    )
+    updates: int = setting(2, "optimizer steps in an iteration, each of all its attempts, at fresh noise")
+    questions_per_batch: int = setting(8, "questions that a rank answers in one batch")
+    beta: float = setting(
+        1.0, "how far the positive and negative predictions of nft are from the old model's; smaller: larger steps of the model"
+    )
+    advantage_clip: float = setting(
+        5.0,
+        "standard deviations above or below its group's mean that count as certainly good or bad thoughts; the larger, the "
+        "less far nft moves the model from the old one",
+    )
+    random_steps: int = setting(
+        2, "denoising steps of a block, drawn anew for every iteration, that are random and learned from (flow_grpo)"
+    )
+    step_randomness: float = setting(
+        0.7, "share of the noise in a random step that is fresh: its standard deviation over that of the SDE's (flow_grpo)"
+    )
+    step_clip: float = setting(
+        1e-4, "a random step learns while its density per latent element is within this share of what it was (flow_grpo)"
+    )
+    token_clip: float = setting(
+        0.2, "an answer's token learns while its probability is within this share of what it was when it was sampled"
+    )
+    old_decay: float = setting(
+        0.9, "decay, per iteration, of the moving average of the weights that samples; 0: the present weights"
+    )
+    anchor_weight: float = setting(
+        1.0,
+        "weight of stage 1's losses, on rl.train.global_batch gold records per step, beside the rewards'; 0: off (thoughts are "
+        "then reported to lose their variety)",
+    )
+    train: TrainSettings = section(
+        TrainSettings,
+        "training of the denoiser, stage 3; global_batch: gold records of the anchor; micro_batch: of these, and of attempts",
+        max_steps=300,
+        lr=1e-5,
+        global_batch=64,
+        schedule="constant",
+    )
+
+
+@dataclass
 class ArSettings:
     phase: str = setting("ar", "name of the phase, and of the model folder it writes: models/<phase>")
     from_scratch: bool = setting(False, "build a new LM from backbone.scratch instead of loading backbone.name_or_path")

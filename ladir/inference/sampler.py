@@ -80,6 +80,27 @@ class TrajectoryNoise:
         return torch.from_numpy(np.stack([self._answers[r].random(count, dtype=np.float32) for r in rows]))
 
 
+class KeptSteps:
+    """Denoising steps that are made as an SDE's, the others being an ODE's, and what they were of every trajectory.
+
+    For single blocks (span 1) without restarts: a trajectory's come in the order of its blocks.
+    """
+
+    def __init__(self, steps: Sequence[int], randomness: float) -> None:
+        """``steps``: ascending, without the last one, which ends at the clean latents; ``randomness``: of a transition."""
+        self.steps, self.randomness = list(steps), randomness
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def add(self, rows: list[int], before: Tensor, after: Tensor) -> None:
+        """A step of the trajectories ``rows`` took ``before`` [R, L, d] to ``after`` [R, L, d]."""
+        for row, step in zip(rows, torch.stack([before, after], 1).cpu(), strict=True):
+            self._kept.setdefault(row, []).append(step)
+
+    def of(self, row: int) -> Tensor:
+        """A trajectory's steps [B, S, 2, L, d], standardised: of every block and step where it began and where it led to."""
+        return torch.stack(self._kept[row]).unflatten(0, (-1, len(self.steps)))
+
+
 @dataclass
 class Think:
     """What a group of trajectories that stopped after the same block has thought.
@@ -97,6 +118,8 @@ class Think:
 class BlockSampler:
     """Generates blocks behind a prefix until the stop head says the answer follows."""
 
+    kept: KeptSteps | None = None
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -105,14 +128,16 @@ class BlockSampler:
         reward: Reward | None = None,
         settle: Settle | None = None,
         graphs: Graphs | None = None,
+        kept: KeptSteps | None = None,
     ) -> None:
-        """``graphs``: steps are captured and replayed where they can be."""
+        """``graphs``: steps are captured and replayed where they can be; ``kept``: steps that are random, and kept."""
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
         self.reward = reward
         self.settle = settle
         self.graphs = graphs if can_capture(denoiser) else None
+        self.kept = kept
 
     def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> Iterator[Think]:
         """All trajectories' blocks, in groups as they end: a group's cache is let go before the others think on.
@@ -219,7 +244,10 @@ class BlockSampler:
                 t, t_next = times[step : step + 2]
                 bent = self._bent(velocity[:, block], blocks[block], t, None if force is None else force[:, block])
                 estimates.append((block, step, blocks[block] - t * bent))
-                blocks[block] = self._advance(blocks[block], bent, t, t_next, fresh[block][step])
+                before = blocks[block]
+                blocks[block] = self._advance(before, bent, t, t_next, fresh[block][step])
+                if self.kept is not None and step in self.kept.steps:
+                    self.kept.add(rows, before, blocks[block])
                 if step == steps - 1:
                     blocks[block] = self._settled(blocks[block])
             z = torch.stack(blocks, 1)
@@ -259,27 +287,23 @@ class BlockSampler:
     def _fresh_noise(self, rows: list[int], steps: int, z: Tensor) -> list[list[Tensor | None]]:
         """What every block's steps of an SDE add to ``z`` [R, J, L, d] but the last ones, [R, L, d] each; an ODE adds nothing."""
         span = z.shape[1]
-        if self.settings.sampler == "ode":
+        if self.settings.sampler == "ode" and self.kept is None:
             return [[None] * steps for _ in range(span)]
+        random = range(steps - 1) if self.kept is None else self.kept.steps
         # As large as what the block started from: the marginals keep that scale, at 0 nothing is random.
-        noise = self.settings.initial_noise * self.noise.normal(rows, (span, steps - 1, *z.shape[2:])).to(z.device)
-        return [[*block.unbind(1), None] for block in noise.unbind(1)]
+        noise = self.settings.initial_noise * self.noise.normal(rows, (span, len(random), *z.shape[2:])).to(z.device)
+        return [[block[:, random.index(step)] if step in random else None for step in range(steps)] for block in noise.unbind(1)]
 
     def _advance(self, z: Tensor, velocity: Tensor, t: float, t_next: float, fresh: Tensor | None) -> Tensor:
-        """One Euler step of the ODE, or one ancestral step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
+        """One Euler step of the ODE, or one step of the SDE with the same marginals, which adds ``fresh`` [R, L, d].
 
-        SDE: z_s | z_t, x0 is Gaussian with variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's posterior, Ho et al.
-        2020, eq. 7, on the straight path).  Where noise has the scale k (``initial_noise``), ``z_t = (1 - t) x0 + t k e``, so has
-        ``fresh``; what is kept of the noise in z_t has it already, and ``kept^2 + variance = s^2``.
+        Where noise has the scale k (``initial_noise``), ``z_t = (1 - t) x0 + t k e``, so has ``fresh``; what is kept of the noise
+        in z_t has it already (:func:`ladir.models.flow.transition`).
         """
-        if self.settings.sampler == "ode":
+        if fresh is None:  # of an ODE, or an SDE's last one
             return z + (t_next - t) * velocity
-        x0, eps = z - t * velocity, z + (1 - t) * velocity
-        if fresh is None:  # the last step, to x0
-            return (1 - t_next) * x0 + t_next * eps
-        variance = (t_next / t) ** 2 * (t**2 - ((1 - t) / (1 - t_next)) ** 2 * t_next**2)
-        kept = max(t_next**2 - variance, 0.0) ** 0.5
-        return (1 - t_next) * x0 + kept * eps + variance**0.5 * fresh
+        mean, deviation = flow.transition(z, velocity, t, t_next, 1.0 if self.kept is None else self.kept.randomness)
+        return mean + deviation * fresh
 
 
 def _numbered(on_step: StepHook | None, block: int, step: int) -> StepHook | None:

@@ -105,23 +105,27 @@ class Backbone(nn.Module):
         """Vocabulary logits [..., V] of hidden states [..., H], as the LM itself makes them."""
         return self._logit_scale(self.base.get_output_embeddings()(hidden))
 
-    def label_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def label_losses(self, hidden: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy, fp32 [n], and whether the likeliest token is right, bool [n], of ``labels`` [n] at ``hidden`` [n, H].
 
         ``IGNORE`` costs nothing and is never right.  Logits are made in ``logits_parts`` parts; their number and not their
-        size is fixed, so that the ranks of a sharded LM gather its head as often as one another.
+        size is fixed, so that the ranks of a sharded LM gather its head as often as one another.  ``temperature``: of the
+        distribution whose cross-entropy it is.
         """
         if self.logits_parts == 1:
-            return self._label_losses(hidden, labels)
+            return self._label_losses(hidden, labels, temperature)
         parts = zip(hidden.tensor_split(self.logits_parts), labels.tensor_split(self.logits_parts), strict=True)
         found = [
-            checkpoint(self._label_losses, *part, use_reentrant=False, context_fn=self._recompute_contexts) for part in parts
+            checkpoint(self._label_losses, *part, temperature, use_reentrant=False, context_fn=self._recompute_contexts)
+            for part in parts
         ]
         losses, right = zip(*found, strict=True)
         return torch.cat(losses), torch.cat(right)
 
-    def _label_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _label_losses(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.logits(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
         return losses, logits.detach().argmax(-1) == labels
 

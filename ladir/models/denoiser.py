@@ -175,11 +175,8 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
-        t = batch.t[..., None, None]
-        hidden = self._hidden(batch, batch.t, self._carried(batch))
-        noisy = hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
-        wanted = flow.target(self.settings.objective, batch.z0[:, None], batch.eps, t)
-        flow_loss = (self.predict(noisy) - wanted).square().sum((-2, -1)) * (batch.t > 0)
+        hidden, noisy = self.read(batch)
+        flow_loss = (self.predict(noisy) - self.wanted(batch)).square().sum((-2, -1)) * (batch.t > 0)
         losses = {
             "flow": flow_loss.sum(),
             **self._answer_loss(hidden, batch),
@@ -188,6 +185,15 @@ class Denoiser(nn.Module):
         if self.token_head is not None:
             losses["token"] = self._token_loss(noisy, batch)
         return {**losses, **self._metrics(hidden, batch), **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
+
+    def read(self, batch: DenoiserBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of a training pass: of the whole layout [N * T, H], and at the noisy latents [K, M, L, H]."""
+        hidden = self._hidden(batch, batch.t, self._carried(batch))
+        return hidden, hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
+
+    def wanted(self, batch: DenoiserBatch) -> Tensor:
+        """What should be predicted at the noisy latents [K, M, L, d]."""
+        return flow.target(self.settings.objective, batch.z0[:, None], batch.eps, batch.t[..., None, None])
 
     @torch.no_grad()
     def _carried(self, batch: DenoiserBatch) -> Tensor:

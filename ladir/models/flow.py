@@ -58,6 +58,19 @@ def to_velocity(objective: str, prediction: Tensor, z_t: Tensor, t: Tensor) -> T
     return (z_t - to_x0(objective, prediction, z_t, t)) / t.clamp_min(EDGE)
 
 
+def transition(z_t: Tensor, velocity: Tensor, t: float, s: float, randomness: float = 1.0) -> tuple[Tensor, float]:
+    """Mean [...] and standard deviation of z_s given z_t, s < t, where the path has unit noise and ``velocity`` [...] is true.
+
+    ``randomness`` 1: the posterior of z_s given z_t and x0, of variance ``(s/t)^2 (t^2 - ((1 - t) / (1 - s))^2 s^2)`` (DDPM's, Ho
+    et al. 2020, eq. 7, on the straight path); in between its standard deviation is that share of it, what is left of the noise in
+    z_t taking the rest (as DDIM's eta, Song et al. 2021, eq. 16), so that the marginals stay; 0: the Euler step.
+    """
+    x0, eps = z_t - t * velocity, z_t + (1 - t) * velocity
+    variance = randomness**2 * (s / t) ** 2 * (t**2 - ((1 - t) / (1 - s)) ** 2 * s**2) if s < 1 else 0.0
+    kept = max(s**2 - variance, 0.0) ** 0.5
+    return (1 - s) * x0 + kept * eps, max(variance, 0.0) ** 0.5
+
+
 def timestep_features(t: Tensor, size: int) -> Tensor:
     """Sinusoidal features [..., size] of t in [0, 1], frequencies 1 to 1000 radians, in fp32."""
     half = size // 2

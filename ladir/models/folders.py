@@ -102,10 +102,11 @@ def save_denoiser(
     sample: dict[str, Any] | None = None,
     origin: str | None = None,
     trained_on: TrainedOn | None = None,
+    stage: str = "denoiser",
 ) -> None:
     """Write a denoiser; ``sample`` are the default controls of a :class:`~ladir.reasoner.Reasoner` made from it.
 
-    ``origin``: after stage 2, the fingerprint of the denoiser it started from.
+    ``origin``: after stage 2 and 3, the fingerprint of the denoiser it started from; ``stage``: the phase that trained it.
     """
     adapted = denoiser.backbone.has_adapters
     base = noted_fingerprint(str(denoiser.backbone.lm.peft_config["default"].base_model_name_or_path)) if adapted else None
@@ -116,9 +117,16 @@ def save_denoiser(
         "latent_dim": denoiser.latent_dim,
         "sample": sample or {},
         "origin": origin,
+        "stage": stage,
         "trained_on": asdict(replace(trained_on or TrainedOn(), base=base)),
     }
     save_model(denoiser, state or own_state(denoiser), folder, {"backbone.lm.": (denoiser.backbone, "")}, settings)
+
+
+def denoiser_stage(folder: str | Path) -> str:
+    """The phase that trained the denoiser in a folder; where it does not say (older versions) ``rollout`` if it has an origin."""
+    saved = load_settings(folder, "denoiser")
+    return str(saved.get("stage") or ("rollout" if saved.get("origin") else "denoiser"))
 
 
 def load_latent_maps(folder: str | Path) -> LatentMaps:

@@ -13,9 +13,9 @@ import yaml
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 
 #: training phases in their order, and what of theirs is drawn
-PHASES = ("base", "vae", "denoiser", "rollout", "ar")
-LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop")
-RATES = ("exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy")
+PHASES = ("base", "vae", "denoiser", "rollout", "rl", "ar", "ar-rl")
+LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop", "nft", "steps", "answers")
+RATES = ("exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy", "reward", "signal")
 
 #: steps and values of one metric, by phase and name
 Curves = dict[str, dict[str, tuple[list[float], list[float]]]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from ladir.inference.ar import complete
 from ladir.inference.cost import Cost, count_cost
 from ladir.models.backbone import Backbone
 from ladir.models.folders import load_backbone, question_frame, reads_questions_both_ways
-from ladir.models.store import load_settings
 from ladir.reasoner import Reasoner
 from ladir.tokens import decode_text, load_tokenizer
+from training.evaluation.rows import stage_of
 from training.runtime.run import RunFolder
+from training.runtime.stages import stage_folder
 
 #: controls of LaDiR's variants that differ from the settings' (``sample``)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -57,23 +57,15 @@ def load_answerers(
 ) -> list[dict[str, Answerer]]:
     """Load one model; how it answers in each of ``samplings``, under the settings of each data set."""
     config, folder = configs[0], RunFolder(configs[0])
-    if model == "ar":
-        return ar_answerers(configs, folder, samplings, device)
+    if model.startswith("ar"):
+        return ar_answerers(configs, folder, samplings, device, stage_of(model))
     reasoner = Reasoner.from_pretrained(
         folder.export,
         device,
         config.backbone.attention,
-        denoiser=stage_folder(folder, model == "rollout", config.evaluate.snapshot),
+        denoiser=stage_folder(folder, stage_of(model), config.evaluate.snapshot),
     )
     return [{sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings} for config in configs]
-
-
-def stage_folder(folder: RunFolder, second: bool, snapshot: int | None) -> Path | None:
-    """The denoiser of stage 1 or 2, or its snapshot, where it is not the one in the export, which has that of the last stage."""
-    if snapshot is not None:
-        return folder.model(folder.snapshot("rollout" if second else "denoiser", snapshot))
-    exported_is_second = load_settings(folder.export, "denoiser").get("origin") is not None
-    return None if exported_is_second == second else folder.model("rollout" if second else "denoiser")
 
 
 def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answerer:
@@ -107,11 +99,11 @@ class Reading:
 
 
 def ar_answerers(
-    configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device
+    configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device, phase: str = "ar"
 ) -> list[dict[str, Answerer]]:
-    """The autoregressive baseline: samples (``ar``) and one greedy answer (``ar-greedy``), under each data set's settings."""
+    """The autoregressive baseline that ``phase`` trained: samples (``ar``) and one greedy answer (``ar-greedy``), under each data set's settings."""
     settings, snapshot = configs[0].backbone, configs[0].evaluate.snapshot
-    model = folder.model(folder.snapshot("ar", snapshot))
+    model = folder.model(folder.snapshot(phase, snapshot))
     backbone = load_backbone(model, settings, device).to(device).eval()
     tokenizer, reading = load_tokenizer(settings), Reading.of(model)
     return [

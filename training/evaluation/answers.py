@@ -19,6 +19,7 @@ from ladir.evaluation.results import QuestionResult, question_from
 from ladir.inference.cost import Cost
 from ladir.models.card import CARD_FILE
 from training.runtime.run import Run, evaluation_label
+from training.runtime.stages import STAGES
 
 #: sections of settings that change what is answered
 SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
@@ -123,7 +124,7 @@ def _digest(run: Run, records: Sequence[Record]) -> str:
         del settings[section][key]
     questions = [dataclasses.asdict(record) for record in records]
     digest = hashlib.sha256(json.dumps([[settings[name] for name in SECTIONS], questions], default=str).encode())
-    models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "denoiser", "rollout")]
+    models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "ar-rl", *STAGES)]
     for folder in (run.folder.export, *map(run.folder.model, models)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD_FILE):
             facts = file.stat()

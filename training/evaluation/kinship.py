@@ -7,19 +7,19 @@ from pathlib import Path
 
 from ladir.errors import UnusableError
 from ladir.models.exports import DECODER_FOLDER
-from ladir.models.folders import vae_folder
+from ladir.models.folders import denoiser_stage, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import folder_fingerprint, load_settings
-from training.evaluation.answerers import stage_folder
-from training.evaluation.rows import model_of, sampling_of
+from training.evaluation.rows import model_of, sampling_of, stage_of
 from training.runtime.files import read_json
 from training.runtime.run import Run, RunFolder
+from training.runtime.stages import stage_folder
 
 
 def check_export(run: Run, methods: Sequence[str]) -> None:
     """UnusableError, on all ranks, where the export was made of other models, or a denoiser trained on another VAE's latents."""
     models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in methods)
-    asked = [model for model in models if model != "ar"]
+    asked = [model for model in models if not model.startswith("ar")]
     if problem := run.world.broadcast(_problem(run, asked) if run.world.is_main and asked else None):
         raise UnusableError(problem)
 
@@ -29,7 +29,7 @@ def _problem(run: Run, models: Sequence[str]) -> str | None:
     try:
         _check_is_current(run.folder)
         vae = run.folder.export / DECODER_FOLDER
-        others = [stage_folder(run.folder, model == "rollout", snapshot) for model in models]
+        others = [stage_folder(run.folder, stage_of(model), snapshot) for model in models]
         for other in [folder for folder in others if folder is not None]:
             _check_pair(other, vae)
     except UnusableError as error:
@@ -40,8 +40,7 @@ def _problem(run: Run, models: Sequence[str]) -> str | None:
 def _check_is_current(folder: RunFolder) -> None:
     """UnusableError where a model was trained anew since it was exported; what has no record of it is not looked at."""
     made_of = read_json(folder.inputs("export"))
-    stage = "denoiser" if load_settings(folder.export, "denoiser").get("origin") is None else "rollout"
-    denoiser = folder.model(stage)
+    denoiser = folder.model(denoiser_stage(folder.export))
     vae = vae_folder(denoiser, folder.model("vae"))
     kept = [(vae, "vae", made_of.get("vae")), (denoiser, "denoiser", made_of.get("denoiser", [None, None])[1])]
     for model, kind, before in kept:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 from ladir.config import Config
 from ladir.data.rows import EXTENSIONS
-from training.evaluation.answerers import stage_folder
 from training.evaluation.rows import PHASES, model_of, sampling_of
 from training.runtime.run import Run, RunFolder
+from training.runtime.stages import stage_folder
 
 logger = logging.getLogger(__name__)
 
 _ENDINGS = (*EXTENSIONS, ".gz")
+#: stages that a run may go without
+OPTIONAL = ("rollout", "rl", "ar-rl")
 
 
 def ready_methods(run: Run, asked: Sequence[Config]) -> list[str]:
-    """The rows of the table that can be filled: all, or all but the second stage's where it was not trained.
+    """The rows of the table that can be filled: all, or all but those of the later stages that were not trained.
 
     ``asked``: the settings of every data set.  Raises FileNotFoundError with a line for everything else that is missing: models,
     their snapshots, the files of questions.
@@ -38,11 +40,13 @@ def question_file(config: Config) -> str | None:
 
 
 def _is_trained(run: Run, method: str) -> bool:
-    """False for the one method that is part of the default table and of which a run may have no model."""
-    rollout = run.folder.model(run.folder.snapshot("rollout", run.config.evaluate.snapshot))
-    trained = model_of(sampling_of(method)[0]) != "rollout" or rollout.is_dir()
-    if not run.world.broadcast(trained):
-        logger.info("%s: left out, %s was not trained", method, rollout)
+    """False for a method that is part of the default table and of which a run may have no model."""
+    stage = model_of(sampling_of(method)[0])
+    if stage not in OPTIONAL:
+        return True
+    model = run.folder.model(run.folder.snapshot(stage, run.config.evaluate.snapshot))
+    if not run.world.broadcast(model.is_dir()):
+        logger.info("%s: left out, %s was not trained", method, model)
         return False
     return True
 
@@ -64,13 +68,14 @@ def _missing_models(run: Run, methods: Sequence[str]) -> Iterator[str]:
         yield "evaluate.methods: nothing is left to ask; run training/train_denoiser.py stage=rollout, or name other rows"
     if "ar" in rows and step is None and not folder.model("ar").is_dir():
         yield _lacking(rows["ar"], folder.model("ar"), "training/train_ar.py")
-    denoisers = [method for model in ("ladir", "rollout") for method in rows.get(model, [])]
+    denoisers = [method for model in ("ladir", *OPTIONAL) if not model.startswith("ar") for method in rows.get(model, [])]
     if denoisers and not folder.export.is_dir():
         yield _lacking(denoisers, folder.export, "training/export.py (behind the trainings)")
-    elif "ladir" in rows and step is None and (first := stage_folder(folder, False, None)) and not first.is_dir():
+    elif "ladir" in rows and step is None and (first := stage_folder(folder, "denoiser", None)) and not first.is_dir():
         yield _lacking(rows["ladir"], first, "training/train_denoiser.py")
     if step is not None:
-        yield from (line for model in rows if model != "rollout" for line in _missing_snapshot(folder, PHASES[model][-1], step))
+        needed = [PHASES[model][-1] for model in rows if model not in OPTIONAL]
+        yield from (line for phase in needed for line in _missing_snapshot(folder, phase, step))
 
 
 def _lacking(rows: Sequence[str], folder: Path, program: str) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from ladir.evaluation.voting import RULES
 
 #: phases behind a model's row besides the base LM
-PHASES = {"ar": ("ar",), "ladir": ("vae", "latents", "denoiser"), "rollout": ("vae", "latents", "denoiser", "rollout")}
+PHASES = {
+    "ar": ("ar",),
+    "ar-rl": ("ar", "ar-rl"),
+    "ladir": ("vae", "latents", "denoiser"),
+    "rollout": ("vae", "latents", "denoiser", "rollout"),
+    "rl": ("vae", "latents", "denoiser", "rollout", "rl"),
+}
 
 
 #: samplings of one answer per question, without randomness
@@ -19,7 +25,12 @@ def sampling_of(method: str) -> tuple[str, str | None]:
 
 
 def model_of(sampling: str) -> str:
-    """The model that samples: ``ar``, ``ladir`` or ``rollout``."""
+    """The model that samples: ``ar``, ``ar-rl``, ``ladir``, ``rollout`` or ``rl``."""
     if sampling.startswith("ar"):
-        return "ar"
-    return "rollout" if sampling == "ladir-rollout" else "ladir"
+        return "ar-rl" if sampling == "ar-rl" else "ar"
+    return sampling.removeprefix("ladir-") if sampling in ("ladir-rollout", "ladir-rl") else "ladir"
+
+
+def stage_of(model: str) -> str:
+    """The phase that trained a model."""
+    return PHASES[model][-1]

@@ -133,6 +133,8 @@ def tell_results(run: Run) -> None:
 def tell_of_limits(sampling: str, questions: Sequence[QuestionResult], ar_max_tokens: int, max_blocks: int) -> None:
     """A method that is cut off is judged by less than it would have said."""
     ended = [trajectory.stopped for question in questions for trajectory in question.trajectories]
-    limit = f"evaluate.ar_max_tokens={ar_max_tokens}" if model_of(sampling) == "ar" else f"sample.max_blocks={max_blocks}"
+    limit = (
+        f"evaluate.ar_max_tokens={ar_max_tokens}" if model_of(sampling).startswith("ar") else f"sample.max_blocks={max_blocks}"
+    )
     if not all(ended):
         logger.warning("%s: %d of %d answers were cut off or forced at %s", sampling, ended.count(False), len(ended), limit)

@@ -42,7 +42,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     tokens = Tokens(config, world, tokenizer)
     records, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     frame = Frame.of(tokenizer, config.data.chat_template)
-    pairs, validation = _pairs(tokens, records, frame), _pairs(tokens, held_out, frame)
+    pairs, validation = chains_of(tokens, records, frame), chains_of(tokens, held_out, frame)
     # Behind the records: what is wrong with them is told before it is loaded.
     if config.ar.from_scratch:
         backbone = for_training(Backbone(new_lm(config.backbone, size, ids, world.device.type)), config.backbone)
@@ -58,7 +58,7 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
         model=ArModel(backbone),
         weights={"text": 1.0},
         validation=Samples(validation, collator) if validation else None,
-        write=lambda folder, state: _write_lm(backbone, tokenizer, folder, state, bidirectional, frame),
+        write=lambda folder, state: write_lm(backbone, tokenizer, folder, state, bidirectional, frame),
         show=ar_samples(config, tokenizer, _texts(held_out), _texts(records), frame),
     )
 
@@ -67,7 +67,8 @@ def _texts(records: TokenStore | None) -> Sequence[Record]:
     return [] if records is None else records.texts
 
 
-def _pairs(tokens: Tokens, records: TokenStore | None, frame: Frame) -> Pairs:
+def chains_of(tokens: Tokens, records: TokenStore | None, frame: Frame) -> Pairs:
+    """Every record as a prompt and its completion."""
     if records is None:
         return []
     return FramedPairs(records, tokens.chains(records), frame) if frame.is_chat else tokens.chains(records)
@@ -81,7 +82,7 @@ def _copies(config: Config, tokenizer: PreTrainedTokenizerBase, records: TokenSt
     return CopyPairs(tokenizer, records.blocks, chosen)
 
 
-def _write_lm(
+def write_lm(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,

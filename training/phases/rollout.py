@@ -52,7 +52,7 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
-        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame))
+        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame), stage="rollout")
 
     return TrainingPhase(
         items=GoldStore(store, settings.candidates if settings.gold == "nearest" else 1),

@@ -27,8 +27,8 @@ class Step:
 OWN_SETTINGS = ("stage", "ar.phase", "ar.from_scratch", "ar.copy_fraction")
 
 
-def chain(config: Config) -> list[Step]:
-    """All phases that ``config`` needs."""
+def chain(config: Config, also: str = "") -> list[Step]:
+    """All phases that ``config`` needs, and ``also`` that stage of the denoiser."""
     # backbone.scratch alone may only describe the LM for plan.py: a base is trained where the run's own is to be read.
     own = Path(config.run.folder) / config.run.name / "models" / "base"
     wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
@@ -36,13 +36,16 @@ def chain(config: Config) -> list[Step]:
     again = ("ar.copy_fraction=0",) if base else ()  # the sentences to repeat are for the base LM
     baseline = [Step("ar", "train_ar", again)] if any(method.startswith("ar") for method in config.evaluate.methods) else []
     joint = ("stage=joint",) if config.stage == "joint" else ()
-    second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if config.rollout.enabled and config.stage != "joint" else []
-    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), Step("denoiser", "train_denoiser", joint), *second]
+    wanted_second = (config.rollout.enabled and config.stage != "joint") or also == "rollout"
+    second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if wanted_second else []
+    third = [Step("rl", "train_rl")] if config.rl.enabled or also == "rl" else []
+    first = Step("denoiser", "train_denoiser", joint)
+    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), first, *second, *third]
     return [*base, *ladir, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
 
 
 def following(config: Config, phase: str, finished: Callable[[str], bool]) -> Step | None:
     """The first step behind ``phase`` that is not finished; of a phase that is none of them, the first of all."""
-    steps = chain(config)
+    steps = chain(config, also=phase)
     places = [number for number, step in enumerate(steps) if step.phase == phase]
     return next((step for step in steps[places[0] + 1 if places else 0 :] if not finished(step.phase)), None)

@@ -13,9 +13,23 @@ from typing import Any
 
 LOSSES, QUALITY, LATENTS, OPTIMIZER, SPEED = "1 losses", "2 quality", "3 latents", "4 optimizer", "5 speed"
 
+#: what attempts in reinforcement learning were like
+_ATTEMPTS = (
+    "reward", "reward_spread", "signal", "pass@1", "distinct_correct", "chain", "answer_tokens", "stopped", "start_distance",
+    "nft_distance", "token_ratio", "token_clipped", "step_ratio", "step_clipped",
+)  # fmt: skip
+
 #: metrics that are no loss, by group; everything else a phase reports is one
 _GROUPS = {
-    QUALITY: ("exact", "noisy_exact", "probe_exact", "probe_flow_explained", "rollout_distance", "rollout_other_gold"),
+    QUALITY: (
+        "exact",
+        "noisy_exact",
+        "probe_exact",
+        "probe_flow_explained",
+        "rollout_distance",
+        "rollout_other_gold",
+        *_ATTEMPTS,
+    ),
     LATENTS: ("active_units", "posterior_std", "latent_std"),
     OPTIMIZER: ("lr", "heads_lr", "grad_norm", "skipped_steps", "epoch"),
     SPEED: (
@@ -29,6 +43,9 @@ _GROUPS = {
         "rank_slowest",
         "rank_slowdown",
         "seconds",
+        "sampling_seconds",
+        "judging_seconds",
+        "learning_seconds",
     ),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
@@ -77,6 +94,20 @@ _ROLLOUT: tuple[_Chart, ...] = (
     ("own blocks' distance from the nearest gold ones", QUALITY, "rollout_distance"),
     ("own blocks that are another gold solution's", QUALITY, "rollout_other_gold"),
 )
+_LEARNING: tuple[_Chart, ...] = (
+    ("thoughts weighed by their rewards", LOSSES, "(nft|steps)"),
+    ("answers weighed by their rewards", LOSSES, "answers"),
+    ("reward and its spread within a question", QUALITY, "reward(_spread)?"),
+    ("questions whose attempts differ in reward", QUALITY, "signal"),
+    ("right attempts: one, any of a question's, thoughts alone", QUALITY, "(pass@.*|chain)"),
+    ("different right answers to a question", QUALITY, "distinct_correct"),
+    ("attempts that ended by themselves", QUALITY, "stopped"),
+    ("tokens of an answer", QUALITY, "answer_tokens"),
+    ("distance from the old model and from the start", QUALITY, "(nft|start)_distance"),
+    ("tokens and steps: ratio to the old model, share clipped", QUALITY, "(token|step)_(ratio|clipped)"),
+    ("seconds of an iteration", SPEED, "(sampling|judging|learning)_seconds"),
+)
+_RL: tuple[_Chart, ...] = (*_DENOISER, *_LEARNING)
 _AR: tuple[_Chart, ...] = (_TOTAL, ("right tokens", QUALITY, "token_accuracy"))
 #: titles and charts by phase; a phase with another name (``ar.phase``) is a causal LM
 _SECTIONS = {
@@ -84,6 +115,8 @@ _SECTIONS = {
     "latents": ("latents", _LATENTS),
     "denoiser": ("denoiser", _DENOISER),
     "rollout": ("denoiser, stage 2", _ROLLOUT),
+    "rl": ("denoiser, stage 3", _RL),
+    "ar-rl": ("AR baseline, stage 3", (*_AR, *_LEARNING)),
     "base": ("base LM", _AR),
     "ar": ("AR baseline", _AR),
 }
@@ -91,7 +124,7 @@ _SECTIONS = {
 
 def tag(phase: str, name: str) -> str:
     """TensorBoard's name of a metric: ``<group>/<phase>/<name>``."""
-    group = QUALITY if name.endswith("_accuracy") else _GROUP_OF.get(name, LOSSES)
+    group = QUALITY if name.endswith("_accuracy") else _GROUP_OF.get(re.sub(r"@\d+$", "@1", name), LOSSES)
     return f"{group}/{phase}/{name}"
 
 

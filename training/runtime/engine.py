@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,14 @@ logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
 
 
+@dataclass(frozen=True)
+class Lag:
+    """How the weights of an old model follow those that are trained: their moving average, taken every so many steps."""
+
+    decay: float
+    every: int
+
+
 class Engine:
     """A model under DeepSpeed, of any ZeRO stage, trained with AdamW or Muon.
 
@@ -32,8 +41,19 @@ class Engine:
     number of ranks.  Parameters without ``requires_grad`` are partitioned too, but neither stepped nor checkpointed.
     """
 
-    def __init__(self, model: nn.Module, train: TrainSettings, dtype: str, deepspeed: DeepSpeedSettings, world: World) -> None:
-        """``dtype``: ``backbone.dtype``, of weights and activations; bfloat16 has fp32 master weights."""
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainSettings,
+        dtype: str,
+        deepspeed: DeepSpeedSettings,
+        world: World,
+        lag: Lag | None = None,
+    ) -> None:
+        """``dtype``: ``backbone.dtype``, of weights and activations; bfloat16 has fp32 master weights.
+
+        ``lag``: of an old model that is kept beside (:meth:`copy_old_weights`); None: there is none.
+        """
         import deepspeed as ds
 
         torch_dtype = DTYPES[choose_dtype(dtype, world.device.type)]
@@ -63,6 +83,10 @@ class Engine:
         self.ema: list[Tensor] | None = None
         if train.ema > 0:
             self.ema = [master.detach().clone() for master in self.partitions.masters]
+        self.lag = lag
+        self.old: list[Tensor] | None = None
+        if lag is not None:
+            self.old = [master.detach().clone() for master in self.partitions.masters]
 
     @property
     def model(self) -> nn.Module:
@@ -117,6 +141,9 @@ class Engine:
             decay = min(self.train_settings.ema, (1 + self.steps) / (10 + self.steps))
             with torch.no_grad():
                 torch._foreach_lerp_(self.ema, self.partitions.masters, 1 - decay)
+        if self.old is not None and self.lag is not None and self.steps % self.lag.every == 0:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.old, self.partitions.masters, 1 - self.lag.decay)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -135,6 +162,21 @@ class Engine:
             master.copy_(other)
             other.copy_(kept)
         self.partitions.publish()
+
+    @torch.no_grad()
+    def copy_old_weights(self, target: nn.Module) -> None:
+        """Bring the old model's weights, whole, into ``target`` on every rank (collective).
+
+        ``target`` has the same structure, and what is not trained already.
+        """
+        assert self.old is not None
+        others = dict(target.named_parameters())
+        self._swap(self.old)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                with self._gathered(parameter):
+                    others[name].copy_(parameter)
+        self._swap(self.old)
 
     def full_state(self, ema: bool) -> Iterator[tuple[str, Tensor]]:
         """Every parameter (frozen ones too) and persistent buffer, whole, one at a time, in its stored dtype.
@@ -162,8 +204,8 @@ class Engine:
     def state(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
         """What a checkpoint holds of this rank: kind, tensors by parameter, and by parameter ``start/size`` of its part.
 
-        Kinds are master, exp_avg, exp_avg_sq, momentum, ema, and buffer (rank 0).  Without ZeRO all ranks hold the same, so only
-        rank 0 yields any.
+        Kinds are master, exp_avg, exp_avg_sq, momentum, ema, old, and buffer (rank 0).  Without ZeRO all ranks hold the same, so
+        only rank 0 yields any.
         """
         if self.partitions.replicated and not self.world.is_main:
             return
@@ -231,6 +273,8 @@ class Engine:
                     kinds.setdefault(kind, {})[master] = state[kind]
         if self.ema is not None:
             kinds["ema"] = dict(enumerate(self.ema))
+        if self.old is not None:
+            kinds["old"] = dict(enumerate(self.old))
         return kinds
 
     def _optimizer_states(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
-from training.runtime.phase import Batch, Measured, Phase
+from training.runtime.phase import Batch, Measured, OnPolicy, Phase
 from training.runtime.profiling import StepProfiler
 from training.runtime.ranks import RankWatch
 from training.runtime.run import Outcome, Run
@@ -88,7 +88,8 @@ class Trainer:
         self.progress = Progress()
         self.progress.fraction(self.settings, phase.num_samples)  # refuses a training without end before it starts
         backbone, deepspeed = run.config.backbone, run.config.deepspeed
-        self.engine = Engine(phase.model, self.settings, backbone.dtype, deepspeed, run.world)
+        lag = phase.lag if isinstance(phase, OnPolicy) else None
+        self.engine = Engine(phase.model, self.settings, backbone.dtype, deepspeed, run.world, lag)
         self.meters = Meters(phase.weights)
         self.metrics: dict[str, float] = {}
         self._checkpoints = run.folder.checkpoints(run.phase)
@@ -135,8 +136,12 @@ class Trainer:
             self._interval["seconds"] = self.progress.seconds
             yield
 
-    def windows(self) -> WindowLoader:
+    def windows(self) -> AbstractContextManager[Iterator[Window]]:
         """The data from here on."""
+        return closing(self.phase.windows(self)) if isinstance(self.phase, OnPolicy) else self.stored()
+
+    def stored(self) -> WindowLoader:
+        """The phase's stored samples from here on."""
         settings = self.settings
         consumed, skipped = self.progress.samples, settings.skip_samples
         return WindowLoader(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
@@ -179,6 +184,22 @@ class Trainer:
             self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         self._started += time.perf_counter() - start
 
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Inside, ranks may wait long for one another: it is training time, but no step."""
+        self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
+        yield
+        if not self._first:
+            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
+
+    def ending(self) -> bool:
+        """Whether the next step will not be made: a stop was asked for, or this is the end (collective)."""
+        return self.stop_agreed() or self.progress.fraction(self.settings, self.phase.num_samples) >= 1
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop (collective)."""
+        return self.run.stop_agreed()
+
     def _seconds(self) -> float:
         """Training seconds so far, by this rank's clock."""
         return time.perf_counter() - self._started
@@ -215,6 +236,7 @@ class Trainer:
         Returns the gradient norm before clipping; raises :class:`NonFiniteError` on all ranks together.
         """
         sums, losses = LossSums(self.phase.weights, self.world.device), []
+        self.meters.add_metrics(window.metrics)
         for number, batch in enumerate(window.batches):
             torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
             # The first of a kind is counted, for which compiled layers run as they were written, forward and back.

@@ -5,12 +5,21 @@ A phase knows nothing of ranks, accumulation or checkpoints; the runtime knows n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from ladir.config import TrainSettings
+from training.runtime.schedule import Progress
+
+if TYPE_CHECKING:
+    from training.runtime.distributed import World
+    from training.runtime.engine import Engine, Lag
+    from training.runtime.windows import Window, Windows
 
 
 class Batch(Protocol):
@@ -93,3 +102,37 @@ class ValidationHook(Protocol):
 
     def on_validate(self, model: nn.Module, telemetry: Any, step: int) -> None:
         """Called on every rank, without gradient, in evaluation mode; ranks must run the same modules."""
+
+
+class Underway(Protocol):
+    """What a phase that makes its own samples sees of the training under way."""
+
+    engine: Engine
+    world: World
+    progress: Progress
+    settings: TrainSettings
+
+    def ending(self) -> bool:
+        """Whether the next step will not be made (collective)."""
+
+    def stop_agreed(self) -> bool:
+        """Whether a stop was asked for (collective)."""
+
+    def patience(self) -> AbstractContextManager[None]:
+        """Inside, ranks may wait long for one another."""
+
+    def stored(self) -> Windows:
+        """Windows of the phase's stored samples, from the present step on."""
+
+
+@runtime_checkable
+class OnPolicy(Protocol):
+    """A phase whose samples the model itself makes, with the weights of an old model."""
+
+    lag: Lag
+
+    def windows(self, training: Underway) -> Generator[Window]:
+        """A window for every step to come, from the present one on (on all ranks together).
+
+        Where ``training.ending()`` says so, one without batches: it is not trained on.
+        """

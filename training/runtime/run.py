@@ -48,7 +48,7 @@ IRRELEVANT = (
     "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
-    "latents.report_sentences", "latents.probe_steps", "rollout.enabled",
+    "latents.report_sentences", "latents.probe_steps", "rollout.enabled", "rl.enabled", "rl.questions_per_batch",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
@@ -59,8 +59,13 @@ SECTIONS = {
     "latents": ("vae", "latents"),
     "denoiser": ("vae", "latents", "denoiser"),
     "rollout": ("vae", "latents", "denoiser", "rollout"),
+    "rl": ("vae", "latents", "denoiser", "rollout", "rl"),
+    "ar-rl": ("ar", "rl"),
 }
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
+_JUDGED = ("evaluate.task", "evaluate.check_seconds", "evaluate.check_memory_mb")
+RELEVANT = {"rl": ("sample.", *_JUDGED), "ar-rl": ("evaluate.ar_temperature", "evaluate.ar_max_tokens", *_JUDGED)}
+"""Settings that would be irrelevant, but for a phase that answers questions and judges the answers."""
 
 DENOISING = (
     "sample.num_steps", "sample.lag", "sample.spacing", "sample.spacing_power", "sample.initial_noise", "sample.guidance_scale",
@@ -387,13 +392,14 @@ def seed_everything(seed: int, phase: str) -> None:
 def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
     """The flattened settings on which the result of a phase depends."""
     sections = {"run", "backbone", "data", *SECTIONS.get(phase, ("ar",))}
+    also = RELEVANT.get(phase, ())
     everything = dict(flatten(config))
-    flat = {key: value for key, value in everything.items() if key.split(".")[0] in sections}
+    flat = {key: value for key, value in everything.items() if key.split(".")[0] in sections or key.startswith(also)}
     own = SECTIONS.get(phase, ("ar",))[-1]
     relevant = {
         key: value
         for key, value in flat.items()
-        if not key.startswith(IRRELEVANT)
+        if (key.startswith(also) or not key.startswith(IRRELEVANT))
         and not (key.startswith(f"{own}.train.") and key.rsplit(".", 1)[1] in IRRELEVANT_IN_TRAIN)
         and not (".train." in key and not key.startswith(f"{own}."))
     }

@@ -10,12 +10,12 @@ from training.runtime.chain import Step
 from training.runtime.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from training.runtime.sampler import BatchSizeError, micro_batch_size
 
-_SECTIONS = ("vae", "denoiser", "rollout")
+_SECTIONS = ("vae", "denoiser", "rollout", "rl")
 
 
 def section_of(phase: str) -> str:
     """The section of settings of a training phase: its own, or the autoregressive LM's."""
-    return phase if phase in _SECTIONS else "ar"
+    return {"ar-rl": "rl"}.get(phase, phase if phase in _SECTIONS else "ar")
 
 
 def train_settings(config: Config, phase: str) -> TrainSettings:

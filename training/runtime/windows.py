@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.distributed import World
@@ -33,6 +34,8 @@ class Window:
     """Number of each micro batch's first sample in the whole run."""
     wait: float
     """Seconds the loop waited for it."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """``metric/<name>`` of how it was made, as a model's: (sum, count)."""
 
     def count(self, term: str) -> float:
         """Labels of a loss term."""

@@ -1,0 +1,95 @@
+"""What attempts are worth: the verdicts of the task's checker, or numbers of a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ladir.config import RlSettings
+from ladir.config.checks import CHECKED_REWARDS
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.evaluation.results import Trajectory
+
+#: (questions, thoughts, answers, records) of a batch of attempts to a number each
+OwnReward = Callable[[list[str], list[list[str]], list[str], list[Record]], Sequence[float]]
+
+#: rewards of judged attempts, each with its record and the share of the answer's limit that it took
+RewardFunction = Callable[[Sequence[Record], Sequence[Trajectory], Sequence[float]], list[float]]
+
+_SHOWN = 60  # characters of a question in a message
+
+
+def reads_thoughts(reward: str) -> bool:
+    """Whether thoughts have to be decoded to text to give this reward (``rl.reward``)."""
+    return reward != "answer"
+
+
+def reward_function(settings: RlSettings) -> RewardFunction:
+    """What ``rl.reward`` and its weights say.  UnusableError where a function of the user's cannot be found."""
+    own = None if settings.reward in CHECKED_REWARDS else _imported(settings.reward)
+
+    def rewards(records: Sequence[Record], judged: Sequence[Trajectory], lengths: Sequence[float]) -> list[float]:
+        if own is None:
+            values = [_checked(settings.reward, entry) for entry in judged]
+        else:
+            values = _own(settings.reward, own, records, judged)
+        return [
+            value - settings.length_weight * length - settings.unstopped_weight * (not entry.stopped)
+            for value, entry, length in zip(values, judged, lengths, strict=True)
+        ]
+
+    return rewards
+
+
+def _checked(reward: str, judged: Trajectory) -> float:
+    if reward == "answer":
+        return float(judged.correct)
+    if judged.chain_correct is None:
+        raise UnusableError(f"rl.reward={reward}: the checker of this task cannot judge thoughts alone; set rl.reward=answer")
+    return float(judged.chain_correct) if reward == "chain" else (judged.chain_correct + judged.correct) / 2
+
+
+def _imported(name: str) -> OwnReward:
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # a program has its own folder there, not the one it was started in
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:
+        raise UnusableError(f"rl.reward={name}: {module} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise UnusableError(f"rl.reward={name}: there is no function {function} in {module}")
+    own: OwnReward = found
+    return own
+
+
+def _own(name: str, function: OwnReward, records: Sequence[Record], judged: Sequence[Trajectory]) -> list[float]:
+    """UnusableError naming the function, and the question where it is one's, for errors, wrong numbers and no numbers."""
+    questions = [record.question for record in records]
+    try:
+        thoughts, answers = [list(entry.thoughts) for entry in judged], [entry.answer for entry in judged]
+        given = list(function(questions, thoughts, answers, list(records)))
+    except Exception as error:
+        told = f"rl.reward={name} failed ({type(error).__name__}: {error})"
+        raise UnusableError(f"{told} at {_shown(questions[0])}") from error
+    if len(given) != len(judged):
+        raise UnusableError(f"rl.reward={name} gave {len(given)} numbers for {len(judged)} attempts; it must give one each")
+    values = []
+    for question, value in zip(questions, given, strict=True):
+        try:
+            values.append(float(value))
+        except (TypeError, ValueError) as error:
+            raise UnusableError(f"rl.reward={name} gave {value!r}, no number, at {_shown(question)}") from error
+        if not math.isfinite(values[-1]):
+            raise UnusableError(f"rl.reward={name} gave {values[-1]}, which is not finite, at {_shown(question)}")
+    return values
+
+
+def _shown(question: str) -> str:
+    words = " ".join(question.split())
+    return f"question {words if len(words) <= _SHOWN else words[: _SHOWN - 3] + '...'!r}"

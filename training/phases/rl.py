@@ -1,0 +1,184 @@
+"""Stage 3 of the denoiser's training as the train loop sees it: learning from its own judged thoughts and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.batches import DenoiserBatch, DenoiserCollator
+from ladir.data.latents import LatentStore
+from ladir.data.prompts import Frame
+from ladir.data.questions import read_questions
+from ladir.data.randomness import derive
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.models.denoiser import Denoiser
+from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser, vae_folder
+from ladir.models.pairing import TrainedOn, check_vae
+from ladir.models.store import folder_fingerprint, load_settings
+from ladir.reasoner import Reasoner
+from ladir.rl.batches import JudgedCollator, terms
+from ladir.rl.lines import best_and_worst
+from ladir.rl.policy import Policy
+from ladir.rl.rewards import reward_function
+from ladir.tasks import Task, get_task
+from ladir.tokens import load_tokenizer
+from training.evaluation.judging import judges_of
+from training.phases.base import Samples, TrainingPhase
+from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.samples import Show, markdown_table
+from training.reinforcement.asking import Asker
+from training.reinforcement.samplers import LatentSampler
+from training.reinforcement.steps import OwnSteps
+from training.runtime.distributed import World
+from training.runtime.engine import Lag
+from training.runtime.phase import Underway
+from training.runtime.run import RunFolder
+from training.runtime.sharding import sharded_init
+from training.runtime.stages import last_denoiser
+from training.runtime.telemetry import Telemetry
+from training.runtime.windows import Window
+
+#: records on which the distance from the start is measured
+_COMPARED = 16
+
+
+@dataclass(kw_only=True)
+class RlPhase(TrainingPhase):
+    """A training on its own attempts, beside stored gold records; ``lag``: of the model that makes the attempts."""
+
+    lag: Lag
+    steps: Callable[[Underway], Generator[Window]]
+
+    def windows(self, training: Underway) -> Generator[Window]:
+        """A window for every step to come."""
+        return self.steps(training)
+
+
+def rl_phase(config: Config, world: World) -> RlPhase:
+    """Stage 3, from the denoiser of the last stage before it.  UnusableError where that is missing or was made otherwise."""
+    settings, folder = config.rl, RunFolder(config)
+    tokenizer = load_tokenizer(config.backbone)
+    store, validation = stored_latents(config, folder, world)
+    source = Path(world.broadcast(str(last_denoiser(folder, before="rl")) if world.is_main else None))
+    if vae_folder(source, source) != source:
+        raise UnusableError(
+            f"{source} was trained jointly with its VAE (stage=joint), whose latents are stored nowhere: there is no third stage "
+            "behind it; train stage 1 with stage=teacher, or leave stage 3 out"
+        )
+    before = TrainedOn.of(load_settings(source, "denoiser"))
+    check_vae(before, store.fingerprint, source, folder.model("vae"))
+    frame = Frame.saved(before.frame) if before.frame else Frame.of(tokenizer, config.data.chat_template)
+    origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
+    task = get_task(config.evaluate.task, config.evaluate)
+    records, reward = rl_questions(config, tokenizer, task), reward_function(settings)
+    with sharded_init(config, settings.train, world):
+        denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
+    old, _ = load_denoiser(source, config.backbone, world.device)
+    sampler = LatentSampler(_reasoner(config, folder, old, tokenizer, before), config)
+    teacher = denoiser_collator(config, store, tokenizer, settings.train, "rl/teacher", frame)
+    steps = OwnSteps(
+        records,
+        Policy(old, settings, config.sample).eval(),
+        Asker(sampler, task, reward, settings, judges_of(config, world.largest([world.local_rank])[0] + 1)),
+        JudgedCollator.of(teacher, settings, derive(config.run.seed, "rl/attempts")),
+        settings,
+        config.run.seed,
+        config.sample.num_steps,
+    )
+
+    def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
+        own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
+        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame), stage="rl")
+
+    return RlPhase(
+        items=store,
+        collator=teacher,
+        name="rl",
+        model=Policy(denoiser, settings, config.sample),
+        weights=rl_weights(config),
+        validation=Samples(validation, teacher) if validation is not None else None,
+        write=write,
+        show=_attempts_and_distance(steps, _Start(old, _fixed_batch(validation or store, teacher))),
+        lag=Lag(settings.old_decay, settings.updates),
+        steps=steps.windows,
+    )
+
+
+def rl_weights(config: Config) -> dict[str, float]:
+    """Weights of the losses: thoughts as the flow's, answers as the answer's in stage 1, and that stage's own as the anchor."""
+    d, anchor = config.denoiser, config.rl.anchor_weight
+    own = {"nft": d.flow_weight, "steps": 1.0, "answers": d.answer_weight}
+    stage_1 = {name: anchor * weight for name, weight in denoiser_weights(d).items()}
+    return {**{name: own[name] for name in terms(config.rl)}, **(stage_1 if anchor else {})}
+
+
+def rl_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
+    """The questions that are asked, each once, whatever solutions are known."""
+    path = config.rl.questions or config.data.train
+    if path is None:
+        raise UnusableError("there are no questions to ask: set rl.questions or data.train")
+    records = read_questions(path, config.data, tokenizer, task.check).asked
+    different = list({record.question: record for record in records}.values())
+    if len(different) < config.rl.prompts:
+        raise UnusableError(f"rl.prompts={config.rl.prompts}: {path} has only {len(different)} different questions; ask fewer")
+    return different
+
+
+def _reasoner(
+    config: Config, folder: RunFolder, old: Denoiser, tokenizer: PreTrainedTokenizerBase, before: TrainedOn
+) -> Reasoner:
+    """Asks the old model as an evaluation would; ``before``: what it was trained on."""
+    vae, device = folder.model("vae"), old.latent_mean.device
+    decoder = load_thought_decoder(vae, config.backbone, device)
+    encoder = load_vae(vae, config.backbone, device, encoder_only=True) if config.sample.reencode else None
+    return Reasoner(old, decoder, tokenizer, config.sample, encoder, before)
+
+
+def _fixed_batch(store: LatentStore, collator: DenoiserCollator) -> DenoiserBatch:
+    """Records and noise on which models are compared: the same in every start."""
+    places = range(min(_COMPARED, len(store)))
+    return collator([store[place] for place in places], list(places), False)
+
+
+class _Start:
+    """What the model predicted before this stage, of fixed records at fixed noise."""
+
+    def __init__(self, denoiser: Denoiser, batch: DenoiserBatch) -> None:
+        self._batch = batch.to(denoiser.latent_mean.device)
+        self._prediction = self._predict(denoiser)
+
+    @torch.no_grad()
+    def _predict(self, denoiser: Denoiser) -> Tensor:
+        return denoiser.predict(denoiser.read(self._batch)[1])
+
+    def distance(self, denoiser: Denoiser) -> float:
+        """Mean square difference of ``denoiser``'s predictions from those, per latent element."""
+        return float((self._predict(denoiser) - self._prediction).square().mean())
+
+
+def _attempts_and_distance(steps: OwnSteps, start: _Start) -> Show:
+    """The best and the worst attempt at a question of the last iteration; how far the model has come from its start."""
+
+    def show(model: object, telemetry: Telemetry, step: int) -> None:
+        assert isinstance(model, Policy)
+        telemetry.record("validation", step, {"start_distance": start.distance(model.denoiser)})
+        show_attempts(steps, telemetry, step)
+
+    return show
+
+
+def show_attempts(steps: OwnSteps, telemetry: Telemetry, step: int) -> None:
+    """The best and the worst attempt at a question of the last iteration, where there was one."""
+    if steps.last and telemetry.shows_samples:
+        rows = [
+            (question, "\n".join((*answer.verdict.thoughts, answer.verdict.answer)), f"{answer.reward:g}")
+            for question, answer in best_and_worst(steps.last)
+        ]
+        telemetry.text("attempts", markdown_table(("question", "thoughts and answer", "reward"), rows), step)

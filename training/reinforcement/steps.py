@@ -1,0 +1,154 @@
+"""The optimizer steps of stage 3: every so many of them learn from attempts that the old model has made in between.
+
+All that is random is a function of the seed and of the iteration or step it belongs to, and the old model stands still within an
+iteration.  So nothing but weights is kept in a checkpoint: a run that was stopped in the middle of an iteration makes its
+attempts again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ladir.config import RlSettings
+from ladir.data.randomness import derive, generator
+from ladir.data.records import Record
+from ladir.rl.batches import Attempt, attempts_of
+from ladir.rl.lines import Group, figures
+from ladir.rl.policy import Policy
+from ladir.rl.text import TextPolicy
+from training.reinforcement.asking import Asked, Asker
+from training.runtime.distributed import World
+from training.runtime.phase import Underway
+from training.runtime.sampler import DataOrder
+from training.runtime.windows import Window
+
+logger = logging.getLogger(__name__)
+
+#: attempts with their numbers in the iteration
+_Numbered = list[tuple[int, Attempt]]
+
+
+class Collator(Protocol):
+    """Makes a batch of attempts."""
+
+    def __call__(self, attempts: Sequence[Attempt], numbers: Sequence[int], counted: int | None = None) -> Any:
+        """``numbers``: what the noise is a function of; only the first ``counted`` attempts teach anything."""
+
+
+@dataclass
+class OwnSteps:
+    """Makes the windows of a training on its own attempts.
+
+    ``records``: the questions; ``old``: a whole model of its own on every rank, which is given the old model's weights before
+    every iteration; ``asker`` asks it; ``collator`` makes batches of attempts; ``num_steps``: denoising steps of a block.
+    """
+
+    records: Sequence[Record]
+    old: Policy | TextPolicy
+    asker: Asker
+    collator: Collator
+    settings: RlSettings
+    seed: int
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        self.order = DataOrder(len(self.records), self.settings.prompts, derive(self.seed, "rl", "questions"))
+        self.last: list[Group] = []
+        """The groups of the iteration under way, for those who look at them."""
+
+    def windows(self, training: Underway) -> Generator[Window]:
+        """A window for every step from the present one on; one without batches where the training ends."""
+        step = training.progress.step
+        learning: float | None = None
+        with self._gold(training) as gold:
+            while True:
+                iteration, update = divmod(step, self.settings.updates)
+                asked = None if training.ending() else self._ask(training, iteration)
+                if asked is None:
+                    yield Window(0, [], [], 0.0)
+                    continue
+                metrics = {} if update else _metrics(asked, learning)
+                teaching = self._teaching(asked.groups)
+                start = time.perf_counter()
+                while step < (iteration + 1) * self.settings.updates:
+                    yield self._window(training, teaching, step, next(gold), metrics)
+                    step, metrics = step + 1, {}
+                learning = time.perf_counter() - start
+
+    def _gold(self, training: Underway) -> AbstractContextManager[Iterator[Window]]:
+        """Windows of gold records, for stage 1's losses."""
+        if self.settings.anchor_weight:
+            return training.stored()
+        return nullcontext(itertools.repeat(Window(0, [], [], 0.0)))
+
+    def _ask(self, training: Underway, iteration: int) -> Asked | None:
+        """An iteration's attempts on all ranks; None where a stop was asked for meanwhile."""
+        training.engine.copy_old_weights(self.old)
+        numbers = range(iteration * self.settings.prompts, (iteration + 1) * self.settings.prompts)
+        records = [self.records[self.order.index(number)] for number in numbers]
+        with training.patience():
+            seed, steps = derive(self.seed, "rl", iteration), self._random_steps(iteration)
+            asked = self.asker.ask(records, seed, training.world, training.stop_agreed, steps)
+        self.last = asked.groups if asked is not None else []
+        return asked
+
+    def _random_steps(self, iteration: int) -> list[int]:
+        """Numbers of the denoising steps that are random in an iteration, ascending; the last one never is."""
+        if self.settings.algorithm != "flow_grpo":
+            return []
+        rng, last = generator(derive(self.seed, "rl", "steps"), iteration), self.num_steps - 1
+        return sorted(rng.choice(last, self.settings.random_steps, replace=False).tolist())
+
+    def _teaching(self, groups: Sequence[Group]) -> _Numbered:
+        """What is learned from; one attempt that teaches nothing where there is nothing, since a step needs a batch."""
+        attempts = [attempt for group in groups for attempt in group.attempts(self.settings.advantage_clip)]
+        numbered = list(enumerate(attempts))
+        teaching = [(number, attempt) for number, attempt in numbered if attempt.teaches]
+        if not teaching:
+            logger.warning("no question of this iteration has attempts that differ in reward: nothing is learned from it")
+        return teaching or numbered[:1]
+
+    def _window(self, training: Underway, teaching: _Numbered, step: int, gold: Window, metrics: dict[str, Tensor]) -> Window:
+        """A step's micro batches of this rank: attempts, as many batches on every rank, then gold records."""
+        parts = share_attempts(teaching, training.settings.micro_batch, training.world)
+        batches = [self._batch(part, counted, step, training.world.device) for part, counted in parts]
+        # What is named where a loss is not finite is a global batch of gold records, which alone can be left out.
+        numbers = [gold.first for _ in parts]
+        return Window(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
+
+    def _batch(self, part: _Numbered, counted: int, step: int, device: torch.device) -> Any:
+        """Attempts as a batch, with what the old model predicts there."""
+        numbers = [step * attempts_of(self.settings) + number for number, _ in part]
+        batch = self.collator([attempt for _, attempt in part], numbers, counted)
+        old: Any = self.old
+        return old.remembered(batch.to(device))
+
+
+def share_attempts(teaching: _Numbered, micro: int, world: World) -> list[tuple[_Numbered, int]]:
+    """This rank's micro batches of at most ``micro`` attempts, and how many of each count.
+
+    All ranks get the same number, as sharded weights demand; a rank that is short repeats the first attempt without counting.
+    """
+    rounds = -(-len(teaching) // (micro * world.size))
+    size = -(-len(teaching) // (rounds * world.size))
+    starts = [(number * world.size + world.rank) * size for number in range(rounds)]
+    parts = [teaching[start : start + size] for start in starts]
+    return [(part, len(part)) if part else (teaching[:1], 0) for part in parts]
+
+
+def _metrics(asked: Asked, learning_seconds: float | None) -> dict[str, Tensor]:
+    """An iteration's figures, as a model's metrics: the same on all ranks, but for the seconds."""
+    found = figures(asked.groups)
+    found["sampling_seconds"], found["judging_seconds"] = (asked.sampling_seconds, 1.0), (asked.judging_seconds, 1.0)
+    if learning_seconds is not None:
+        found["learning_seconds"] = (learning_seconds, 1.0)
+    return {f"metric/{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in found.items()}
