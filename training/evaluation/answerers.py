@@ -101,7 +101,10 @@ class Reading:
 def ar_answerers(
     configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device, phase: str = "ar"
 ) -> list[dict[str, Answerer]]:
-    """The autoregressive baseline that ``phase`` trained: samples (``ar``) and one greedy answer (``ar-greedy``), under each data set's settings."""
+    """The autoregressive baseline that ``phase`` trained: samples (``ar``) and one greedy answer (``ar-greedy``).
+
+    One each under every data set's settings.
+    """
     settings, snapshot = configs[0].backbone, configs[0].evaluate.snapshot
     model = folder.model(folder.snapshot(phase, snapshot))
     backbone = load_backbone(model, settings, device).to(device).eval()
