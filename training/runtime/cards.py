@@ -8,7 +8,7 @@ from typing import Any
 from ladir.config import Config
 from ladir.evaluation.report import remarks
 from ladir.models.card import CardFacts, write_card
-from ladir.models.store import load_settings
+from ladir.models.folders import denoiser_stage
 from ladir.report.tables import markdown_table
 from training.runtime.run import RunFolder
 
@@ -42,7 +42,7 @@ def write_results_card(config: Config, folder: RunFolder, results: dict[str, Any
 
 def _trainings(config: Config, folder: RunFolder) -> dict[str, str]:
     """Steps, batch and time of every phase that is finished."""
-    names = {"vae": "VAE", "denoiser": "denoiser, stage 1", "rollout": "denoiser, stage 2"}
+    names = {"vae": "VAE", "denoiser": "denoiser, stage 1", "rollout": "denoiser, stage 2", "rl": "denoiser, stage 3"}
     outcomes = {phase: folder.outcome(phase) for phase in names}
     return {
         names[phase]: f"{outcome.steps} steps of {getattr(config, phase).train.global_batch} samples, {outcome.seconds:.0f} s"
@@ -54,7 +54,8 @@ def _trainings(config: Config, folder: RunFolder) -> dict[str, str]:
 def _results(folder: RunFolder, results: dict[str, Any]) -> str:
     """The table of an evaluation, which of its rows the export is, and what the figures leave unsaid."""
     asked = f"{results['num_questions']} {results['split']} questions, {results['num_trajectories']} trajectories each"
-    second = load_settings(folder.export, "denoiser").get("origin") is not None
+    stage = denoiser_stage(folder.export)
     lines = [f"Task {results['task']}: {asked}, seed {results['seed']}; ± standard error by question."]
-    lines += ["This model is the row `ladir-rollout`; `ladir` is the one before its second stage."] if second else []
+    if stage != "denoiser":
+        lines.append(f"This model is the row `ladir-{stage}`; `ladir` is the one before its later stages.")
     return "\n\n".join([*lines, markdown_table(results["rows"]), *map(str, remarks(results))])
