@@ -29,8 +29,10 @@ TRAIN = {
     "keep_checkpoints": 9, "keep_finished": True, "max_grad_norm": 0,
 }  # fmt: skip
 SAMPLE = ["sample.num_steps=2", "sample.max_blocks=2", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
-#: what was measured of an iteration, which depends on the clock
-SECONDS = ("sampling_seconds", "judging_seconds", "learning_seconds")
+#: what was measured of an iteration and of ranks, which depends on the clock
+SECONDS = (
+    "sampling_seconds", "judging_seconds", "learning_seconds", "rank_slowest", "rank_slowdown", "memory_rank", "data_wait_worst",
+)  # fmt: skip
 
 
 def settings(micro: int, **changes: Any) -> list[str]:
