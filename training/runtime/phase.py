@@ -19,7 +19,7 @@ from training.runtime.schedule import Progress
 if TYPE_CHECKING:
     from training.runtime.distributed import World
     from training.runtime.engine import Engine, Lag
-    from training.runtime.windows import Window, Windows
+    from training.runtime.windows import Window, WindowLoader
 
 
 class Batch(Protocol):
@@ -121,7 +121,7 @@ class Underway(Protocol):
     def patience(self) -> AbstractContextManager[None]:
         """Inside, ranks may wait long for one another."""
 
-    def stored(self) -> Windows:
+    def stored(self) -> WindowLoader:
         """Windows of the phase's stored samples, from the present step on."""
 
 
