@@ -8,7 +8,10 @@ from types import TracebackType
 
 _OURS = ("ladir", "training")
 #: what brings a package that not everybody needs
-_EXTRAS = {"lm_eval": "requirements-eval.txt"}
+_EXTRAS = {
+    "lm_eval": "requirements-eval.txt",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "requirements-serve.txt"),
+}
 
 
 def missing_package(error: BaseException) -> str | None:

@@ -85,10 +85,10 @@ class Browser:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def open(self, page: Path, width: int) -> None:
-        """Load ``page`` in a window ``width`` pixels wide and wait for its pictures."""
+    def open(self, page: Path | str, width: int) -> None:
+        """Load ``page``, a file or an address, in a window ``width`` pixels wide and wait for its pictures."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.evaluate("new Promise(done => document.readyState == 'complete' ? done() : addEventListener('load', done))")
         self.evaluate("Promise.all([...document.images].map(image => image.decode()))")
 

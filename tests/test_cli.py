@@ -32,6 +32,7 @@ from ladir.cli.commands import COMMANDS
 from ladir.cli.live import LiveTrace
 from ladir.config import SampleSettings
 from ladir.models.pairing import TrainedOn
+from ladir.tasks import get_task
 from ladir.tokens import build_word_tokenizer
 from tests.test_reasoner import tiny_reasoner
 
@@ -241,15 +242,19 @@ def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command
     monkeypatch.setattr(reasoner.Reasoner, "from_pretrained", lambda folder, device=None, base=None: fake)
     given = {"num_steps": 7, "lag": 3, "sampler": "sde", "spacing": "power", "spacing_power": 0.5, "initial_noise": 0.25}
     given |= {"guidance_scale": 1.5, "diversity_scale": 0.8, "restarts": 2, "restart_time": 0.6, "restart_steps": 4}
+    given |= {"verifier_scale": 0.5, "renoise_time": 0.4, "renoise_steps": 2}
     given |= {"max_blocks": 5, "max_answer_tokens": 9, "answer_temperature": 0.1}
     given |= {"guidance_interval": [0.25, 0.75], "guidance_rescale": 0.7}
     texts = {name: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
     options = [text for name, values in texts.items() for text in (f"--{name.replace('_', '-')}", *values)]
-    ask = ["3 7 -> 21", "--model", str(tmp_path), "--seed", "4", "--trajectories", "2"]
+    ask = ["3 7 -> 21", "--model", str(tmp_path), "--seed", "4", "--trajectories", "2", "--choose", "majority"]
+    ask += ["--task", "countdown"]
     for no, wanted in (("", True), ("no-", False)):
         assert main([*ask, *options, f"--{no}reencode", f"--{no}restart-keeps-state"]) == 0
         switches = {"reencode": wanted, "restart_keeps_state": wanted}
-        assert fake.asked == {**given, **switches, "seed": 4, "num_trajectories": 2, "batch_size": "auto"}
+        kinds = {"choose": "majority", "canonical": get_task("countdown").canonical.__name__}
+        asked = {**fake.asked, "canonical": fake.asked["canonical"].__name__}
+        assert asked == {**given, **switches, **kinds, "seed": 4, "num_trajectories": 2, "batch_size": "auto"}
     controls = {field.name for field in dataclasses.fields(SampleSettings)} - {"max_thought_tokens", "thoughts_per_batch"}
     assert controls == {*given, *switches} <= inspect.signature(reasoner.Reasoner.generate).parameters.keys()
     assert main(ask) == 0
@@ -319,7 +324,7 @@ def test_the_program_ladir_is_the_same() -> None:
         (["inspct", "x.jsonl"], "unknown command inspct; did you mean inspect?"),
         (["Report", "runs/x"], "unknown command Report; did you mean report?"),
         (["aks", "3 7 -> 21", "--model", "x"], "unknown command aks; did you mean ask?"),
-        (["train"], "unknown command train; there are ask, inspect, "),
+        (["train"], "unknown command train; there are ask, answer, "),
         ([], "usage: python -m ladir COMMAND"),
     ],
 )

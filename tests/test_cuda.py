@@ -14,7 +14,7 @@ from torch import Tensor
 from ladir.inference.cache import Prefix
 from ladir.inference.cost import count_cost
 from ladir.inference.graphs import Graphs
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise
+from ladir.inference.sampler import BlockSampler, TrajectoryNoise, append_block
 from ladir.reasoner import Reasoner
 from tests.distributed import ProcessGroup
 from tests.test_engine import assert_like_the_reference, averages, unused_branch
@@ -132,7 +132,7 @@ def test_replayed_steps_equal_plain_ones_and_cost_as_much(controls: dict[str, An
             for number in range(3):
                 spans.append(sampler.sample_span(prefix, list(range(6)), owner, number, None))
                 for block in spans[-1].unbind(1):
-                    sampler.append_block(prefix, block)
+                    append_block(sampler.denoiser, prefix, block)
         found.append((torch.stack(spans), cost.passes, cost.flops))
     (ours, *counts), (theirs, *expected) = found
     assert torch.allclose(ours, theirs, atol=1e-5)

@@ -72,7 +72,7 @@ def test_a_process_ends_with_the_status_of_its_work(body: str, status: int, said
     assert ("Traceback" in done.stderr) == ("ValueError" in said)
 
 
-TRAININGS = ("train_vae", "encode_latents", "train_denoiser", "train_rl", "train_ar")
+TRAININGS = ("train_vae", "encode_latents", "train_denoiser", "train_rl", "train_verifier", "train_ar")
 ENTRIES = (*TRAININGS, "export", "evaluate", "plan", "benchmark", "demo")
 
 

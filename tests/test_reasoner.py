@@ -416,15 +416,15 @@ def test_any_batch_size_gives_the_same_trajectories(controls: dict[str, Any]) ->
 
 def test_a_batch_that_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     reasoner, sizes = tiny_reasoner(), []
-    whole, answer = reasoner.generate(QUESTIONS, 4), Reasoner._answer
+    whole, answer = reasoner.generate(QUESTIONS, 4), Reasoner._one_batch
 
-    def short_of_memory(self: Reasoner, ask: Any, rows: range) -> list[Trajectory]:
-        sizes.append(len(rows))
-        if len(rows) > 3:
+    def short_of_memory(self: Reasoner, rows: Any, part: range, *how: Any) -> list[Trajectory]:
+        sizes.append(len(part))
+        if len(part) > 3:
             raise torch.OutOfMemoryError
-        return answer(self, ask, rows)
+        return answer(self, rows, part, *how)
 
-    monkeypatch.setattr(Reasoner, "_answer", short_of_memory)
+    monkeypatch.setattr(Reasoner, "_one_batch", short_of_memory)
     halved = reasoner.generate(QUESTIONS, 4, batch_size="auto")
     for one, other in zip(itertools.chain(*halved), itertools.chain(*whole), strict=True):
         assert_same(one, other, 1e-5)

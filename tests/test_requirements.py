@@ -12,8 +12,14 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
-#: what tests and training run with; requirements-cuda.txt is for CUDA machines alone
-INSTALLED = ("requirements.txt", "requirements-examples.txt", "requirements-eval.txt", "requirements-dev.txt")
+#: what tests, training and the server run with; requirements-cuda.txt is for CUDA machines alone
+INSTALLED = (
+    "requirements.txt",
+    "requirements-examples.txt",
+    "requirements-eval.txt",
+    "requirements-serve.txt",
+    "requirements-dev.txt",
+)
 
 
 def lines(file: str) -> list[Requirement]:

@@ -26,7 +26,7 @@ def test_the_most_frequent_answer_wins_and_the_first_of_a_tie() -> None:
     assert elected_correct(votes(("b", True), ("a", False), ("a", False))) == 0
     assert elected_correct(votes(("a", False), ("b", True))) == 0
     assert elected_correct(votes(("b", True), ("a", False))) == 1
-    with pytest.raises(ValueError, match="unknown rule 'loudest'; valid: majority, consistent"):
+    with pytest.raises(ValueError, match="unknown rule 'loudest'; valid: first, majority, consistent, best"):
         elect(votes(("a", True)).trajectories, "loudest")
 
 

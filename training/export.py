@@ -1,7 +1,7 @@
 """Assemble runs/<name>/export: a Hugging Face folder that Reasoner.from_pretrained and `python -m ladir` read.
 
-The denoiser is that of the last stage that was trained: 3, 2 or 1.  Files are copied, no model is loaded: it runs on any
-CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA adapters).
+The denoiser is that of the last stage that was trained: 3, 2 or 1, and its verifier goes with it.  Files are copied, no model
+is loaded: it runs on any CPU node.  Settings: export.merge_lora, export.copy_base (of models with LoRA adapters).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 if not __package__:  # started as a program
     import preflight  # noqa: F401
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from ladir.models.card import CARD_FILE
 from ladir.models.folders import vae_folder
 from ladir.models.pairing import adapter_base, base_fingerprint
 from ladir.models.store import folder_fingerprint
+from ladir.models.verifier import belongs_to
 from ladir.tokens import load_tokenizer
 from training.runtime.cards import card_facts
 from training.runtime.distributed import run_as_program
@@ -29,6 +31,19 @@ from training.runtime.job import job
 from training.runtime.run import Run, RunFolder, environment
 from training.runtime.stages import last_denoiser
 
+logger = logging.getLogger(__name__)
+
+
+def last_verifier(folder: RunFolder, denoiser: Path) -> Path | None:
+    """The run's verifier; None where there is none, or it is one of another denoiser, which is said."""
+    found = folder.model("verifier")
+    if not found.is_dir():
+        return None
+    if not belongs_to(found, denoiser):
+        logger.warning("%s is left out: it was trained on another denoiser than %s (verifier.stage)", found, denoiser)
+        return None
+    return found
+
 
 def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
     """What the export is made of."""
@@ -36,6 +51,7 @@ def parts(config: Config, folder: RunFolder, denoiser: Path) -> dict[str, Any]:
     return {
         "code": environment()["commit"],
         "denoiser": [str(denoiser), folder_fingerprint(denoiser, "denoiser")],
+        "verifier": None if (verifier := last_verifier(folder, denoiser)) is None else folder_fingerprint(verifier, "verifier"),
         "vae": folder_fingerprint(vae_folder(denoiser, folder.model("vae"))),
         "base": base_fingerprint(adapter_base(denoiser)),
         "tokenizer": tokenizer,
@@ -63,8 +79,8 @@ def export(run: Run) -> None:
     made_of = parts(run.config, folder, denoiser)
     if not is_current(folder, made_of):
         tokenizer = load_tokenizer(run.config.backbone)
-        facts = card_facts(run.config, folder)
-        assemble_export(denoiser, vae, tokenizer, folder.export, run.config.sample, run.config.export, facts)
+        facts, verifier, config = card_facts(run.config, folder), last_verifier(folder, denoiser), run.config
+        assemble_export(denoiser, vae, tokenizer, folder.export, config.sample, config.export, facts, verifier)
         write_json(folder.inputs("export"), {**made_of, "files": _sizes(folder.export)})
     tell_end(run, f"{denoiser} and {vae}; ask it: {ask_command(folder.export)}", folder.export)
 

@@ -21,6 +21,10 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "ask": Command("ladir.cli.ask", "QUESTION... --model DIR", "a trained model answers and shows its thoughts"),
+    "answer": Command(
+        "ladir.cli.answer", "FILE --model DIR --out FILE", "a file of questions is answered; stopped, it continues"
+    ),
+    "serve": Command("ladir.cli.serve", "--model DIR", "a server that speaks OpenAI's protocol, and a page that asks"),
     "inspect": Command("ladir.cli.inspect", "FILE", "blocks and token lengths of a data file, and what would be refused"),
     "report": Command("ladir.cli.report", "RUN...", "one page about runs: curves, tables, thoughts forming"),
     "status": Command("ladir.cli.status", "RUN [--watch]", "what a run's job is doing, and when it will be done"),

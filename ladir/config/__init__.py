@@ -20,6 +20,7 @@ from ladir.config.training import (
     RolloutSettings,
     TrainSettings,
     VaeSettings,
+    VerifierSettings,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "TelemetrySettings",
     "TrainSettings",
     "VaeSettings",
+    "VerifierSettings",
     "section",
     "setting",
 ]
@@ -67,6 +69,7 @@ class Config:
     denoiser: DenoiserSettings = section(DenoiserSettings, "the flow-matching denoiser")
     rollout: RolloutSettings = section(RolloutSettings, "the denoiser's stage 2: the answer through blocks it generates itself")
     rl: RlSettings = section(RlSettings, "the denoiser's stage 3: reinforcement learning on its own thoughts and answers")
+    verifier: VerifierSettings = section(VerifierSettings, "a head that foretells which trajectories will be right")
     ar: ArSettings = section(ArSettings, "the autoregressive baseline")
     sample: SampleSettings = section(SampleSettings, "how a block and an answer are generated")
     export: ExportSettings = section(ExportSettings, "what an export holds")

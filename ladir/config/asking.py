@@ -44,6 +44,15 @@ class SampleSettings:
         "gamma_max of the diversity guidance among the trajectories of a question, three or more; 0: off; the force is a mean "
         "over the others, the paper's sum is (num_trajectories - 1) times as large",
     )
+    verifier_scale: float = setting(
+        0.0,
+        "how strongly blocks are drawn, at every step, to where the verifier thinks that the answer will be right; 0: off. Each "
+        "step then takes another pass of the LM and its gradient",
+    )
+    renoise_time: float = setting(
+        0.5, "time back to which finished thoughts are noised to see how far they drift (row -stable, choose=stable)"
+    )
+    renoise_steps: int = setting(5, "Euler steps in which they are denoised again")
     restarts: int = setting(
         0,
         "times that a finished block is noised again and denoised anew: what does not fit together in it is found a second time",
@@ -137,8 +146,9 @@ class EvaluateSettings:
             "ar-rl",
         ],
         "rows of the table; -majority: the most frequent answer among the samples of ar or ladir; -consistent: the most frequent "
-        "one among those whose reasoning agrees with their answer; ladir-rollout, ladir-rl, ar-rl: left out where that stage was "
-        "not trained",
+        "one among those whose reasoning agrees with their answer; -best: of the sample with the verifier's highest score; "
+        "-weighted: with the largest sum of scores; -stable: of the sample whose thoughts move least when they are noised and "
+        "denoised again; ladir-rollout, ladir-rl, ar-rl: left out where that stage was not trained",
         (
             "ar",
             "ar-greedy",
@@ -149,8 +159,21 @@ class EvaluateSettings:
             "ladir-sde",
             "ladir-majority",
             "ladir-consistent",
+            "ladir-best",
+            "ladir-weighted",
+            "ladir-stable",
             "ladir-rollout",
+            "ladir-rollout-majority",
+            "ladir-rollout-consistent",
+            "ladir-rollout-best",
+            "ladir-rollout-weighted",
+            "ladir-rollout-stable",
             "ladir-rl",
+            "ladir-rl-majority",
+            "ladir-rl-consistent",
+            "ladir-rl-best",
+            "ladir-rl-weighted",
+            "ladir-rl-stable",
             "ar-rl",
         ),
     )

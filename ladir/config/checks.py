@@ -128,12 +128,17 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("rl.step_clip", Range(above=0, below=1)),
     ("rl.token_clip", Range(above=0, below=1)),
     ("rl.old_decay", _DECAY),
+    ("verifier.held_out", _DECAY),
+    ("verifier.value_weight", _NOT_NEGATIVE),
+    ("verifier.*", _COUNT),
     ("ar.copy_fraction", _DECAY),
     ("sample.num_steps", _COUNT),
     ("sample.max_*", _COUNT),
     ("sample.thoughts_per_batch", _COUNT),
     ("sample.restart_time", Range(at_least=0.01, at_most=1)),
     ("sample.restart_steps", _COUNT),
+    ("sample.renoise_time", Range(at_least=0.01, at_most=1)),
+    ("sample.renoise_steps", _COUNT),
     ("sample.spacing_power", Range(at_least=0.1, at_most=10)),
     ("sample.guidance_rescale", _FRACTION),
     ("sample.*", Range(at_least=0, at_most=100)),
@@ -250,7 +255,7 @@ def _text_errors(config: Config) -> Iterator[str]:
 
 
 def _combination_errors(config: Config) -> Iterator[str]:
-    for name in ("vae", "denoiser", "rollout", "rl", "ar"):
+    for name in ("vae", "denoiser", "rollout", "rl", "verifier", "ar"):
         yield from _training_errors(f"{name}.train", getattr(config, name).train)
     backbone = config.backbone
     if config.ar.from_scratch and "model_type" not in backbone.scratch:

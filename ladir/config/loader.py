@@ -134,7 +134,7 @@ def describe() -> str:
             previous = section
         lines.append(f"  {entry.name}={show_value(entry.default)}  ({_type_name(entry.annotation)})")
         meaning = entry.help + (f" [{', '.join(entry.choices)}]" if entry.choices else "")
-        lines += textwrap.wrap(meaning, 112, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(meaning, 112, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
     return "\n".join(lines)
 
 

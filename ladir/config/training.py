@@ -299,3 +299,37 @@ class ArSettings:
         "for the evaluation. Training then takes flex or sdpa in place of flash-attn",
     )
     train: TrainSettings = section(TrainSettings, "chain-of-thought fine-tuning", max_epochs=3.0, lr=1e-5)
+
+
+@dataclass
+class VerifierSettings:
+    enabled: bool = setting(
+        False,
+        "whether slurm/submit.sh and the command that comes next include the verifier; train_verifier.py trains it in any case",
+    )
+    stage: str = setting(
+        "last",
+        "whose trajectories it learns to judge; denoiser: stage 1's (rows ladir-best, ladir-weighted); rollout: stage 2's (rows "
+        "ladir-rollout-best, ...); rl: stage 3's; last: those of the one that is exported",
+        ("last", "denoiser", "rollout", "rl"),
+    )
+    questions: str | None = setting(
+        None,
+        "file of questions that are asked for judged trajectories; best ones that the denoiser has not seen; not set: data.train",
+    )
+    num_questions: int = setting(2000, "most questions asked, drawn from the file")
+    num_trajectories: int = setting(8, "trajectories of each")
+    questions_per_batch: int = setting(20, "questions answered in one batch")
+    held_out: float = setting(0.1, "share of the questions whose trajectories are kept for validation")
+    width: int = setting(128, "width of the head's inner layers")
+    drift: bool = setting(
+        True,
+        "scores go by how far finished thoughts move when they are noised and denoised again, too (sample.renoise_*); scoring "
+        "then takes sample.renoise_steps passes more per block",
+    )
+    value_weight: float = setting(
+        0.5, "weight of the judgement behind every block, before the chain is complete (sample.verifier_scale)"
+    )
+    train: TrainSettings = section(
+        TrainSettings, "training of the verifier", max_epochs=5.0, lr=1e-3, global_batch=256, micro_batch=256, ema=0.99
+    )

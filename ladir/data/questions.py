@@ -62,7 +62,7 @@ def read_questions(
     it raises UnusableError where a record lacks what answers are judged by.  Where it refuses every one the first of these errors
     is raised; BadRecords where there are any and ``data.on_bad_record=error``, or where nothing is left to ask.
     """
-    entries = [_question(source, load, settings) for source, load in file_rows(path)]
+    entries = [question_of(source, load, settings) for source, load in file_rows(path)]
     if not entries:
         raise UnusableError(f"{path}: no records in it; write one JSON object per line")
     entries = list(_judgeable(entries, check))
@@ -74,7 +74,8 @@ def read_questions(
     return QuestionSet(asked, [entry for entry in shown if isinstance(entry, BadRecord)], len(entries))
 
 
-def _question(source: str, load: Callable[[], Any], settings: DataSettings) -> Record | BadRecord:
+def question_of(source: str, load: Callable[[], Any], settings: DataSettings) -> Record | BadRecord:
+    """The question on one line, as a record without blocks."""
     try:
         row = mapping_of(load())
         try:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ladir.evaluation.results import QuestionResult
+from ladir.evaluation.calibration import Calibration, calibration
+from ladir.evaluation.results import QuestionResult, Trajectory
 from ladir.evaluation.voting import elect
 
 #: The numbers of samples that every results.json reports.
@@ -48,7 +49,8 @@ def summarise(
     ``majority_consistent``, the share of questions whose elected answer is right; ``stopped``, the share of trajectories that
     ended by themselves; ``standard_errors`` and ``confidence_intervals``, by question, under the same keys; ``pass_curve``,
     pass@k for k = 1, 2, 5, 10, ... as {"k": rate}; ``undecided``, the number of trajectories that the checker could not judge
-    and that count as wrong.  Raises ValueError without questions.
+    and that count as wrong; ``verifier``, how far its scores can be believed (:class:`~ladir.evaluation.calibration.Calibration`;
+    None without a verifier).  Raises ValueError without questions.
     """
     if not questions:
         raise ValueError("there are no questions to summarise")
@@ -79,7 +81,14 @@ def summarise(
         "confidence_intervals": {name: confidence_interval(values[name]) if name in values else None for name in names},
         "pass_curve": {str(k): _mean([*(_pass(question, k) for question in questions), *missed]) for k in _curve_ks(fewest)},
         "undecided": sum(entry.undecided for entry in everything),
+        "verifier": None if (found := scores_of(everything)) is None else found.row(),
     }
+
+
+def scores_of(trajectories: Sequence[Trajectory]) -> Calibration | None:
+    """The calibration of their scores; None where they have none."""
+    scored = [(entry.score, entry.correct) for entry in trajectories if entry.score is not None]
+    return calibration(*zip(*scored, strict=True)) if scored else None
 
 
 def distinct_correct(question: QuestionResult) -> float:

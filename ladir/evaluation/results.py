@@ -34,6 +34,10 @@ class Trajectory:
     """Why the answer is not right; empty where it is."""
     undecided: bool = False
     """Whether the checker came to no end or could not read the answer (``correct`` is false)."""
+    score: float | None = None
+    """The probability that the answer is right, by the verifier; None where there is none."""
+    drift: float | None = None
+    """How far the thoughts move when they are noised and denoised again; None where it was not measured."""
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,21 @@
-"""Choosing among a question's trajectories without knowing the answer: majority vote and self-consistency."""
+"""Choosing among a question's judged trajectories without knowing the answer (:mod:`ladir.evaluation.choosing`)."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
+from ladir.evaluation import choosing
+from ladir.evaluation.choosing import Candidate
 from ladir.evaluation.results import QuestionResult, Trajectory
 
-#: how a vote is held, by the ending of a method's name
-RULES = ("majority", "consistent")
+#: how one is chosen, by the ending of a method's name
+RULES = tuple(rule for rule in choosing.RULES if rule != "first")
 
 
 def elect(trajectories: Sequence[Trajectory], rule: str = "majority") -> Trajectory:
-    """The first trajectory with the most frequent answer (Wang et al. 2023, "Self-consistency"); on a tie, of the answers
-    the one sampled first.
-
-    Answers are the same where their normal forms are; empty ones have no vote while there are others.  ``consistent``: only
-    trajectories whose thoughts lead to their answer vote, unless there are none.
-    """
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; valid: {', '.join(RULES)}")
-    voters = [entry for entry in trajectories if entry.canonical] or list(trajectories)
-    if rule == "consistent":
-        voters = [entry for entry in voters if entry.consistent] or voters
-    [(winner, _)] = Counter(entry.canonical for entry in voters).most_common(1)
-    return next(entry for entry in voters if entry.canonical == winner)
+    """The trajectory that ``rule`` chooses; answers are the same where their normal forms are."""
+    candidates = [Candidate(entry.canonical, entry.score, entry.drift, entry.consistent) for entry in trajectories]
+    return trajectories[choosing.choose(candidates, rule)]
 
 
 def elections(question: QuestionResult, rule: str, voters: int | None = None) -> QuestionResult:

@@ -139,11 +139,15 @@ class Prefix:
         """Rotary positions [R, T] of tokens at ``offsets`` [T] behind the prefix."""
         return self.next_position[:, None] + offsets
 
-    def append(self, inputs: Tensor) -> Tensor:
-        """Add tokens [R, T, H] that see the prefix and each other (T = 1: an ordinary token); their hidden states [R, T, H]."""
+    def read(self, inputs: Tensor) -> Tensor:
+        """Hidden states [R, T, H] of tokens [R, T, H] that see the prefix and each other; a cache that may grow keeps them."""
         length = inputs.shape[1]
         positions = self.positions(torch.arange(length, device=self.valid.device))
-        hidden = self.backbone(inputs, self.visible(length), positions, self.cache)
+        return self.backbone(inputs, self.visible(length), positions, self.cache)
+
+    def append(self, inputs: Tensor) -> Tensor:
+        """Add tokens [R, T, H] that see the prefix and each other (T = 1: an ordinary token); their hidden states [R, T, H]."""
+        length, hidden = inputs.shape[1], self.read(inputs)
         self.valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
         self.next_position = self.next_position + length
         return hidden

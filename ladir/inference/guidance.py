@@ -1,4 +1,5 @@
-"""What bends a trajectory at inference: classifier-free guidance, diversity among a question's trajectories, a reward."""
+"""What bends a trajectory at inference: classifier-free guidance, diversity among a question's trajectories, a reward, a
+verifier."""
 
 from __future__ import annotations
 
@@ -6,10 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ladir.config import SampleSettings
+from ladir.inference.cache import Prefix
+from ladir.layout import Mark
 from ladir.models import flow
+from ladir.models.denoiser import Denoiser
+from ladir.models.verifier import Verifier
 
 #: ``reward_fn(latents, t)``: a scalar per trajectory [R] for the current estimate of a block's clean latents [R, L, d]
 RewardFn = Callable[[Tensor, float], Tensor]
@@ -114,3 +120,45 @@ def reward_gradient(function: RewardFn, latents: Tensor, t: float) -> Tensor:
             raise ValueError("reward_fn must be differentiable: its result does not depend on the latents it was given")
         [gradient] = torch.autograd.grad(reward.sum(), leaf)
     return gradient
+
+
+def block_inputs(denoiser: Denoiser, z: Tensor) -> Tensor:
+    """Input vectors [R, L + 2, H] of finished blocks ``<BOT> z <EOT>`` of standardised latents ``z`` [R, L, d]."""
+    begin, end = (denoiser.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT))
+    return torch.cat([begin, denoiser.clean_inputs(z), end], dim=1)
+
+
+@dataclass(frozen=True)
+class BlockValue:
+    """What a verifier thinks of blocks while they form: log-probability, read at <EOT>, that the answer will be right.
+
+    Unlike a :data:`RewardFn` it sees the question and the blocks before.
+    """
+
+    denoiser: Denoiser
+    verifier: Verifier
+
+    def __call__(self, prefix: Prefix, z: Tensor) -> Tensor:
+        """Value [R] of standardised blocks ``z`` [R, L, d] behind a prefix, which stays as it is; differentiable in ``z``."""
+        with prefix.cache.read_only():
+            hidden = prefix.read(block_inputs(self.denoiser, z))
+        return F.logsigmoid(self.verifier.logit(hidden[:, -1]))
+
+    def gradient(self, prefix: Prefix, x0: Tensor) -> Tensor:
+        """Gradient [R, J, L, d] of every block's own value, at a span's estimates ``x0`` [R, J, L, d] behind those before it.
+
+        ``prefix``: R rows, or more, of which the first R are the conditional branch.
+        """
+        behind = prefix.select(torch.arange(len(x0), device=x0.device))
+        pulls = []
+        for block in x0.unbind(1):
+            pulls.append(self._gradient(behind, block))
+            if len(pulls) < x0.shape[1]:
+                behind.append(block_inputs(self.denoiser, block))
+        return torch.stack(pulls, 1)
+
+    def _gradient(self, prefix: Prefix, block: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = block.detach().clone().requires_grad_()
+            [gradient] = torch.autograd.grad(self(prefix, leaf).sum(), leaf)
+        return gradient

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ladir.config import SampleSettings
 from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
 from ladir.inference.graphs import Graphs, can_capture
-from ladir.inference.guidance import Guidance, Reward, diversity_force, reward_gradient
-from ladir.layout import Mark, span_offsets
+from ladir.inference.guidance import BlockValue, Guidance, Reward, block_inputs, diversity_force, reward_gradient
+from ladir.layout import span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
@@ -26,6 +27,9 @@ from ladir.spans import num_passes, staggered, step_schedule
 StepHook = Callable[[list[int], int, int, Tensor], None]
 NOISE = -1
 
+#: called with (rows, block, the finished latents [R, L, d]) for every block that has become part of their chains
+BlockHook = Callable[[list[int], int, Tensor], None]
+
 #: what takes the place of finished blocks of clean latents [R, L, d]
 Settle = Callable[[Tensor], Tensor]
 
@@ -33,6 +37,11 @@ Settle = Callable[[Tensor], Tensor]
 def step_times(settings: SampleSettings) -> list[float]:
     """The ``num_steps + 1`` times of a block's Euler steps, from 1 (noise) down to 0."""
     return _spaced(settings, settings.num_steps)
+
+
+def renoise_times(settings: SampleSettings) -> list[float]:
+    """The ``renoise_steps + 1`` times from ``renoise_time`` down to 0, spaced as a block's first ones are."""
+    return [settings.renoise_time * t for t in _spaced(settings, settings.renoise_steps)]
 
 
 def restart_times(settings: SampleSettings) -> list[float]:
@@ -67,9 +76,19 @@ def _spaced(settings: SampleSettings, steps: int) -> list[float]:
 class TrajectoryNoise:
     """A trajectory's random numbers: functions of (seed, question, trajectory), not of its neighbours in the batch."""
 
-    def __init__(self, seed: int, keys: list[tuple[str, int]]) -> None:
-        self._latents = [generator(derive(seed, "latents", question), index) for question, index in keys]
-        self._answers = [generator(derive(seed, "answer", question), index) for question, index in keys]
+    def __init__(self, seed: int | Sequence[int], keys: Sequence[tuple[str, int]]) -> None:
+        """``seed``: of all of them, or of each; ``keys``: question and number of every trajectory."""
+        seeds = [seed] * len(keys) if isinstance(seed, int) else seed
+        self._keys = list(zip(seeds, keys, strict=True))
+        self._latents, self._answers = self._generators("latents"), self._generators("answer")
+
+    def _generators(self, purpose: str) -> list[np.random.Generator]:
+        return [generator(derive(seed, purpose, question), index) for seed, (question, index) in self._keys]
+
+    def apart(self, purpose: str) -> TrajectoryNoise:
+        """Other random numbers of the same trajectories, which leave these as they are."""
+        seeds = [derive(seed, purpose) for seed, _ in self._keys]
+        return TrajectoryNoise(seeds, [key for _, key in self._keys])
 
     def normal(self, rows: list[int], shape: tuple[int, ...]) -> Tensor:
         """Fresh standard normal numbers [len(rows), *shape]."""
@@ -105,12 +124,14 @@ class KeptSteps:
 class Think:
     """What a group of trajectories that stopped after the same block has thought.
 
-    ``rows`` [n] trajectory indices; ``latents`` [n, B, L, d] standardised; ``prefix`` the cache behind the last <EOT>
-    (conditional branch); ``stopped`` whether the stop head ended it, or the limit on blocks.
+    ``rows`` [n] trajectory indices; ``latents`` [n, B, L, d] standardised; ``states`` [n, B, H] hidden states at every <EOT>;
+    ``prefix`` the cache behind the last <EOT> (conditional branch); ``stopped`` whether the stop head ended it, or the limit on
+    blocks.
     """
 
     rows: list[int]
     latents: Tensor
+    states: Tensor
     prefix: Prefix
     stopped: bool
 
@@ -129,55 +150,55 @@ class BlockSampler:
         settle: Settle | None = None,
         graphs: Graphs | None = None,
         kept: KeptSteps | None = None,
+        value: BlockValue | None = None,
     ) -> None:
-        """``graphs``: steps are captured and replayed where they can be; ``kept``: steps that are random, and kept."""
+        """``graphs``: steps are captured and replayed where they can be; ``kept``: steps that are random, and kept; ``value``:
+        what ``verifier_scale`` goes by."""
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
         self.reward = reward
         self.settle = settle
+        self.value = value if settings.verifier_scale else None
         self.graphs = graphs if can_capture(denoiser) else None
         self.kept = kept
 
-    def think(self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None) -> Iterator[Think]:
+    def think(
+        self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None, on_block: BlockHook | None = None
+    ) -> Iterator[Think]:
         """All trajectories' blocks, in groups as they end: a group's cache is let go before the others think on.
 
         ``prefix``: R rows, or 2 R with the unconditional branch behind the conditional one (guidance); ``owner`` [R]: question
         of each row, consecutive.
         """
         rows = list(range(len(owner)))
-        blocks: list[Tensor] = []
+        blocks, states = list[Tensor](), list[Tensor]()
         limit, size = self.settings.max_blocks, self.denoiser.settings.span
         for block in range(limit):
             if block % size == 0:
                 span = self.sample_span(prefix, rows, owner, block, on_step)
             blocks.append(span[:, block % size])
-            stop = self.append_block(prefix, blocks[-1]) > 0
+            states.append(append_block(self.denoiser, prefix, blocks[-1]))
+            if on_block is not None:
+                on_block(rows, block, blocks[-1])
+            stop = self.denoiser.stop_logit(states[-1]) > 0
             leaving = torch.ones_like(stop) if block + 1 == limit else stop
             for ended in (True, False):
                 group = (leaving & (stop == ended)).nonzero()[:, 0]
                 if len(group):
-                    latents = torch.stack(blocks, 1)[group]
-                    yield Think([rows[i] for i in group.tolist()], latents, prefix.select(group), ended)
+                    latents, seen = torch.stack(blocks, 1)[group], torch.stack(states, 1)[group]
+                    yield Think([rows[i] for i in group.tolist()], latents, seen, prefix.select(group), ended)
             keep = (~leaving).nonzero()[:, 0]
             if not len(keep):
                 break
             prefix = prefix.select(self._branches(keep, len(rows), len(prefix)))
             rows, owner, span = [rows[i] for i in keep.tolist()], owner[keep], span[keep]
-            blocks = [b[keep] for b in blocks]
+            blocks, states = [b[keep] for b in blocks], [s[keep] for s in states]
 
     @staticmethod
     def _branches(keep: Tensor, rows: int, prefix_rows: int) -> Tensor:
         """Prefix rows of the kept trajectories, both guidance branches where there are two."""
         return torch.cat([keep, keep + rows]) if prefix_rows > rows else keep
-
-    def append_block(self, prefix: Prefix, z: Tensor) -> Tensor:
-        """Add finished blocks [R, L, d] to the cache of every branch; the stop head's logits [R]."""
-        d = self.denoiser
-        marks = [d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT)]
-        inputs = torch.cat([marks[0], d.clean_inputs(z), marks[1]], dim=1)
-        hidden = prefix.append(inputs.repeat(len(prefix) // len(z), 1, 1))
-        return d.stop_logit(hidden[: len(z), -1])
 
     def sample_span(self, prefix: Prefix, rows: list[int], owner: Tensor, first: int, on_step: StepHook | None) -> Tensor:
         """A span of blocks [R, J, L, d] per row, from block ``first`` on.
@@ -201,6 +222,25 @@ class BlockSampler:
                 hook = _numbered(on_step, first, s.num_steps + restart * s.restart_steps)
                 z, state = self._denoise(prefix, rows, owner, z, state if s.restart_keeps_state else null, restart_times(s), hook)
         return z
+
+    def drift(self, prefix: Prefix, rows: list[int], owner: Tensor, z: Tensor) -> Tensor:
+        """How far finished chains ``z`` [R, B, L, d] move when their blocks are noised to ``renoise_time`` and denoised again.
+
+        Mean square [R, B] of the standardised latents' difference.  Chains that hold together are fixed points, others move
+        ("FRM", arXiv 2606.29150).  ``prefix``: behind the questions; the chains' blocks are added to it.
+        """
+        size, moved = self.denoiser.settings.span, list[Tensor]()
+        null = self.denoiser.null_state(z.new_zeros(len(prefix), size, *z.shape[2:]))
+        times = renoise_times(self.settings)
+        for blocks in z.split(size, dim=1):
+            span = F.pad(blocks, (0, 0, 0, 0, 0, size - blocks.shape[1]))  # zeros behind a chain's end, as in training
+            noisy = flow.interpolate(span, self._noise(prefix, rows), torch.tensor(times[0]))
+            with prefix.cache.read_only():
+                again, _ = self._denoise(prefix, rows, owner, noisy, null, times, None)
+            moved.append((again[:, : blocks.shape[1]] - blocks).square().mean((-2, -1)))
+            for block in blocks.unbind(1):
+                append_block(self.denoiser, prefix, block)
+        return torch.cat(moved, dim=1)
 
     def _settled(self, z: Tensor) -> Tensor:
         return z if self.settle is None else self.settle(z)
@@ -239,10 +279,12 @@ class BlockSampler:
         for number, moving in enumerate(passes):
             velocity, state = velocity_at(z, now[number], state)
             force = diversity_force(z, groups) if s.diversity_scale else None
+            pull = self._pull(prefix, z, velocity, now[number])
             blocks, estimates = list(z.unbind(1)), []
             for block, step in moving:
                 t, t_next = times[step : step + 2]
-                bent = self._bent(velocity[:, block], blocks[block], t, None if force is None else force[:, block])
+                bends = (None if bend is None else bend[:, block] for bend in (force, pull))
+                bent = self._bent(velocity[:, block], blocks[block], t, *bends)
                 estimates.append((block, step, blocks[block] - t * bent))
                 before = blocks[block]
                 blocks[block] = self._advance(before, bent, t, t_next, fresh[block][step])
@@ -272,11 +314,20 @@ class BlockSampler:
             velocity = Guidance.of(self.settings).velocity(conditional, unconditional, z, times.expand(len(z), -1))
         return velocity, state
 
-    def _bent(self, velocity: Tensor, z: Tensor, t: float, force: Tensor | None) -> Tensor:
-        """``velocity`` [R, L, d] at a block ``z`` and time t, drawn by the reward and by ``force``, away from its neighbours."""
+    def _bent(self, velocity: Tensor, z: Tensor, t: float, force: Tensor | None, pull: Tensor | None) -> Tensor:
+        """``velocity`` [R, L, d] at a block ``z`` and time t, drawn by the reward, by ``force``, away from its neighbours, and by
+        ``pull``, towards what the verifier thinks right."""
         if self.reward is not None:
             velocity = velocity - self.reward.scale * t * self._reward_gradient(z - t * velocity, t)
-        return velocity if force is None else velocity - self.settings.diversity_scale * t * force
+        if force is not None:
+            velocity = velocity - self.settings.diversity_scale * t * force
+        return velocity if pull is None else velocity - self.settings.verifier_scale * t * pull
+
+    def _pull(self, prefix: Prefix, z: Tensor, velocity: Tensor, times: Tensor) -> Tensor | None:
+        """Gradient [R, J, L, d] of every block's value at the estimates that ``velocity`` gives at ``times`` [J]."""
+        if self.value is None:
+            return None
+        return self.value.gradient(prefix, z - times[:, None, None] * velocity)
 
     def _reward_gradient(self, x0: Tensor, t: float) -> Tensor:
         """Gradient of the reward with respect to standardised latents ``x0`` [R, L, d]; the function sees them unstandardised."""
@@ -304,6 +355,12 @@ class BlockSampler:
             return z + (t_next - t) * velocity
         mean, deviation = flow.transition(z, velocity, t, t_next, 1.0 if self.kept is None else self.kept.randomness)
         return mean + deviation * fresh
+
+
+def append_block(denoiser: Denoiser, prefix: Prefix, z: Tensor) -> Tensor:
+    """Add finished blocks [R, L, d] to the cache of every branch; the conditional one's hidden states [R, H] at <EOT>."""
+    inputs = block_inputs(denoiser, z)
+    return prefix.append(inputs.repeat(len(prefix) // len(z), 1, 1))[: len(z), -1]
 
 
 def _numbered(on_step: StepHook | None, block: int, step: int) -> StepHook | None:

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from ladir.config import ExportSettings, SampleSettings
 from ladir.errors import UnusableError
 from ladir.models.card import CardFacts, write_card
-from ladir.models.exports import DECODER_FOLDER, DECODER_HEAD, ENCODER_FOLDER, dtype_of
+from ladir.models.exports import DECODER_FOLDER, DECODER_HEAD, ENCODER_FOLDER, VERIFIER_FOLDER, dtype_of
 from ladir.models.merging import merge_adapter
 from ladir.models.pairing import (
     TrainedOn,
@@ -36,6 +36,7 @@ from ladir.models.store import (
     update_settings,
     written_aside,
 )
+from ladir.models.verifier import check_verifier
 from ladir.models.weights import ADAPTER_CONFIG_NAME, check_file, check_lm_files, save_tensors, weight_files
 from ladir.tokens import save_tokenizer
 
@@ -51,16 +52,19 @@ def assemble_export(
     sample: SampleSettings,
     how: ExportSettings | None = None,
     facts: CardFacts | None = None,
+    verifier: str | Path | None = None,
 ) -> None:
     """Make an export folder from trained model folders; it appears whole or not at all.
 
-    Files are copied; with ``how.merge_lora`` weights are read a shard at a time.  An export that is there already is replaced;
-    UnusableError where ``folder`` holds anything else, and for parts that are no model folders, damaged, or not of one kin.
-    ``facts``: what its model card says beside that.
+    ``facts``: what its model card says beside that; ``verifier``: the folder of one trained on this denoiser.  Files are copied;
+    with ``how.merge_lora`` weights are read a shard at a time.  An export that is there already is replaced; UnusableError where
+    ``folder`` holds anything else, and for parts that are no model folders, damaged, or not of one kin.
     """
     how = how or ExportSettings()
     final = Path(folder).resolve()  # a link stays one
     parts = _look_at(Path(denoiser_folder), Path(vae_folder), tokenizer)
+    if verifier is not None:
+        check_verifier(Path(verifier), parts.denoiser)
     with written_aside(final) as aside:
         _place_lm(parts.denoiser, aside, parts.base, dtype_of(parts.denoiser) if how.merge_lora else None)
         shutil.copyfile(parts.denoiser / HEADS_FILE, aside / HEADS_FILE)
@@ -69,6 +73,8 @@ def assemble_export(
             target = aside / ENCODER_FOLDER
             _place_lm(parts.vae / "encoder", target / "encoder", parts.base, dtype_of(parts.vae) if how.merge_lora else None)
             _copy([parts.vae / HEADS_FILE, parts.vae / SETTINGS_FILE], target)
+        if verifier is not None:
+            _copy([Path(verifier) / HEADS_FILE, Path(verifier) / SETTINGS_FILE], aside / VERIFIER_FOLDER)
         save_tokenizer(tokenizer, aside)
         copied = _copy_base(parts, aside) if how.copy_base else None
         settings = {**parts.saved, "sample": asdict(sample), "trained_on": asdict(parts.trained_on)}

@@ -1,8 +1,8 @@
 """Exports: what is made of a trained denoiser and its VAE to be asked and passed on, and how it comes back.
 
 A denoiser's folder (see :mod:`ladir.models.folders`) with ``vae/`` (the thought decoder), ``vae_encoder/`` where blocks are
-encoded again, ``base/`` where the LM under the adapters was copied, and the tokenizer.  Made of trained folders by
-:mod:`ladir.models.assembling`.
+encoded again, ``verifier/`` where one was trained, ``base/`` where the LM under the adapters was copied, and the tokenizer.  Made
+of trained folders by :mod:`ladir.models.assembling`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ladir.models.pairing import TrainedOn, adapter_base, check_tokenizer, check
 from ladir.models.store import (
     HEADS_FILE,
     SETTINGS_FILE,
+    heads_fingerprint,
     load_settings,
     load_tensors,
     own_state,
@@ -41,6 +42,7 @@ from ladir.models.store import (
     written_aside,
 )
 from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.models.verifier import Verifier, check_verifier, load_verifier, save_verifier
 from ladir.models.weights import check_file, check_lm_files
 from ladir.tokens import load_tokenizer, save_tokenizer
 
@@ -48,6 +50,7 @@ DECODER_HEAD = "from_latent."
 DECODER_FOLDER = "vae"
 #: the encoding half of the VAE, as a VAE's folder without decoder
 ENCODER_FOLDER = "vae_encoder"
+VERIFIER_FOLDER = "verifier"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _REASON = 300  # characters
@@ -55,7 +58,8 @@ _REASON = 300  # characters
 
 @dataclass(frozen=True)
 class Export:
-    """What an export holds; ``sample``: its default controls; ``encoder``: where it has one; ``card``: its model card."""
+    """What an export holds; ``sample``: its default controls; ``encoder`` and ``verifier``: where it has one; ``card``: its model
+    card."""
 
     denoiser: Denoiser
     thought_decoder: ThoughtDecoder
@@ -64,6 +68,7 @@ class Export:
     encoder: Vae | None
     trained_on: TrainedOn
     card: str | None = None
+    verifier: Verifier | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class _Found:
     trained_on: TrainedOn
     denoiser_base: str | None
     encoder_base: str | None
+    verifier: Path | None
 
 
 def load_export(
@@ -86,14 +92,16 @@ def load_export(
     dtype: str | None,
     other: str | Path | None = None,
     base: str | Path | None = None,
+    verifier: str | Path | None = None,
 ) -> Export:
     """An export folder, or one of the Hub by its id, on ``device``.
 
     ``other``: the folder of another denoiser for it; ``base``: the folder of the LM under the adapters, where it is not where the
-    export says.  UnusableError for what is missing, damaged or does not belong together, before an LM is loaded.
+    export says; ``verifier``: the folder of another verifier than the export's, which is of no use to another denoiser.
+    UnusableError for what is missing, damaged or does not belong together, before an LM is loaded.
     """
     folder = local_export(folder)
-    found = _look_at(folder, Path(other or folder), base)
+    found = _look_at(folder, Path(other or folder), base, None if verifier is None else Path(verifier))
     tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder)))
     settings = BackboneSettings(attention=attention, dtype=dtype or _dtype_here(found.source, device))
     check_tokenizer(found.trained_on, tokenizer, found.denoiser_base or found.source, found.folder)
@@ -103,7 +111,8 @@ def load_export(
     vae = load_vae(encoder, settings, device, encoder_only=True, base=found.encoder_base) if encoder.is_dir() else None
     card = folder / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    return Export(denoiser, thoughts, tokenizer, found.sample, vae, found.trained_on, text)
+    judge = None if found.verifier is None else load_verifier(found.verifier, device)
+    return Export(denoiser, thoughts, tokenizer, found.sample, vae, found.trained_on, text, judge)
 
 
 def local_export(name: str | Path) -> Path:
@@ -127,7 +136,7 @@ def _meant(folder: Path) -> Path | None:
     return next((place for place in near if (place / SETTINGS_FILE).is_file()), None)
 
 
-def _look_at(folder: Path, source: Path, base: str | Path | None) -> _Found:
+def _look_at(folder: Path, source: Path, base: str | Path | None, verifier: Path | None) -> _Found:
     """Whether everything is there, whole, and belongs together; nothing large is read."""
     _check_is_export(folder)
     own, taken = load_settings(folder, "denoiser"), load_settings(source, "denoiser")
@@ -149,7 +158,11 @@ def _look_at(folder: Path, source: Path, base: str | Path | None) -> _Found:
     if not (decoder["shared"] or decoder["base"]):
         lms.append(folder / DECODER_FOLDER)
     _check_files(folder, holders, lms)
-    return _Found(folder, source, own["sample"], decoder, trained_on, *bases)
+    if verifier is None and source == folder and (folder / VERIFIER_FOLDER).is_dir():
+        verifier = folder / VERIFIER_FOLDER
+    if verifier is not None:
+        check_verifier(verifier, source)
+    return _Found(folder, source, own["sample"], decoder, trained_on, *bases, verifier)
 
 
 def _base_of(lm: Path, model: Path, saved: Mapping[str, Any], given: str | Path | None) -> str | None:
@@ -214,6 +227,8 @@ def save_export(parts: Export, folder: str | Path) -> None:
         save_thought_decoder(parts.thought_decoder, aside / DECODER_FOLDER, shared=parts.denoiser.backbone)
         if parts.encoder is not None:
             save_vae_encoder(parts.encoder, aside / ENCODER_FOLDER)
+        if parts.verifier is not None:
+            save_verifier(parts.verifier, aside / VERIFIER_FOLDER, heads_fingerprint(aside))
         save_tokenizer(parts.tokenizer, aside)
         # Parts that do not say what they were trained on are tied as they are.
         vae = parts.trained_on.vae or weights_fingerprint(aside / DECODER_FOLDER)

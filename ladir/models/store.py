@@ -263,6 +263,12 @@ def weights_fingerprint(folder: str | Path) -> str:
     return _fingerprint(folder, None)
 
 
+def heads_fingerprint(folder: str | Path) -> str:
+    """A hash (16 hex digits) of a model folder's own heads: it tells one training from another, and is the same in an export."""
+    with names_damage(file := Path(folder) / HEADS_FILE), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
 def _fingerprint(folder: str | Path, base: str | None) -> str:
     digest = hashlib.sha256(json.dumps(base).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ladir.evaluation.metrics import scores_of
+from ladir.evaluation.voting import RULES
 from ladir.report.figures import Curve, line_figure
 from ladir.report.runs import Results, RunData
 
@@ -42,7 +44,8 @@ class Section:
 
 def chart_sections(runs: Sequence[RunData]) -> list[Section]:
     """All sections with curves, in the order of the page."""
-    return [_pass_curves(runs), _trade_off(runs), _training_time(runs), _diversity(runs), _granularity(runs), _training(runs)]
+    sections = (_pass_curves, _trade_off, _training_time, _diversity, _granularity, _verifier, _training)
+    return [section(runs) for section in sections]
 
 
 def _section(title: str, text: str, pictures: Iterator[Picture], missing: tuple[str, str]) -> Section:
@@ -225,6 +228,30 @@ def _granularity(runs: Sequence[RunData]) -> Section:
     return _section("Block granularity", text, pictures(), missing)
 
 
+def _verifier(runs: Sequence[RunData]) -> Section:
+    def pictures() -> Iterator[Picture]:
+        for run in runs:
+            curves: dict[str, Curve] = {"as foretold": ([0.0, 100.0], [0.0, 1.0], None)}
+            for method, questions in run.questions.items():
+                found = scores_of([trajectory for question in questions for trajectory in question.trajectories])
+                if found is not None:
+                    errors = [(rate * (1 - rate) / count) ** 0.5 for rate, count in zip(found.rates, found.counts, strict=True)]
+                    curves[method] = ([100 * score for score in found.scores], found.rates, errors)
+            if len(curves) > 1:
+                title, methods = f"{run.name}: are scores to be believed?", ", ".join(list(curves)[1:])
+                figure = line_figure(title, "the verifier's score (%)", "right (%)", curves, rates=True)
+                yield Picture(f"calibration-{run.name}", figure, f"share of right answers against their score: {methods}")
+
+    text = (
+        "How the verifier's scores lie beside the truth: answers in ten bins by their score, and what share of each is right. On "
+        "the diagonal a score is the probability that the answer is right."
+    )
+    config = ["--config", str(runs[0].path / "config.yaml")]
+    programs = ("train_verifier.py", "export.py", "evaluate.py")
+    command = "\n".join(shlex.join(["python", f"training/{program}", *config]) for program in programs)
+    return _section("Verifier", text, pictures(), ("Needs results of a model with a verifier.", command))
+
+
 def _training(runs: Sequence[RunData]) -> Section:
     panels: tuple[tuple[Callable[[RunData], Any], str, str, bool], ...] = (
         (lambda run: run.losses, "losses", "y", False),
@@ -251,4 +278,4 @@ def _training(runs: Sequence[RunData]) -> Section:
 def _ladir_rows(results: Results) -> list[dict[str, Any]]:
     """Rows whose trajectories are sampled latents."""
     rows = [row for row in results.rows if row["method"].startswith("ladir")]
-    return [row for row in rows if not row["method"].endswith(("majority", "consistent", *_SINGLE))]
+    return [row for row in rows if not row["method"].endswith((*RULES, *_SINGLE))]

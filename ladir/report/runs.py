@@ -13,9 +13,14 @@ import yaml
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
 
 #: training phases in their order, and what of theirs is drawn
-PHASES = ("base", "vae", "denoiser", "rollout", "rl", "ar", "ar-rl")
-LOSSES = ("loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop", "nft", "steps", "answers")
-RATES = ("exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy", "reward", "signal")
+PHASES = ("base", "vae", "denoiser", "rollout", "rl", "verifier", "ar", "ar-rl")
+LOSSES = (
+    "loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop", "nft", "steps", "answers", "verifier", "value",
+)  # fmt: skip
+RATES = (
+    "exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy", "verifier_accuracy", "reward",
+    "signal",
+)  # fmt: skip
 
 #: steps and values of one metric, by phase and name
 Curves = dict[str, dict[str, tuple[list[float], list[float]]]]

@@ -75,11 +75,12 @@ class LatentRecorder(Reasoner):
         """
         placeholder = ThoughtDecoder(denoiser.backbone, denoiser.latent_in)
         asked = TrainedOn(frame=frame.to_save())
-        return cls(Reasoner(denoiser, placeholder, tokenizer, replace(settings, reencode=False), trained_on=asked))
+        plain = replace(settings, reencode=False, verifier_scale=0.0)
+        return cls(Reasoner(denoiser, placeholder, tokenizer, plain, trained_on=asked))
 
     def __init__(self, reasoner: Reasoner) -> None:
         parts = (reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
-        super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame))
+        super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame), verifier=reasoner.verifier)
         self._kept: list[Tensor] = []
         self._noise_of: dict[str, str] = {}
 

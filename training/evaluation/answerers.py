@@ -14,10 +14,12 @@ from ladir.config import Config
 from ladir.data.prompts import Frame, parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
+from ladir.inference.asking import Ask
 from ladir.inference.cost import Cost, count_cost
 from ladir.models.backbone import Backbone
 from ladir.models.folders import load_backbone, question_frame, reads_questions_both_ways
-from ladir.reasoner import Reasoner
+from ladir.models.verifier import belongs_to
+from ladir.reasoner import Reasoner, Trajectory
 from ladir.tokens import decode_text, load_tokenizer
 from training.evaluation.rows import stage_of
 from training.runtime.run import RunFolder
@@ -37,6 +39,10 @@ class Sampled:
     answer: str
     thoughts: tuple[str, ...]
     stopped: bool = True
+    score: float | None = None
+    """The probability that it is right, by the verifier."""
+    drift: float | None = None
+    """How far its thoughts move when they are noised and denoised again."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class Answers:
     cost: Cost
     reading: Cost = field(default_factory=Cost)
     """Decoding latent thoughts to text, which answering does not need."""
+    scoring: Cost = field(default_factory=Cost)
+    """The verifier's scores, which only rows that choose by them need."""
+    drifting: Cost = field(default_factory=Cost)
+    """Noising and denoising thoughts again, which only the row -stable needs."""
 
 
 #: answers a batch of records
@@ -60,29 +70,45 @@ def load_answerers(
     config, folder = configs[0], RunFolder(configs[0])
     if model.startswith("ar"):
         return ar_answerers(configs, folder, samplings, device, stage_of(model))
-    reasoner = Reasoner.from_pretrained(
-        folder.export,
-        device,
-        config.backbone.attention,
-        denoiser=stage_folder(folder, stage_of(model), config.evaluate.snapshot),
-    )
+    denoiser = stage_folder(folder, stage_of(model), config.evaluate.snapshot)
+    verifier = verifier_of(folder, denoiser)
+    reasoner = Reasoner.from_pretrained(folder.export, device, config.backbone.attention, denoiser=denoiser, verifier=verifier)
     return [{sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings} for config in configs]
+
+
+def verifier_of(folder: RunFolder, denoiser: Path | None) -> Path | None:
+    """The run's verifier, where it is one of this denoiser (None: the export's)."""
+    found = folder.model("verifier")
+    return found if found.is_dir() and belongs_to(found, denoiser or folder.export) else None
 
 
 def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answerer:
     """LaDiR as the settings say, or in one of its variants."""
-    controls = {"num_trajectories": config.evaluate.num_trajectories, **VARIANTS.get(sampling, {})}
+    own = dict(VARIANTS.get(sampling, {}))
+    number = own.pop("num_trajectories", config.evaluate.num_trajectories)
+    stable = f"{sampling}-stable" in config.evaluate.methods
 
     def answer(records: Sequence[Record]) -> Answers:
         reasoner.settings = config.sample
-        questions = [record.question for record in records]
+        settings = reasoner.settings_with(**own)
+        asks = [Ask(record.question, number, config.run.seed) for record in records]
         with count_cost(*reasoner.answering()) as cost, reasoner.graphs.counted(cost):
-            groups = reasoner.generate(questions, seed=config.run.seed, thoughts=False, **controls)
+            groups = reasoner.answer(asks, settings, thoughts=False, scores=False)
+        with count_cost(reasoner.denoiser) as scoring, reasoner.graphs.counted(scoring):
+            reasoner.score(asks, groups, settings)
+        with count_cost(reasoner.denoiser) as drifting, reasoner.graphs.counted(drifting):
+            if stable:
+                reasoner.measure_drift(asks, groups, settings)
         with count_cost(reasoner.thought_decoder.backbone, reasoner.thought_decoder.from_latent) as reading:
             reasoner.read_thoughts([trajectory for group in groups for trajectory in group])
-        return Answers([[Sampled(t.answer, tuple(t.thoughts), t.stopped) for t in group] for group in groups], cost, reading)
+        return Answers([list(map(_sampled, group)) for group in groups], cost, reading, scoring, drifting)
 
     return answer
+
+
+def _sampled(trajectory: Trajectory) -> Sampled:
+    thoughts = tuple(trajectory.thoughts)
+    return Sampled(trajectory.answer, thoughts, trajectory.stopped, trajectory.score, trajectory.drift)
 
 
 @dataclass(frozen=True)

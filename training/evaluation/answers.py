@@ -37,6 +37,10 @@ class Answered:
     """Generating."""
     reading: Cost
     """Decoding latent thoughts to text."""
+    scoring: Cost
+    """Of the verifier."""
+    drifting: Cost
+    """Noising and denoising thoughts again, to see how far they move."""
     elapsed: float
     """Seconds of everything, judging included."""
     rank: int
@@ -80,8 +84,8 @@ class AnswerLog:
         """All answers, by the question's index.  UnusableError where some are not there."""
         found: dict[int, Answered] = {}
         for row in self._rows(method):
-            cost, reading = Cost(**row["cost"]), Cost(**row["reading"])
-            found[int(row["index"])] = Answered(question_from(row["result"]), cost, reading, row["elapsed"], row["rank"])
+            costs = {name: Cost(**row[name]) for name in ("cost", "reading", "scoring", "drifting")}
+            found[int(row["index"])] = Answered(question_from(row["result"]), elapsed=row["elapsed"], rank=row["rank"], **costs)
         if len(found) != self._count:
             raise UnusableError(
                 f"{self._folder}: {len(found)} of {self._count} answers of {method} can be read; where other nodes wrote them "
@@ -125,7 +129,8 @@ def _digest(run: Run, records: Sequence[Record]) -> str:
     questions = [dataclasses.asdict(record) for record in records]
     digest = hashlib.sha256(json.dumps([[settings[name] for name in SECTIONS], questions], default=str).encode())
     models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "ar-rl", *STAGES)]
-    for folder in (run.folder.export, *map(run.folder.model, models)):
+    digest.update(json.dumps([method for method in run.config.evaluate.methods if method.endswith("-stable")]).encode())
+    for folder in (run.folder.export, *map(run.folder.model, [*models, "verifier"])):
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD_FILE):
             facts = file.stat()
             digest.update(f"{file.name}:{facts.st_size}:{facts.st_mtime_ns};".encode())

@@ -139,8 +139,9 @@ def _answer(task: Task, judges: int, records: Sequence[Record], answerer: Answer
     start, count = time.perf_counter(), len(records)
     answers = answerer(records)
     judged = judge_samples(task, judges, records, answers.samples)
-    cost, reading, elapsed = answers.cost.share(count), answers.reading.share(count), (time.perf_counter() - start) / count
+    costs = {name: getattr(answers, name).share(count) for name in ("cost", "reading", "scoring", "drifting")}
+    elapsed = (time.perf_counter() - start) / count
     return [
-        Answered(QuestionResult(record.question, trajectories, record.answer), cost, reading, elapsed, rank)
+        Answered(QuestionResult(record.question, trajectories, record.answer), elapsed=elapsed, rank=rank, **costs)
         for record, trajectories in zip(records, judged, strict=True)
     ]

@@ -27,7 +27,7 @@ _NOT_SHOWN = ("run.name", "run.folder", "run.exclusive", "telemetry.", "deepspee
 def changed_settings(run: Run) -> dict[str, Any]:
     """The settings that differ from their defaults, by name; those of a training are the ones it was started with."""
     settings = dict(flatten(dataclasses.asdict(run.config)))
-    for phase in ("vae", "latents", "denoiser", "rollout", "rl", "ar", "ar-rl"):
+    for phase in ("vae", "latents", "denoiser", "rollout", "rl", "verifier", "ar", "ar-rl"):
         section, file = SECTIONS.get(phase, ("ar",))[-1], run.folder.config(phase)
         if file.is_file():
             trained = yaml.safe_load(file.read_text(encoding="utf-8")).get(section)

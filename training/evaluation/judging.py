@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -30,12 +31,19 @@ def judge_samples(
     task: Task, judges: int, records: Sequence[Record], samples: Sequence[Sequence[Sampled]]
 ) -> list[tuple[Trajectory, ...]]:
     """Verdicts on every record's samples, ``judges`` at a time; a record's same sample twice is judged once."""
-    asked = list(dict.fromkeys((number, sample) for number, group in enumerate(samples) for sample in group))
 
-    def verdict(key: tuple[int, Sampled]) -> Trajectory:
-        number, sample = key
-        return judge(task, records[number], sample.answer, sample.thoughts, sample.stopped)
+    def facts(number: int, sample: Sampled) -> tuple[int, str, tuple[str, ...], bool]:
+        return number, sample.answer, sample.thoughts, sample.stopped
+
+    asked = list(dict.fromkeys(facts(number, sample) for number, group in enumerate(samples) for sample in group))
+
+    def verdict(key: tuple[int, str, tuple[str, ...], bool]) -> Trajectory:
+        number, answer, thoughts, stopped = key
+        return judge(task, records[number], answer, thoughts, stopped)
 
     with ThreadPoolExecutor(judges) as judging:
         verdicts = dict(zip(asked, judging.map(verdict, asked), strict=True))
-    return [tuple(verdicts[number, sample] for sample in group) for number, group in enumerate(samples)]
+    return [
+        tuple(replace(verdicts[facts(number, sample)], score=sample.score, drift=sample.drift) for sample in group)
+        for number, group in enumerate(samples)
+    ]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ladir.config import Config
 from ladir.data.rows import EXTENSIONS
-from training.evaluation.rows import PHASES, model_of, sampling_of
+from ladir.models.exports import VERIFIER_FOLDER
+from training.evaluation.answerers import verifier_of
+from training.evaluation.rows import PHASES, SCORED, model_of, sampling_of, stage_of
 from training.runtime.run import Run, RunFolder
 from training.runtime.stages import stage_folder
 
@@ -73,9 +75,26 @@ def _missing_models(run: Run, methods: Sequence[str]) -> Iterator[str]:
         yield _lacking(denoisers, folder.export, "training/export.py (behind the trainings)")
     elif "ladir" in rows and step is None and (first := stage_folder(folder, "denoiser", None)) and not first.is_dir():
         yield _lacking(rows["ladir"], first, "training/train_denoiser.py")
+    elif folder.export.is_dir():
+        for model in sorted(rows.keys() & {"ladir", "rollout", "rl"}):
+            yield from _missing_verifier(folder, model, rows[model], step)
     if step is not None:
         needed = [PHASES[model][-1] for model in rows if model not in OPTIONAL]
         yield from (line for phase in needed for line in _missing_snapshot(folder, phase, step))
+
+
+def _missing_verifier(folder: RunFolder, model: str, methods: Sequence[str], step: int | None) -> Iterator[str]:
+    """Where rows go by the scores of a verifier that is not there, or is of another denoiser."""
+    scored = [method for method in methods if sampling_of(method)[1] in SCORED]
+    if not scored:
+        return
+    denoiser = stage_folder(folder, stage_of(model), step)
+    exported = denoiser is None and (folder.export / VERIFIER_FOLDER).is_dir()
+    if not exported and verifier_of(folder, denoiser) is None:
+        yield (
+            f"rows {', '.join(scored)}: there is no verifier of {denoiser or folder.export}; run training/train_verifier.py "
+            f"verifier.stage={stage_of(model)}, or leave them out (evaluate.methods)"
+        )
 
 
 def _lacking(rows: Sequence[str], folder: Path, program: str) -> str:

@@ -13,6 +13,9 @@ PHASES = {
     "rl": ("vae", "latents", "denoiser", "rollout", "rl"),
 }
 
+#: rules of choice that go by a verifier's scores
+SCORED = ("best", "weighted")
+
 
 #: samplings of one answer per question, without randomness
 GREEDY = ("ar-greedy", "ladir-zero-noise")

@@ -20,8 +20,9 @@ from ladir.report.fitting import print_whole
 from training.evaluation.answers import Answered
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
-from training.evaluation.rows import PHASES, model_of, sampling_of
+from training.evaluation.rows import PHASES, SCORED, model_of, sampling_of
 from training.runtime.ending import tell_end
+from training.runtime.files import read_json
 from training.runtime.run import Run, RunFolder, evaluation_label
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,12 @@ _LISTED = 20  # questions that are not asked, or whose own answer is refused, in
 
 def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None) -> float:
     """Seconds of training behind a method, the base LM's included where this run trained it; of a snapshot, until then."""
-    *before, last = PHASES[model_of(sampling_of(method)[0])]
-    outcomes = [folder.outcome(phase) for phase in ("base", *before, folder.snapshot(last, snapshot))]
-    return sum(outcome.seconds for outcome in outcomes if outcome is not None)
+    sampling, rule = sampling_of(method)
+    *before, last = PHASES[model_of(sampling)]
+    judged = folder.outcome("verifier") if rule in SCORED else None
+    outcomes = [*(folder.outcome(phase) for phase in ("base", *before, folder.snapshot(last, snapshot))), judged]
+    sampled = sum(read_json(folder.judged / "seconds.json").values()) if judged is not None else 0.0
+    return sampled + sum(outcome.seconds for outcome in outcomes if outcome is not None)
 
 
 def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answered]], unasked: int = 0) -> MethodResult:
@@ -45,6 +49,8 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
         voters, count = run.config.evaluate.voters, len(questions[0].trajectories)
         questions, samples, share = [elections(question, rule, voters) for question in questions], 1, (voters or count) / count
     costs = [entry.cost for entry in entries] + [entry.reading for entry in entries if rule == "consistent"]
+    costs += [entry.drifting for entry in entries if rule == "stable"]
+    costs += [entry.scoring for entry in entries if rule in SCORED]
     spent: dict[int, float] = {}
     for entry in entries:
         spent[entry.rank] = spent.get(entry.rank, 0.0) + entry.elapsed

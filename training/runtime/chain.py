@@ -41,7 +41,8 @@ def chain(config: Config, also: str = "") -> list[Step]:
     third = [Step("rl", "train_rl")] if config.rl.enabled or also == "rl" else []
     first = Step("denoiser", "train_denoiser", joint)
     ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), first, *second, *third]
-    return [*base, *ladir, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
+    judging = [Step("verifier", "train_verifier")] if config.verifier.enabled else []
+    return [*base, *ladir, *judging, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
 
 
 def following(config: Config, phase: str, finished: Callable[[str], bool]) -> Step | None:

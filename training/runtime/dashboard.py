@@ -108,6 +108,11 @@ _LEARNING: tuple[_Chart, ...] = (
     ("seconds of an iteration", SPEED, "(sampling|judging|learning)_seconds"),
 )
 _RL: tuple[_Chart, ...] = (*_DENOISER, *_LEARNING)
+_VERIFIER: tuple[_Chart, ...] = (
+    _TOTAL,
+    ("cross-entropy of the verdict, at the end and behind every block", LOSSES, "(verifier|value)"),
+    ("right verdicts", QUALITY, "verifier_accuracy"),
+)
 _AR: tuple[_Chart, ...] = (_TOTAL, ("right tokens", QUALITY, "token_accuracy"))
 #: titles and charts by phase; a phase with another name (``ar.phase``) is a causal LM
 _SECTIONS = {
@@ -117,6 +122,7 @@ _SECTIONS = {
     "rollout": ("denoiser, stage 2", _ROLLOUT),
     "rl": ("denoiser, stage 3", _RL),
     "ar-rl": ("AR baseline, stage 3", (*_AR, *_LEARNING)),
+    "verifier": ("verifier", _VERIFIER),
     "base": ("base LM", _AR),
     "ar": ("AR baseline", _AR),
 }

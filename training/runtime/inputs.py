@@ -29,14 +29,16 @@ def input_digests(config: Config, phase: str, folder: RunFolder) -> dict[str, st
         config.ar.phase: {"data.train": data.train},
         "rl": {"rl.questions": config.rl.questions or data.train},
         "ar-rl": {"data.train": data.train, "rl.questions": config.rl.questions},
+        "verifier": {"verifier.questions": config.verifier.questions or data.train},
     }.get(phase, {})
     found = {
         **{name: _files(data_files(named)) for name, named in files.items()},
         "models/base": _weights(base) if reads_base else None,
         "latents/train": _latents(folder) if phase in ("denoiser", "rollout", "rl") else None,
-        "models/denoiser": _weights(folder.model("denoiser")) if phase in ("rollout", "rl") else None,
+        "models/denoiser": _weights(folder.model("denoiser")) if phase in ("rollout", "rl", "verifier") else None,
         "models/ar": _weights(folder.model("ar")) if phase == "ar-rl" else None,
-        "models/rollout": _weights(folder.model("rollout")) if phase == "rl" else None,
+        "models/rl": _weights(folder.model("rl")) if phase == "verifier" else None,
+        "models/rollout": _weights(folder.model("rollout")) if phase in ("rl", "verifier") else None,
     }
     return {name: digest for name, digest in found.items() if digest is not None}
 

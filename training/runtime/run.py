@@ -49,6 +49,7 @@ IRRELEVANT = (
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
     "latents.report_sentences", "latents.probe_steps", "rollout.enabled", "rl.enabled", "rl.questions_per_batch",
+    "verifier.enabled", "verifier.questions_per_batch",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
@@ -61,6 +62,7 @@ SECTIONS = {
     "rollout": ("vae", "latents", "denoiser", "rollout"),
     "rl": ("vae", "latents", "denoiser", "rollout", "rl"),
     "ar-rl": ("ar", "rl"),
+    "verifier": ("vae", "latents", "denoiser", "rollout", "sample", "verifier"),
 }
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
 _JUDGED = ("evaluate.task", "evaluate.check_seconds", "evaluate.check_memory_mb")
@@ -112,6 +114,8 @@ class RunFolder:
         self.export = self.path / "export"
         #: token stores, which runs may share
         self.tokens = Path(config.data.store) if config.data.store else self.path / "tokens"
+        #: trajectories that a verifier learns from
+        self.judged = self.path / "judged"
         self.interrupted = self.path / INTERRUPTED
         #: says which records' own answers their checker accepted
         self.gold = self.path / "gold.json"
@@ -396,10 +400,11 @@ def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
     everything = dict(flatten(config))
     flat = {key: value for key, value in everything.items() if key.split(".")[0] in sections or key.startswith(also)}
     own = SECTIONS.get(phase, ("ar",))[-1]
+    ignored = tuple(name for name in IRRELEVANT if name.removesuffix(".") not in sections)
     relevant = {
         key: value
         for key, value in flat.items()
-        if (key.startswith(also) or not key.startswith(IRRELEVANT))
+        if (key.startswith(also) or not key.startswith(ignored))
         and not (key.startswith(f"{own}.train.") and key.rsplit(".", 1)[1] in IRRELEVANT_IN_TRAIN)
         and not (".train." in key and not key.startswith(f"{own}."))
     }

@@ -10,7 +10,7 @@ from training.runtime.chain import Step
 from training.runtime.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
 from training.runtime.sampler import BatchSizeError, micro_batch_size
 
-_SECTIONS = ("vae", "denoiser", "rollout", "rl")
+_SECTIONS = ("vae", "denoiser", "rollout", "rl", "verifier")
 
 
 def section_of(phase: str) -> str:

@@ -1,0 +1,355 @@
+"""How questions are answered: prefixes, blocks, answers, in batches; what is seen of it, and how far thoughts drift."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import SampleSettings
+from ladir.data.batches import pad_left
+from ladir.data.prompts import Frame
+from ladir.errors import UnusableError
+from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
+from ladir.inference.cache import Prefix
+from ladir.inference.decode import decode, decode_thoughts, reencode
+from ladir.inference.graphs import Graphs
+from ladir.inference.guidance import BlockValue, Reward
+from ladir.inference.memory import trajectories_that_fit
+from ladir.inference.sampler import NOISE, BlockHook, BlockSampler, KeptSteps, StepHook, Think, TrajectoryNoise, passes_per_span
+from ladir.inference.trajectory import Trajectory, check_questions
+from ladir.layout import Mark
+from ladir.models.denoiser import Denoiser
+from ladir.models.pairing import TrainedOn
+from ladir.models.vae import ThoughtDecoder, Vae
+from ladir.models.verifier import Verifier, drift_features
+from ladir.spans import num_spans
+from ladir.tokens import decode_text, encode_texts
+
+logger = logging.getLogger(__name__)
+
+
+class Thinker:
+    """Denoiser, VAE decoder and tokenizer together, and how they answer; :class:`ladir.reasoner.Reasoner` is its face."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        thought_decoder: ThoughtDecoder,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SampleSettings | None = None,
+        encoder: Vae | None = None,
+        trained_on: TrainedOn | None = None,
+        card: str | None = None,
+        verifier: Verifier | None = None,
+    ) -> None:
+        """``encoder``: the VAE, of which the encoder alone is asked; needed where blocks are encoded again.
+
+        ``trained_on``: what the denoiser's folder says of its training; ``card``: the text of its model card; ``verifier``:
+        foretells which answers will be right.
+        """
+        self.card = card
+        self.encoder, self.verifier = encoder, verifier
+        self.trained_on = trained_on or TrainedOn()
+        self._longest_told = 0
+        self.denoiser = denoiser.eval()
+        self.thought_decoder = thought_decoder
+        self.tokenizer = tokenizer
+        self.settings = settings or SampleSettings()
+        self.graphs = Graphs()
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.latent_mean.device
+
+    @torch.no_grad()
+    def answer(
+        self,
+        asks: Sequence[Ask],
+        settings: SampleSettings,
+        watch: Watch | None = None,
+        thoughts: bool = True,
+        reward: Reward | None = None,
+        extras: Extras | None = None,
+        batch_size: BatchSize = None,
+        scores: bool = True,
+    ) -> list[list[Trajectory]]:
+        """What :meth:`generate` does, with complete ``settings`` and questions that differ in number of trajectories and seed.
+
+        ``watch`` sees them form; ``scores`` False leaves out the verifier's scores (:meth:`score` gives them later).
+        """
+        if not asks:
+            return []
+        self._check_lengths([ask.question for ask in asks])
+        rows, watch, extras = Rows(asks, together=settings.diversity_scale != 0), watch or Watch(), extras or Extras()
+
+        def one_batch(part: range) -> list[Trajectory]:
+            return self._one_batch(rows, part, settings, watch.of_batch(part.start), thoughts, reward, extras)
+
+        found = iter(in_batches(rows, self._size_of_batch(asks, settings, batch_size), batch_size == "auto", one_batch))
+        groups = [list(itertools.islice(found, ask.num_trajectories)) for ask in asks]
+        if scores:
+            self.score(asks, groups, settings, batch_size)
+        return groups
+
+    def _size_of_batch(self, asks: Sequence[Ask], settings: SampleSettings, batch_size: BatchSize) -> int | None:
+        """Trajectories at a time; None: all of them.  ValueError for what is no number of them."""
+        if batch_size == "auto":
+            longest = max(map(len, encode_texts(self.tokenizer, [ask.question for ask in asks])))
+            return trajectories_that_fit(self.denoiser, settings, longest, self.device)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f'batch_size must be a number of trajectories, "auto" or None, not {batch_size!r}')
+        return batch_size
+
+    def _one_batch(
+        self,
+        rows: Rows,
+        part: range,
+        settings: SampleSettings,
+        watch: Watch,
+        thoughts: bool,
+        reward: Reward | None,
+        extras: Extras,
+    ) -> list[Trajectory]:
+        """The trajectories ``part`` of all rows, together."""
+        noise, owner = rows.noise(part), rows.owner(part).to(self.device)
+        prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
+        traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
+        value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
+        settle = self._reencode if settings.reencode else None
+        kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
+        sampler = BlockSampler(self.denoiser, settings, noise, reward, settle, self.graphs, kept, value)
+        on_block = self._block_hook(texts, watch.on_block) if watch.on_block is not None else None
+        flat: dict[int, Trajectory] = {}
+        for group in sampler.think(prefix, owner, self._step_hook(traces, watch), on_block):
+            flat.update(self._finish(group, settings, noise, extras))
+            del group  # and its cache, before the others think on
+        if kept is not None:
+            for row, trajectory in flat.items():
+                trajectory.steps = kept.of(row)
+        if thoughts and on_block is None:
+            self.read_thoughts([flat[row] for row in range(len(part))])
+        for (row, block), steps in sorted(traces.items()):
+            if block < len(flat[row].thoughts):  # a span may reach beyond the last block
+                flat[row].trace.append(steps)
+        for (row, block), text in texts.items():
+            flat[row].thoughts[block] = text
+        return [flat[row] for row in range(len(part))]
+
+    @torch.no_grad()
+    def score(
+        self,
+        asks: Sequence[Ask],
+        found: Sequence[Sequence[Trajectory]],
+        settings: SampleSettings,
+        batch_size: BatchSize = None,
+    ) -> None:
+        """Fill in the ``score`` of finished trajectories, where there is a verifier; one that goes by drifts measures them first,
+        as in its training."""
+        if self.verifier is None:
+            return
+        flat = [trajectory for group in found for trajectory in group]
+        logits = torch.tensor([trajectory.logit for trajectory in flat])
+        if (renoise := self.verifier.renoise) is not None:
+            self.measure_drift(asks, found, replace(settings, **asdict(renoise)), batch_size)
+            features = torch.stack([drift_features(trajectory.drifts or []) for trajectory in flat])
+            logits = logits + self.verifier.drift_logit(features.to(self.device)).cpu()
+        for trajectory, score in zip(flat, logits.sigmoid().tolist(), strict=True):
+            trajectory.score = score
+
+    @torch.no_grad()
+    def measure_drift(
+        self,
+        asks: Sequence[Ask],
+        found: Sequence[Sequence[Trajectory]],
+        settings: SampleSettings | None = None,
+        batch_size: BatchSize = None,
+    ) -> None:
+        """Fill in the ``drifts`` of finished trajectories: how far they move when they are noised and denoised again."""
+        plain = replace(settings or self.settings, sampler="ode", diversity_scale=0.0, verifier_scale=0.0)
+        rows, flat = Rows(asks, together=False), [trajectory for group in found for trajectory in group]
+
+        def one_batch(part: range) -> list[list[float]]:
+            return self._drifts(rows, part, plain, flat[part.start : part.stop])
+
+        size = self._size_of_batch(asks, plain, batch_size)
+        for trajectory, drifts in zip(flat, in_batches(rows, size, batch_size == "auto", one_batch), strict=True):
+            trajectory.drifts = drifts
+
+    def _drifts(self, rows: Rows, part: range, settings: SampleSettings, finished: Sequence[Trajectory]) -> list[list[float]]:
+        """The drifts of ``finished`` trajectories, which are ``part`` of all rows; those of one length go together."""
+        owner, guided = rows.owner(part).to(self.device), settings.guidance_scale != 1.0
+        prefix = self._question_prefix(rows.questions(part), owner, guided)
+        sampler = BlockSampler(self.denoiser, settings, rows.noise(part).apart("drift"), graphs=self.graphs)
+        drifts = dict[int, list[float]]()
+        for length in sorted({len(trajectory.latents) for trajectory in finished}):
+            alike = [row for row, trajectory in enumerate(finished) if len(trajectory.latents) == length]
+            latents = torch.stack([finished[row].latents for row in alike]).to(self.device)
+            z, kept = (latents - self.denoiser.latent_mean) / self.denoiser.latent_std, torch.tensor(alike, device=self.device)
+            behind = prefix.select(torch.cat([kept, kept + len(finished)]) if guided else kept)
+            drifts.update(zip(alike, sampler.drift(behind, alike, owner[kept], z).tolist(), strict=True))
+        return [drifts[row] for row in range(len(finished))]
+
+    def _reencode(self, z: Tensor) -> Tensor:
+        """Standardised latents [R, L, d] of the sentences that ``z`` [R, L, d] reads as."""
+        assert self.encoder is not None
+        mean, std = self.denoiser.latent_mean, self.denoiser.latent_std
+        means = reencode(self.encoder, self.thought_decoder, self._eos, self._plain(z), self.settings.max_thought_tokens)
+        return (means - mean) / std
+
+    def _plain(self, z: Tensor) -> Tensor:
+        """Standardised latents as the VAE knows them.  UnusableError where they are not finite."""
+        latents = z * self.denoiser.latent_std + self.denoiser.latent_mean
+        if not latents.isfinite().all():
+            raise UnusableError(
+                "the thoughts did not stay finite under these controls; lower initial_noise, guidance_scale, diversity_scale or "
+                "the reward (or the model's own weights are not finite)"
+            )
+        return latents
+
+    def check_question(self, question: str) -> None:
+        """ValueError for a question that cannot be asked: :func:`check_questions`, or too long for the LM."""
+        check_questions([question])
+        self._check_lengths([question])
+
+    def _check_lengths(self, questions: Sequence[str]) -> None:
+        """Warns of a question longer than the training's; UnusableError where the LM has no positions left to answer it."""
+        longest, number = max((len(ids), -n) for n, ids in enumerate(encode_texts(self.tokenizer, questions), start=1))
+        limit = getattr(self.denoiser.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+        rest = len(self._frame) + self.denoiser.latents_per_block + len((Mark.BOT, Mark.EOT, Mark.SOA))
+        if limit is not None and longest + rest >= limit:
+            raise UnusableError(
+                f"question {-number} has {longest} tokens, too many for an LM of {limit} positions, of which a block and an "
+                f"answer take {rest + 1} or more; shorten it"
+            )
+        seen = self.trained_on.longest_question
+        if seen is not None and longest > max(seen, self._longest_told):
+            self._longest_told = longest
+            logger.warning(
+                "question %d has %d tokens; the longest that this model was trained on has %d: the answer may suffer",
+                -number,
+                longest,
+                seen,
+            )
+
+    def _question_prefix(self, questions: Sequence[str], owner: Tensor, guided: bool) -> Prefix:
+        """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
+        frame = self._frame
+        # Padded with <eos>, which the embedding has for certain: a padding token may have no row there.
+        ids, lengths = pad_left([frame.around(ids) for ids in encode_texts(self.tokenizer, questions)], self._eos)
+        inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
+        if guided:
+            places = torch.arange(inputs.shape[1], device=self.device)
+            hidden = places >= (inputs.shape[1] - lengths + len(frame.before))[:, None]  # <bos> stays, and a chat template
+            hidden &= places < inputs.shape[1] - len(frame.behind)
+            free = torch.where(hidden[..., None], self.denoiser.mark(Mark.NULL), inputs)
+            inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
+            owner = torch.cat([owner, owner + len(questions)])
+        prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
+        return prefix.share(owner)
+
+    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras) -> dict[int, Trajectory]:
+        """Answers of trajectories that ended after the same block, their thoughts not read yet."""
+        hidden = group.prefix.append(self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1))[:, 0]
+        logits = None if self.verifier is None else self.verifier.logit(hidden).tolist()
+        seen = torch.cat([group.states, hidden[:, None]], dim=1).cpu() if extras.states else None
+        answers = self._answers(group, hidden, settings, noise, extras.num_answers)
+        latents = self._plain(group.latents)
+        blocks, span = latents.shape[1], self.denoiser.settings.span
+        return {
+            row: Trajectory(
+                answer=decode_text(self.tokenizer, answers[0][i]),
+                thoughts=[""] * blocks,
+                latents=latents[i].cpu(),
+                num_steps=passes_per_span(settings, span) * num_spans(blocks, span),
+                stopped=group.stopped,
+                answer_ids=[answer[i] for answer in answers],
+                logit=None if logits is None else logits[i],
+                states=None if seen is None else seen[i],
+            )
+            for i, row in enumerate(group.rows)
+        }
+
+    def _answers(
+        self, group: Think, hidden: Tensor, settings: SampleSettings, noise: TrajectoryNoise, count: int
+    ) -> list[list[list[int]]]:
+        """``count`` answers of every trajectory of a group, as token ids; ``hidden`` [n, H]: its states at <SOA>."""
+        limit = settings.max_answer_tokens
+        uniform = noise.uniform(group.rows, count * limit).to(self.device)
+        everyone = torch.arange(len(group.rows), device=self.device)
+        prefixes = (group.prefix.select(everyone) if later else group.prefix for later in range(count - 1, -1, -1))
+        return [
+            decode(prefix, hidden, self._eos, limit, settings.answer_temperature, own)
+            for prefix, own in zip(prefixes, uniform.split(limit, dim=1), strict=True)
+        ]
+
+    def answering(self) -> list[nn.Module]:
+        """The models that take part in answering under the settings; reading thoughts afterwards is not part of it."""
+        if not self.settings.reencode or self.encoder is None:
+            return [self.denoiser]
+        return [self.denoiser, self.thought_decoder.backbone, self.thought_decoder.from_latent, self.encoder]
+
+    @property
+    def _frame(self) -> Frame:
+        """What stands around a question: as in training, where that is known."""
+        saved = self.trained_on.frame
+        return Frame.of(self.tokenizer, chat=False) if saved is None else Frame.saved(saved)
+
+    @property
+    def _eos(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @torch.no_grad()
+    def decode_latents(self, z: Tensor) -> list[str]:
+        """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
+        return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
+
+    def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
+        """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time."""
+        places = [(entry, block) for entry in trajectories for block in range(len(entry.latents))]
+        size = self.settings.thoughts_per_batch
+        for part in (places[first : first + size] for first in range(0, len(places), size)):
+            texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
+            for (entry, block), text in zip(part, texts, strict=True):
+                entry.thoughts[block] = text
+
+    def _step_hook(self, traces: dict[tuple[int, int], list[str]], watch: Watch) -> StepHook | None:
+        """What is done after each step; None where nothing is."""
+        hook, between = self._trace_hook(traces, watch.on_step) if watch.on_step is not None else None, watch.between_steps
+        if between is None:
+            return hook
+
+        def checked(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            between()
+            if hook is not None:
+                hook(rows, block, step, x0)
+
+        return checked
+
+    def _trace_hook(self, traces: dict[tuple[int, int], list[str]], on_step: TraceHook) -> StepHook:
+        """Decodes the current estimate of every trajectory's block after each step."""
+
+        def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            if step == NOISE:
+                return
+            texts = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
+            for row, text in zip(rows, texts, strict=True):
+                traces.setdefault((row, block), []).append(text)
+                on_step(row, block, step, text)
+
+        return hook
+
+    def _block_hook(self, texts: dict[tuple[int, int], str], on_block: Callable[[int, int, str], None]) -> BlockHook:
+        """Decodes every finished block of every trajectory."""
+
+        def hook(rows: list[int], block: int, z: Tensor) -> None:
+            for row, text in zip(rows, self.decode_latents(self._plain(z)), strict=True):
+                texts[row, block] = text
+                on_block(row, block, text)
+
+        return hook

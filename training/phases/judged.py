@@ -1,0 +1,171 @@
+"""Judged trajectories for the verifier: questions are asked, what was thought is kept with the verdict on the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import Config
+from ladir.data.judged import JudgedTrajectory, pack_judged, read_judged
+from ladir.data.questions import read_questions
+from ladir.data.randomness import derive, generator
+from ladir.data.records import Record
+from ladir.errors import UnusableError
+from ladir.inference.asking import Ask, Extras
+from ladir.inference.trajectory import Trajectory
+from ladir.models.folders import load_denoiser, load_vae, vae_folder
+from ladir.models.pairing import TrainedOn
+from ladir.models.store import heads_fingerprint, load_settings
+from ladir.models.vae import ThoughtDecoder
+from ladir.models.verifier import drift_features
+from ladir.models.weights import save_tensors
+from ladir.reasoner import Reasoner
+from ladir.tasks import Task, get_task
+from ladir.tokens import load_tokenizer
+from training.evaluation.answerers import Sampled
+from training.evaluation.judging import judge_samples, judges_of
+from training.runtime.files import sha256, write_json
+from training.runtime.run import Run, RunFolder
+
+logger = logging.getLogger(__name__)
+
+#: settings of the verifier that change nothing of what is sampled
+_ABOUT_TRAINING = ("enabled", "stage", "held_out", "width", "value_weight", "train")
+#: of an evaluation: what a verdict depends on
+_ABOUT_VERDICTS = ("task", "check_seconds", "check_memory_mb", "isolation")
+#: programs that never end may keep one rank so much longer than the others
+_BATCH_MINUTES = 24 * 60
+
+
+def collect(run: Run, denoiser: Path) -> Path | None:
+    """Judge trajectories of ``denoiser`` on all ranks, batch by batch; the folder that holds them all.
+
+    Batches that are written already are not asked again.  None when a signal asked to stop.
+    """
+    settings, tokenizer = run.config.verifier, load_tokenizer(run.config.backbone)
+    task = get_task(run.config.evaluate.task, run.config.evaluate)
+    records = chosen_questions(run.config, tokenizer, task)
+    folder = run.folder.judged / str(run.world.broadcast(_digest(run.config, denoiser, records) if run.world.is_main else None))
+    if run.world.is_main:
+        _clear(folder)
+    run.world.barrier()
+    starts = range(0, len(records), settings.questions_per_batch)
+    left = run.world.broadcast([s for s in starts if not _part(folder, s).is_file()] if run.world.is_main else None)
+    run.world.wait_at_most(_BATCH_MINUTES)
+    reasoner = load_thinker(run.config, denoiser, run.folder, tokenizer, run.world.device) if left else None
+    for first in range(0, len(left), run.world.size):
+        if run.stop_agreed():
+            return None
+        for start in left[first + run.world.rank :][:1]:
+            assert reasoner is not None
+            asked = range(start, min(start + settings.questions_per_batch, len(records)))
+            _keep(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
+    run.world.barrier()
+    run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
+    if run.world.is_main and left:
+        write_json(run.folder.judged / "seconds.json", {folder.name: _seconds(folder) / run.world.size})
+    return folder
+
+
+def chosen_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
+    """The questions that are asked, each once, drawn from the file in an order of their own."""
+    path = config.verifier.questions or config.data.train
+    if path is None:
+        raise UnusableError("verifier.questions is not set, nor data.train: name the questions to ask")
+    asked = read_questions(path, config.data, tokenizer, task.check).asked
+    distinct = list({record.question: record for record in asked}.values())
+    order = generator(derive(config.run.seed, "verifier/questions"), 0).permutation(len(distinct))
+    return [distinct[i] for i in order[: config.verifier.num_questions]]
+
+
+def load_thinker(
+    config: Config, denoiser: Path, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Reasoner:
+    """Who is asked: the models as they were trained, before they are exported.  The VAE is loaded where blocks are read again."""
+    model, _ = load_denoiser(denoiser, config.backbone, device)
+    settings, known = replace(config.sample, verifier_scale=0.0), TrainedOn.of(load_settings(denoiser, "denoiser"))
+    if not settings.reencode:
+        return Reasoner(model, ThoughtDecoder(model.backbone, model.latent_in), tokenizer, settings, trained_on=known)
+    vae = load_vae(vae_folder(denoiser, folder.model("vae")), config.backbone, device)
+    return Reasoner(model, vae.thought_decoder, tokenizer, settings, vae, known)
+
+
+def judged_trajectories(folder: Path) -> list[JudgedTrajectory]:
+    """All that :func:`collect` keeps, in the order of the questions."""
+    return [trajectory for part in sorted(folder.glob("*.safetensors")) for trajectory in read_judged(part)]
+
+
+def _keep(part: Path, run: Run, reasoner: Reasoner, task: Task, records: dict[int, Record]) -> None:
+    """Ask and judge one batch of questions, by number; the file appears whole."""
+    start, seed = time.perf_counter(), derive(run.config.run.seed, "verifier")
+    asks = [Ask(record.question, run.config.verifier.num_trajectories, seed) for record in records.values()]
+    found = reasoner.answer(asks, reasoner.settings, thoughts=False, extras=Extras(states=True))
+    if run.config.verifier.drift:
+        reasoner.measure_drift(asks, found)
+    samples = [[Sampled(trajectory.answer, ()) for trajectory in group] for group in found]
+    judges = judges_of(run.config, run.world.size)
+    verdicts = judge_samples(task, judges, list(records.values()), samples)
+    judged = [
+        JudgedTrajectory(trajectory.states, verdict.correct, number, _drift_of(trajectory))
+        for number, group, judged_group in zip(records, found, verdicts, strict=True)
+        for trajectory, verdict in zip(group, judged_group, strict=True)
+        if trajectory.states is not None
+    ]
+    aside = part.with_suffix(".writing")
+    save_tensors(pack_judged(judged), aside, metadata={"seconds": f"{time.perf_counter() - start:.6f}"})
+    aside.replace(part)
+
+
+def _drift_of(trajectory: Trajectory) -> Tensor:
+    return torch.zeros(2) if trajectory.drifts is None else drift_features(trajectory.drifts)
+
+
+def _part(folder: Path, start: int) -> Path:
+    return folder / f"{start:09d}.safetensors"
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder, and remove those of other settings, questions or models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other)
+
+
+def _seconds(folder: Path) -> float:
+    """What sampling and judging took in all, of one rank after the other."""
+    return sum(_metadata(part) for part in folder.glob("*.safetensors"))
+
+
+def _metadata(part: Path) -> float:
+    with safe_open(part, "pt") as opened:
+        return float((opened.metadata() or {}).get("seconds", 0.0))
+
+
+def _facts(config: Config) -> Iterator[object]:
+    """The settings on which samples and verdicts depend."""
+    yield config.run.seed
+    yield dataclasses.asdict(config.sample)
+    verifier, evaluate = dataclasses.asdict(config.verifier), dataclasses.asdict(config.evaluate)
+    yield {name: value for name, value in verifier.items() if name not in _ABOUT_TRAINING}
+    yield {name: evaluate[name] for name in _ABOUT_VERDICTS}
+
+
+def _digest(config: Config, denoiser: Path, records: Sequence[Record]) -> str:
+    """Stands for everything that the judged trajectories are made of."""
+    vae = RunFolder(config).model("vae")
+    models = [heads_fingerprint(denoiser), sha256(vae / "heads.safetensors") if config.sample.reencode else None]
+    questions = [record.question for record in records]
+    return hashlib.sha256(json.dumps([*_facts(config), models, questions], default=str).encode()).hexdigest()[:16]
