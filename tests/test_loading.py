@@ -17,6 +17,7 @@ from ladir.errors import UnusableError
 from ladir.models import loading
 from ladir.models.adapters import with_lora
 from ladir.models.backbone import Backbone
+from ladir.models.card import CARD_FILE
 from ladir.models.folders import load_backbone, save_lm
 from ladir.models.loading import load_lm
 from ladir.reasoner import Reasoner, usable_device
@@ -303,7 +304,7 @@ def test_every_file_that_is_missing_is_named_before_an_lm_is_loaded(
     Reasoner(denoiser, vae.thought_decoder, tokenizer(), encoder=vae).save_pretrained(folder)
     Reasoner.from_pretrained(folder, device="cpu")
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded an LM"))
-    spare = ("generation_config.json", PROBE_FILE)
+    spare = ("generation_config.json", PROBE_FILE, CARD_FILE)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in spare]
     assert len(files) > 10
     for file in files:

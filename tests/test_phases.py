@@ -149,9 +149,13 @@ def folder(one_process: ProcessGroup, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+#: what there is of several ranks only
+OF_RANKS = ("data_wait_worst", "memory_rank", "rank_slowest", "rank_slowdown")
+
+
 def losses(folder: Path, name: str) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    speeds = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds")
+    speeds = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds", *OF_RANKS)
     spreads = ("latent_std", "active_units")  # within a micro batch, and those have other sizes
     hidden = ("kind", "phase", *speeds, *spreads)
     return [{key: value for key, value in row.items() if key not in hidden} for row in rows]

@@ -61,7 +61,7 @@ ROLLOUT = {**TRAIN, "max_steps": 1, "micro_batch": 4}
 
 def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
     """VAE, latents, both stages of the denoiser and AR baseline under ZeRO-3, with samples in TensorBoard."""
-    settings = [f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
+    settings = ["telemetry.loggers=[tensorboard]", f"telemetry.samples={SHOWN}", "sample.num_steps=3", "sample.max_blocks=2"]
     settings += ["evaluate.ar_max_tokens=6", "sample.max_answer_tokens=4", "rollout.num_steps=2"]
     settings += [f"rollout.train.{name}={value}" for name, value in ROLLOUT.items()]
     config = configure(folder, "shown", 3, 4, [*settings, *variant])

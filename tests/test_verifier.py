@@ -28,7 +28,7 @@ from ladir.errors import UnusableError
 from ladir.evaluation.calibration import calibration
 from ladir.evaluation.choosing import RULES, Candidate, choose
 from ladir.evaluation.results import read_questions, read_results
-from ladir.inference.asking import Ask, Watch
+from ladir.inference.asking import Ask, Extras, Watch
 from ladir.inference.guidance import BlockValue
 from ladir.inference.sampler import TrajectoryNoise, renoise_times
 from ladir.layout import Mark
@@ -82,7 +82,7 @@ def plain_states(d: Denoiser, ids: Sequence[int], blocks: Tensor) -> Tensor:
 def test_a_score_is_that_of_the_plain_sequence_whatever_it_is_batched_with(kind: str, renoise: Renoise | None) -> None:
     reasoner = with_verifier(renoise, kind=kind, max_blocks=3)
     asks = [Ask(question, 1 + number, number) for number, question in enumerate(QUESTIONS)]
-    groups = reasoner.answer(asks, reasoner.settings, states=True)
+    groups = reasoner.answer(asks, reasoner.settings, extras=Extras(states=True))
     assert [len(group) for group in groups] == [1, 2, 3]
     assert len({len(entry.latents) for group in groups for entry in group}) > 1
     for ask, group in zip(asks, groups, strict=True):
