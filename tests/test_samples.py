@@ -126,8 +126,9 @@ def assert_a_section_of_its_own(events: EventAccumulator, held_out: EventAccumul
     assert (section.title, drawn) == (title, {name: patterns for name, (_, patterns) in charts.items()})
     scalars = {*events.Tags()["scalars"], *held_out.Tags()["scalars"]}
     for name, (pattern,) in drawn.items():
-        # Stage 2 looks at gold chains in its validation only.
-        assert not validated or any(re.search(pattern, tag) for tag in scalars), f"{phase}: {name} stays empty"
+        # Stage 2 looks at gold chains in its validation only, and a step may be too short for a rank's time.
+        found = name.startswith("time of the slowest rank") or not validated
+        assert found or any(re.search(pattern, tag) for tag in scalars), f"{phase}: {name} stays empty"
     with pytest.raises(KeyError):
         events.PluginTagToContent("hparams")
 
@@ -227,6 +228,7 @@ def assert_charts_find(phase: str, tags: set[str]) -> None:
     (charts,) = dashboard.layout(phase).values()
     uncharted = {tag for tag in tags if not any(re.search(pattern, tag) for _, (pattern,) in charts.values())}
     counters = {f"4 optimizer/{phase}/epoch", f"5 speed/{phase}/seconds", f"5 speed/{phase}/tokens_per_second"}
+    counters |= {f"5 speed/{phase}/memory_rank", f"5 speed/{phase}/rank_slowest"}  # which one it is has no curve
     assert uncharted <= counters | {f"1 losses/{phase}/text"}  # the loss itself
 
 
