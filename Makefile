@@ -116,7 +116,7 @@ $(VENV)/.ready-examples: requirements-examples.txt $(PINS) $(VENV)/.ready
 	@$(PIP) --build-constraint $(PINS) -r requirements-examples.txt
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt requirements-eval.txt requirements-examples.txt requirements-serve.txt $(PINS) $(VENV)/.ready
+$(VENV)/.ready-dev: requirements-dev.txt requirements-eval.txt requirements-examples.txt requirements-serve.txt requirements-loggers.txt $(PINS) $(VENV)/.ready
 	@echo "environment: installing requirements-dev.txt (once)"
 	@$(PIP) --build-constraint $(PINS) -r requirements-dev.txt
 	@touch $@

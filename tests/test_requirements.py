@@ -17,6 +17,7 @@ INSTALLED = (
     "requirements.txt",
     "requirements-examples.txt",
     "requirements-eval.txt",
+    "requirements-loggers.txt",
     "requirements-serve.txt",
     "requirements-dev.txt",
 )
