@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import DataSettings
 from ladir.data.columns import IDS, TOKENS, list_column, nested_column, token_columns
 from ladir.data.encode import check_records, check_sentences
+from ladir.data.forks import forked
 from ladir.data.prompts import chain_pairs
 from ladir.data.records import BadRecord, records_of, refuse_empty, sentences_of
 from ladir.data.rows import Row, file_rows
@@ -31,8 +32,6 @@ R = TypeVar("R")
 
 #: rows that a process takes at a time, and an Arrow batch holds
 _ROWS = 2000
-#: chunks that wait for each process
-_AHEAD = 2
 
 _TEXTS = pa.list_(pa.string())
 RECORDS = pa.schema([*TOKENS, ("texts", _TEXTS), ("file", pa.int32()), ("place", pa.string())])
@@ -159,28 +158,10 @@ def in_order(work: Callable[[T], R], chunks: Iterable[T], processes: int) -> Ite
     if processes < 2 or len(first) < 2:
         yield from map(work, everything)
         return
-    loader = DataLoader(
-        _Work(work),
-        batch_size=None,
-        sampler=everything,
-        num_workers=processes,
-        collate_fn=_unchanged,
-        worker_init_fn=_alone,
-        prefetch_factor=_AHEAD,
-        multiprocessing_context="fork",
-        generator=torch.Generator(),  # else it would draw from the one that models are made with
-    )
-    made: Any = iter(loader)
-    try:
-        yield from made
-    finally:
-        made._shutdown_workers()  # there is no public way, and the interpreter's end would wait for them
+    own = torch.Generator()  # PyTorch's own is the one that models are made with
+    yield from forked(_Work(work), everything, processes, _alone, own)
 
 
 def _alone(worker: int) -> None:
     """Every process has a core of its own, and threads of the tokenizer's would not outlive the fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _unchanged(made: R) -> R:
-    return made

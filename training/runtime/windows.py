@@ -8,19 +8,17 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ladir.data.forks import forked
 from training.runtime.distributed import World
 from training.runtime.phase import Batch, SampleSource
 from training.runtime.sampler import DataOrder
 
 T = TypeVar("T")
-
-#: windows that each collating process makes in advance
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -121,21 +119,7 @@ def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
 
 def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _Windows:
     """Some collated ahead by each of ``processes`` forks of this one, which share its samples and none of its interpreter."""
-    loader = DataLoader(
-        collate,
-        batch_size=None,
-        sampler=starts,
-        num_workers=processes,
-        collate_fn=_unchanged,
-        worker_init_fn=_outlive_signals,
-        prefetch_factor=_AHEAD,
-        multiprocessing_context="fork",
-    )
-    made: Any = iter(loader)
-    try:
-        yield from made
-    finally:
-        made._shutdown_workers()  # there is no public way, and the interpreter's end would wait for them
+    yield from forked(collate, starts, processes, _outlive_signals)
 
 
 def _outlive_signals(worker: int) -> None:
@@ -146,7 +130,3 @@ def _outlive_signals(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _unchanged(window: T) -> T:
-    return window
