@@ -13,15 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import Config
 from ladir.data.batches import DenoiserBatch, DenoiserCollator
 from ladir.data.latents import LatentStore
-from ladir.data.prompts import Frame
 from ladir.data.questions import read_questions
 from ladir.data.randomness import derive
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser, vae_folder
-from ladir.models.pairing import TrainedOn, check_vae
-from ladir.models.store import folder_fingerprint, load_settings
+from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser
+from ladir.models.pairing import TrainedOn
 from ladir.reasoner import Reasoner
 from ladir.rl.batches import JudgedCollator, terms
 from ladir.rl.lines import best_and_worst
@@ -32,6 +30,7 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.judging import judges_of
 from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.earlier import Earlier
 from training.phases.samples import Show, markdown_table
 from training.reinforcement.asking import Asker
 from training.reinforcement.samplers import LatentSampler
@@ -67,21 +66,14 @@ def rl_phase(config: Config, world: World) -> RlPhase:
     tokenizer = load_tokenizer(config.backbone)
     store, validation = stored_latents(config, folder, world)
     source = Path(world.broadcast(str(last_denoiser(folder, before="rl")) if world.is_main else None))
-    if vae_folder(source, source) != source:
-        raise UnusableError(
-            f"{source} was trained jointly with its VAE (stage=joint), whose latents are stored nowhere: there is no third stage "
-            "behind it; train stage 1 with stage=teacher, or leave stage 3 out"
-        )
-    before = TrainedOn.of(load_settings(source, "denoiser"))
-    check_vae(before, store.fingerprint, source, folder.model("vae"))
-    frame = Frame.saved(before.frame) if before.frame else Frame.of(tokenizer, config.data.chat_template)
-    origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
+    before = Earlier.of(config, world, tokenizer, store, source, stage=3)
+    frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
     records, reward = rl_questions(config, tokenizer, task), reward_function(settings)
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
     old, _ = load_denoiser(source, config.backbone, world.device)
-    sampler = LatentSampler(_reasoner(config, folder, old, tokenizer, before), config)
+    sampler = LatentSampler(_reasoner(config, folder, old, tokenizer, before.trained_on), config)
     teacher = denoiser_collator(config, store, tokenizer, settings.train, "rl/teacher", frame)
     steps = OwnSteps(
         records,
@@ -95,7 +87,8 @@ def rl_phase(config: Config, world: World) -> RlPhase:
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
-        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame), stage="rl")
+        known = trained_on(store, tokenizer, frame)
+        save_denoiser(denoiser, target, own, origin=before.fingerprint, trained_on=known, stage="rl")
 
     return RlPhase(
         items=store,

@@ -8,17 +8,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ladir.config import Config
-from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
 from ladir.data.rollout import GoldStore, RolloutCollator
-from ladir.errors import UnusableError
 from ladir.inference.rollout import Rollout
-from ladir.models.folders import load_denoiser_to_train, save_denoiser, vae_folder
-from ladir.models.pairing import TrainedOn, check_vae
-from ladir.models.store import folder_fingerprint, load_settings
+from ladir.models.folders import load_denoiser_to_train, save_denoiser
 from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.earlier import Earlier
 from training.phases.samples import Show, denoiser_samples
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
@@ -32,19 +29,10 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
     store, validation = stored_latents(config, folder, world)
-    source = folder.model("denoiser")
-    if vae_folder(source, source) != source:
-        raise UnusableError(
-            f"{source} was trained jointly with its VAE (stage=joint), whose latents are stored nowhere: there is no second "
-            "stage behind it; train stage 1 with stage=teacher, or leave stage 2 out"
-        )
-    before = TrainedOn.of(load_settings(source, "denoiser"))
-    check_vae(before, store.fingerprint, source, folder.model("vae"))
-    # Stage 1's, whose template may have written its day.
-    frame = Frame.saved(before.frame) if before.frame else Frame.of(tokenizer, config.data.chat_template)
-    origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
+    stage_1 = Earlier.of(config, world, tokenizer, store, folder.model("denoiser"), stage=2)
+    frame = stage_1.frame
     with sharded_init(config, settings.train, world):
-        denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
+        denoiser = load_denoiser_to_train(stage_1.folder, config.backbone, config.denoiser, world.device.type)
     recompute = config.backbone.activation_checkpointing != "none"
     teacher = denoiser_collator(config, store, tokenizer, settings.train, "rollout/teacher", frame)
     collator = RolloutCollator(teacher, settings, seed=derive(config.run.seed, "rollout"), sample=config.sample)
@@ -52,7 +40,8 @@ def rollout_phase(config: Config, world: World) -> TrainingPhase:
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
         own = ((name.removeprefix("denoiser."), tensor) for name, tensor in state)
-        save_denoiser(denoiser, target, own, origin=origin, trained_on=trained_on(store, tokenizer, frame), stage="rollout")
+        known = trained_on(store, tokenizer, frame)
+        save_denoiser(denoiser, target, own, origin=stage_1.fingerprint, trained_on=known, stage="rollout")
 
     return TrainingPhase(
         items=GoldStore(store, settings.candidates if settings.gold == "nearest" else 1),
