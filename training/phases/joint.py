@@ -9,24 +9,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
-from ladir.data.batches import VaeCollator
 from ladir.data.columns import TokenRecord
 from ladir.data.grounding import GroundedSentences
 from ladir.data.joint import JointCollator, JointRecords
 from ladir.data.prompts import Frame
-from ladir.data.randomness import derive
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import JOINT_VAE, load_vae_to_train, save_denoiser, save_vae
 from ladir.models.joint import Joint
 from ladir.models.loading import build_backbone, check_lm
 from ladir.models.store import folder_fingerprint, load_settings, update_settings
 from ladir.models.vae import Vae
-from ladir.tokens import load_tokenizer, ordinary_ids
+from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
 from training.phases.samples import Show, vae_samples
 from training.phases.tokens import Tokens
-from training.phases.vae import vae_weights
+from training.phases.vae import vae_collator, vae_weights
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
@@ -51,14 +49,7 @@ def joint_phase(config: Config, world: World) -> TrainingPhase:
     if config.denoiser.init_from_vae:
         denoiser.init_from_vae(vae)
     model = Joint(vae, denoiser)
-    sentences = VaeCollator(
-        config.vae,
-        ordinary_ids(tokenizer),
-        int(tokenizer.eos_token_id),
-        seed=derive(config.run.seed, "joint/vae"),
-        pack_tokens=config.denoiser.train.pack_tokens,
-        bos=vae.bos,
-    )
+    sentences = vae_collator(config, tokenizer, config.denoiser.train, "joint/vae", vae.bos)
     teacher = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
     collator = JointCollator(teacher, sentences, config.data.max_blocks)
 

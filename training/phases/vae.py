@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config, VaeSettings
+from ladir.config import Config, TrainSettings, VaeSettings
 from ladir.data.batches import VaeCollator
 from ladir.data.grounding import GroundedSentences
 from ladir.data.prompts import Frame, bos_ids
@@ -35,14 +35,7 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     validation = sentences_of(config, tokenizer, held_out, frame)
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
         model = new_vae(config.vae, config.backbone, world.device.type, bos_ids(tokenizer))
-    collator = VaeCollator(
-        config.vae,
-        ordinary_ids(tokenizer),
-        int(tokenizer.eos_token_id),
-        seed=derive(config.run.seed, "vae"),
-        pack_tokens=config.vae.train.pack_tokens,
-        bos=model.bos,
-    )
+    collator = vae_collator(config, tokenizer, config.vae.train, "vae", model.bos)
     return TrainingPhase(
         items=Joined(sentences_of(config, tokenizer, trained, frame), alone),
         collator=collator,
@@ -52,6 +45,20 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
         validation=Samples(validation, collator) if validation else None,
         write=lambda folder, state: save_vae(model, folder, state, base=config.backbone.name_or_path),
         show=vae_samples(config, tokenizer, _blocks(held_out), Joined(_blocks(trained), alone)),
+    )
+
+
+def vae_collator(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str, bos: tuple[int, ...]
+) -> VaeCollator:
+    """Batches of sentences for the phase ``name``, trained as ``train`` says; ``bos``: what the VAE reads before a sentence."""
+    return VaeCollator(
+        config.vae,
+        ordinary_ids(tokenizer),
+        int(tokenizer.eos_token_id),
+        seed=derive(config.run.seed, name),
+        pack_tokens=train.pack_tokens,
+        bos=bos,
     )
 
 
