@@ -16,8 +16,8 @@ from ladir.config.checks import section_errors
 from ladir.errors import UnusableError
 from ladir.evaluation.choosing import CHOICES, Candidate, choose
 from ladir.inference.asking import Ask, BatchSize, Extras, RandomSteps, TraceHook, Watch
+from ladir.inference.generation import TrajectoryGenerator
 from ladir.inference.guidance import Reward, RewardFn
-from ladir.inference.thinker import Thinker
 from ladir.inference.trajectory import Trajectory, check_questions, plain_answer
 from ladir.models.backbone import DTYPES
 from ladir.models.exports import Export, load_export, save_export
@@ -48,7 +48,7 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
-class Reasoner(Thinker):
+class Reasoner(TrajectoryGenerator):
     """Denoiser, VAE decoder and tokenizer together; made by :meth:`from_pretrained` or from trained parts."""
 
     @classmethod

@@ -137,7 +137,7 @@ def assert_sampling_by_cache(lm: PreTrainedModel) -> None:
     noise = TrajectoryNoise(0, [("q", 0), ("r", 0)])
     question = denoiser.backbone.embed(torch.cat([texts(3, 9), texts(4, 9)]))
     prefix, _ = Prefix.start(denoiser.backbone, question, torch.tensor([9, 9]))
-    sampled = list(BlockSampler(denoiser, settings, noise).think(prefix, torch.arange(2)))
+    sampled = list(BlockSampler(denoiser, settings, noise).sample(prefix, torch.arange(2)))
     expected = reference_blocks(denoiser, question, settings, TrajectoryNoise(0, [("q", 0), ("r", 0)]))
     assert torch.allclose(torch.cat([group.latents for group in sampled]), expected, rtol=1e-4, atol=1e-5)
 

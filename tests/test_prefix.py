@@ -13,7 +13,7 @@ from ladir.config import SampleSettings
 from ladir.inference.ar import complete
 from ladir.inference.cache import SHORTEST_SHARED, Prefix
 from ladir.inference.decode import decode
-from ladir.inference.sampler import BlockSampler, Think, TrajectoryNoise
+from ladir.inference.sampler import BlockSampler, FinishedTrajectories, TrajectoryNoise
 from ladir.models.backbone import Backbone
 from tests.tiny import EOS, SHAPES, tiny_denoiser, tiny_lm
 
@@ -115,9 +115,9 @@ def test_thinking_and_answering_from_the_same_cache(guidance: float) -> None:
     lengths = LENGTHS.repeat(2) if guidance != 1.0 else LENGTHS
 
     @torch.no_grad()
-    def run() -> list[tuple[Think, list[list[int]]]]:
+    def run() -> list[tuple[FinishedTrajectories, list[list[int]]]]:
         noise = TrajectoryNoise(0, [(str(q), i) for i, q in enumerate(owner.tolist())])
-        groups = list(BlockSampler(denoiser, settings, noise).think(start(denoiser.backbone, lengths).share(rows), owner))
+        groups = list(BlockSampler(denoiser, settings, noise).sample(start(denoiser.backbone, lengths).share(rows), owner))
         uniform = torch.rand(len(owner), 6, generator=torch.Generator().manual_seed(0))
         hidden = [group.prefix.append(new_tokens(group.prefix, 1, 7))[:, 0] for group in groups]
         return [

@@ -161,7 +161,7 @@ def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["training/train_vae.py"])
     run = Run(toy_config(tmp_path / "my runs"), "vae", World(0, 1, 0, torch.device("cpu")))
-    run.given = ["--config", "my own.yaml", "stage=teacher", "data.answer_prefixes=[\"Answer:\"]"]
+    run.given = ["--config", "my own.yaml", "stage=teacher", 'data.answer_prefixes=["Answer:"]']
     return run
 
 
@@ -196,7 +196,7 @@ def test_the_next_command_starts_as_this_one_was_started(
 ) -> None:
     monkeypatch.setattr(psutil.Process, "parents", lambda self: [Ancestor(*line) for line in ancestors])
     found = shlex.split(ending.next_command(run_of))
-    settings = ["--config", "my own.yaml", "data.answer_prefixes=[\"Answer:\"]"]
+    settings = ["--config", "my own.yaml", 'data.answer_prefixes=["Answer:"]']
     assert found == [*words, "training/encode_latents.py", *settings]
 
 

@@ -270,8 +270,8 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
     owner = torch.arange(len(questions)).repeat_interleave(count)
     with torch.no_grad():
         prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
-        settle = reasoner._reencode if reasoner.settings.reencode else None
-        list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, settle=settle).think(prefix, owner, hook))
+        reencode = reasoner._reencode if reasoner.settings.reencode else None
+        list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, reencode=reencode).sample(prefix, owner, hook))
     return seen
 
 
@@ -860,7 +860,7 @@ def test_a_begin_token_is_put_before_the_question_where_there_is_one() -> None:
         theirs = plain._question_prefix(["z a b"], torch.tensor([0]), False)
         latents = [
             next(
-                BlockSampler(r.denoiser, SETTINGS, noise["a b"] if r is reasoner else TrajectoryNoise(0, [("a b", 0)])).think(
+                BlockSampler(r.denoiser, SETTINGS, noise["a b"] if r is reasoner else TrajectoryNoise(0, [("a b", 0)])).sample(
                     prefix, torch.tensor([0])
                 )
             ).latents

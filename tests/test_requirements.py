@@ -86,7 +86,6 @@ def test_the_makefile_gives_the_pins_to_every_pip() -> None:
         assert "$(PIP)" not in call or "--build-constraint $(PINS)" in call or call.endswith("$(PIP) pip setuptools"), call
 
 
-
 def test_every_wheel_for_a_machine_without_network_is_pinned() -> None:
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (names,) = [line.partition(":=")[2].split() for line in text.splitlines() if line.startswith("WHEEL_NAMES")]

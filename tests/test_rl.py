@@ -318,7 +318,7 @@ def test_a_packed_pass_at_kept_steps_finds_the_noise_that_the_sampler_drew() -> 
         sampler = BlockSampler(denoiser, sample, drawing, kept=kept)
         lines = {
             row: group.latents[place]
-            for group in sampler.think(prefix, torch.zeros(3, dtype=torch.int64))
+            for group in sampler.sample(prefix, torch.zeros(3, dtype=torch.int64))
             for place, row in enumerate(group.rows)
         }
     shape, times = (1, denoiser.latents_per_block, denoiser.latent_dim), step_times(sample)

@@ -14,34 +14,34 @@ from training.runtime.sampler import BatchSizeError, DataOrder, MicroBatch, micr
 from training.runtime.schedule import Progress, learning_rate
 
 
-def numbered(window: list[MicroBatch]) -> list[tuple[int, int]]:
-    """(number, index) of every sample of a window."""
-    return [pair for indices, numbers in window for pair in zip(numbers, indices, strict=True)]
+def numbered(step_batch: list[MicroBatch]) -> list[tuple[int, int]]:
+    """(number, index) of every sample of a step's batch."""
+    return [pair for indices, numbers in step_batch for pair in zip(numbers, indices, strict=True)]
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.integers(1, 8), st.integers(0, 2**31))
 def test_any_number_of_ranks_sees_the_same_global_batches(samples: int, per_rank: int, world: int, most: int, seed: int) -> None:
     batch = per_rank * world
     for step in range(3):
-        alone = DataOrder(samples, batch, seed).window(step * batch, 0, 1, micro_batch_size(batch, 1, most))
+        alone = DataOrder(samples, batch, seed).micro_batches(step * batch, 0, 1, micro_batch_size(batch, 1, most))
         micro = micro_batch_size(batch, world, most)
-        shared = [DataOrder(samples, batch, seed).window(step * batch, rank, world, micro) for rank in range(world)]
+        shared = [DataOrder(samples, batch, seed).micro_batches(step * batch, rank, world, micro) for rank in range(world)]
         expected = sorted(numbered(alone))
-        assert sorted(pair for window in shared for pair in numbered(window)) == expected
+        assert sorted(pair for step_batch in shared for pair in numbered(step_batch)) == expected
         assert [number for number, _ in expected] == list(range(step * batch, (step + 1) * batch))
-        assert {len(window) for window in shared} == {per_rank // micro} and micro <= most
+        assert {len(step_batch) for step_batch in shared} == {per_rank // micro} and micro <= most
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([2, 3, 4]), st.integers(1, 8), st.integers(0, 2**31))
 def test_known_lengths_change_only_who_gets_a_sample(samples: int, per_rank: int, world: int, most: int, seed: int) -> None:
     batch, lengths = per_rank * world, [(7 * i * i) % 41 for i in range(samples)]
     micro, order = micro_batch_size(batch, world, most), DataOrder(samples, batch, seed, lengths.__getitem__)
-    alone, plain = order.window(batch, 0, 1, micro), DataOrder(samples, batch, seed)
-    assert alone == plain.window(batch, 0, 1, micro)
-    shared = [order.window(batch, rank, world, micro) for rank in range(world)]
-    assert sorted(pair for window in shared for pair in numbered(window)) == sorted(numbered(alone))
-    assert {len(part) for window in shared for part, _ in window} == {micro}
-    assert all(numbers == sorted(numbers) for window in shared for _, numbers in window)
+    alone, plain = order.micro_batches(batch, 0, 1, micro), DataOrder(samples, batch, seed)
+    assert alone == plain.micro_batches(batch, 0, 1, micro)
+    shared = [order.micro_batches(batch, rank, world, micro) for rank in range(world)]
+    assert sorted(pair for step_batch in shared for pair in numbered(step_batch)) == sorted(numbered(alone))
+    assert {len(part) for step_batch in shared for part, _ in step_batch} == {micro}
+    assert all(numbers == sorted(numbers) for step_batch in shared for _, numbers in step_batch)
 
 
 def test_ranks_get_equal_shares_of_the_work_in_every_pass() -> None:
@@ -49,8 +49,8 @@ def test_ranks_get_equal_shares_of_the_work_in_every_pass() -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 0.7, 2000).astype(int)
 
     def balance(order: DataOrder, batch: int, ranks: int, micro: int) -> float:
-        windows = [[order.window(step * batch, rank, ranks, micro) for rank in range(ranks)] for step in range(4)]
-        work = np.array([[[lengths[indices].sum() for indices, _ in rank] for rank in window] for window in windows])
+        batches = [[order.micro_batches(step * batch, rank, ranks, micro) for rank in range(ranks)] for step in range(4)]
+        work = np.array([[[lengths[indices].sum() for indices, _ in rank] for rank in step_batch] for step_batch in batches])
         return float(work.mean(axis=1).sum() / work.max(axis=1).sum())
 
     for batch, ranks, micro, before, after in ((64, 32, 2, 0.4, 0.45), (64, 8, 2, 0.55, 0.8), (256, 32, 2, 0.45, 0.75)):

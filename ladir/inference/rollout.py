@@ -32,7 +32,7 @@ from ladir.spans import staggered, step_schedule
 T = TypeVar("T")
 
 #: the most of every number over all ranks: what one rank needs, the others run along
-Agreement = Callable[[Sequence[int]], Sequence[int]]
+MaxOverRanks = Callable[[Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,12 @@ class Rollout(nn.Module):
         settings: RolloutSettings,
         max_blocks: int,
         recompute: bool,
-        agree: Agreement | None = None,
+        max_over_ranks: MaxOverRanks | None = None,
         sample: SampleSettings | None = None,
     ) -> None:
-        """``max_blocks``: most of a record; ``recompute``: see :class:`RolloutCache`; ``agree``: needed with several ranks.
+        """``max_blocks``: most of a record; ``recompute``: see :class:`RolloutCache`.
+
+        ``max_over_ranks``: needed with several ranks.
 
         ``sample``: how sampling is set, which the own blocks follow in steps, spacing, lag and guidance (:func:`sampling_of`).
         """
@@ -153,7 +155,7 @@ class Rollout(nn.Module):
         self.sample = sample or SampleSettings()
         self.denoiser, self.settings, self.max_blocks, self.recompute = denoiser, settings, max_blocks, recompute
         self._own_blocks = settings.last_blocks or max_blocks
-        self._agree = agree
+        self._max_over_ranks = max_over_ranks
 
     def forward(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """Summed losses: stage 1's, and ``rollout``, the answer's cross-entropy, mean over a record's labels.
@@ -161,7 +163,7 @@ class Rollout(nn.Module):
         ``stop`` includes the decisions behind the model's own blocks.  Metrics: how far the own blocks are from the gold solution
         (mean square per element), how often that is another one than the record's own, how many answer tokens are right.
         """
-        thoughts = self._think(batch)
+        thoughts = self._generate_blocks(batch)
         own = torch.stack(thoughts.latents, dim=1).detach()
         own = F.pad(own, (0, 0, 0, 0, 0, batch.gold.shape[2] - own.shape[1]))
         chosen, distance = self._nearest(own, batch)
@@ -189,10 +191,10 @@ class Rollout(nn.Module):
             2 if any(first < count < first + span + last for count in blocks) else int(first < blocks[0])
             for first in range(0, self.max_blocks, span)
         ]
-        rounds = list(self._agree(mine)) if self._agree is not None else mine
+        rounds = list(self._max_over_ranks(mine)) if self._max_over_ranks is not None else mine
         return [work for work in rounds if work]
 
-    def _think(self, batch: RolloutBatch) -> _Thoughts:
+    def _generate_blocks(self, batch: RolloutBatch) -> _Thoughts:
         """Every record's true number of blocks, the last ones its own, all rows at once."""
         guided = self.sampling.guidance_scale != 1
         thoughts = _Thoughts(self._question(batch), self._question(batch, hidden=True) if guided else None)

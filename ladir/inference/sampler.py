@@ -31,7 +31,7 @@ NOISE = -1
 BlockHook = Callable[[list[int], int, Tensor], None]
 
 #: what takes the place of finished blocks of clean latents [R, L, d]
-Settle = Callable[[Tensor], Tensor]
+Reencode = Callable[[Tensor], Tensor]
 
 
 def step_times(settings: SampleSettings) -> list[float]:
@@ -121,8 +121,8 @@ class KeptSteps:
 
 
 @dataclass
-class Think:
-    """What a group of trajectories that stopped after the same block has thought.
+class FinishedTrajectories:
+    """A group of trajectories that stopped after the same block: all their blocks are there, their answers are not.
 
     ``rows`` [n] trajectory indices; ``latents`` [n, B, L, d] standardised; ``states`` [n, B, H] hidden states at every <EOT>;
     ``prefix`` the cache behind the last <EOT> (conditional branch); ``stopped`` whether the stop head ended it, or the limit on
@@ -147,7 +147,7 @@ class BlockSampler:
         settings: SampleSettings,
         noise: TrajectoryNoise,
         reward: Reward | None = None,
-        settle: Settle | None = None,
+        reencode: Reencode | None = None,
         graphs: Graphs | None = None,
         kept: KeptSteps | None = None,
         value: BlockValue | None = None,
@@ -158,15 +158,15 @@ class BlockSampler:
         self.settings = settings
         self.noise = noise
         self.reward = reward
-        self.settle = settle
+        self.reencode = reencode
         self.value = value if settings.verifier_scale else None
         self.graphs = graphs if can_capture(denoiser) else None
         self.kept = kept
 
-    def think(
+    def sample(
         self, prefix: Prefix, owner: Tensor, on_step: StepHook | None = None, on_block: BlockHook | None = None
-    ) -> Iterator[Think]:
-        """All trajectories' blocks, in groups as they end: a group's cache is let go before the others think on.
+    ) -> Iterator[FinishedTrajectories]:
+        """All trajectories' blocks, in groups as they end: a group's cache is let go before the others go on.
 
         ``prefix``: R rows, or 2 R with the unconditional branch behind the conditional one (guidance); ``owner`` [R]: question
         of each row, consecutive.
@@ -187,7 +187,7 @@ class BlockSampler:
                 group = (leaving & (stop == ended)).nonzero()[:, 0]
                 if len(group):
                     latents, seen = torch.stack(blocks, 1)[group], torch.stack(states, 1)[group]
-                    yield Think([rows[i] for i in group.tolist()], latents, seen, prefix.select(group), ended)
+                    yield FinishedTrajectories([rows[i] for i in group.tolist()], latents, seen, prefix.select(group), ended)
             keep = (~leaving).nonzero()[:, 0]
             if not len(keep):
                 break
@@ -242,8 +242,8 @@ class BlockSampler:
                 append_block(self.denoiser, prefix, block)
         return torch.cat(moved, dim=1)
 
-    def _settled(self, z: Tensor) -> Tensor:
-        return z if self.settle is None else self.settle(z)
+    def _reencoded(self, z: Tensor) -> Tensor:
+        return z if self.reencode is None else self.reencode(z)
 
     def _noise(self, prefix: Prefix, rows: list[int]) -> Tensor:
         """Fresh noise for a span of each row [R, J, L, d]."""
@@ -275,7 +275,7 @@ class BlockSampler:
             return self._velocity(prefix, z, times, state, visible, positions)
 
         velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(passes))
-        # Nothing in the loop waits for the device or copies to it (settling apart); shapes are the same at every pass.
+        # Nothing in the loop waits for the device or copies to it (``reencode`` apart); shapes are the same at every pass.
         for number, moving in enumerate(passes):
             velocity, state = velocity_at(z, now[number], state)
             force = diversity_force(z, groups) if s.diversity_scale else None
@@ -291,7 +291,7 @@ class BlockSampler:
                 if self.kept is not None and step in self.kept.steps:
                     self.kept.add(rows, before, blocks[block])
                 if step == steps - 1:
-                    blocks[block] = self._settled(blocks[block])
+                    blocks[block] = self._reencoded(blocks[block])
             z = torch.stack(blocks, 1)
             if on_step is not None:
                 for block, step, x0 in estimates:

@@ -56,7 +56,7 @@ class Reasoning:
         lengths = torch.tensor([self.question.shape[1]], device=self.bench.device)
         prefix = Prefix.start(self.denoiser.backbone, self.question, lengths)[0].share(self.owner)
         sampler = BlockSampler(self.denoiser, self.settings, self._noise(), graphs=Graphs())
-        [group] = sampler.think(prefix, self.owner, watch)
+        [group] = sampler.sample(prefix, self.owner, watch)
         return group.latents
 
     def obvious(self) -> Tensor:

@@ -162,15 +162,15 @@ def zero3_step(bench: Bench, key: str, world: World) -> Row:
     )
 
 
-def deepspeed_parts(step: Callable[[], None], turns: int) -> dict[str, float]:
+def deepspeed_parts(step: Callable[[], None], repeats: int) -> dict[str, float]:
     """Milliseconds of wall time per step in DeepSpeed's functions, by cProfile (which slows Python code down, some twofold)."""
     profile = cProfile.Profile()
-    for _ in range(turns):
+    for _ in range(repeats):
         profile.runcall(step)
     found = dict.fromkeys([*_PARTS, "own code"], 0.0)
     for (file, _, function), (_, _, own, cumulative, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         if "deepspeed" in file:
-            found["own code"] += 1e3 * own / turns
+            found["own code"] += 1e3 * own / repeats
             for part, names in _PARTS.items():
-                found[part] += 1e3 * cumulative / turns if function in names else 0.0
+                found[part] += 1e3 * cumulative / repeats if function in names else 0.0
     return found

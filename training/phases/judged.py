@@ -64,14 +64,14 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     starts = range(0, len(records), settings.questions_per_batch)
     left = run.world.broadcast([s for s in starts if not _part(folder, s).is_file()] if run.world.is_main else None)
     run.world.wait_at_most(_BATCH_MINUTES)
-    reasoner = load_thinker(run.config, denoiser, run.folder, tokenizer, run.world.device) if left else None
+    reasoner = load_trained_reasoner(run.config, denoiser, run.folder, tokenizer, run.world.device) if left else None
     for first in range(0, len(left), run.world.size):
         if run.stop_agreed():
             return None
         for start in left[first + run.world.rank :][:1]:
             assert reasoner is not None
             asked = range(start, min(start + settings.questions_per_batch, len(records)))
-            _keep(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
+            _ask_and_judge(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
     run.world.barrier()
     run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
     if run.world.is_main and left:
@@ -90,7 +90,7 @@ def chosen_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: T
     return [distinct[i] for i in order[: config.verifier.num_questions]]
 
 
-def load_thinker(
+def load_trained_reasoner(
     config: Config, denoiser: Path, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Reasoner:
     """Who is asked: the models as they were trained, before they are exported.  The VAE is loaded where blocks are read again."""
@@ -107,7 +107,7 @@ def judged_trajectories(folder: Path) -> list[JudgedTrajectory]:
     return [trajectory for part in sorted(folder.glob("*.safetensors")) for trajectory in read_judged(part)]
 
 
-def _keep(part: Path, run: Run, reasoner: Reasoner, task: Task, records: dict[int, Record]) -> None:
+def _ask_and_judge(part: Path, run: Run, reasoner: Reasoner, task: Task, records: dict[int, Record]) -> None:
     """Ask and judge one batch of questions, by number; the file appears whole."""
     start, seed = time.perf_counter(), derive(run.config.run.seed, "verifier")
     asks = [Ask(record.question, run.config.verifier.num_trajectories, seed) for record in records.values()]

@@ -41,8 +41,8 @@ from training.runtime.phase import Underway
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.stages import last_denoiser
+from training.runtime.step_batches import StepBatch
 from training.runtime.telemetry import Telemetry
-from training.runtime.windows import Window
 
 #: records on which the distance from the start is measured
 _COMPARED = 16
@@ -53,10 +53,10 @@ class RlPhase(TrainingPhase):
     """A training on its own attempts, beside stored gold records; ``lag``: of the model that makes the attempts."""
 
     lag: Lag
-    steps: Callable[[Underway], Generator[Window]]
+    steps: Callable[[Underway], Generator[StepBatch]]
 
-    def windows(self, training: Underway) -> Generator[Window]:
-        """A window for every step to come."""
+    def step_batches(self, training: Underway) -> Generator[StepBatch]:
+        """A batch for every step to come."""
         return self.steps(training)
 
 
@@ -100,7 +100,7 @@ def rl_phase(config: Config, world: World) -> RlPhase:
         write=write,
         show=_attempts_and_distance(steps, _Start(old, _fixed_batch(validation or store, teacher))),
         lag=Lag(settings.old_decay, settings.updates),
-        steps=steps.windows,
+        steps=steps.step_batches,
     )
 
 

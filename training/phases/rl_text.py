@@ -78,5 +78,5 @@ def rl_text_phase(config: Config, world: World) -> RlPhase:
         write=lambda target, state: write_lm(backbone, tokenizer, target, own(state), bidirectional, frame),
         show=lambda model, telemetry, step: show_attempts(steps, telemetry, step),
         lag=Lag(settings.old_decay, settings.updates),
-        steps=steps.windows,
+        steps=steps.step_batches,
     )

@@ -29,7 +29,7 @@ from training.reinforcement.asking import Asked, Asker
 from training.runtime.distributed import World
 from training.runtime.phase import Underway
 from training.runtime.sampler import DataOrder
-from training.runtime.windows import Window
+from training.runtime.step_batches import StepBatch
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Collator(Protocol):
 
 @dataclass
 class OwnSteps:
-    """Makes the windows of a training on its own attempts.
+    """Makes the batches of a training on its own attempts.
 
     ``records``: the questions; ``old``: a whole model of its own on every rank, which is given the old model's weights before
     every iteration; ``asker`` asks it; ``collator`` makes batches of attempts; ``num_steps``: denoising steps of a block.
@@ -65,8 +65,8 @@ class OwnSteps:
         self.last: list[Group] = []
         """The groups of the iteration under way, for those who look at them."""
 
-    def windows(self, training: Underway) -> Generator[Window]:
-        """A window for every step from the present one on; one without batches where the training ends."""
+    def step_batches(self, training: Underway) -> Generator[StepBatch]:
+        """A batch for every step from the present one on; one without batches where the training ends."""
         step = training.progress.step
         learning: float | None = None
         with self._gold(training) as gold:
@@ -74,21 +74,21 @@ class OwnSteps:
                 iteration, update = divmod(step, self.settings.updates)
                 asked = None if training.ending() else self._ask(training, iteration)
                 if asked is None:
-                    yield Window(0, [], [], 0.0)
+                    yield StepBatch(0, [], [], 0.0)
                     continue
                 metrics = {} if update else _metrics(asked, learning)
                 teaching = self._teaching(asked.groups)
                 start = time.perf_counter()
                 while step < (iteration + 1) * self.settings.updates:
-                    yield self._window(training, teaching, step, next(gold), metrics)
+                    yield self._step_batch(training, teaching, step, next(gold), metrics)
                     step, metrics = step + 1, {}
                 learning = time.perf_counter() - start
 
-    def _gold(self, training: Underway) -> AbstractContextManager[Iterator[Window]]:
-        """Windows of gold records, for stage 1's losses."""
+    def _gold(self, training: Underway) -> AbstractContextManager[Iterator[StepBatch]]:
+        """Batches of gold records, for stage 1's losses."""
         if self.settings.anchor_weight:
             return training.stored()
-        return nullcontext(itertools.repeat(Window(0, [], [], 0.0)))
+        return nullcontext(itertools.repeat(StepBatch(0, [], [], 0.0)))
 
     def _ask(self, training: Underway, iteration: int) -> Asked | None:
         """An iteration's attempts on all ranks; None where a stop was asked for meanwhile."""
@@ -117,13 +117,15 @@ class OwnSteps:
             logger.warning("no question of this iteration has attempts that differ in reward: nothing is learned from it")
         return teaching or numbered[:1]
 
-    def _window(self, training: Underway, teaching: _Numbered, step: int, gold: Window, metrics: dict[str, Tensor]) -> Window:
+    def _step_batch(
+        self, training: Underway, teaching: _Numbered, step: int, gold: StepBatch, metrics: dict[str, Tensor]
+    ) -> StepBatch:
         """A step's micro batches of this rank: attempts, as many batches on every rank, then gold records."""
         parts = share_attempts(teaching, training.settings.micro_batch, training.world)
         batches = [self._batch(part, counted, step, training.world.device) for part, counted in parts]
         # What is named where a loss is not finite is a global batch of gold records, which alone can be left out.
         numbers = [gold.first for _ in parts]
-        return Window(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
+        return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
 
     def _batch(self, part: _Numbered, counted: int, step: int, device: torch.device) -> Any:
         """Attempts as a batch, with what the old model predicts there."""

@@ -29,11 +29,11 @@ from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
 from training.runtime.schedule import Progress, learning_rate
 from training.runtime.status import Pace
+from training.runtime.step_batches import StepBatch, StepBatchLoader
 from training.runtime.telemetry import Telemetry
 from training.runtime.topology import section_of
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
 from training.runtime.validation import validate
-from training.runtime.windows import Window, WindowLoader
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ def train(run: Run, phase: Phase) -> Outcome:
 def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcome:
     """One turn is one optimizer step."""
     progress = trainer.progress
-    with trainer.telemetry(), trainer.windows() as windows:
+    with trainer.telemetry(), trainer.step_batches() as step_batches:
         trainer.catch_up()
-        for window in windows:
-            stop = trainer.all_reduce_counts(window)
+        for step_batch in step_batches:
+            stop = trainer.all_reduce_counts(step_batch)
             if stop or progress.fraction(settings, num_samples) >= 1:
                 break
             ahead = progress.after(settings.global_batch).fraction(settings, num_samples)
-            gradient_norm = trainer.accumulate(window)
+            gradient_norm = trainer.accumulate(step_batch)
             lr = learning_rate(settings, ahead)
             trainer.engine.step(lr)
             trainer.advance(lr, gradient_norm, ahead)
@@ -96,7 +96,7 @@ class Trainer:
         self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
         self._saved_seconds = 0.0
         self._counts: dict[str, float] = {}
-        self._window = {"tokens": 0.0, "wait": 0.0}
+        self._step_counts = {"tokens": 0.0, "wait": 0.0}
         self._interval = {"tokens": 0.0, "flops": 0.0, "wait": 0.0, "seconds": 0.0}
         self._sample_ids: list[list[int]] = []
         self._first = True
@@ -136,15 +136,15 @@ class Trainer:
             self._interval["seconds"] = self.progress.seconds
             yield
 
-    def windows(self) -> AbstractContextManager[Iterator[Window]]:
+    def step_batches(self) -> AbstractContextManager[Iterator[StepBatch]]:
         """The data from here on."""
-        return closing(self.phase.windows(self)) if isinstance(self.phase, OnPolicy) else self.stored()
+        return closing(self.phase.step_batches(self)) if isinstance(self.phase, OnPolicy) else self.stored()
 
-    def stored(self) -> WindowLoader:
+    def stored(self) -> StepBatchLoader:
         """The phase's stored samples from here on."""
         settings = self.settings
         consumed, skipped = self.progress.samples, settings.skip_samples
-        return WindowLoader(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
+        return StepBatchLoader(self.phase, self.order, consumed, self.world, self.micro, settings.data_processes, skipped)
 
     @contextmanager
     def errors_explained(self) -> Iterator[None]:
@@ -204,23 +204,23 @@ class Trainer:
         """Training seconds so far, by this rank's clock."""
         return time.perf_counter() - self._started
 
-    def all_reduce_counts(self, window: Window) -> bool:
+    def all_reduce_counts(self, step_batch: StepBatch) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
-        self._sample_ids = [list(batch.sample_ids) for batch in window.batches]
+        self._sample_ids = [list(batch.sample_ids) for batch in step_batch.batches]
         self._profiler.before(self.progress.step + 1)
         self._arrive(SAMPLES_READ)
         self.run.stop.announce()
         seconds = self._seconds() if self.world.is_main else 0.0
-        counts = [window.count(term) for term in self.phase.weights]
-        values = [*counts, window.num_tokens, window.wait, float(self.run.stop.requested), seconds]
+        counts = [step_batch.count(term) for term in self.phase.weights]
+        values = [*counts, step_batch.num_tokens, step_batch.wait, float(self.run.stop.requested), seconds]
         *counts, tokens, wait, stops, seconds = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
         self._counts = dict(zip(self.phase.weights, counts, strict=True))
-        self._window = {"tokens": tokens, "wait": wait / self.world.size}  # counted once it is trained on
+        self._step_counts = {"tokens": tokens, "wait": wait / self.world.size}  # counted once it is trained on
         self.progress.seconds = seconds
-        if window.first > self.progress.samples:
-            logger.info("samples %d to %d are left out (skip_samples)", self.progress.samples, window.first - 1)
-            self.progress.samples = window.first
-        self._ranks.waited(window.wait)
+        if step_batch.first > self.progress.samples:
+            logger.info("samples %d to %d are left out (skip_samples)", self.progress.samples, step_batch.first - 1)
+            self.progress.samples = step_batch.first
+        self._ranks.waited(step_batch.wait)
         self.run.status.say(f"step {self.progress.step + 1}: forward and backward")
         return stops > 0
 
@@ -230,20 +230,20 @@ class Trainer:
         waits = ", waits for the other ranks" if self.world.size > 1 else ""
         self.run.status.say(f"step {self.progress.step + 1}: {part}{waits}")
 
-    def accumulate(self, window: Window) -> float:
+    def accumulate(self, step_batch: StepBatch) -> float:
         """Forward and backward of all micro batches, then the second all-reduce: loss sums and gradient norm.
 
         Returns the gradient norm before clipping; raises :class:`NonFiniteError` on all ranks together.
         """
         sums, losses = LossSums(self.phase.weights, self.world.device), []
-        self.meters.add_metrics(window.metrics)
-        for number, batch in enumerate(window.batches):
-            torch.manual_seed(_seed(self.run.config.run.seed, window.numbers[number]))  # dropout inside the model
+        self.meters.add_metrics(step_batch.metrics)
+        for number, batch in enumerate(step_batch.batches):
+            torch.manual_seed(_seed(self.run.config.run.seed, step_batch.numbers[number]))  # dropout inside the model
             # The first of a kind is counted, for which compiled layers run as they were written, forward and back.
             with nullcontext() if batch.kind in self._flops_per_token else as_written(self.engine.model):
                 outputs = self._forward(batch)
                 loss = self._weighted(outputs)
-                self.engine.backward(loss, last=number + 1 == len(window.batches))
+                self.engine.backward(loss, last=number + 1 == len(step_batch.batches))
             losses.append(loss.detach())
             sums.add(outputs)
             self.meters.add_metrics(outputs)
@@ -251,7 +251,7 @@ class Trainer:
         self._arrive(GRADIENTS_COMPUTED)
         *values, square_sum = self.world.sum(torch.cat([sums.stacked(), square])).tolist()
         if not all(map(math.isfinite, (*values, square_sum))):
-            self._report_non_finite(window, losses)
+            self._report_non_finite(step_batch, losses)
         self.meters.add_losses(dict(zip(self.phase.weights, values, strict=True)), self._counts)
         return math.sqrt(square_sum)
 
@@ -276,11 +276,11 @@ class Trainer:
         self._interval["flops"] += self._flops_per_token[batch.kind] * batch.num_tokens
         return outputs
 
-    def _report_non_finite(self, window: Window, losses: list[Tensor]) -> NoReturn:
+    def _report_non_finite(self, step_batch: StepBatch, losses: list[Tensor]) -> NoReturn:
         """Find out together which rank's samples it was."""
         finite = [bool(torch.isfinite(loss)) for loss in losses]
-        bad = [list(batch.sample_ids) for batch, fine in zip(window.batches, finite, strict=True) if not fine]
-        first = min((number for number, fine in zip(window.numbers, finite, strict=True) if not fine), default=math.inf)
+        bad = [list(batch.sample_ids) for batch, fine in zip(step_batch.batches, finite, strict=True) if not fine]
+        first = min((number for number, fine in zip(step_batch.numbers, finite, strict=True) if not fine), default=math.inf)
         found = self.world.gather((bad, self._sample_ids, first))
         where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _, _) in enumerate(found) if ids]
         if not where:
@@ -288,7 +288,7 @@ class Trainer:
         named = min(first for *_, first in found)
         raise NonFiniteError(
             f"phase {self.run.phase}, step {self.progress.step + 1}: not finite: {'; '.join(where)}. "
-            f"Neither weights nor checkpoints were touched. {self._remedy(window.first if named == math.inf else int(named))}"
+            f"Neither weights nor checkpoints were touched. {self._remedy(step_batch.first if named == math.inf else int(named))}"
         )
 
     def _remedy(self, number: int) -> str:
@@ -310,7 +310,7 @@ class Trainer:
         self.progress.samples += self.settings.global_batch
         self._profiler.after(step)
         self._tell(ahead)
-        for name, amount in self._window.items():
+        for name, amount in self._step_counts.items():
             self._interval[name] += amount
         self._unlogged = (lr, gradient_norm)
         if step % self.settings.log_every == 0:

@@ -19,7 +19,7 @@ from training.runtime.schedule import Progress
 if TYPE_CHECKING:
     from training.runtime.distributed import World
     from training.runtime.engine import Engine, Lag
-    from training.runtime.windows import Window, WindowLoader
+    from training.runtime.step_batches import StepBatch, StepBatchLoader
 
 
 class Batch(Protocol):
@@ -121,8 +121,8 @@ class Underway(Protocol):
     def patience(self) -> AbstractContextManager[None]:
         """Inside, ranks may wait long for one another."""
 
-    def stored(self) -> WindowLoader:
-        """Windows of the phase's stored samples, from the present step on."""
+    def stored(self) -> StepBatchLoader:
+        """Batches of the phase's stored samples, from the present step on."""
 
 
 @runtime_checkable
@@ -131,8 +131,8 @@ class OnPolicy(Protocol):
 
     lag: Lag
 
-    def windows(self, training: Underway) -> Generator[Window]:
-        """A window for every step to come, from the present one on (on all ranks together).
+    def step_batches(self, training: Underway) -> Generator[StepBatch]:
+        """A batch for every step to come, from the present one on (on all ranks together).
 
         Where ``training.ending()`` says so, one without batches: it is not trained on.
         """

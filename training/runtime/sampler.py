@@ -55,14 +55,14 @@ class DataOrder:
         epoch, position = divmod(number, self.num_samples)
         return int(self._permutation(epoch)[position])
 
-    def window(self, consumed: int, rank: int, world_size: int, micro: int) -> list[MicroBatch]:
+    def micro_batches(self, consumed: int, rank: int, world_size: int, micro: int) -> list[MicroBatch]:
         """This rank's micro batches of the next global batch, after ``consumed`` samples of the run."""
         numbers = list(range(consumed, consumed + self.global_batch))
         stride = micro * world_size
         if self._length is not None and world_size > 1:
             numbers = self._dealt(numbers, self._length, world_size, stride)
-        windows = (numbers[start : start + micro] for start in range(rank * micro, self.global_batch, stride))
-        return [([self.index(number) for number in part], part) for part in windows]
+        parts = (numbers[start : start + micro] for start in range(rank * micro, self.global_batch, stride))
+        return [([self.index(number) for number in part], part) for part in parts]
 
     def _dealt(self, numbers: list[int], length: Callable[[int], int], ranks: int, stride: int) -> list[int]:
         """``numbers`` so ordered that the micro batches that ranks go through together are alike, and their sums as well.

@@ -51,7 +51,7 @@ class Status:
         """``file``: what an earlier start of the phase wrote there says how many there were."""
         self._file, self._every, self._ended = file, every_seconds, threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread = threading.Thread(target=self._write_regularly, daemon=True)
         now = time.time()
         self._facts: dict[str, Any] = {
             "phase": phase,
@@ -98,7 +98,7 @@ class Status:
         self.say("", ended=time.time())
         self._write()
 
-    def _keep(self) -> None:
+    def _write_regularly(self) -> None:
         while not self._ended.wait(self._every):
             self._write()
 

@@ -18,7 +18,7 @@ TYPE_CHECKING = False  # typing's own would cost a third of the start
 if TYPE_CHECKING:
     from typing import Any
 
-    Kept = list[tuple[str, types.ModuleType, dict[str, Any]]]
+    Snapshot = list[tuple[str, types.ModuleType, dict[str, Any]]]
 
 # What the functions below call is theirs, whatever a program does to Python's own.
 globals()["__builtins__"] = dict(vars(builtins))
@@ -92,9 +92,9 @@ def _compiled_tests(request: dict[str, Any], setup: list[types.CodeType]) -> typ
     return _compiled(request["tests"], _TESTS, _futures(setup[0]) if setup else 0)
 
 
-def _keep(modules: list[str]) -> Kept:
+def _snapshot(modules: list[str]) -> Snapshot:
     """The functions and classes of the modules that tests import, as they are now."""
-    kept: Kept = []
+    kept: Snapshot = []
     for name in modules:
         try:
             __import__(name)
@@ -105,7 +105,7 @@ def _keep(modules: list[str]) -> Kept:
     return kept
 
 
-def _refuse_changed(kept: Kept) -> None:
+def _refuse_changed(kept: Snapshot) -> None:
     for name, module, values in kept:
         if sys.modules.get(name) is not module:
             raise _Changed(f"module {name}")
@@ -138,7 +138,7 @@ def _run(request: dict[str, Any]) -> None:
     names |= {"__file__": _PROGRAM, "__loader__": source, "__builtins__": vars(builtins)}
     for setup in parts[:-1]:
         exec(setup, names)  # noqa: S102 (what the sandbox is for)
-    kept = _keep(request["modules"])
+    kept = _snapshot(request["modules"])
     own = dict(vars(builtins))
     exec(parts[-1], names)  # noqa: S102
     _refuse_changed(kept)

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from tests.toy_phase import ToyPhase
 from training.runtime.distributed import World
 from training.runtime.sampler import DataOrder
-from training.runtime.windows import Window, WindowLoader
+from training.runtime.step_batches import StepBatch, StepBatchLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: a training that is asked to stop, process group and all, goes on, and then fails or goes on for ever
 PROGRAM = """
 import os, signal, sys
-from tests.test_windows import windows
+from tests.test_step_batches import loader
 from training.runtime.preemption import StopRequest
-with StopRequest("USR1") as stop, windows(processes=2) as made:
-    for number, window in enumerate(made):
+with StopRequest("USR1") as stop, loader(processes=2) as made:
+    for number, step_batch in enumerate(made):
         if number == 3:
             for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 os.killpg(0, sent)
@@ -41,32 +41,32 @@ with StopRequest("USR1") as stop, windows(processes=2) as made:
 """
 
 
-def windows(consumed: int = 0, processes: int = 0, phase: ToyPhase | None = None) -> WindowLoader:
+def loader(consumed: int = 0, processes: int = 0, phase: ToyPhase | None = None) -> StepBatchLoader:
     """Global batches of 8 in micro batches of 4, of rank 1 of 2."""
     world = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
     phase = phase or ToyPhase()
-    return WindowLoader(phase, DataOrder(phase.num_samples, 8, seed=0), consumed, world, 4, processes)
+    return StepBatchLoader(phase, DataOrder(phase.num_samples, 8, seed=0), consumed, world, 4, processes)
 
 
-def content(window: Window) -> list[object]:
-    """What a window holds, but for the time it took."""
-    return [window.numbers, [(batch.sample_ids, batch.inputs.tolist()) for batch in window.batches]]
+def content(step_batch: StepBatch) -> list[object]:
+    """What a batch holds, but for the time it took."""
+    return [step_batch.numbers, [(batch.sample_ids, batch.inputs.tolist()) for batch in step_batch.batches]]
 
 
 def first(count: int, consumed: int, processes: int) -> list[list[object]]:
-    with windows(consumed, processes) as made:
-        return [content(window) for window, _ in zip(made, range(count), strict=False)]
+    with loader(consumed, processes) as made:
+        return [content(step_batch) for step_batch, _ in zip(made, range(count), strict=False)]
 
 
 @settings(max_examples=8, deadline=None)
 @given(start=st.integers(0, 9).map(lambda steps: 8 * steps), processes=st.integers(1, 3))
-def test_processes_and_the_thread_make_the_same_windows_from_any_step(start: int, processes: int) -> None:
+def test_processes_and_the_thread_make_the_same_batches_from_any_step(start: int, processes: int) -> None:
     expected = first(5, start, 0)
     assert first(5, start, processes) == expected
     assert first(4, start + 8, processes) == expected[1:]
 
 
-def error_of(made: WindowLoader) -> str:
+def error_of(made: StepBatchLoader) -> str:
     """What the error says that ends them."""
     try:
         with made:
@@ -86,7 +86,7 @@ def test_an_error_names_the_samples_and_leaves_no_process(processes: int) -> Non
             raise ValueError("torn sample")
 
     phase.before_collate = refuse
-    told = error_of(windows(processes=processes, phase=phase))
+    told = error_of(loader(processes=processes, phase=phase))
     assert "torn sample" in told and "while samples [" in told
     assert set(multiprocessing.active_children()) == set(others)
 

@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Window:
-    """This rank's part of a global batch."""
+class StepBatch:
+    """This rank's part of a global batch: the micro batches of one optimizer step."""
 
     first: int
     """Number of the global batch's first sample in the whole run."""
@@ -45,8 +45,8 @@ class Window:
         return sum(batch.num_tokens for batch in self.batches)
 
 
-class WindowLoader:
-    """Endless iterator over a rank's windows, collated ahead.  Use as a context manager."""
+class StepBatchLoader:
+    """Endless iterator over a rank's step batches, collated ahead.  Use as a context manager."""
 
     def __init__(
         self,
@@ -67,19 +67,19 @@ class WindowLoader:
         starts = (start for start in itertools.count(consumed, size) if bad.isdisjoint(range(start, start + size)))
         self._ahead = _by_processes(collate, starts, processes) if processes else _by_thread(collate, starts)
 
-    def __enter__(self) -> WindowLoader:
+    def __enter__(self) -> StepBatchLoader:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ahead.close()
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[StepBatch]:
         return self
 
-    def __next__(self) -> Window:
+    def __next__(self) -> StepBatch:
         start = time.perf_counter()
         first, batches, numbers = next(self._ahead)
-        return Window(first, batches, numbers, time.perf_counter() - start)
+        return StepBatch(first, batches, numbers, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Collate(Dataset[tuple[int, list[Batch], list[int]]]):
     micro: int
 
     def __getitem__(self, consumed: int) -> tuple[int, list[Batch], list[int]]:
-        parts = self.order.window(consumed, self.rank, self.ranks, self.micro)
+        parts = self.order.micro_batches(consumed, self.rank, self.ranks, self.micro)
         return consumed, [self._micro_batch(*part) for part in parts], [part[1][0] for part in parts]
 
     def _micro_batch(self, indices: list[int], numbers: list[int]) -> Batch:
@@ -104,20 +104,20 @@ class _Collate(Dataset[tuple[int, list[Batch], list[int]]]):
             raise
 
 
-_Windows = Generator[tuple[int, list[Batch], list[int]], None, None]
+_StepBatches = Generator[tuple[int, list[Batch], list[int]], None, None]
 
 
-def _by_thread(collate: _Collate, starts: Iterator[int]) -> _Windows:
+def _by_thread(collate: _Collate, starts: Iterator[int]) -> _StepBatches:
     """One collated ahead by a thread of this process."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as worker:
         coming = worker.submit(collate.__getitem__, next(starts))
         while True:
-            window = coming.result()
+            step_batch = coming.result()
             coming = worker.submit(collate.__getitem__, next(starts))
-            yield window
+            yield step_batch
 
 
-def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _Windows:
+def _by_processes(collate: _Collate, starts: Iterable[int], processes: int) -> _StepBatches:
     """Some collated ahead by each of ``processes`` forks of this one, which share its samples and none of its interpreter."""
     yield from forked(collate, starts, processes, _outlive_signals)
 

@@ -21,7 +21,16 @@ from ladir.inference.decode import decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import BlockValue, Reward
 from ladir.inference.memory import trajectories_that_fit
-from ladir.inference.sampler import NOISE, BlockHook, BlockSampler, KeptSteps, StepHook, Think, TrajectoryNoise, passes_per_span
+from ladir.inference.sampler import (
+    NOISE,
+    BlockHook,
+    BlockSampler,
+    FinishedTrajectories,
+    KeptSteps,
+    StepHook,
+    TrajectoryNoise,
+    passes_per_span,
+)
 from ladir.inference.trajectory import Trajectory, check_questions
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
@@ -34,7 +43,7 @@ from ladir.tokens import decode_text, encode_texts
 logger = logging.getLogger(__name__)
 
 
-class Thinker:
+class TrajectoryGenerator:
     """Denoiser, VAE decoder and tokenizer together, and how they answer; :class:`ladir.reasoner.Reasoner` is its face."""
 
     def __init__(
@@ -121,12 +130,12 @@ class Thinker:
         prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
         traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
         value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
-        settle = self._reencode if settings.reencode else None
+        reencode = self._reencode if settings.reencode else None
         kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
-        sampler = BlockSampler(self.denoiser, settings, noise, reward, settle, self.graphs, kept, value)
+        sampler = BlockSampler(self.denoiser, settings, noise, reward, reencode, self.graphs, kept, value)
         on_block = self._block_hook(texts, watch.on_block) if watch.on_block is not None else None
         flat: dict[int, Trajectory] = {}
-        for group in sampler.think(prefix, owner, self._step_hook(traces, watch), on_block):
+        for group in sampler.sample(prefix, owner, self._step_hook(traces, watch), on_block):
             flat.update(self._finish(group, settings, noise, extras))
             del group  # and its cache, before the others think on
         if kept is not None:
@@ -253,7 +262,9 @@ class Thinker:
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
         return prefix.share(owner)
 
-    def _finish(self, group: Think, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras) -> dict[int, Trajectory]:
+    def _finish(
+        self, group: FinishedTrajectories, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras
+    ) -> dict[int, Trajectory]:
         """Answers of trajectories that ended after the same block, their thoughts not read yet."""
         hidden = group.prefix.append(self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1))[:, 0]
         logits = None if self.verifier is None else self.verifier.logit(hidden).tolist()
@@ -276,7 +287,7 @@ class Thinker:
         }
 
     def _answers(
-        self, group: Think, hidden: Tensor, settings: SampleSettings, noise: TrajectoryNoise, count: int
+        self, group: FinishedTrajectories, hidden: Tensor, settings: SampleSettings, noise: TrajectoryNoise, count: int
     ) -> list[list[list[int]]]:
         """``count`` answers of every trajectory of a group, as token ids; ``hidden`` [n, H]: its states at <SOA>."""
         limit = settings.max_answer_tokens
