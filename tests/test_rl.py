@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import signal
+import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -498,6 +501,30 @@ def test_a_reward_that_is_none_names_the_function_and_the_question(name: str, mo
     monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(reward=function))
     with pytest.raises(UnusableError, match=f"rl.reward=my_rewards:reward {message}"):
         rewarded(RlSettings(reward="my_rewards:reward"), ("6", ()))
+
+
+def test_a_reward_that_does_not_return_in_time_names_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever = threading.Event()
+    monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(reward=lambda *_: forever.wait()))
+    message = r"=my_rewards:reward, at question '1 2 3 -> 6', did not return within 0\.05 seconds: .* rl\.reward_seconds"
+    with pytest.raises(UnusableError, match=message):
+        rewarded(RlSettings(reward="my_rewards:reward", reward_seconds=0.05), ("6", ()))
+    forever.set()
+
+
+HOLDING = """
+import re
+from ladir.rl.limits import TimeLimit
+limit = TimeLimit(0.1, grace=0.1)
+assert limit(lambda: 1, "the first") == 1
+limit(lambda: re.match("(a+)+$", "a" * 60 + "b"), "the second")
+"""
+
+
+def test_a_call_that_keeps_the_interpreter_to_itself_ends_the_process_with_its_name() -> None:
+    found = subprocess.run([sys.executable, "-c", HOLDING], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == -signal.SIGKILL
+    assert found.stderr == "the second did not return within 0.1 seconds\n"
 
 
 def test_a_reward_of_ones_own_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,3 +156,15 @@ def test_a_reward_that_is_no_number_ends_the_run(one_process: ProcessGroup, star
 
 def nothing_learned(world: World, root: Path, name: str) -> str:
     return ended(world, root, name, reward="tests.toy_reward:nan_for_the_last")
+
+
+@pytest.mark.distributed
+def test_a_reward_that_never_returns_on_one_rank_ends_the_run_on_all(two_processes: ProcessGroup, start: Path) -> None:
+    prepared(start, "slow")
+    for message in two_processes.run(nothing_in_time, start, "slow"):
+        assert "rl.reward=tests.toy_reward:never_on_the_last_rank, at question '" in message
+        assert "did not return within 0.2 seconds: make it faster, or raise rl.reward_seconds" in message
+
+
+def nothing_in_time(world: World, root: Path, name: str) -> str:
+    return ended(world, root, name, reward="tests.toy_reward:never_on_the_last_rank", reward_seconds=0.2)

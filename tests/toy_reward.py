@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,3 +25,10 @@ def letters(questions: Sequence[str], thoughts: Sequence[Sequence[str]], answers
 def nan_for_the_last(questions: Sequence[str], *others: Any) -> list[float]:
     """No number, for one attempt."""
     return [1.0] * (len(questions) - 1) + [float("nan")]
+
+
+def never_on_the_last_rank(questions: Sequence[str], *others: Any) -> list[float]:
+    """Comes back on the first rank alone."""
+    if int(os.environ["RANK"]) > 0:
+        threading.Event().wait()
+    return [float(place) for place in range(len(questions))]

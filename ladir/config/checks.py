@@ -117,6 +117,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("rollout.candidates", _COUNT),
     ("rl.group", Range(at_least=2)),
     ("rl.*_weight", _NOT_NEGATIVE),
+    ("rl.reward_seconds", _POSITIVE),
     ("rl.prompts", _COUNT),
     ("rl.answers", _COUNT),
     ("rl.updates", _COUNT),

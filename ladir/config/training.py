@@ -239,6 +239,11 @@ class RlSettings:
         "alone; both: the mean of the two; my_module:my_function: one of your own, called with lists of questions, thoughts, "
         "answers and records, which gives a number each",
     )
+    reward_seconds: float = setting(
+        60.0,
+        "most seconds that a function of your own (rl.reward) takes for all attempts at one question; one that takes longer ends "
+        "the run, which names the question",
+    )
     length_weight: float = setting(
         0.0, "taken off the reward of an answer of sample.max_answer_tokens tokens; of a shorter one less, in proportion"
     )

@@ -13,6 +13,7 @@ from ladir.config.checks import CHECKED_REWARDS
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import Trajectory
+from ladir.rl.limits import OverTimeError, TimeLimit
 
 #: (questions, thoughts, answers, records) of a batch of attempts to a number each
 OwnReward = Callable[[list[str], list[list[str]], list[str], list[Record]], Sequence[float]]
@@ -31,12 +32,13 @@ def reads_thoughts(reward: str) -> bool:
 def reward_function(settings: RlSettings) -> RewardFunction:
     """What ``rl.reward`` and its weights say.  UnusableError where a function of the user's cannot be found."""
     own = None if settings.reward in CHECKED_REWARDS else _imported(settings.reward)
+    limit = TimeLimit(settings.reward_seconds)
 
     def rewards(records: Sequence[Record], judged: Sequence[Trajectory], lengths: Sequence[float]) -> list[float]:
         if own is None:
             values = [_checked(settings.reward, entry) for entry in judged]
         else:
-            values = _own(settings.reward, own, records, judged)
+            values = _own(settings.reward, own, limit, records, judged)
         return [
             value - settings.length_weight * length - settings.unstopped_weight * (not entry.stopped)
             for value, entry, length in zip(values, judged, lengths, strict=True)
@@ -68,12 +70,18 @@ def _imported(name: str) -> OwnReward:
     return own
 
 
-def _own(name: str, function: OwnReward, records: Sequence[Record], judged: Sequence[Trajectory]) -> list[float]:
-    """UnusableError naming the function, and the question where it is one's, for errors, wrong numbers and no numbers."""
+def _own(
+    name: str, function: OwnReward, limit: TimeLimit, records: Sequence[Record], judged: Sequence[Trajectory]
+) -> list[float]:
+    """UnusableError naming the function, and the question where it is one's, for errors, wrong numbers and none in time."""
     questions = [record.question for record in records]
+    thoughts, answers = [list(entry.thoughts) for entry in judged], [entry.answer for entry in judged]
     try:
-        thoughts, answers = [list(entry.thoughts) for entry in judged], [entry.answer for entry in judged]
-        given = list(function(questions, thoughts, answers, list(records)))
+        given = limit(
+            lambda: list(function(questions, thoughts, answers, list(records))), f"rl.reward={name}, at {_shown(questions[0])},"
+        )
+    except OverTimeError as error:
+        raise UnusableError(f"{error}: make it faster, or raise rl.reward_seconds") from error
     except Exception as error:
         told = f"rl.reward={name} failed ({type(error).__name__}: {error})"
         raise UnusableError(f"{told} at {_shown(questions[0])}") from error

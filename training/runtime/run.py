@@ -49,7 +49,7 @@ IRRELEVANT = (
     "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
     "latents.report_sentences", "latents.probe_steps", "rollout.enabled", "rl.enabled", "rl.questions_per_batch",
-    "verifier.enabled", "verifier.questions_per_batch",
+    "rl.reward_seconds", "verifier.enabled", "verifier.questions_per_batch",
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
