@@ -82,7 +82,8 @@ def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor, carried: Tensor | No
         centred = carried.float() - carried.float().mean(-1, keepdim=True)
         normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         vectors = vectors + normed.to(vectors.dtype) @ denoiser.carry_in.weight.T
-    return torch.cat([denoiser.marks.weight[Mark.BOT][None], vectors])
+    time = denoiser.time_embedding(t[None]) if denoiser.settings.time_token else 0.0
+    return torch.cat([denoiser.marks.weight[Mark.BOT][None] + time, vectors])
 
 
 def span_hidden(denoiser: Denoiser, before: Sequence[Tensor], z_t: Tensor, t: Tensor, carried: Tensor | None = None) -> Tensor:
@@ -221,7 +222,7 @@ def reference_blocks(
         state = d.null_state(z)
         for step in range(settings.num_steps):
             t = torch.full((count,), 1 - step / settings.num_steps, device=device)
-            hidden = d.backbone(torch.cat([clean, bot, d.noisy_inputs(z, t, state)], dim=1), visible, positions)
+            hidden = d.backbone(torch.cat([clean, d.noisy_block(z, t, state)], dim=1), visible, positions)
             prediction, state = d.predict(hidden[:, -shape[0] :]), d.next_state(hidden[:, -shape[0] :])
             z = z - flow.to_velocity(d.settings.objective, prediction, z, t[:, None, None]) / settings.num_steps
             if on_step is not None:

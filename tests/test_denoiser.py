@@ -131,10 +131,18 @@ def test_a_certain_token_has_a_finite_focal_gradient() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(sorted(SHAPES)), st.integers(1, 3), st.booleans()
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2**32),
+    st.sampled_from(sorted(SHAPES)),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
 )
-def test_a_carried_state_equals_the_reference(latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool) -> None:
-    carry = {"carry": "hidden", "carry_probability": 0.7, "carry_own_rollout": 0.6 * earlier}
+def test_a_carried_state_and_a_time_token_equal_the_reference(
+    latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool, time_token: bool
+) -> None:
+    carry = {"carry": "hidden", "carry_probability": 0.7, "carry_own_rollout": 0.6 * earlier, "time_token": time_token}
     denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, span=span, token_weight=0.5, **carry)
     numbers = range((seed % 100) * 8, (seed % 100) * 8 + 3)
     assert_one_pass_is_the_reference(denoiser, random_records(3, seed=seed, latents=latents), numbers, condition_dropout=0.3)
@@ -549,6 +557,16 @@ def test_time_conditions_the_noisy_latents_and_starts_without_effect() -> None:
     assert torch.equal(fresh.time_embedding(t), torch.zeros(2, 16, dtype=torch.float64))
     trained = tiny_denoiser(tiny_lm())
     assert not torch.allclose(*trained.time_embedding(t))
+
+
+def test_a_time_token_carries_the_time_of_its_own_block_alone() -> None:
+    denoiser = tiny_denoiser(tiny_lm(), time_token=True)
+    z, t = torch.randn(2, 2, 3, dtype=torch.float64), torch.tensor([0.1, 0.9])
+    with_it = denoiser.noisy_block(z, t, denoiser.null_state(z))
+    denoiser.settings.time_token = False
+    without = denoiser.noisy_block(z, t, denoiser.null_state(z))
+    assert torch.equal(with_it[:, 1:], without[:, 1:])
+    assert torch.allclose(with_it[:, 0] - without[:, 0], denoiser.time_embedding(t))
 
 
 def test_the_vaes_maps_start_the_denoisers() -> None:

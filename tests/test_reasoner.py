@@ -66,10 +66,12 @@ def tiny_reasoner(
     span: int = 1,
     bidirectional_question: bool = False,
     carry: str = "none",
+    time_token: bool = False,
     dtype: torch.dtype = torch.float64,
     **controls: Any,
 ) -> Reasoner:
     settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
+    settings["time_token"] = time_token
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention), **settings))
     vae = tiny_vae(kind, dtype=dtype)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
@@ -302,6 +304,7 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"span": 3, "lag": 1, "max_blocks": 4, "sampler": "sde", "guidance_scale": 2.0},
         {"span": 2, "lag": 9, "reencode": True, "restarts": 1, "restart_steps": 2},
         {"carry": "hidden"},
+        {"time_token": True, "span": 2, "guidance_scale": 2.0},
         {"carry": "hidden", "span": 2, "lag": 1, "guidance_scale": 2.0, "sampler": "sde"},
         {"carry": "hidden", "restarts": 2, "restart_steps": 2, "guidance_scale": 2.0, "reencode": True},
         {"carry": "hidden", "restarts": 1, "restart_keeps_state": True, "span": 2, "diversity_scale": 0.5},

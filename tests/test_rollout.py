@@ -278,7 +278,9 @@ def test_random_shapes(
     ("carry_gradient", "variant"), [(False, "all"), (True, "own context"), (True, "all together"), (True, "guided")]
 )
 def test_a_carried_state_equals_the_reference(carry_gradient: bool, variant: str, recompute: bool) -> None:
-    denoiser = tiny_denoiser(tiny_lm(), draws=1, objective="x0", span=2, carry="hidden", carry_probability=1.0)
+    denoiser = tiny_denoiser(
+        tiny_lm(), draws=1, objective="x0", span=2, carry="hidden", carry_probability=1.0, time_token=recompute
+    )
     if recompute:
         denoiser.backbone.enable_activation_checkpointing()
     rollout = rollout_settings(**VARIANTS[variant], carry_gradient=carry_gradient)

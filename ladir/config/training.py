@@ -146,6 +146,10 @@ class DenoiserSettings:
         "share of noisy copies whose first pass stands at a random earlier time (more noise) of the same path, as in sampling; "
         "in the others at the same latents",
     )
+    time_token: bool = setting(
+        False,
+        "the mark before a noisy block carries the time t, too, for the latents to attend to; false: it is added to them alone",
+    )
     flow_weight: float = setting(5.0, "weight of the flow loss")
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")

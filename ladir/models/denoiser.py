@@ -148,6 +148,13 @@ class Denoiser(nn.Module):
         inputs = self.latent_in(z.to(self.dtype)) + self.time_embedding(t)[..., None, :]
         return inputs if self.carry_in is None else inputs + self.carry_in(F.layer_norm(state, state.shape[-1:]))
 
+    def noisy_block(self, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
+        """<BOT> z~*L [..., L + 1, H] of noisy latents [..., L, d] at t [...]; with ``time_token`` <BOT> carries t as well."""
+        bot = self.mark(Mark.BOT).expand(*t.shape, -1)
+        if self.settings.time_token:
+            bot = bot + self.time_embedding(t)
+        return torch.cat([bot[..., None, :], self.noisy_inputs(z, t, state)], dim=-2)
+
     def next_state(self, hidden: Tensor) -> Tensor:
         """What a step hands on, of the hidden states [..., L, H] at its noisy latents."""
         return hidden[..., :0] if self.carry_in is None else hidden
@@ -167,8 +174,7 @@ class Denoiser(nn.Module):
 
         ``state``: what the step before handed on (:meth:`null_state` at first); beside the prediction is what this one does.
         """
-        bot = self.mark(Mark.BOT).expand(*z.shape[:2], 1, -1)
-        inputs = torch.cat([bot, self.noisy_inputs(z, t, state)], dim=2)
+        inputs = self.noisy_block(z, t, state)
         hidden = self.backbone(inputs.flatten(1, 2), visible, positions, cache)
         noisy = hidden.unflatten(1, inputs.shape[1:3])[:, :, 1:]
         return self.predict(noisy), self.next_state(noisy)
@@ -216,6 +222,12 @@ class Denoiser(nn.Module):
             ]
         )
         inputs = table[batch.table_index]
+        if self.settings.time_token:
+            begins = (
+                batch.noisy_at.unflatten(0, batch.eps.shape[:3])[..., 0].flatten() - 1
+            )  # a noisy block's <BOT> stands before it
+            time = self.time_embedding(t).flatten(0, 1)
+            inputs = inputs.flatten(0, 1).index_add(0, begins, time).view_as(inputs)
         return self.backbone(inputs, batch.layout, batch.layout.position).flatten(0, 1)
 
     def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
