@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,15 +18,24 @@ import httpx2
 import openai
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ladir.cli import serve
+from ladir.config import SampleSettings
 from ladir.errors import UnusableError
+from ladir.inference import generation
 from ladir.inference.asking import Ask
+from ladir.inference.cache import Prefix
+from ladir.inference.decode import decode
 from ladir.inference.trajectory import plain_answer
 from ladir.reasoner import Reasoner
 from ladir.serve.jobs import Job
 from ladir.serve.running import Server
+from ladir.tokens import decode_text
 from tests.browser import browser
 from tests.test_reasoner import QUESTIONS, tiny_reasoner
 from tests.test_verifier import with_verifier
@@ -110,23 +122,29 @@ def test_a_chat_completion_holds_answers_thoughts_and_scores(server: Server) -> 
     assert (found.model, found.seed) == ("tiny", 5)  # type: ignore[attr-defined]
 
 
-def test_a_stream_tells_the_same_block_by_block(server: Server) -> None:
+def test_a_stream_tells_the_same_block_by_block_and_word_by_word(server: Server) -> None:
     asked: dict[str, Any] = {"model": "tiny", "messages": user("e f g h i"), "n": 2, "seed": 1}
     whole = client(server).chat.completions.create(**asked)
     options = {"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"stream_steps": True}}
     pieces = list(client(server).chat.completions.create(**asked, **options))
-    thoughts, answers, steps = {0: "", 1: ""}, {}, dict[tuple[int, int], list[str]]()
+    thoughts, answers, endings = {0: "", 1: ""}, dict[int, list[str]](), {}
+    steps = dict[tuple[int, int], list[str]]()
     for piece in pieces:
         for choice in piece.choices:
             thoughts[choice.index] += getattr(choice.delta, "reasoning_content", None) or ""
+            if choice.delta.content:
+                assert choice.index not in endings
+                answers.setdefault(choice.index, []).append(choice.delta.content)
             if choice.finish_reason:
-                answers[choice.index] = (choice.delta.content, choice.finish_reason)
+                endings[choice.index] = (choice.finish_reason, choice.score)  # type: ignore[attr-defined]
             if hasattr(choice, "step"):
                 steps.setdefault((choice.index, choice.step["block"]), []).append(choice.step["text"])
     for choice in whole.choices:
         message = choice.message
         assert thoughts[choice.index] == message.reasoning_content  # type: ignore[attr-defined]
-        assert answers[choice.index] == (message.content, choice.finish_reason)
+        assert "".join(answers[choice.index]) == message.content
+        assert len(answers[choice.index]) == len(str(message.content).split()) > 1
+        assert endings[choice.index] == (choice.finish_reason, choice.score)  # type: ignore[attr-defined]
     assert {len(texts) for texts in steps.values()} == {3}  # Euler steps
     assert pieces[-1].usage == whole.usage and not pieces[-1].choices
 
@@ -180,6 +198,55 @@ def test_many_clients_at_once_are_answered_together_and_as_alone(monkeypatch: py
     assert sum(sizes) == 50 and len(sizes) <= 4 and max(sizes) == 24  # the first alone, or with those that were quick
     for number, answer in enumerate(found):
         assert answer == real([Ask(questions[number], 1, number)], reasoner.settings)[0][0].answer
+
+
+def test_streams_and_whole_answers_are_made_together_and_are_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasoner = tiny_reasoner()
+    with served(reasoner) as server, ThreadPoolExecutor(12) as pool, slow(monkeypatch, reasoner) as go:
+        ask = client(server).chat.completions.create
+
+        def told(number: int) -> str:
+            asked: dict[str, Any] = {"model": "tiny", "messages": user("abcdefgh"[number % 8]), "seed": number}
+            if number % 2:
+                return str(ask(**asked).choices[0].message.content)
+            return "".join(piece.choices[0].delta.content or "" for piece in ask(**asked, stream=True))
+
+        answers = [pool.submit(told, number) for number in range(12)]
+        until(lambda: server.scheduler.counts.requests == 12)
+        go.set()
+        found = [answer.result(PATIENCE) for answer in answers]
+        assert server.scheduler.counts.batches <= 4
+    for number, answer in enumerate(found):
+        assert answer == reasoner.generate(["abcdefgh"[number % 8]], 1, seed=number)[0][0].answer
+
+
+@given(text=st.text(max_size=12), end=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_pieces_of_an_answer_make_it_up_and_hold_whole_characters(text: str, end: int) -> None:
+    """A tokenizer of bytes, of which the last ones may be missing."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    ids = ids[: max(len(ids) - end, 0)]
+    job, whole = asyncio.run(a_job()), decode_text(tokenizer, ids)
+    pieces = list[str]()
+    object.__setattr__(job, "emit", lambda piece: pieces.append(piece.text))
+    for count in range(1, len(ids) + 1):
+        job.answer(0, decode_text(tokenizer, ids[:count]))
+    torn = len(whole) - len(whole.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert "".join(pieces) == whole[: len(whole) - torn]
+    job.answer(0, whole, whole=True)
+    assert "".join(pieces) == whole
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<eos>": 0, **{byte: i for i, byte in enumerate(alphabet, start=1)}}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+async def a_job() -> Job:
+    return Job([Ask("a")], SampleSettings(), stream=True)
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------------
@@ -249,6 +316,47 @@ def test_thoughts_that_do_not_stay_finite_fail_alone(monkeypatch: pytest.MonkeyP
             jobs[1].result(PATIENCE)
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_what_is_made_again_is_not_told_again_and_what_comes_out_otherwise_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    reasoner, failed = tiny_reasoner(), []
+    expected = reasoner.generate(["a"], 1, seed=3)[0][0]
+    with served(reasoner) as server, ThreadPoolExecutor(3) as pool, slow(monkeypatch, reasoner) as go:
+        real = reasoner._finish
+
+        def finish(group: Any, settings: Any, *rest: Any) -> Any:
+            found = real(group, settings, *rest)
+            if len(group.rows) == 2 and not failed:  # both are told by now
+                failed.append(group)
+                raise torch.OutOfMemoryError
+            for trajectory in found.values() if changes else ():
+                trajectory.answer = "otherwise"
+            return found
+
+        monkeypatch.setattr(reasoner, "_finish", finish)
+
+        def ask() -> tuple[str, str]:
+            stream = list(client(server).chat.completions.create(model="tiny", messages=user("a"), stream=True, seed=3))
+            deltas = [piece.choices[0].delta for piece in stream]
+            thoughts = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+            return "".join(delta.content or "" for delta in deltas), thoughts
+
+        before = pool.submit(client(server).chat.completions.create, model="tiny", messages=user("b"))
+        until(lambda: server.scheduler.counts.running == 1)
+        jobs = [pool.submit(ask) for _ in range(2)]
+        until(lambda: server.scheduler.waiting == 2)
+        go.set()
+        for job in jobs:
+            if changes:
+                with pytest.raises(openai.APIError, match="came out otherwise than the parts of it that were told"):
+                    job.result(PATIENCE)
+            else:
+                assert job.result(PATIENCE) == (expected.answer, "".join(f"{thought}\n" for thought in expected.thoughts))
+        assert before.result(PATIENCE).choices
+    assert failed
+
+
 def test_a_failure_of_the_model_is_told_and_the_server_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     reasoner = tiny_reasoner()
     with served(reasoner) as server:
@@ -292,6 +400,36 @@ def test_a_client_that_goes_ends_its_part_of_the_work(monkeypatch: pytest.Monkey
         assert client(server).chat.completions.create(model="tiny", messages=user("a")).choices
         until(lambda: server.scheduler.counts.running == 0)
         assert server.scheduler.counts.trajectories == 1
+
+
+def test_a_client_that_goes_amid_an_answer_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasoner, go, caches = tiny_reasoner(), threading.Event(), list[weakref.ref[Any]]()
+    append = Prefix.append
+
+    def slow_append(prefix: Prefix, inputs: torch.Tensor) -> torch.Tensor:
+        if jobs and jobs[0]._answers:  # the first words have been told
+            go.wait(PATIENCE)
+        return append(prefix, inputs)
+
+    def endless(prefix: Prefix, hidden: torch.Tensor, eos: int, *rest: Any, **named: Any) -> list[list[int]]:
+        caches.append(weakref.ref(prefix.cache))
+        return decode(prefix, hidden, -1, *rest, **named)
+
+    jobs = list[Job]()
+    with served(reasoner) as server, monkeypatch.context() as patch:
+        put = server.scheduler.put
+        patch.setattr(server.scheduler, "put", lambda job: jobs.append(job) or put(job))
+        patch.setattr(Prefix, "append", slow_append)
+        patch.setattr(generation, "decode", endless)
+        stream = client(server).chat.completions.create(model="tiny", messages=user("a"), stream=True, temperature=0)
+        assert next(piece for piece in stream if piece.choices[0].delta.content)
+        assert caches[0]() is not None
+        stream.close()
+        until(lambda: jobs[0].cancelled)
+        go.set()
+        until(lambda: server.scheduler.counts.cancelled == 1 and server.scheduler.counts.running == 0)
+        gc.collect()
+        assert caches[0]() is None
 
 
 def test_a_server_that_is_stopped_tells_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,10 @@ TraceHook = Callable[[int, int, int, str], None]
 BlockTextHook = Callable[[int, int, str], None]
 
 
+#: called after every token of an answer with (trajectory, the answer's token ids so far)
+AnswerHook = Callable[[int, Sequence[int]], None]
+
+
 @dataclass(frozen=True)
 class Ask:
     """A question, how many trajectories think about it, and the seed of their randomness."""
@@ -55,20 +59,22 @@ class Extras:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told of trajectories, by number, while they form; ``between_steps`` is called after every step: what it raises ends
-    everything."""
+    """What is told of trajectories, by number, while they form; ``between_steps`` is called after every denoising step and every
+    token of answers: what it raises ends everything."""
 
     on_step: TraceHook | None = None
     on_block: BlockTextHook | None = None
+    on_answer: AnswerHook | None = None
     between_steps: Callable[[], None] | None = None
 
     def of_batch(self, first: int) -> Watch:
         """The same for a batch whose trajectories begin with number ``first``."""
-        step, block = self.on_step, self.on_block
+        step, block, answer = self.on_step, self.on_block, self.on_answer
         return replace(
             self,
             on_step=None if step is None else lambda row, number, done, text: step(first + row, number, done, text),
             on_block=None if block is None else lambda row, number, text: block(first + row, number, text),
+            on_answer=None if answer is None else lambda row, ids: answer(first + row, ids),
         )
 
 

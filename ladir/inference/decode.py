@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from ladir.inference.cache import Prefix
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import decode_text
+
+#: called after every step with (rows that have not ended, the token that each of them got)
+TokenHook = Callable[[list[int], list[int]], None]
 
 #: a smaller temperature is no number in fp32; its choice is greedy as well
 _COLDEST = float(torch.finfo(torch.float32).tiny)
@@ -49,8 +54,9 @@ def decode(
     temperature: float = 0.0,
     uniform: Tensor | None = None,
     top_p: float = 1.0,
+    on_tokens: TokenHook | None = None,
 ) -> list[list[int]]:
-    """Token ids of each row up to, without, <eos>.
+    """Token ids of each row up to, without, <eos>; ``on_tokens`` sees them come.
 
     ``hidden`` [R, H]: last hidden states of the prefix; ``uniform`` [R, max_tokens] in [0, 1): one number per row and token,
     so that a row's text does not depend on its neighbours.  Rows that have ended leave the batch.
@@ -62,8 +68,11 @@ def decode(
         draw = uniform[rows, step] if uniform is not None else None
         tokens = choose_tokens(backbone.logits(hidden), temperature, draw, top_p)
         alive = tokens != eos_id
-        for row, token in zip(rows[alive].tolist(), tokens[alive].tolist(), strict=True):
+        going, new = rows[alive].tolist(), tokens[alive].tolist()
+        for row, token in zip(going, new, strict=True):
             texts[row].append(token)
+        if on_tokens is not None:
+            on_tokens(going, new)
         if not alive.any() or step + 1 == max_tokens:
             break
         if not alive.all():

@@ -17,7 +17,7 @@ from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode, decode_thoughts, reencode
+from ladir.inference.decode import TokenHook, decode, decode_thoughts, reencode
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import BlockValue, Reward
 from ladir.inference.memory import trajectories_that_fit
@@ -136,7 +136,7 @@ class TrajectoryGenerator:
         on_block = self._block_hook(texts, watch.on_block) if watch.on_block is not None else None
         flat: dict[int, Trajectory] = {}
         for group in sampler.sample(prefix, owner, self._step_hook(traces, watch), on_block):
-            flat.update(self._finish(group, settings, noise, extras))
+            flat.update(self._finish(group, settings, noise, extras, watch))
             del group  # and its cache, before the others think on
         if kept is not None:
             for row, trajectory in flat.items():
@@ -263,13 +263,13 @@ class TrajectoryGenerator:
         return prefix.share(owner)
 
     def _finish(
-        self, group: FinishedTrajectories, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras
+        self, group: FinishedTrajectories, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras, watch: Watch
     ) -> dict[int, Trajectory]:
         """Answers of trajectories that ended after the same block, their thoughts not read yet."""
         hidden = group.prefix.append(self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1))[:, 0]
         logits = None if self.verifier is None else self.verifier.logit(hidden).tolist()
         seen = torch.cat([group.states, hidden[:, None]], dim=1).cpu() if extras.states else None
-        answers = self._answers(group, hidden, settings, noise, extras.num_answers)
+        answers = self._answers(group, hidden, settings, noise, extras.num_answers, self._token_hook(group.rows, watch))
         latents = self._plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
         return {
@@ -287,17 +287,43 @@ class TrajectoryGenerator:
         }
 
     def _answers(
-        self, group: FinishedTrajectories, hidden: Tensor, settings: SampleSettings, noise: TrajectoryNoise, count: int
+        self,
+        group: FinishedTrajectories,
+        hidden: Tensor,
+        settings: SampleSettings,
+        noise: TrajectoryNoise,
+        count: int,
+        on_tokens: TokenHook | None,
     ) -> list[list[list[int]]]:
-        """``count`` answers of every trajectory of a group, as token ids; ``hidden`` [n, H]: its states at <SOA>."""
+        """``count`` answers of every trajectory of a group, as token ids; ``hidden`` [n, H]: its states at <SOA>.
+
+        ``on_tokens`` sees the first ones come.
+        """
         limit = settings.max_answer_tokens
         uniform = noise.uniform(group.rows, count * limit).to(self.device)
         everyone = torch.arange(len(group.rows), device=self.device)
         prefixes = (group.prefix.select(everyone) if later else group.prefix for later in range(count - 1, -1, -1))
         return [
-            decode(prefix, hidden, self._eos, limit, settings.answer_temperature, own)
-            for prefix, own in zip(prefixes, uniform.split(limit, dim=1), strict=True)
+            decode(prefix, hidden, self._eos, limit, settings.answer_temperature, own, on_tokens=None if later else on_tokens)
+            for later, (prefix, own) in enumerate(zip(prefixes, uniform.split(limit, dim=1), strict=True))
         ]
+
+    @staticmethod
+    def _token_hook(rows: Sequence[int], watch: Watch) -> TokenHook | None:
+        """What is done after each token of the answers of trajectories ``rows``; None where nothing is."""
+        if watch.on_answer is None and watch.between_steps is None:
+            return None
+        answers: list[list[int]] = [[] for _ in rows]
+
+        def hook(going: list[int], tokens: list[int]) -> None:
+            if watch.between_steps is not None:
+                watch.between_steps()
+            for place, token in zip(going, tokens, strict=True):
+                answers[place].append(token)
+                if watch.on_answer is not None:
+                    watch.on_answer(rows[place], answers[place])
+
+        return hook
 
     def answering(self) -> list[nn.Module]:
         """The models that take part in answering under the settings; reading thoughts afterwards is not part of it."""

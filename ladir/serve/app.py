@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ladir.serve.jobs import Block, Event, Failed, Finished, Job, Step
+from ladir.serve.jobs import Block, Event, Failed, Finished, Job, Piece, Step
 from ladir.serve.page import PAGE, POLICY
 from ladir.serve.protocol import BadRequest, ChatRequest, CompletionRequest, Replies, error_body
 from ladir.serve.scheduler import Scheduler
@@ -187,7 +187,10 @@ def _told_of(event: Event, replies: Replies, job: Job, usage: bool) -> list[dict
     if isinstance(event, Step):
         return [replies.step(event.trajectory, event.block, event.step, event.text)]
     if isinstance(event, Block):
-        return [] if job.choose else [replies.thought(event.trajectory, event.text)]
+        return [replies.thought(event.trajectory, event.text)]
+    if isinstance(event, Piece):
+        return [replies.part(event.trajectory, event.text)]
     trajectories = [trajectory for group in event.groups for trajectory in group]
-    answers = [replies.answer(i, trajectory, thoughts=job.choose is not None) for i, trajectory in enumerate(trajectories)]
-    return [*answers, *([replies.end(event)] if usage else [])]
+    last = replies.ending if job.told_pieces else replies.chosen
+    pieces = [last(i, trajectory) for i, trajectory in enumerate(trajectories)]
+    return [*pieces, *([replies.end(event)] if usage else [])]

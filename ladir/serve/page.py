@@ -40,6 +40,17 @@ function line(box, block) {
   return box.blocks[block];
 }
 
+function answer(box) {
+  if (!box.answer) {
+    box.blocks.slice(box.finished).forEach((text) => text.remove());
+    box.answer = document.createElement("div");
+    box.answer.className = "answer";
+    box.answer.textContent = "answer: ";
+    box.outer.append(box.answer);
+  }
+  return box.answer;
+}
+
 function show(boxes, choice) {
   const own = box(boxes, choice.index), delta = choice.delta || {};
   if (choice.step) line(own, choice.step.block).textContent = choice.step.text;
@@ -48,14 +59,8 @@ function show(boxes, choice) {
     text.textContent = delta.reasoning_content.trimEnd();
     text.className = "thought";
   }
-  if (choice.finish_reason) {
-    own.blocks.slice(own.finished).forEach((text) => text.remove());
-    const answer = document.createElement("div");
-    answer.className = "answer";
-    const score = choice.score === undefined ? "" : "  (score " + choice.score.toFixed(2) + ")";
-    answer.textContent = "answer: " + delta.content + score;
-    own.outer.append(answer);
-  }
+  if (delta.content || choice.finish_reason) answer(own).textContent += delta.content || "";
+  if (choice.finish_reason && choice.score !== undefined) own.answer.textContent += "  (score " + choice.score.toFixed(2) + ")";
 }
 
 async function ask() {

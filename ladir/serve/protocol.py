@@ -86,7 +86,8 @@ class _Request(BaseModel):
             reasoner.check_choice(self.choose)
         except ValueError as error:
             raise BadRequest(str(error)) from error
-        return Job([Ask(question, self.n, seed) for question in questions], settings, self.choose, self.stream_steps)
+        asks = [Ask(question, self.n, seed) for question in questions]
+        return Job(asks, settings, self.choose, self.stream_steps, self.stream)
 
     def _controls(self) -> dict[str, Any]:
         given = dict(self.model_extra or {})
@@ -171,10 +172,20 @@ class Replies:
         body: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return self._piece({"index": index, **body, "finish_reason": None, "step": {"block": block, "step": step, "text": text}})
 
-    def answer(self, index: int, trajectory: Trajectory, thoughts: bool) -> dict[str, Any]:
-        """A trajectory's answer, with its ``thoughts`` where they were not told before."""
-        piece = {"reasoning_content": reasoning(trajectory)} if thoughts else {}
-        body = {"delta": {"content": trajectory.answer, **piece}} if self.chat else {"text": trajectory.answer, **piece}
+    def part(self, index: int, text: str) -> dict[str, Any]:
+        """What an answer goes on with."""
+        body: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+        return self._piece({"index": index, **body, "finish_reason": None})
+
+    def ending(self, index: int, trajectory: Trajectory) -> dict[str, Any]:
+        """The end of a trajectory that was told in pieces."""
+        body: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return self._piece({"index": index, **body, **_ending(trajectory)})
+
+    def chosen(self, index: int, trajectory: Trajectory) -> dict[str, Any]:
+        """A trajectory of which nothing was told before it was chosen."""
+        thoughts = {"reasoning_content": reasoning(trajectory)}
+        body = {"delta": {"content": trajectory.answer, **thoughts}} if self.chat else {"text": trajectory.answer, **thoughts}
         return self._piece({"index": index, **body, **_ending(trajectory)})
 
     def end(self, done: Finished) -> dict[str, Any]:

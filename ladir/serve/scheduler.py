@@ -16,10 +16,11 @@ from ladir.inference.asking import Watch
 from ladir.inference.trajectory import Trajectory
 from ladir.reasoner import Reasoner
 from ladir.serve.jobs import Block, Failed, Finished, Job, Step
-from ladir.tokens import encode_texts
+from ladir.tokens import decode_text, encode_texts
 
 logger = logging.getLogger(__name__)
 
+_UNLIKE = Failed("the answer came out otherwise than the parts of it that were told already; ask again", 500)
 _STOPPING = Failed("the server is stopping; send the request again to another one, or later", 503)
 
 
@@ -179,23 +180,31 @@ class Scheduler:
 
         def on_step(row: int, block: int, step: int, text: str) -> None:
             job, place = owners[row]
-            job.emit(Step(place, block, step, text))
+            job.step(Step(place, block, step, text))
 
         def on_block(row: int, block: int, text: str) -> None:
             job, place = owners[row]
-            job.emit(Block(place, block, text))
+            job.block(Block(place, block, text))
+
+        def on_answer(row: int, ids: Sequence[int]) -> None:
+            job, place = owners[row]
+            if job.told_pieces:
+                job.answer(place, decode_text(self.reasoner.tokenizer, ids))
 
         def between_steps() -> None:
             if self._stopping or all(job.cancelled for job in jobs):
                 raise _NobodyWaits
 
-        watch = Watch(on_step if jobs[0].steps else None, on_block, between_steps)
+        watch = Watch(on_step if jobs[0].steps else None, on_block, on_answer, between_steps)
         found = iter(self.reasoner.answer(asks, jobs[0].settings, watch))
         for job in jobs:
             self._finish(job, [next(found) for _ in job.asks])
 
     def _finish(self, job: Job, groups: Sequence[Sequence[Trajectory]]) -> None:
         self.counts.trajectories += job.rows
+        if job.told_pieces and not job.told_truly([trajectory for group in groups for trajectory in group]):
+            self._fail(job, _UNLIKE)
+            return
         if job.choose is not None:
             groups = self.reasoner.choose(job.asks, groups, job.choose, job.settings, self._canonical)
         questions = [ask.question for ask in job.asks]
