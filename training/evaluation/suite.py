@@ -13,6 +13,7 @@ from ladir.evaluation.suite import AVERAGE, set_lines, suite_columns, suite_mark
 from ladir.report.fitting import print_whole
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.table import result_files
+from training.runtime.cards import write_suite_card
 from training.runtime.ending import tell_end
 from training.runtime.files import write_json, write_text
 from training.runtime.run import Run, evaluation_label
@@ -25,13 +26,16 @@ def suite_files(run: Run) -> tuple[Path, Path]:
 
 
 def report_suite(run: Run, benchmarks: Sequence[Benchmark]) -> None:
-    """Write the table, show it, and say where everything is (rank 0)."""
-    results = {benchmark.name: result_files(benchmark.run)[0] for benchmark in benchmarks}
-    suite = summarise_suite({name: read_results(path) for name, path in results.items()})
-    content = {**suite, "results": {name: path.name for name, path in results.items()}, "seed": run.config.run.seed}
+    """Write the table, for the model card as well, show it, and say where everything is (rank 0)."""
+    files = {benchmark.name: result_files(benchmark.run)[0] for benchmark in benchmarks}
+    results = {name: read_results(path) for name, path in files.items()}
+    suite = summarise_suite(results)
+    content = {**suite, "results": {name: path.name for name, path in files.items()}, "seed": run.config.run.seed}
     file, text = suite_files(run)
     write_json(file, content)
     write_text(text, suite_markdown(suite))
+    if not evaluation_label(run.config.evaluate):  # else of other controls or models than the export's
+        write_suite_card(run.config, run.folder, content, results)
     console = Console()
     print_whole(console, partial(suite_table, suite), suite_columns(suite))
     for line in set_lines(suite):
