@@ -513,7 +513,7 @@ def test_the_page_shows_thoughts_forming_and_says_what_is_wrong(server: Server, 
         fill = "for (const [id, value] of Object.entries({})) document.getElementById(id).value = value"
         given = json.dumps({"question": "a b c", "n": 3, "seed": 4, "steps": 2})
         tab.evaluate(f"{{{fill.replace('{}', given)}}}; {ask}")
-        until(lambda: tab.evaluate("document.querySelectorAll('.answer').length") == 3)
+        until(lambda: tab.evaluate("document.getElementById('out').textContent").count("(score ") == 3)
         texts = "[...document.querySelectorAll('.trajectory')].map(one => [...one.children].map(line => line.textContent))"
         for shown, entry in zip(tab.evaluate(texts), expected, strict=True):
             assert shown[:-1] == entry.thoughts
