@@ -32,13 +32,13 @@ from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.reference import clean_group, objective_target, plain_forward, question_groups, span_hidden
-from ladir.rl.batches import Attempt, JudgedCollator
+from ladir.rl.batches import Attempt, JudgedBatch, JudgedCollator
 from ladir.rl.groups import advantages, has_signal, optimality
 from ladir.rl.lines import Answered, Group, Line, best_and_worst, figures
 from ladir.rl.nft import nft_loss
 from ladir.rl.policy import Policy
 from ladir.rl.rewards import reward_function
-from ladir.rl.steps import path_log_density
+from ladir.rl.steps import path_divergence, path_log_density
 from ladir.rl.text import JudgedTextCollator, TextPolicy
 from ladir.rl.tokens import clipped, clipped_loss
 from ladir.spans import with_room
@@ -307,6 +307,24 @@ def test_the_density_of_a_step_is_a_gaussians_and_its_gradient_that_of_finite_di
     assert gradient[:3].abs().min() > 0 and not gradient[3].any()  # at the start, where all ratios are 1
 
 
+def test_the_divergence_from_the_start_is_that_of_gaussians() -> None:
+    """Per element, of the new model's steps from the start's, in float64, and its gradient that of finite differences."""
+    z_t, velocity, start = torch.randn(3, 4, 2, 2, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    times = ((1.0, 0.8), (0.5, 0.3))
+    velocity.requires_grad_()
+    found = path_divergence(z_t, velocity, start, times, randomness=0.7, noise=2.0)
+    for place, (t, s) in enumerate(times):
+        means, deviations = zip(*(flow.transition(z_t[:, place], v[:, place], t, s, 0.7) for v in (velocity, start)), strict=True)
+        steps = [torch.distributions.Normal(mean, 2.0 * own) for mean, own in zip(means, deviations, strict=True)]
+        expected = torch.distributions.kl_divergence(*steps).mean((-2, -1))
+        torch.testing.assert_close(found[:, place], expected)
+        after = steps[0].sample((40000,))
+        drawn = (steps[0].log_prob(after) - steps[1].log_prob(after)).mean((0, -2, -1))
+        torch.testing.assert_close(drawn, expected, rtol=0.05, atol=0.02)
+    assert torch.autograd.gradcheck(lambda v: path_divergence(z_t, v, start, times, 0.7, 2.0).sum(), velocity)
+    assert not path_divergence(z_t, start, start, times, 0.7, 2.0).any()
+
+
 def test_a_packed_pass_at_kept_steps_finds_the_noise_that_the_sampler_drew() -> None:
     """Ratios are 1 at the start, and their gradient is not zero."""
     denoiser = tiny_denoiser(tiny_lm(), objective="velocity")
@@ -353,6 +371,28 @@ def test_a_packed_pass_at_kept_steps_finds_the_noise_that_the_sampler_drew() -> 
     assert ratio / count == pytest.approx(1) and losses["metric/step_clipped"][0] == 0
     losses["steps"].backward()
     assert denoiser.latent_out.weight.grad is not None and denoiser.latent_out.weight.grad.abs().max() > 1e-4
+    assert "kl" not in losses
+    assert_divergence_from_the_start(model, batch)
+
+
+def assert_divergence_from_the_start(model: Policy, batch: JudgedBatch) -> None:
+    """Zero at the start; after a change what the two predictions' steps say, where something is learned."""
+    denoiser = model.denoiser
+    started = model.compared(batch)
+    assert model(started)["kl"].item() == 0
+    learned = started.learned.clone()
+    learned[0] = False
+    with torch.no_grad():
+        denoiser.latent_out.bias.add_(0.1)
+    z_t = flow.interpolate(batch.attempts.z0[:, None], batch.attempts.eps, batch.attempts.t[..., None, None])
+    expected = torch.zeros(())
+    for place, (t, s) in enumerate(batch.times):
+        _, deviation = flow.transition(z_t[:, place], z_t[:, place], t, s, model.settings.step_randomness)
+        kept = (s**2 - deviation**2) ** 0.5
+        moved = 0.1 * (kept * (1 - t) - (1 - s) * t) / (model.sample.initial_noise * deviation)
+        expected = expected + 0.5 * moved**2 * learned.sum()
+    losses = model(dataclasses.replace(started, learned=learned))
+    torch.testing.assert_close(losses["kl"], expected, rtol=1e-4, atol=1e-6)
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------------

@@ -113,16 +113,17 @@ def test_a_run_goes_on_in_the_middle_of_an_iteration_as_if_nothing_had_been(one_
 
 
 def test_random_denoising_steps_are_learned_from(one_process: ProcessGroup, start: Path) -> None:
-    """The ratio is 1 at the start, and a step is made all the same."""
+    """The ratio is 1 at the start, and a step is made all the same; then the distance from the start counts, too."""
     prepared(start, "steps")
     assert one_process.run(by_steps, start, "steps") == ["finished"]
     rows = metrics(start, "steps")
     assert rows[0]["step_ratio"] == pytest.approx(1, abs=1e-5)
     assert rows[1]["step_ratio"] != 1 and rows[0]["grad_norm"] > 0 and "nft" not in rows[0]
+    assert rows[0]["kl"] == 0 < rows[1]["kl"]
 
 
 def by_steps(world: World, root: Path, name: str) -> str:
-    return reinforce(world, root, name, 0, 8, algorithm="flow_grpo", policy="latents", random_steps=1, anchor_weight=0)
+    return reinforce(world, root, name, 0, 8, algorithm="flow_grpo", policy="latents", random_steps=1, anchor_weight=0, kl_weight=0.04)
 
 
 def by_text(world: World, root: Path, name: str) -> str:

@@ -31,6 +31,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("rl.token_clip", "rl.policy=answer, both or text", lambda c: c.rl.policy != "latents"),
     ("rl.beta", "rl.algorithm=nft and thoughts in rl.policy", lambda c: c.rl.algorithm == "nft" and c.rl.policy not in _TOKENS),
     ("rl.random_steps", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),
+    ("rl.kl_weight", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),
     ("rl.step_*", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),
     ("rl.advantage_clip", "rl.policy=latents or both", lambda c: c.rl.policy not in _TOKENS),
     ("rl.train.global_batch", "rl.anchor_weight above 0", lambda c: c.rl.anchor_weight > 0),

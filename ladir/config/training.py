@@ -276,6 +276,11 @@ class RlSettings:
     step_clip: float = setting(
         1e-4, "a random step learns while its density per latent element is within this share of what it was (flow_grpo)"
     )
+    kl_weight: float = setting(
+        0.0,
+        "weight of the random steps' KL divergence, per latent element, from those of the model that this stage began with "
+        "(flow_grpo; published .01 to .04); above 0 every rank holds that model, too. 0: off, the anchor holds the model",
+    )
     token_clip: float = setting(
         0.2, "an answer's token learns while its probability is within this share of what it was when it was sampled"
     )

@@ -46,7 +46,8 @@ class JudgedBatch(TensorBatch):
 
     ``optimality`` [K], and ``learned`` bool [K]: whether the block's thoughts have any; ``advantages`` [n]: of every label of the
     answers (0: nothing is learned there); ``old_prediction`` [K, M, L, d] and ``old_logprob`` [n] of the model that sampled;
-    ``after`` [K, M, L, d]: where the noisy latents' random steps led to, and their ``times`` [M].
+    ``start_prediction``: of the one that this stage began with; ``after`` [K, M, L, d]: where the noisy latents' random steps led
+    to, and their ``times`` [M].
     """
 
     attempts: DenoiserBatch
@@ -55,6 +56,7 @@ class JudgedBatch(TensorBatch):
     advantages: Tensor
     old_prediction: Tensor | None = None
     old_logprob: Tensor | None = None
+    start_prediction: Tensor | None = None
     after: Tensor | None = None
     times: tuple[tuple[float, float], ...] = ()
 
@@ -103,7 +105,7 @@ class JudgedCollator:
             batch, after = _at_steps(batch, attempts)
             times = attempts[0].times
         copies = float(((batch.t > 0) & learned[:, None]).sum())
-        counts = {"nft": copies * batch.z0[0].numel(), "steps": copies, "answers": float((advantages != 0).sum())}
+        counts = {"nft": copies * batch.z0[0].numel(), "steps": copies, "kl": copies, "answers": float((advantages != 0).sum())}
         return JudgedBatch(
             counts={name: counts[name] for name in terms(self.settings)},
             num_tokens=batch.num_tokens,
@@ -135,8 +137,8 @@ def _at_steps(batch: DenoiserBatch, attempts: Sequence[Attempt]) -> tuple[Denois
 
 def terms(settings: RlSettings) -> list[str]:
     """Loss terms of the attempts: of thoughts and of answers."""
-    thoughts = "nft" if settings.algorithm == "nft" else "steps"
-    return {"latents": [thoughts], "answer": ["answers"], "both": [thoughts, "answers"], "text": ["answers"]}[settings.policy]
+    thoughts = ["nft"] if settings.algorithm == "nft" else ["steps", "kl"] if settings.kl_weight else ["steps"]
+    return {"latents": thoughts, "answer": ["answers"], "both": [*thoughts, "answers"], "text": ["answers"]}[settings.policy]
 
 
 def _record(attempt: Attempt) -> LatentRecord:

@@ -13,7 +13,7 @@ from ladir.models import flow
 from ladir.models.denoiser import Denoiser
 from ladir.rl.batches import JudgedBatch, terms
 from ladir.rl.nft import nft_loss
-from ladir.rl.steps import path_log_density
+from ladir.rl.steps import path_divergence, path_log_density
 from ladir.rl.tokens import clipped_loss, ratios
 
 
@@ -27,8 +27,8 @@ class Policy(nn.Module):
         self._terms = terms(settings)
 
     def forward(self, batch: DenoiserBatch | JudgedBatch) -> dict[str, Tensor]:
-        """``nft`` summed over latent elements, ``steps`` over random steps, ``answers`` over labels of answers; or what
-        :class:`Denoiser` gives."""
+        """``nft`` summed over latent elements, ``steps`` and ``kl`` over random steps, ``answers`` over labels of answers; or
+        what :class:`Denoiser` gives."""
         if isinstance(batch, DenoiserBatch):
             losses: dict[str, Tensor] = self.denoiser(batch)
             return losses
@@ -45,6 +45,12 @@ class Policy(nn.Module):
         """The batch with what this model says of it, which is then the old one."""
         prediction, logprob = self._outputs(batch.attempts)
         return replace(batch, old_prediction=prediction, old_logprob=logprob)
+
+    @torch.no_grad()
+    def compared(self, batch: JudgedBatch) -> JudgedBatch:
+        """The batch with what this model predicts there, which is the one that the stage began with."""
+        _, noisy = self.denoiser.read(batch.attempts)
+        return replace(batch, start_prediction=self.denoiser.predict(noisy))
 
     def _outputs(self, batch: DenoiserBatch) -> tuple[Tensor | None, Tensor | None]:
         """Predictions [K, M, L, d] at the noisy latents, log-probabilities [n] of the answers' labels; where they learn."""
@@ -66,22 +72,39 @@ class Policy(nn.Module):
         return {"nft": (losses * learned).sum(), "metric/nft_distance": torch.stack([moved, count.float()])}
 
     def _steps(self, batch: JudgedBatch, prediction: Tensor) -> dict[str, Tensor]:
-        """Of every random step the clipped ratio of its densities, weighted by the thoughts' advantage within its limits."""
+        """Of every random step the clipped ratio of its densities, weighted by the thoughts' advantage within its limits; with
+        a weight the divergence from the start's steps."""
         assert batch.old_prediction is not None
         new, old = self._densities(batch, prediction), self._densities(batch, batch.old_prediction)
         within = self.settings.advantage_clip * (2 * batch.optimality - 1)
         advantages = torch.where(batch.learned, within, 0.0)[:, None].expand_as(new)
         clip = self.settings.step_clip
-        return {"steps": clipped_loss(new, old, advantages, clip).sum(), **ratios("step", new, old, advantages, clip)}
+        losses = {"steps": clipped_loss(new, old, advantages, clip).sum(), **ratios("step", new, old, advantages, clip)}
+        if batch.start_prediction is None:
+            return losses
+        return {**losses, "kl": (self._divergence(batch, prediction, batch.start_prediction) * batch.learned[:, None]).sum()}
 
     def _densities(self, batch: JudgedBatch, prediction: Tensor) -> Tensor:
         """Log-densities [K, M] of what the random steps led to."""
-        tried, s = batch.attempts, self.settings
         assert batch.after is not None
+        z_t, velocity = self._step(batch.attempts, prediction)
+        return path_log_density(z_t, velocity, batch.after, batch.times, *self._step_noise)
+
+    def _divergence(self, batch: JudgedBatch, prediction: Tensor, start: Tensor) -> Tensor:
+        """KL divergences [K, M] of the random steps from those of the start's prediction."""
+        z_t, velocity = self._step(batch.attempts, prediction)
+        return path_divergence(z_t, velocity, self._step(batch.attempts, start)[1], batch.times, *self._step_noise)
+
+    def _step(self, tried: DenoiserBatch, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents and velocities [K, M, L, d] with which the random steps begin."""
         times = tried.t[..., None, None]
         z_t = flow.interpolate(tried.z0[:, None], tried.eps, times)
-        velocity = flow.to_velocity(self.denoiser.settings.objective, prediction, z_t, times)
-        return path_log_density(z_t, velocity, batch.after, batch.times, s.step_randomness, self.sample.initial_noise)
+        return z_t, flow.to_velocity(self.denoiser.settings.objective, prediction, z_t, times)
+
+    @property
+    def _step_noise(self) -> tuple[float, float]:
+        """How random a random step is, and the scale of the noise on the path."""
+        return self.settings.step_randomness, self.sample.initial_noise
 
     def _answers(self, batch: JudgedBatch, logprob: Tensor) -> dict[str, Tensor]:
         old, advantages = batch.old_logprob, batch.advantages

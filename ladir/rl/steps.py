@@ -33,3 +33,19 @@ def path_log_density(
         mean, deviation = flow.transition(z_t[:, place], velocity[:, place], t, s, randomness)
         found.append(step_log_density(after[:, place], mean, noise * deviation))
     return torch.stack(found, 1)
+
+
+def path_divergence(
+    z_t: Tensor, velocity: Tensor, other: Tensor, times: Sequence[tuple[float, float]], randomness: float, noise: float
+) -> Tensor:
+    """KL divergences [K, S], per element, of the steps that ``velocity`` makes from those of ``other`` [K, S, L, d].
+
+    Both are Gaussian with the same deviation, so that it is ``|mean - other mean|^2 / (2 deviation^2)``.
+    The other arguments are those of :func:`path_log_density`.
+    """
+    found = []
+    for place, (t, s) in enumerate(times):
+        mean, deviation = flow.transition(z_t[:, place], velocity[:, place], t, s, randomness)
+        its, _ = flow.transition(z_t[:, place], other[:, place], t, s, randomness)
+        found.append(0.5 * ((mean - its) / (noise * deviation)).square().mean((-2, -1)))
+    return torch.stack(found, 1)

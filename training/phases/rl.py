@@ -83,6 +83,7 @@ def rl_phase(config: Config, world: World) -> RlPhase:
         settings,
         config.run.seed,
         config.sample.num_steps,
+        _compared_with(config, source, world),
     )
 
     def write(target: Path, state: Iterator[tuple[str, Tensor]]) -> None:
@@ -104,10 +105,18 @@ def rl_phase(config: Config, world: World) -> RlPhase:
     )
 
 
+def _compared_with(config: Config, source: Path, world: World) -> Policy | None:
+    """The model in ``source`` once more, whole and never changed, where a loss is of the distance from it."""
+    if "kl" not in terms(config.rl):
+        return None
+    denoiser, _ = load_denoiser(source, config.backbone, world.device)
+    return Policy(denoiser, config.rl, config.sample).eval()
+
+
 def rl_weights(config: Config) -> dict[str, float]:
     """Weights of the losses: thoughts as the flow's, answers as the answer's in stage 1, and that stage's own as the anchor."""
     d, anchor = config.denoiser, config.rl.anchor_weight
-    own = {"nft": d.flow_weight, "steps": 1.0, "answers": d.answer_weight}
+    own = {"nft": d.flow_weight, "steps": 1.0, "kl": config.rl.kl_weight, "answers": d.answer_weight}
     stage_1 = {name: anchor * weight for name, weight in denoiser_weights(d).items()}
     return {**{name: own[name] for name in terms(config.rl)}, **(stage_1 if anchor else {})}
 

@@ -49,7 +49,8 @@ class OwnSteps:
     """Makes the batches of a training on its own attempts.
 
     ``records``: the questions; ``old``: a whole model of its own on every rank, which is given the old model's weights before
-    every iteration; ``asker`` asks it; ``collator`` makes batches of attempts; ``num_steps``: denoising steps of a block.
+    every iteration; ``asker`` asks it; ``collator`` makes batches of attempts; ``num_steps``: denoising steps of a block;
+    ``start``: the model that the stage began with, where attempts are compared with it.
     """
 
     records: Sequence[Record]
@@ -59,6 +60,7 @@ class OwnSteps:
     settings: RlSettings
     seed: int
     num_steps: int
+    start: Policy | None = None
 
     def __post_init__(self) -> None:
         self.order = DataOrder(len(self.records), self.settings.prompts, derive(self.seed, "rl", "questions"))
@@ -128,11 +130,12 @@ class OwnSteps:
         return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
 
     def _batch(self, part: _Numbered, counted: int, step: int, device: torch.device) -> Any:
-        """Attempts as a batch, with what the old model predicts there."""
+        """Attempts as a batch, with what the old model, and the start, predict there."""
         numbers = [step * attempts_of(self.settings) + number for number, _ in part]
         batch = self.collator([attempt for _, attempt in part], numbers, counted)
         old: Any = self.old
-        return old.remembered(batch.to(device))
+        remembered = old.remembered(batch.to(device))
+        return remembered if self.start is None else self.start.compared(remembered)
 
 
 def share_attempts(teaching: _Numbered, micro: int, world: World) -> list[tuple[_Numbered, int]]:
