@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -19,12 +20,14 @@ from matplotlib.text import Text
 
 from ladir.__main__ import main
 from ladir.cli.report import _traced
+from ladir.config.loader import load_config, setting_names
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_questions, write_results
 from ladir.inference.decode import decode_thoughts
 from ladir.inference.sampler import TrajectoryNoise
 from ladir.reasoner import Reasoner
 from ladir.report import traces
+from ladir.report.algorithms import settings_grid
 from ladir.report.charts import _by_control, _by_cost, _by_training, chart_sections
 from ladir.report.figures import denoising_figure, line_figure, pixels, png
 from ladir.report.page import page
@@ -136,6 +139,32 @@ def test_every_table_is_there_as_markdown_too(report: Path) -> None:
         head, rule, *rows = table.splitlines()
         assert len({line.count("|") for line in (head, rule, *rows)}) == 1 and len(rows) == 4
         assert head.startswith("| method | pass@1 (%) |") and rows[1].startswith("| ladir | 20.0 ± 0.0 |")
+
+
+def test_each_algorithm_of_stage_3_stands_beside_its_settings(tmp_path: Path) -> None:
+    def rows(*changes: str) -> dict[str, tuple[str, ...]]:
+        config = dataclasses.asdict(load_config(None, list(changes)))
+        return {row[1]: tuple(row) for row in settings_grid("t", config).rows}
+
+    nft = rows("rl.beta=0.5", "rl.group=8")
+    assert nft["rl.beta"] == ("thoughts: DiffusionNFT (arXiv:2509.16117)", "rl.beta", "0.5", "1", "DiffusionNFT: 1")
+    assert nft["rl.group"][2:4] == ("8", "16") and not {"rl.kl_weight", "rl.token_clip"} & nft.keys()
+    steps = rows("rl.algorithm=flow_grpo", "rl.policy=both", "rl.kl_weight=0.04")
+    assert steps["rl.kl_weight"][2:4] == ("0.04", "0") and steps["sample.answer_temperature"][0].startswith("answers: ")
+    assert "rl.beta" not in steps and steps["rl.step_clip"][3] == "0.0001"
+    text = rows("rl.policy=text")
+    assert text["evaluate.ar_temperature"][0].startswith("completions: ") and not {"rl.beta", "sample.num_steps"} & text.keys()
+    assert {*nft, *steps, *text} >= {name for name in setting_names() if re.fullmatch(r"rl\.\w+(_weight|_clip)", name)}
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("run: {name: run}\n")
+    (run / "config-rl.yaml").write_text("rl: {policy: latents, reward: '<b>:f|g'}\n")  # of an older version
+    assert main(["report", str(run)]) == 0
+    page, tables = ((run / "report" / name).read_text() for name in ("report.html", "tables.md"))
+    assert "<td>&lt;b&gt;:f|g</td><td>answer</td>" in page and "run, rl:" in tables
+    assert "| rl.reward | <b>:f¦g | answer |" in tables
+    assert "| rl.beta | – | 1 |" in tables
 
 
 def steps_on_the_page(text: str, question: str) -> list[list[list[str]]]:

@@ -123,7 +123,9 @@ def test_random_denoising_steps_are_learned_from(one_process: ProcessGroup, star
 
 
 def by_steps(world: World, root: Path, name: str) -> str:
-    return reinforce(world, root, name, 0, 8, algorithm="flow_grpo", policy="latents", random_steps=1, anchor_weight=0, kl_weight=0.04)
+    return reinforce(
+        world, root, name, 0, 8, algorithm="flow_grpo", policy="latents", random_steps=1, anchor_weight=0, kl_weight=0.04
+    )
 
 
 def by_text(world: World, root: Path, name: str) -> str:

@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     for name, data in images.items():
         (out / f"{_file_name(name)}.png").write_bytes(data)
     tables = [_table(results) for run in runs for results in run.results]
+    tables += [f"{printable(grid.title)}:\n\n{grid.markdown()}\n" for section in sections for grid in section.tables]
     (out / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     traced, notes = [], []
     for run_data in runs:

@@ -34,7 +34,7 @@ td, th { white-space: nowrap; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 td small { color: #555; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem; background: #f3f4f6; font-size: .85rem; }
-.steps td, .steps th { text-align: left; }
+.steps td, .steps th, .words td, .words th { text-align: left; }
 .steps td:first-child { white-space: nowrap; color: #555; }
 .steps { width: 100%; }
 .steps th:first-child, .steps td:first-child { width: 8rem; }
@@ -124,6 +124,8 @@ def _section(section: Section, images: Mapping[str, bytes]) -> Iterator[str]:
     if section.pictures:
         figures = "\n".join(_image(images[picture.name], picture.description) for picture in section.pictures)
         yield f'<div class="pictures">\n{figures}\n</div>'
+    for grid in section.tables:
+        yield f'<h3>{escaped(grid.title)}</h3>\n<div class="wide">{grid.html()}</div>'
     if section.missing is not None:
         why, command = section.missing
         yield f'<p class="muted">{escaped(why)} This fills it:</p>\n<pre>{escaped(command)}</pre>'

@@ -14,6 +14,7 @@ from ladir.evaluation.results import QuestionResult, read_questions, read_result
 
 #: training phases in their order, and what of theirs is drawn
 PHASES = ("base", "vae", "denoiser", "rollout", "rl", "verifier", "ar", "ar-rl")
+REINFORCED = ("rl", "ar-rl")
 LOSSES = (
     "loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop", "nft", "steps", "answers", "verifier", "value",
 )  # fmt: skip
@@ -59,6 +60,8 @@ class RunData:
     rates: Curves
     results: list[Results]
     questions: dict[str, list[QuestionResult]]
+    reinforced: dict[str, Mapping[str, Any]]
+    """The settings of every stage 3 that was begun."""
 
     @property
     def sentences_per_block(self) -> int | None:
@@ -99,6 +102,7 @@ def read_run(folder: str | Path) -> RunData:
             _results(name, file, config) for file in sorted(path.glob("results*.json"), key=lambda f: (len(f.name), f.name))
         ],
         questions=_questions(generations) if generations.is_file() else {},
+        reinforced={lane: settings for lane in REINFORCED if (settings := _settings(path / f"config-{lane}.yaml"))},
     )
 
 

@@ -1,8 +1,9 @@
-"""The table of an evaluation's methods, as HTML and as Markdown."""
+"""Tables of a report, as HTML and as Markdown: of an evaluation's methods, and of words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ladir.report.text import escaped, one_line
@@ -22,6 +23,28 @@ _COLUMNS = (
 )
 
 _METHOD_CHARACTERS = 40
+_WORDS_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of words."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def html(self) -> str:
+        """As HTML, without the title."""
+        head = "".join(f"<th>{escaped(cell)}</th>" for cell in self.head)
+        rows = "".join(f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        return f'<table class="words"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+    def markdown(self) -> str:
+        """As Markdown, without the title."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        cells = ([one_line(cell, _WORDS_CHARACTERS).replace("|", "¦") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
