@@ -119,6 +119,10 @@ class StoredLists(MadeWhenRead[list[int]]):
         column, i = self._chunks.find(place)
         return column.length(i)
 
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Ids of every list [n]."""
+        return np.concatenate([np.zeros(0, np.int64), *(column.lengths() for column in self._chunks.all)])
+
 
 @dataclass(frozen=True)
 class TokenRecord:
@@ -149,6 +153,10 @@ class TokenChunk:
     def longest_question(self) -> int:
         """Tokens of the longest question."""
         return int(self.questions.lengths().max(initial=0))
+
+    def sizes(self) -> np.ndarray[Any, Any]:
+        """Tokens of question and answer, and number of blocks, of every record [n, 2]."""
+        return np.stack([self.questions.lengths() + self.answers.lengths(), np.diff(self.blocks_of)], axis=1)
 
     def num_blocks(self, i: int) -> int:
         """Blocks of the i-th record."""

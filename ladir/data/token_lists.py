@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -81,6 +83,10 @@ class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
         """Ids of both."""
         return length_of(self.prompts, place) + length_of(self.completions, place)
 
+    def lengths(self) -> np.ndarray:
+        """The same of all [n]."""
+        return lengths_of(self.prompts) + lengths_of(self.completions)
+
 
 class Joined(MadeWhenRead[T]):
     """Some sequences end to end."""
@@ -99,6 +105,10 @@ class Joined(MadeWhenRead[T]):
         """Tokens of the item at ``place``."""
         return length_of(*self._find(place))
 
+    def lengths(self) -> np.ndarray:
+        """The same of all [n]."""
+        return np.concatenate([lengths_of(part) for part in self._parts])
+
     def _find(self, place: int) -> tuple[Sequence[T], int]:
         number = bisect_right(self._starts, place) - 1
         return self._parts[number], place - self._starts[number]
@@ -108,3 +118,10 @@ def length_of(items: Sequence[Any], place: int) -> int:
     """About how many tokens an item is: without reading it where ``items`` knows, else of the list of ids that it is."""
     known = getattr(items, "length", None)
     return int(known(place)) if known is not None else len(items[place])
+
+
+def lengths_of(items: Sequence[Any]) -> np.ndarray:
+    """:func:`length_of` all items, int64 [n]: at once where ``items`` can."""
+    known = getattr(items, "lengths", None)
+    found = (length_of(items, place) for place in range(len(items))) if known is None else known()
+    return np.asarray(found, np.int64) if isinstance(found, np.ndarray) else np.fromiter(found, np.int64, len(items))

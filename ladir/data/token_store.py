@@ -163,6 +163,11 @@ class TokenStore(MadeWhenRead[TokenRecord]):
         return chunk.tokens(i)
 
     @property
+    def longest_question(self) -> int:
+        """Tokens of the longest question."""
+        return max((chunk.longest_question for chunk in self._chunks.all), default=0)
+
+    @property
     def texts(self) -> Sequence[Record]:
         """All records as text, each read when it is asked for."""
         return _Texts(self)

@@ -11,6 +11,9 @@ from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode
 from ladir.inference.sampler import TrajectoryNoise
 from ladir.models.backbone import Backbone
+from ladir.models.positions import check_room
+
+_SHORTER = "set a lower evaluate.ar_max_tokens, or leave long questions out (a lower data.max_question_tokens)"
 
 
 @torch.no_grad()
@@ -26,12 +29,14 @@ def complete(
     bidirectional_question: bool = False,
     top_p: float = 1.0,
 ) -> list[list[list[int]]]:
-    """Sampled completions: ``num_samples`` token-id lists per prompt.
+    """Sampled completions: ``num_samples`` token-id lists per prompt.  UnusableError where the LM's table of positions may end.
 
     The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers;
     ``bidirectional_question``: their tokens see each other, as the model was trained; ``top_p``: tokens are of the nucleus.
     """
     device = next(backbone.parameters()).device
+    longest = max(map(len, prompts))
+    check_room(backbone.base.config, longest + max_tokens, f"a prompt of {longest} tokens with its completion", _SHORTER)
     ids, lengths = pad_left(prompts, eos_id)  # which the embedding has for certain
     inputs, lengths = backbone.embed(ids.to(device)), lengths.to(device)
     prefix, hidden = Prefix.start(backbone, inputs, lengths, bidirectional_question)

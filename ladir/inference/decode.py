@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.inference.cache import Prefix
+from ladir.models.positions import room_left
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import decode_text
 
@@ -88,7 +89,8 @@ def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
-        return decode(prefix, hidden, eos_id, max_tokens)
+        # Where a table of positions ends, so does every sentence that the VAE was trained on.
+        return decode(prefix, hidden, eos_id, room_left(lm.base.config, inputs.shape[1], max_tokens))
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:

@@ -32,12 +32,13 @@ from ladir.inference.sampler import (
     passes_per_span,
 )
 from ladir.inference.trajectory import Trajectory, check_questions
-from ladir.layout import Mark
+from ladir.layout import Mark, block_length
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
+from ladir.models.positions import check_room, position_limit
 from ladir.models.vae import ThoughtDecoder, Vae
 from ladir.models.verifier import Verifier, drift_features
-from ladir.spans import num_spans
+from ladir.spans import num_spans, with_room
 from ladir.tokens import decode_text, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class TrajectoryGenerator:
         """
         if not asks:
             return []
-        self._check_lengths([ask.question for ask in asks])
+        self._check_lengths([ask.question for ask in asks], settings)
         rows, watch, extras = Rows(asks, together=settings.diversity_scale != 0), watch or Watch(), extras or Extras()
 
         def one_batch(part: range) -> list[Trajectory]:
@@ -221,21 +222,29 @@ class TrajectoryGenerator:
             )
         return latents
 
-    def check_question(self, question: str) -> None:
+    def check_question(self, question: str, settings: SampleSettings | None = None) -> None:
         """ValueError for a question that cannot be asked: :func:`check_questions`, or too long for the LM."""
         check_questions([question])
-        self._check_lengths([question])
+        self._check_lengths([question], settings or self.settings)
 
-    def _check_lengths(self, questions: Sequence[str]) -> None:
-        """Warns of a question longer than the training's; UnusableError where the LM has no positions left to answer it."""
+    def _check_lengths(self, questions: Sequence[str], settings: SampleSettings) -> None:
+        """Warns of a question longer than the training's; UnusableError where the LM has no positions left to answer it, or might
+        come to the end of its table of positions."""
         longest, number = max((len(ids), -n) for n, ids in enumerate(encode_texts(self.tokenizer, questions), start=1))
-        limit = getattr(self.denoiser.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+        lm = self.denoiser.backbone.base.config
+        limit = position_limit(lm)
         rest = len(self._frame) + self.denoiser.latents_per_block + len((Mark.BOT, Mark.EOT, Mark.SOA))
         if limit is not None and longest + rest >= limit:
             raise UnusableError(
                 f"question {-number} has {longest} tokens, too many for an LM of {limit} positions, of which a block and an "
                 f"answer take {rest + 1} or more; shorten it"
             )
+        room = with_room(settings.max_blocks, self.denoiser.settings.span) * block_length(self.denoiser.latents_per_block)
+        most = longest + len(self._frame) + room + 1 + settings.max_answer_tokens
+        limits = f"max_blocks ({settings.max_blocks}) or max_answer_tokens ({settings.max_answer_tokens})"
+        check_room(
+            lm, most, f"question {-number} ({longest} tokens) with thoughts and answer", f"set a lower {limits}, or shorten it"
+        )
         seen = self.trained_on.longest_question
         if seen is not None and longest > max(seen, self._longest_told):
             self._longest_told = longest

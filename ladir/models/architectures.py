@@ -80,6 +80,14 @@ def _refuse_padding(config: PretrainedConfig, name: str) -> None:
         )
 
 
+def has_position_table(config: PretrainedConfig) -> bool:
+    """Whether positions are rows of a table, learned or not, behind whose last one there is none: found out in a miniature.
+
+    False for rotary positions, which go on, and where no miniature can be made.
+    """
+    return _ends_with_a_table(_Kind(config))
+
+
 class _Kind:
     """A text LM's config; equal to another where all that shapes the LM is, so that what was found of one is known of both."""
 
@@ -113,6 +121,21 @@ def _found_fault(kind: _Kind) -> str:
         except Exception as error:  # foreign code, asked for what nobody tried
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return f"it does not run on input vectors under a mask with cached keys and values ({reason[:200]})"
+
+
+@lru_cache(maxsize=64)
+def _ends_with_a_table(kind: _Kind) -> bool:
+    try:
+        backbone = Backbone(miniature(kind.config))
+    except NoMiniatureError:
+        return False
+    behind = torch.tensor([[backbone.base.config.max_position_embeddings]])
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            backbone(backbone.embed(torch.tensor([[1]])), causal(1, torch.device("cpu")), behind)
+        except IndexError:
+            return True
+    return False
 
 
 def _inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:

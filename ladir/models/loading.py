@@ -32,8 +32,8 @@ _NAMED = 3
 
 def check_lm(
     settings: BackboneSettings, tokenizer: PreTrainedTokenizerBase | None = None, name_or_path: str | None = None
-) -> None:
-    """UnusableError in one line for an LM that cannot be trained as set; no weight is read.
+) -> PretrainedConfig:
+    """The config of the LM; UnusableError in one line for one that cannot be trained as set; no weight is read.
 
     By its config: architectures whose layers cannot do what LaDiR asks, ids of ``tokenizer`` that its embedding does not have;
     by its files: weights that are missing or of another size; by its layers: LoRA targets that match nothing.
@@ -50,6 +50,7 @@ def check_lm(
     lm = _without_weights(name)
     if settings.lora.rank:
         adapter_targets(lm, settings.lora.targets)
+    return config
 
 
 def _without_weights(name: str) -> PreTrainedModel:

@@ -158,7 +158,7 @@ class Scheduler:
         """Whether its questions can be asked; it is told where they cannot."""
         try:
             for ask in job.asks:
-                self.reasoner.check_question(ask.question)
+                self.reasoner.check_question(ask.question, job.settings)
         except ValueError as error:
             self._fail(job, Failed(str(error), 400))
             return False

@@ -21,6 +21,7 @@ from ladir.models.folders import save_lm
 from ladir.models.loading import build_backbone, check_lm, new_lm, scratch_config
 from ladir.tokens import load_tokenizer, save_tokenizer, vocabulary_size
 from training.phases.base import Samples, TrainingPhase
+from training.phases.lengths import check_chains
 from training.phases.samples import ar_samples
 from training.phases.tokens import Tokens
 from training.runtime.distributed import World
@@ -35,16 +36,15 @@ def ar_phase(config: Config, world: World) -> TrainingPhase:
     """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
     tokenizer = load_tokenizer(config.backbone)
     size, ids = vocabulary_size(tokenizer), {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    if config.ar.from_scratch:
-        scratch_config(config.backbone, size, ids)
-    else:
-        check_lm(config.backbone, tokenizer)
+    new = config.ar.from_scratch
+    lm = scratch_config(config.backbone, size, ids) if new else check_lm(config.backbone, tokenizer)
     tokens = Tokens(config, world, tokenizer)
     records, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     frame = Frame.of(tokenizer, config.data.chat_template)
     pairs, validation = chains_of(tokens, records, frame), chains_of(tokens, held_out, frame)
+    check_chains(config, lm, Joined(pairs, validation), [records, held_out], frame)
     # Behind the records: what is wrong with them is told before it is loaded.
-    if config.ar.from_scratch:
+    if new:
         backbone = for_training(Backbone(new_lm(config.backbone, size, ids, world.device.type)), config.backbone)
     else:
         with sharded_init(config, config.ar.train, world):

@@ -20,6 +20,7 @@ from ladir.models.pairing import TrainedOn
 from ladir.models.store import folder_fingerprint
 from ladir.tokens import load_tokenizer, tokenizer_fingerprint
 from training.phases.base import Samples, TrainingPhase
+from training.phases.lengths import check_records
 from training.phases.samples import denoiser_samples
 from training.runtime.distributed import World
 from training.runtime.run import RunFolder
@@ -31,9 +32,10 @@ logger = logging.getLogger(__name__)
 def denoiser_phase(config: Config, world: World) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
-    check_lm(config.backbone, tokenizer)
+    lm = check_lm(config.backbone, tokenizer)
     folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
     store, validation = stored_latents(config, folder, world)
+    check_records(config, lm, [store, validation], frame)
     vae = folder.model("vae")
     with sharded_init(config, config.denoiser.train, world):
         backbone = build_backbone(config.backbone, world.device.type)

@@ -22,6 +22,7 @@ from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.lengths import check_records
 from training.phases.samples import Show, vae_samples
 from training.phases.tokens import Tokens
 from training.phases.vae import vae_collator, vae_weights
@@ -37,9 +38,10 @@ _SHOWN_RECORDS = 256
 def joint_phase(config: Config, world: World) -> TrainingPhase:
     """Both, from the run's VAE and a fresh denoiser standardised as that VAE's latents are."""
     tokenizer = load_tokenizer(config.backbone)
-    check_lm(config.backbone, tokenizer)
+    lm = check_lm(config.backbone, tokenizer)
     folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
-    store, _ = stored_latents(config, folder, world)
+    store, encoded = stored_latents(config, folder, world)
+    check_records(config, lm, [store, encoded], frame)
     tokens = Tokens(config, world, tokenizer)
     records, held_out = (_records(config, tokens, named, frame) for named in (config.data.train, config.data.validation))
     with sharded_init(config, config.denoiser.train, world):

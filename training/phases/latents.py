@@ -28,6 +28,7 @@ from ladir.models.probe import latent_report
 from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
+from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
 from training.runtime.ending import in_words, tell_end
 from training.runtime.files import read_json, sha256, write_json
@@ -78,6 +79,7 @@ def encode_split(
     watch.used = True
     records = Tokens(run.config, run.world, tokenizer).records(named)
     assert records is not None  # something is named
+    check_sentences(run.config, vae.encoder.base.config, records.blocks, len(vae.bos))
     form = _form(run, vae)
     parts = _parts(run, target, watch.mark, source, form)
     if not _encode_parts(run, vae, records, parts, form, watch):

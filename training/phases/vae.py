@@ -18,6 +18,7 @@ from ladir.models.folders import new_vae, save_vae
 from ladir.models.loading import check_lm
 from ladir.tokens import load_tokenizer, ordinary_ids
 from training.phases.base import Samples, TrainingPhase
+from training.phases.lengths import check_sentences
 from training.phases.samples import vae_samples
 from training.phases.tokens import Tokens
 from training.runtime.distributed import World
@@ -27,17 +28,19 @@ from training.runtime.sharding import sharded_init
 def vae_phase(config: Config, world: World) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
-    check_lm(config.backbone, tokenizer)
+    lm = check_lm(config.backbone, tokenizer)
     tokens = Tokens(config, world, tokenizer)
     trained, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     alone = tokens.sentences(config.data.sentences)
     frame = Frame.of(tokenizer, config.data.chat_template)
+    items = Joined(sentences_of(config, tokenizer, trained, frame), alone)
     validation = sentences_of(config, tokenizer, held_out, frame)
+    check_sentences(config, lm, Joined(items, validation), len(bos_ids(tokenizer)))
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
         model = new_vae(config.vae, config.backbone, world.device.type, bos_ids(tokenizer))
     collator = vae_collator(config, tokenizer, config.vae.train, "vae", model.bos)
     return TrainingPhase(
-        items=Joined(sentences_of(config, tokenizer, trained, frame), alone),
+        items=items,
         collator=collator,
         name="vae",
         model=model,

@@ -1,0 +1,66 @@
+"""Whether a phase's longest samples have positions in its LM: looked at when the records are known, before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from ladir.config import Config
+from ladir.data.latents import LatentStore
+from ladir.data.prompts import Frame
+from ladir.data.token_lists import GroundedSentence, lengths_of
+from ladir.data.token_store import TokenStore
+from ladir.layout import block_length
+from ladir.models.positions import check_positions, check_room
+from ladir.spans import with_room
+
+_COMPLETION = "set a lower evaluate.ar_max_tokens, or leave long questions out (a lower data.max_question_tokens)"
+_SHORTER = "leave long ones out (data.on_bad_record=skip with a lower {names})"
+
+
+def check_sentences(config: Config, lm: PretrainedConfig, sentences: Sequence[Any], bos: int) -> None:
+    """What the VAE reads of a sentence: ``bos`` tokens, the sentence, its latents; with its question and what follows where the
+    decoder learns that.  UnusableError where the LM has no positions for it."""
+    vae = config.vae
+    if vae.objective == "reconstruct":
+        lengths = bos + lengths_of(sentences) + vae.latents_per_block
+        names = "data.max_block_tokens"
+    else:
+        read = (_grounded(sentence, vae.grounded_tokens, bos) for sentence in sentences)
+        lengths = np.fromiter(read, np.int64, len(sentences)) + vae.latents_per_block
+        names = "data.max_block_tokens or data.max_question_tokens, or set a lower vae.grounded_tokens"
+    check_positions(lm, lengths, "sentences with their latents", _SHORTER.format(names=names))
+
+
+def _grounded(sentence: list[int] | GroundedSentence, most: int, bos: int) -> int:
+    if not isinstance(sentence, GroundedSentence):
+        return bos + len(sentence)
+    return max(bos + len(sentence.sentence), len(sentence.prompt) + min(len(sentence.follows), most))
+
+
+def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentStore | None], frame: Frame) -> None:
+    """What the denoiser reads of a record: question, blocks (whole spans of them), <SOA>, answer.  UnusableError as above."""
+    span, block = config.denoiser.span, block_length(config.vae.latents_per_block)
+    sizes = np.concatenate([store.sizes() for store in stores if store is not None])
+    room = -(-sizes[:, 1] // span) * span  # a chain's last span may reach beyond its end
+    lengths = len(frame) + sizes[:, 0] + room * block + 1
+    names = "data.max_question_tokens, data.max_blocks or data.max_answer_tokens, and encode again"
+    check_positions(lm, lengths, "records with their blocks", _SHORTER.format(names=names))
+    own = max(store.longest_question for store in stores if store is not None) + with_room(config.sample.max_blocks, span) * block
+    most = len(frame) + own + 1 + config.sample.max_answer_tokens
+    check_room(lm, most, "the model's own thoughts and answer", "set a lower sample.max_blocks or sample.max_answer_tokens")
+
+
+def check_chains(
+    config: Config, lm: PretrainedConfig, pairs: Sequence[Any], stores: Sequence[TokenStore | None], frame: Frame
+) -> None:
+    """What the AR LM reads of a record, prompt and chain as text, and writes behind a prompt.  UnusableError as above."""
+    lengths = lengths_of(pairs) + (len(frame) if frame.is_chat else 0) - 1  # the last token is predicted alone
+    names = "data.max_question_tokens, data.max_blocks or data.max_block_tokens"
+    check_positions(lm, lengths, "chains as text", _SHORTER.format(names=names))
+    longest = max((store.longest_question for store in stores if store is not None), default=0)
+    most = len(frame) + longest + 1 + config.evaluate.ar_max_tokens  # a newline behind the question
+    check_room(lm, most, "the longest question with its completion", _COMPLETION)
