@@ -252,6 +252,7 @@ class InMemory:
 class Held:
     blocks: list[list[int]]
     texts: list[Record]
+    longest_question: int = 1
 
     def __len__(self) -> int:
         return len(self.texts)
