@@ -72,6 +72,7 @@ count_processes() {
 # One appended log per job, the submitted script and the hostfile, all in the run folder.
 prepare_run_folder() {
     max_restarts=${MAX_RESTARTS:-20}
+    max_crashes=${MAX_CRASHES:-3}
     RANK_LOGS=$RUN_FOLDER/logs/ranks
     LOG=$RUN_FOLDER/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.log
     HOSTFILE=$RUN_FOLDER/slurm/hostfile-$SLURM_JOB_ID
@@ -84,9 +85,12 @@ prepare_run_folder() {
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "1,${NODES}s/\$/ slots=$PROCESSES/p" >"$HOSTFILE"
     # Of this job alone: another one that starts in this run removes INTERRUPTED, and must not take this one for finished.
     INTERRUPTED_MARK=$RUN_FOLDER/slurm/interrupted-$SLURM_JOB_ID
-    rm -f "$INTERRUPTED_MARK"
+    # Written by the first process that knows why the job fails: the kind of failure, and the nodes that are to blame.
+    FAILURE_MARK=$RUN_FOLDER/slurm/failure-$SLURM_JOB_ID
+    rm -f "$INTERRUPTED_MARK" "$FAILURE_MARK"
+    FAILED_NODES=$RUN_FOLDER/slurm/failed-nodes
     count_restarts
-    export RANK_LOGS HOSTFILE LOG INTERRUPTED_MARK
+    export RANK_LOGS HOSTFILE LOG INTERRUPTED_MARK FAILURE_MARK
 }
 
 # Sets restarts, of this job, and idle_restarts: the last ones among them before which nothing more was saved.
@@ -146,22 +150,85 @@ start_step() {
     srun "${options[@]}" ${extra[@]+"${extra[@]}"} bash slurm/node.sh "training/$1.py" "${@:2}"
 }
 
-# Interrupted runs go back to the queue.  They end with status 75 and leave a mark, for launchers that garble statuses.
+# Interrupted runs go back to the queue, and those that crashed, where another start may end otherwise.
+# The former end with status 75 and leave a mark, for launchers that garble statuses.
 finish() {
-    local entry=$1 status=$2
+    local entry=$1 status=$2 most=$max_restarts limit=MAX_RESTARTS what='interrupted and saved'
     if [ "$status" -ne "$INTERRUPTED_STATUS" ] && ! [ -e "$INTERRUPTED_MARK" ]; then
-        [ "$status" -eq 0 ] || echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
-        exit "$status"
+        [ "$status" -ne 0 ] || exit 0
+        echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
+        find_blame
+        may_come_back || exit "$status"
+        what="crashed (${meaning[$kind]}${nodes:+: ${nodes//,/, }})"
+        [ "$max_crashes" -gt "$most" ] || most=$max_crashes limit=MAX_CRASHES
     fi
-    rm -f "$INTERRUPTED_MARK"
+    rm -f "$INTERRUPTED_MARK" "$FAILURE_MARK"
     # A job that somebody has cancelled is not RUNNING any more and stays cancelled.
     if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
-        echo "$entry: interrupted and saved; this job was cancelled, submit it again to continue"
+        echo "$entry: $what; this job was cancelled, submit it again to continue"
         exit 1
     fi
-    [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$max_restarts" ] ||
-        fail "$entry: interrupted before anything more was saved, and MAX_RESTARTS=$max_restarts is used up; submit it again to continue"
-    echo "$entry: interrupted and saved; back to the queue (restart $((restarts + 1)); at most $max_restarts without progress)"
+    [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$most" ] ||
+        fail "$entry: $what before anything more was saved, and $limit=$most is used up; submit it again to continue"
+    echo "$entry: $what; back to the queue (restart $((restarts + 1)); at most $most without progress)"
+    find_bad_nodes
+    trap '' TERM "$STOP_SIGNAL" # which end this script, and what it calls, as soon as the job is back in the queue
     scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
+    leave_out_bad_nodes
     exit 0
+}
+
+# Kinds of failures, as training/runtime/failures.py tells them apart.
+declare -rA meaning=([refused]="an error to be mended" [fault]="an error in the program" [device]="a device or network fails"
+    [lost]="a process was lost" [sick]="a device is wrong or slow" [ended]="processes died without a word")
+
+# Sets kind and nodes, and notes the nodes that are to blame.
+find_blame() {
+    kind=ended nodes=''
+    [ ! -f "$FAILURE_MARK" ] || read -r kind nodes <"$FAILURE_MARK"
+    nodes=${nodes#-}
+    local node
+    for node in ${nodes//,/ }; do
+        echo "$node $kind job $SLURM_JOB_ID $(date '+%F %T')" >>"$FAILED_NODES"
+    done
+}
+
+# What the user must mend, and what the program does wrong by itself, would come again; behind new checkpoints it may be rare.
+may_come_back() {
+    case $kind in
+        refused) return 1 ;;
+        fault) [ "$(saved_so_far)" != "$mark" ] ;;
+    esac
+}
+
+# Nodes that failed twice in this run do not get this job again, nor those of the chain that wait.  Slurm changes the list of
+# a waiting job only, which this one is as soon as it is back in the queue, though its script has not ended.
+find_bad_nodes() {
+    bad_nodes=''
+    [ ! -f "$FAILED_NODES" ] ||
+        bad_nodes=$(awk '++seen[$1] == 2 { list = list sep $1; sep = "," } END { print list }' "$FAILED_NODES")
+    left_out=$(left_out_by "$SLURM_JOB_ID")
+}
+
+leave_out_bad_nodes() {
+    local job state
+    [ -n "$bad_nodes" ] || return 0
+    leave_out "$SLURM_JOB_ID" "$left_out" # at once: Slurm soon ends this script
+    [ -f "$RUN_FOLDER/slurm/jobs" ] || return 0
+    while read -r job _; do
+        state=$(scontrol show job -o "$job" 2>/dev/null) || continue
+        if [ "$job" != "$SLURM_JOB_ID" ] && [[ $state == *" JobState=PENDING "* ]]; then
+            leave_out "$job" "$(left_out_by "$job")"
+        fi
+    done <"$RUN_FOLDER/slurm/jobs"
+}
+
+left_out_by() {
+    scontrol show job -o "$1" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | sed 's/(null)//'
+}
+
+leave_out() {
+    if scontrol update "JobId=$1" "ExcNodeList=${2:+$2,}$bad_nodes"; then
+        echo "job $1 leaves out $bad_nodes, which failed twice (noted in $FAILED_NODES)"
+    fi
 }

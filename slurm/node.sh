@@ -16,9 +16,9 @@ case $LAUNCHER in
         command=(python slurm/pass_signals.py deepspeed --hostfile "$HOSTFILE" --no_ssh "${address[@]}" --no_python --no_local_rank)
         ;;
     srun)
-        command=()
+        command=(python slurm/pass_signals.py)
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$PROCESSES
         ;;
 esac
 # Launchers would die of a stop signal, so they never see it, and Slurm may send it to its own child alone.
-exec python slurm/hold_signals.py "${signals[@]}" -- ${command[@]+"${command[@]}"} "$PWD/slurm/rank.sh" "$@"
+exec python slurm/hold_signals.py "${signals[@]}" -- "${command[@]}" "$PWD/slurm/rank.sh" "$@"

@@ -2,7 +2,8 @@
 
 Slurm signals the process that it started itself, this one, and no descendant of it (``proctrack/cgroup``, its default); launchers
 would die of a signal or kill their processes.  ``rank.sh`` leaves its process id in the folder ``RANK_PIDS``; a signal that
-comes before it has is passed on when it does.  Usage: ``pass_signals.py launcher arguments``.
+comes before it has is passed on when it does.  Where a node's processes die and none of them has said why, the node is noted
+for the batch script.  Usage: ``pass_signals.py launcher arguments``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from training.runtime.failures import node_name, tell_batch_script
+
 #: seconds between two looks at the launcher and at processes that have started since
 _PERIOD = 0.5
 
@@ -25,6 +30,8 @@ def main(command: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="ladir-ranks-") as folder:
         launcher = subprocess.Popen(command, env={**os.environ, "RANK_PIDS": folder})
         status = _passing_on(launcher, held, Path(folder))
+        if status and not (Path(folder) / "told").exists():
+            tell_batch_script("ended", [node_name()])
     return status if status >= 0 else 128 - status
 
 
@@ -42,7 +49,7 @@ def _passing_on(launcher: subprocess.Popen[bytes], held: set[int], folder: Path)
 
 def _tell(number: int, folder: Path, known: set[str]) -> None:
     """Send a signal to the processes that do not know of it."""
-    for file in folder.iterdir():
+    for file in folder.glob("[0-9]*"):
         text = file.read_text()
         if file.name not in known and text.endswith("\n"):  # written whole
             known.add(file.name)

@@ -172,6 +172,73 @@ def test_a_chain_that_cannot_run_on_what_is_asked_for_is_not_queued(tmp_path: Pa
     assert result.returncode == 0 and result.stdout.count("job 17") == 3
 
 
+CRASH = """
+source slurm/common.sh
+prepare() { mkdir -p "$RUN_FOLDER/slurm" "$RUN_FOLDER/checkpoints/vae"; mark=$(saved_so_far); }
+max_restarts=20 max_crashes=2 restarts=$IDLE idle_restarts=$IDLE LOG=log RANK_LOGS=ranks
+INTERRUPTED_MARK=$RUN_FOLDER/interrupted FAILURE_MARK=$RUN_FOLDER/failure FAILED_NODES=$RUN_FOLDER/slurm/failed-nodes
+prepare
+[ -z "$SAVED" ] || echo "$SAVED" >"$RUN_FOLDER/checkpoints/vae/latest"
+[ -z "$FAILURE" ] || echo "$FAILURE" >"$FAILURE_MARK"
+finish train_vae 1
+"""
+SCONTROL = """#!/bin/sh
+[ "$1" != show ] || echo "JobId=$4 JobState=$(cat "$RUN_FOLDER/state") ExcNodeList=nodeX MinCPUsNode=1"
+[ "$1" != requeue ] || echo PENDING >"$RUN_FOLDER/state"
+[ "$1" != update ] || echo "updated $2 $3"
+"""
+
+
+def crash(folder: Path, failure: str, saved: str = "", idle: int = 0) -> tuple[int, str]:
+    """Status and output of a batch script whose step has failed, with a scontrol that only tells."""
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text(SCONTROL)
+    scontrol.chmod(0o755)
+    (folder / "state").write_text("RUNNING\n")
+    facts = {"RUN_FOLDER": str(folder), "SLURM_JOB_ID": "7", "STOP_SIGNAL": "USR2"}
+    facts |= {"IDLE": str(idle), "FAILURE": failure, "SAVED": saved}
+    environment = {**os.environ, "PATH": f"{scontrol.parent}:{os.environ['PATH']}", **facts}
+    done = subprocess.run(["bash", "-c", CRASH], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_may_end_otherwise_goes_back_to_the_queue_and_what_must_be_mended_does_not(tmp_path: Path) -> None:
+    assert crash(tmp_path, "refused -", "step-1")[0] == 1
+    assert crash(tmp_path, "fault -")[0] == 1
+    status, told = crash(tmp_path, "fault -", "step-2")
+    assert status == 0 and "train_vae: crashed (an error in the program); back to the queue (restart 1; at most 2" in told
+    assert "lost" in crash(tmp_path, "lost -", idle=1)[1]
+    status, told = crash(tmp_path, "", idle=2)  # nobody said why
+    assert status == 2 and "before anything more was saved, and MAX_CRASHES=2 is used up" in told
+    assert crash(tmp_path, "", saved="step-3", idle=2)[0] == 0
+    assert not (tmp_path / "slurm" / "failed-nodes").exists()
+
+
+def test_a_node_that_failed_twice_is_left_out_by_the_job_and_by_those_of_its_chain_that_wait(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs").write_text("7 train_vae\n8 encode_latents\n")
+    assert "updated" not in crash(tmp_path, "lost nodeB")[1]
+    status, told = crash(tmp_path, "sick nodeA,nodeB")
+    assert status == 0 and "crashed (a device is wrong or slow: nodeA, nodeB)" in told
+    assert {line for line in told.splitlines() if line.startswith("updated")} == {
+        "updated JobId=7 ExcNodeList=nodeX,nodeB",
+        "updated JobId=8 ExcNodeList=nodeX,nodeB",
+    }
+
+
+def test_processes_that_die_without_a_word_are_told_of_by_their_node(tmp_path: Path) -> None:
+    """And those that say why are not; the first to speak is believed."""
+    mark = tmp_path / "failure"
+    environment = {**os.environ, "FAILURE_MARK": str(mark), "SLURMD_NODENAME": "nodeB"}
+    told = "from training.runtime.failures import tell_batch_script as tell; tell('refused'); tell('lost', ['nodeC']); exit(1)"
+    for program, said in (("exit(0)", ""), ("import os; os.kill(os.getpid(), 9)", "ended nodeB\n"), (told, "refused -\n")):
+        mark.unlink(missing_ok=True)
+        command = [sys.executable, "slurm/pass_signals.py", sys.executable, "-c", program]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        assert (mark.read_text() if mark.exists() else "") == said
+
+
 def test_what_submit_prints_can_be_pasted(tmp_path: Path) -> None:
     """With a folder whose name has spaces and brackets."""
     folder = tmp_path / "my runs [1]"

@@ -38,6 +38,13 @@ class DeepSpeedSettings:
     start_seconds: float = setting(50.0, "longest wait until all processes of a job have started; more where they load slowly")
     timeout_minutes: float = setting(30.0, "longest wait for another rank (loading, checkpoints) before the job is ended")
     step_timeout_minutes: float = setting(5.0, "longest wait for another rank within a training step, after the first one")
+    preflight: str = setting(
+        "warn",
+        "before anything is loaded every rank multiplies matrices and all add up numbers; one that computes wrongly is refused "
+        "with its name and node, and one that takes telemetry.slow_rank_factor times as long as the median rank is warned of, or "
+        "refused, too; off: not looked at",
+        ("off", "warn", "refuse"),
+    )
     sharded_loading: bool = setting(
         True, "ZeRO-3 on several processes: pretrained weights are split while they are read, so that none holds a whole LM"
     )

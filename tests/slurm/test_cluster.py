@@ -150,7 +150,7 @@ def test_signal_preemption_and_a_lost_node_change_no_loss(chain: dict[str, str],
     assert project.weights(name, "vae") == project.weights("first", "vae")
 
 
-def test_a_cancelled_job_stays_cancelled_and_a_killed_rank_ends_its_job(chain: dict[str, str], project: Project) -> None:
+def test_a_cancelled_job_stays_cancelled(chain: dict[str, str], project: Project) -> None:
     cluster, name = project.cluster, "killed"
     job = project.submit("train_vae", name)
     project.reach(job, name, 3)
@@ -158,14 +158,34 @@ def test_a_cancelled_job_stays_cancelled_and_a_killed_rank_ends_its_job(chain: d
     assert cluster.wait(job) == "CANCELLED"
     time.sleep(3)  # a job that went back to the queue would do so now
     assert cluster.state(job) == "CANCELLED"
-    saved = project.step(name)
 
-    job = project.submit("train_vae", name)
-    project.reach(job, name, saved + 2)
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_killed_rank_brings_the_job_back_and_a_node_that_failed_twice_is_left_out(
+    launcher: str, chain: dict[str, str], project: Project
+) -> None:
+    """Killed before there is a checkpoint, and behind one; the second time nodeB goes, and with it the place for two nodes."""
+    cluster, name = project.cluster, f"killed-{launcher}"
+    job = project.submit("train_vae", name, LAUNCHER=launcher)
+    project.reach(job, name, 3)
     project.rank(name, 1).kill()
-    assert cluster.wait(job, seconds=30) == "FAILED"
-    assert f"phase vae continues after step {saved}" in project.log(job)
+    project.restarted(job, 1)
+    project.reach(job, name, 13)
+    project.rank(name, 1).kill()
+    project.restarted(job, 2)
+    cluster.until(lambda: cluster.job(job)["ExcNodeList"] == "nodeB", "nodeB to be left out", job)
+    failed = (project.folder / name / "slurm" / "failed-nodes").read_text().splitlines()
+    assert [line.split()[0] for line in failed] == ["nodeB", "nodeB"]
+    assert f"job {job} leaves out nodeB, which failed twice" in project.log(job)
+    cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=")  # the only other node, so that the job can end
+    project.finish(job)
     assert "error: train_vae failed with status" in project.log(job)
+    assert "phase vae continues after step 10" in project.log(job)
+    steps = project.losses(name, "vae")
+    assert {step: set(found) for step, found in steps.items()} == {
+        step: set(found) for step, found in project.losses("first", "vae").items()
+    }
+    assert project.weights(name, "vae") == project.weights("first", "vae")
 
 
 def test_a_failing_phase_cancels_what_depends_on_it(chain: dict[str, str], project: Project) -> None:

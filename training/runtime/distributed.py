@@ -24,7 +24,7 @@ from torch import Tensor
 from ladir.config import DeepSpeedSettings
 from ladir.errors import UnusableError
 from ladir.installation import missing_package
-from training.runtime.failures import tell_launcher
+from training.runtime.failures import Kind, node_name, tell_batch_script, tell_launcher
 from training.runtime.logs import configure_logging
 from training.runtime.preemption import INTERRUPTED_STATUS
 from training.runtime.rendezvous import LaunchError, check_numbers, meet
@@ -39,6 +39,19 @@ FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outg
 
 class RankLostError(RuntimeError):
     """Another rank died, or did not answer in time."""
+
+    def __init__(self, message: str, nodes: Sequence[str] = ()) -> None:
+        """``nodes``: of the ranks that were lost, where that is known."""
+        super().__init__(message)
+        self.nodes = tuple(nodes)
+
+
+class SickRankError(RuntimeError):
+    """Before anything was loaded a rank was found to compute wrongly or slowly."""
+
+    def __init__(self, message: str, nodes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,11 @@ class World:
         total = values.detach().to(self.device, torch.float64)
         dist.all_reduce(total)
         return total.cpu()
+
+    def add_up(self, values: Tensor) -> None:
+        """Put the sum over all ranks in the place of ``values``, on their device and in their dtype."""
+        if self.size > 1:
+            dist.all_reduce(values)
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of every value over all ranks (one all-reduce, none for a single process)."""
@@ -170,13 +188,16 @@ def run_as_program(main: Callable[[], None]) -> NoReturn:
         status = _status(error)
         if status:
             tell_launcher(_reason(error), follows=isinstance(error.__cause__, RankLostError))
+            tell_batch_script(*_blame(error.__cause__, "refused"))
     except KeyboardInterrupt:  # before there is something to save, or while the process ends
         logger.error("stopped by Ctrl-C")
         tell_launcher("stopped by Ctrl-C")
+        tell_batch_script("refused")
         status = 128 + signal.SIGINT
     except Exception as error:
         sys.excepthook(*sys.exc_info())
         tell_launcher(missing_package(error) or traceback.format_exc())
+        tell_batch_script(*_blame(error, "fault" if missing_package(error) is None else "refused"))
         status = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -190,6 +211,19 @@ def _status(error: SystemExit) -> int:
         return error.code or 0
     logger.error("%s", error.code)
     return 1
+
+
+def _blame(error: BaseException | None, otherwise: Kind) -> tuple[Kind, tuple[str, ...]]:
+    """What kind of failure it is, and which nodes are to blame."""
+    if isinstance(error, RankLostError):
+        return "lost", error.nodes
+    if isinstance(error, SickRankError):
+        return "sick", error.nodes
+    if isinstance(error, torch.AcceleratorError) or (isinstance(error, dist.DistBackendError) and "CUDA error" in str(error)):
+        return "device", (node_name(),)
+    if isinstance(error, RuntimeError) and is_lost_rank(error):
+        return "lost", ()
+    return otherwise, ()
 
 
 def _reason(error: SystemExit) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed.distributed_c10d as c10d
 
-from training.runtime.distributed import World
+from training.runtime.distributed import RankLostError, World
+from training.runtime.failures import node_name, tell_batch_script
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ class Heartbeat:
         self._samples: Sequence[Any] = ()
         self._deadline, self._patience = math.inf, math.inf
         self._ended = threading.Event()
+        self.lost_nodes: list[str] = []
+        """The node of the ranks that did not answer when :meth:`behind` asked; none where they are of several."""
+        if self._store is not None:
+            self._store.set(f"{self._key(world.rank)}/node", node_name())
 
     def beat(self, step: int, part: str, samples: Sequence[Any]) -> None:
         """This rank has come so far: in step ``step`` (the first is 1), ``part`` (one of ``PARTS``) of ``samples``."""
@@ -65,6 +70,8 @@ class Heartbeat:
                 silent = {rank for rank in silent if not store.check([f"{self._key(rank)}/lost"])}
                 time.sleep(0.1)
             places = {rank: self._last_place(store, rank) for rank in range(self.world.size)}
+            nodes = {store.get(f"{self._key(rank)}/node").decode() for rank in silent}
+            self.lost_nodes = sorted(nodes) if len(nodes) == 1 else []
         except RuntimeError as error:
             late.append(f"the job's key-value store, on the first node, does not answer either ({error})")
             return
@@ -100,6 +107,7 @@ class Heartbeat:
             if time.monotonic() > self._deadline:
                 self._deadline = math.inf  # once, until the next beat
                 logger.error("%s: nothing has happened for %.3g minutes. %s", self.where(), self._patience / 60, self.advice())
+                tell_batch_script("lost", self.lost_nodes)
 
     def advice(self) -> str:
         """Who is missing and what to look at."""
@@ -107,6 +115,11 @@ class Heartbeat:
             f"Now {self.behind()}. Look for an error of that rank above or in its log; if it was only slow, raise "
             "deepspeed.step_timeout_minutes. The same command continues after the last checkpoint"
         )
+
+    def rank_lost(self, error: RuntimeError) -> RankLostError:
+        """What to raise in place of a collective's ``error``: who was lost, where, and what to look at."""
+        told = f"{self.where()}: another rank died or did not answer in time ({error}). {self.advice()}"
+        return RankLostError(told, self.lost_nodes)
 
     def end(self) -> None:
         """Stop watching."""

@@ -14,9 +14,10 @@ from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from ladir.models.backbone import choose_dtype
 from training.runtime.checkpoint import CheckpointError
-from training.runtime.distributed import LaunchError, RankLostError, start, stop
+from training.runtime.distributed import LaunchError, RankLostError, SickRankError, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 from training.runtime.ending import given_settings
+from training.runtime.examination import examine
 from training.runtime.files import lacks_room
 from training.runtime.loop import NonFiniteError
 from training.runtime.preemption import INTERRUPTED_STATUS
@@ -37,6 +38,7 @@ USER_ERRORS = (
     NonFiniteError,
     RankLostError,
     RunConflict,
+    SickRankError,
     UnusableError,
 )
 
@@ -57,6 +59,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         world = start(config.deepspeed)
         if trains:
             check_topology(config, phase(config), world.size)
+        examine(world, config)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
             run.given = given_settings(arguments)

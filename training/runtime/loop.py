@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ladir.config import TrainSettings
 from training.runtime import checkpoint
-from training.runtime.distributed import RankLostError, is_lost_rank
+from training.runtime.distributed import is_lost_rank
 from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
@@ -155,10 +155,7 @@ class Trainer:
             yield
         except Exception as error:
             if isinstance(error, RuntimeError) and is_lost_rank(error):
-                raise RankLostError(
-                    f"{self._heartbeat.where()}: another rank died or did not answer in time ({error}). "
-                    f"{self._heartbeat.advice()}"
-                ) from error
+                raise self._heartbeat.rank_lost(error) from error
             error.add_note(f"This happened in {self._heartbeat.where()}.")
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(f"Lower {self.run.phase}'s micro_batch (results do not change), or see ds_configs/README.md.")

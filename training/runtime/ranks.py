@@ -39,7 +39,7 @@ class RankWatch:
     def __init__(self, world: World, warn_factor: float) -> None:
         """``warn_factor``: a rank is warned of that takes so many times as long as the median one, several times on end."""
         self._world, self._warn_factor = world, warn_factor
-        self.names: list[str] = world.gather(_name(world))
+        self.names: list[str] = world.gather(name_of(world))
         self._products = Products(world.device)
         self._wait = 0.0
         self._suspect, self._times = -1, 0
@@ -150,7 +150,7 @@ class Products:
         return event
 
 
-def _name(world: World) -> str:
+def name_of(world: World) -> str:
     """A rank as people find it: node and device."""
     device = f"GPU {world.local_rank}" if world.device.type == "cuda" else f"process {world.local_rank}"
     return f"rank {world.rank} ({platform.node()}, {device})"
