@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ladir.config import BackboneSettings
 from ladir.errors import UnusableError
+from ladir.names import check_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def load_tokenizer(backbone: BackboneSettings) -> PreTrainedTokenizerBase:
         raise UnusableError(
             "no tokenizer: set backbone.tokenizer, or backbone.name_or_path to a model folder or Hub id that has one"
         )
+    check_name(name, "tokenizer", "backbone.tokenizer" if backbone.tokenizer else "backbone.name_or_path")
     tokenizer = _read(name)
     if tokenizer.eos_token_id is None:
         raise UnusableError(

@@ -166,6 +166,11 @@ def test_all_errors_are_reported_at_once_with_place_and_closest_name(tmp_path: P
     assert len(errors) == len(expected)
 
 
+def test_a_file_of_settings_without_its_option_is_told_so() -> None:
+    (error,) = errors_of("configs/my.yaml")
+    assert error.endswith("a file of settings stands behind --config")
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [

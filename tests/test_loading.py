@@ -259,6 +259,8 @@ def test_other_faults_are_one_line_too(lm_folder: Path) -> None:
     assert "(mamba) cannot be used: its layers carry state" in refusal(lm_folder)
     (lm_folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing\nof the kind"}))
     assert "cannot be loaded: " in refusal(lm_folder)
+    nowhere = refusal(lm_folder / "models" / "base")
+    assert "no such folder (looked in" in nowhere and "correct backbone.name_or_path, or make it first" in nowhere
 
 
 def test_a_padding_token_without_an_embedding_is_never_looked_up() -> None:

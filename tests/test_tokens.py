@@ -116,6 +116,8 @@ def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
 def test_unusable_tokenizers_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer: set backbone.tokenizer"):
         load_tokenizer(BackboneSettings())
+    with pytest.raises(ValueError, match=r"the tokenizer '\./nowhere': no such folder \(looked in .*correct backbone.tokenizer"):
+        load_tokenizer(BackboneSettings(tokenizer="./nowhere"))
     with pytest.raises(ValueError, match=r"cannot be loaded.*set backbone.tokenizer"):
         load_tokenizer(BackboneSettings(tokenizer=str(tmp_path)))
     byte_tokenizer().save_pretrained(tmp_path)

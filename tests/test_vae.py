@@ -435,6 +435,8 @@ def test_an_export_has_all_files_of_the_decoding_lm_or_is_refused(tmp_path: Path
 
 def test_a_torn_or_foreign_folder_is_refused(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"nowhere is not there; train or export it first \(training/train_vae\.py\)"):
+        load_settings(tmp_path / "nowhere", "vae")
     with pytest.raises(ValueError, match=r"base is no vae folder: ladir\.json is missing"):
         load_vae(base, settings(base), CPU)
     vae = new_vae(VaeSettings(latent_dim=3, latents_per_block=2), settings(base), "cpu")

@@ -194,7 +194,8 @@ def _merge_file(tree: DictConfig, path: str, errors: list[str]) -> None:
 def _merge_override(tree: DictConfig, override: str, errors: list[str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        errors.append(f"{override!r}: an override is section.key=value, e.g. vae.train.lr=1e-4")
+        file = "; a file of settings stands behind --config" if override.endswith((".yaml", ".yml")) else ""
+        errors.append(f"{override!r}: an override is section.key=value, e.g. vae.train.lr=1e-4{file}")
         return
     entry = next((entry for entry in declared_settings() if entry.name == name), None)
     as_typed = plainly(text) if entry is not None and is_text(entry.annotation) else None

@@ -22,6 +22,7 @@ from ladir.models.attention import set_attention
 from ladir.models.backbone import DTYPES, Backbone, choose_dtype, for_training
 from ladir.models.pairing import adapter_base, find_base
 from ladir.models.weights import check_weights
+from ladir.names import check_name
 from ladir.tokens import check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def _named(settings: BackboneSettings, name_or_path: str | None) -> str:
     name = name_or_path or settings.name_or_path
     if name is None:
         raise UnusableError("backbone.name_or_path is not set: name a folder or a Hub id of a causal LM")
+    check_name(name, "LM", "backbone.name_or_path")
     return name
 
 

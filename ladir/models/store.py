@@ -29,6 +29,13 @@ from ladir.models.weights import ADAPTER_WEIGHTS_NAME, save_tensors
 SETTINGS_FILE = "ladir.json"
 HEADS_FILE = "heads.safetensors"
 _SHARD_BYTES = 4 * 2**30
+#: by kind of a model folder the program that writes it
+_MAKERS = {
+    "vae": " (training/train_vae.py)",
+    "denoiser": " (training/train_denoiser.py)",
+    "lm": " (training/train_ar.py)",
+    "verifier": " (training/train_verifier.py)",
+}
 
 State = Iterable[tuple[str, Tensor]]
 SettingsT = TypeVar("SettingsT", SampleSettings, VaeSettings, DenoiserSettings)
@@ -194,7 +201,8 @@ def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     """``ladir.json`` of a model folder; UnusableError names the folder when it is missing, torn or of another kind."""
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
-        raise UnusableError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first")
+        there = f"is no {kind} folder: {SETTINGS_FILE} is missing" if path.parent.is_dir() else "is not there"
+        raise UnusableError(f"{folder} {there}; train or export it first{_MAKERS.get(kind, '')}")
     with names_damage(path):
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
     if settings.get("kind") != kind:
