@@ -51,6 +51,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     stored = SimpleNamespace(records=lambda named: made)
     monkeypatch.setattr(encode_latents, "Tokens", lambda config, world, tokenizer: stored)
     monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "vae")
+    monkeypatch.setattr(encode_latents, "_check_lengths", lambda *arguments: None)
     monkeypatch.setattr(encode_latents, "load_tokenizer", lambda backbone: TOKENIZER)
     return made
 

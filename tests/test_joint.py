@@ -39,7 +39,7 @@ def records(count: int, blocks: int | None = None) -> list[TokenRecord]:
 
 
 def joint_collator(vae: Vae, denoiser: Denoiser) -> JointCollator:
-    sentences = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos)
+    sentences = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos, separator=vae.separator)
     return JointCollator(collator(denoiser, condition_dropout=0.0), sentences, max_blocks=4)
 
 
@@ -50,7 +50,7 @@ def collated(vae: Vae, denoiser: Denoiser, found: list[TokenRecord]) -> JointBat
 
 @pytest.mark.parametrize("span", [1, 2])
 def test_the_losses_are_the_vaes_and_the_denoisers_on_the_latents_of_now(span: int) -> None:
-    vae, denoiser, found = tiny_vae(bos=(4,)), tiny_denoiser(tiny_lm(), span=span, draws=2), records(3)
+    vae, denoiser, found = tiny_vae(bos=(4,), separator=(5,)), tiny_denoiser(tiny_lm(), span=span, draws=2), records(3)
     losses = Joint(vae, denoiser)(collated(vae, denoiser, found))
     with torch.no_grad():
         latents = []
@@ -87,9 +87,9 @@ def test_both_lie_in_one_folder_and_are_exported_together(tmp_path: Path) -> Non
     tiny_lm(seed=7, dtype=torch.float32).save_pretrained(str(base))
     settings = VaeSettings(latent_dim=3, latents_per_block=2)
     backbone = BackboneSettings(name_or_path=str(base), dtype="float32", attention="eager")
-    save_vae(new_vae(settings, backbone, "cpu", bos=[3]), tmp_path / "vae", base=str(base))
+    save_vae(new_vae(settings, backbone, "cpu", bos=[3], separator=[4]), tmp_path / "vae", base=str(base))
     vae = load_vae_to_train(tmp_path / "vae", backbone, settings, "cpu")
-    assert vae.bos == (3,) and all(p.requires_grad for p in vae.encoder.parameters())
+    assert (vae.bos, vae.separator) == ((3,), (4,)) and all(p.requires_grad for p in vae.encoder.parameters())
     assert vae.own_decoder is not None and not any(p.requires_grad for p in vae.own_decoder.parameters())
     with pytest.raises(UnusableError, match=r"vae\.beta: .* -> 0\.5"):
         load_vae_to_train(tmp_path / "vae", backbone, dataclasses.replace(settings, beta=0.5), "cpu")
@@ -105,7 +105,8 @@ def test_both_lie_in_one_folder_and_are_exported_together(tmp_path: Path) -> Non
         assemble_export(tmp_path / "denoiser", tmp_path / "vae", tokenizer(), tmp_path / "export", SampleSettings())
     assemble_export(tmp_path / "denoiser", own, tokenizer(), tmp_path / "export", SampleSettings(num_steps=2, max_blocks=1))
     asked = Reasoner.from_pretrained(tmp_path / "export", device="cpu")
-    assert asked.thought_decoder.bos == (3,) and len(asked.generate(QUESTIONS)) == len(QUESTIONS)
+    assert (asked.thought_decoder.bos, asked.thought_decoder.separator) == ((3,), (4,))
+    assert len(asked.generate(QUESTIONS)) == len(QUESTIONS)
     assert list(tmp_path.glob("*.vae")) == []
 
 

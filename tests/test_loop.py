@@ -189,14 +189,14 @@ def test_stage_2_depends_on_how_its_blocks_are_denoised() -> None:
     assert relevant("rollout", own, "sample.num_steps=5") == relevant("rollout", own) == relevant("rollout", "sample.num_steps=7")
 
 
-def test_a_vae_begun_without_bos_does_not_go_on_with_it(tmp_path: Path) -> None:
+def test_a_vae_begun_without_bos_or_separator_does_not_go_on_with_them(tmp_path: Path) -> None:
     run = Run(load_config(None, [f"run.folder={tmp_path}"]), "vae", World(0, 1, 0, torch.device("cpu")))
     run.folder.checkpoints("vae").mkdir(parents=True)
     before = dataclasses.asdict(run.config)
-    del before["vae"]["bos"]
+    del before["vae"]["bos"], before["vae"]["separator"]
     run.folder.config("vae").write_text(yaml.safe_dump(before))
-    assert "vae.bos: False -> True" in str(run._conflict({}))
-    run.config.vae.bos = False
+    assert all(change in str(run._conflict({})) for change in ("vae.bos: False -> True", "vae.separator: '' -> '\\n'"))
+    run.config.vae.bos, run.config.vae.separator = False, ""
     assert run._conflict({}) is None
 
 

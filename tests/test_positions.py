@@ -60,9 +60,9 @@ class Stored:
 def check(phase: str, lm: PretrainedConfig, settings: Sequence[str] = ()) -> None:
     config = load_config(None, ["vae.latents_per_block=2", "sample.max_blocks=2", "sample.max_answer_tokens=3", *settings])
     if phase == "vae":
-        check_sentences(config, lm, [[1] * 17, [1] * 18, [1] * 2], bos=1)
+        check_sentences(config, lm, [[1] * 17, [1] * 18, [1] * 2], marks=1)
     elif phase == "grounded":
-        check_sentences(config, lm, [GroundedSentence([1] * 3, [1] * 16, [1] * 9), [1] * 2], bos=1)
+        check_sentences(config, lm, [GroundedSentence([1] * 3, [1] * 16, [1] * 9), [1] * 2], marks=1)
     else:
         stores: Any = [Stored([(10, 2), (11, 2), (3, 3)]), None]
         check_records(config, lm, stores, FRAME)

@@ -55,7 +55,7 @@ def sentences(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def collate(vae: Vae, rows: list[list[int]], training: bool = True, first: int = 0) -> VaeBatch:
-    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos)
+    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos, separator=vae.separator)
     return collator(rows, list(range(first, first + len(rows))), training)
 
 
@@ -89,9 +89,10 @@ def test_the_encoder_is_the_lm_over_sentence_and_queries() -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("separator", [(), (5,), (6, 5)], ids=str)
 @torch.no_grad()
-def test_with_bos_encoder_and_decoder_read_it_first(lora: LoraSettings | None) -> None:
-    vae, rows = tiny_vae(bos=(4,), lora=lora, latent_noise=0.0, token_substitution=0.0), sentences(3)
+def test_bos_is_read_first_and_a_separator_behind_the_latents(separator: tuple[int, ...], lora: LoraSettings | None) -> None:
+    vae, rows = tiny_vae(bos=(4,), separator=separator, lora=lora, latent_noise=0.0, token_substitution=0.0), sentences(3)
     batch, decoder = collate(vae, rows, training=False), vae.thought_decoder
     mean, _ = vae.encode(batch.encoder_ids, batch.encoder)
     assert torch.equal(mean, encode_sentences(vae, rows)[0])
@@ -101,12 +102,14 @@ def test_with_bos_encoder_and_decoder_read_it_first(lora: LoraSettings | None) -
         hidden = vae.encoder.base.get_decoder()(inputs_embeds=inputs).last_hidden_state[0, -2:]
         assert torch.allclose(latents, vae.to_mean(hidden).float(), atol=1e-6)
         with decoder.lm() as lm:
-            read = [lm.embed(torch.tensor([4])), vae.from_latent(latents.double()), lm.embed(torch.tensor(row))]
-            logits = lm.base(inputs_embeds=torch.cat(read)[None]).logits[0, 2:]
+            before = [lm.embed(torch.tensor([4])), vae.from_latent(latents.double())]
+            before += [lm.embed(torch.tensor(separator))] if separator else []
+            inputs = torch.cat([*before, lm.embed(torch.tensor(row))])
+            logits = lm.base(inputs_embeds=inputs[None]).logits[0, 2 + len(separator) :]
         labels = torch.tensor([*row, EOS])
         total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         written = thought_ids(decoder, EOS, latents[None], max_tokens=4)[0]
-        assert written == _greedy(decoder, [lm.embed(torch.tensor([4])), vae.from_latent(latents.double())], 4)
+        assert written == _greedy(decoder, before, 4)
     assert float(vae(batch)["reconstruction"]) == pytest.approx(total, rel=1e-5)
     assert not torch.allclose(mean, encode_sentences(tiny_vae(lora=lora), rows)[0], atol=1e-3)
 
@@ -115,7 +118,7 @@ def test_with_bos_encoder_and_decoder_read_it_first(lora: LoraSettings | None) -
 def test_what_follows_is_learned_from_question_and_latents_alone(lora: LoraSettings | None) -> None:
     vae = tiny_vae(bos=(4,), lora=lora, objective="grounded", grounded_tokens=3, latent_noise=0.5, token_substitution=0.0)
     items = [GroundedSentence([5, 6], [4, 7, 8], [9, 10]), GroundedSentence([6], [4, 9], [11, 12, 13, 14, 15])]
-    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos)
+    collator = VaeCollator(vae.settings, range(VOCAB), EOS, seed=3, bos=vae.bos, separator=vae.separator)
     batch = collator([*items, [7, 8]], [0, 1, 2])  # the last one is a sentence alone
     assert batch.counts["grounded"] == 3 + 3  # with <eos>; cut at three
     mean, logvar = vae.encode(batch.encoder_ids, batch.encoder)
@@ -352,18 +355,21 @@ def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: st
 
 def test_bos_is_recorded_and_a_vae_of_before_reads_none(tmp_path: Path) -> None:
     backbone, small = settings(base_folder(tmp_path / "base")), VaeSettings(latent_dim=3, latents_per_block=2)
-    assert new_vae(small, backbone, "cpu", bos=[4]).bos == (4,)
+    both = new_vae(small, backbone, "cpu", bos=[4], separator=[5, 6])
+    assert (both.bos, both.separator) == ((4,), (5, 6))
     vae = new_vae(replace(small, bos=False), backbone, "cpu", bos=[4])
     assert vae.bos == ()
     save_vae(vae, tmp_path / "vae", base=backbone.name_or_path)
     path = tmp_path / "vae" / "ladir.json"
     saved = json.loads(path.read_text())
-    path.write_text(json.dumps({**saved, "bos": [4]}))
-    assert load_vae(tmp_path / "vae", backbone, CPU).bos == load_thought_decoder(tmp_path / "vae", backbone, CPU).bos == (4,)
-    del saved["bos"], saved["settings"]["bos"]
+    path.write_text(json.dumps({**saved, "bos": [4], "separator": [5]}))
+    for loaded in (load_vae(tmp_path / "vae", backbone, CPU), load_thought_decoder(tmp_path / "vae", backbone, CPU)):
+        assert (loaded.bos, loaded.separator) == ((4,), (5,))
+    del saved["bos"], saved["settings"]["bos"], saved["separator"], saved["settings"]["separator"]
     path.write_text(json.dumps(saved))
     old = load_vae(tmp_path / "vae", backbone, CPU)
-    assert old.bos == load_thought_decoder(tmp_path / "vae", backbone, CPU).bos == () and not old.settings.bos
+    assert old.thought_decoder.marks == load_thought_decoder(tmp_path / "vae", backbone, CPU).marks == 0
+    assert not old.settings.bos and not old.settings.separator
     assert torch.equal(encode_sentences(old, sentences(2))[0], encode_sentences(vae.eval(), sentences(2))[0])
 
 

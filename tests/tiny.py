@@ -91,13 +91,14 @@ def tiny_vae(
     lora: LoraSettings | None = None,
     dtype: torch.dtype = torch.float64,
     bos: tuple[int, ...] = (),
+    separator: tuple[int, ...] = (),
     **settings: Any,
 ) -> Vae:
     """A VAE whose encoder is whole or has random adapters; the decoder is its own unless it can be shared."""
     encoder = Backbone(with_lora(tiny_lm(kind, seed, dtype), lora) if lora else tiny_lm(kind, seed, dtype))
     vae_settings = VaeSettings(latent_dim=dim, latents_per_block=latents, **settings)
     shares = lora is not None and vae_settings.decoder == "frozen"
-    vae = Vae(encoder, None if shares else Backbone(tiny_lm(kind, seed, dtype)), vae_settings, bos)
+    vae = Vae(encoder, None if shares else Backbone(tiny_lm(kind, seed, dtype)), vae_settings, bos, separator)
     for place, head in enumerate((vae.queries, vae.to_mean, vae.to_logvar, vae.from_latent)):
         randomise(head, seed + place, std=0.4)
     if lora:
@@ -149,7 +150,7 @@ def collator(
 
 def teacher_forced(decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]]) -> Tensor:
     """Logits [n + N, V] for ``sentences`` of n tokens and the <eos> behind each, given latents ``z`` [N, L, d]."""
-    rows = decoder_rows([len(sentence) for sentence in sentences], len(decoder.bos) + z.shape[1], budget=0)
+    rows = decoder_rows([len(sentence) for sentence in sentences], decoder.marks + z.shape[1], budget=0)
     return decoder.logits(z, flat_ids(sentences), rows)
 
 

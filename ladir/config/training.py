@@ -90,6 +90,11 @@ class VaeSettings:
         "encoder and decoder read the tokenizer's <bos> first, where it has one, as the LM learned to read: pretrained LMs use "
         "position 0 as an attention sink, and hardly read what else stands there",
     )
+    separator: str = setting(
+        "\n",
+        "text between a sentence's latents and the sentence where the decoder reads them; a line break stands between a text and "
+        "its copy (ar.copy_fraction), behind which a frozen decoder repeats sooner; empty: nothing",
+    )
     train: TrainSettings = section(TrainSettings, "training of the VAE", max_epochs=2.0, lr=2e-5)
 
 

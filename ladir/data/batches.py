@@ -118,7 +118,8 @@ class VaeCollator:
     """Token-id lists of sentences to a :class:`VaeBatch`; ``training`` False leaves out noise and substitution.
 
     ``ordinary``: the ids that substitution draws (:func:`ladir.tokens.ordinary_ids`).
-    ``pack_tokens``: see :func:`ladir.data.packing.place`.  ``bos``: ids read before every sentence and its latents.
+    ``pack_tokens``: see :func:`ladir.data.packing.place`.  ``bos``: ids read before every sentence and its latents;
+    ``separator``: ids read between latents and sentence.
     """
 
     settings: VaeSettings
@@ -127,6 +128,7 @@ class VaeCollator:
     seed: int
     pack_tokens: int = 0
     bos: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
 
     def __call__(
         self, items: Sequence[Sequence[int] | GroundedSentence], numbers: Sequence[int], training: bool = True
@@ -148,19 +150,21 @@ class VaeCollator:
                 if s.token_substitution:
                     read[i] = self._substitute(np.asarray(sentences[i]), rng)
         lengths, start = [len(row) for row in sentences], len(self.bos)
+        before = start + s.latents_per_block + len(self.separator)
         return VaeBatch(
             counts={
                 "reconstruction": float(sum(lengths) + len(sentences)),
                 "kl": float(len(sentences) * s.latents_per_block),
                 **({} if follows is None else {"grounded": float(follows.count)}),
             },
-            num_tokens=2 * (sum(lengths) + len(sentences) * (start + s.latents_per_block))
+            num_tokens=2 * sum(lengths)
+            + len(sentences) * (start + s.latents_per_block + before)
             + (0 if follows is None else len(follows.ids) + len(follows.prompt_ids) + len(sentences) * s.latents_per_block),
             sample_ids=list(numbers),
             encoder_ids=flat_ids([[*self.bos, *row] for row in read]),
             encoder=encoder_rows([start + length for length in lengths], s.latents_per_block, self.pack_tokens),
             decoder_ids=flat_ids(sentences),
-            decoder=decoder_rows(lengths, start + s.latents_per_block, self.pack_tokens),
+            decoder=decoder_rows(lengths, before, self.pack_tokens),
             labels=flat_ids([[*row, self.eos_id] for row in sentences]),
             owner=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths) + 1),
             posterior_noise=torch.from_numpy(posterior),

@@ -153,8 +153,9 @@ def _place_thought_decoder(parts: _Parts, target: Path, how: ExportSettings) -> 
     heads = load_tensors(parts.vae / HEADS_FILE)
     save_tensors({name: tensor for name, tensor in heads.items() if name.startswith(DECODER_HEAD)}, target / HEADS_FILE)
     base = parts.decoder if named else None
-    bos = load_settings(parts.vae, "vae").get("bos", [])
-    update_settings(target, kind="thought_decoder", base=base, shared=shared, vae=parts.trained_on.vae, bos=bos)
+    saved = load_settings(parts.vae, "vae")
+    around = {name: saved.get(name, []) for name in ("bos", "separator")}
+    update_settings(target, kind="thought_decoder", base=base, shared=shared, vae=parts.trained_on.vae, **around)
 
 
 def _copy_base(parts: _Parts, export: Path) -> Path | None:

@@ -202,7 +202,8 @@ def _load_thought_decoder(found: _Found, denoiser: Denoiser, settings: BackboneS
     else:
         lm = load_lm(settings, device.type, found.decoder["base"] or str(folder), device)
         backbone = Backbone(lm).to(device).eval()
-    return ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype), tuple(found.decoder.get("bos", [])))
+    around = [tuple(found.decoder.get(name, [])) for name in ("bos", "separator")]
+    return ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype), *around)
 
 
 def _dtype_here(folder: Path, device: torch.device) -> str:
@@ -257,12 +258,13 @@ def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Ba
     if not is_shared:
         holder["backbone"] = plain = Backbone(decoder.backbone.base)
         lms["backbone.lm."] = (plain, "")
-    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared, "bos": list(decoder.bos)}
+    around = {"bos": list(decoder.bos), "separator": list(decoder.separator)}
+    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared, **around}
     save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
 
 
 def save_vae_encoder(vae: Vae, folder: str | Path) -> None:
     """Write the encoding half of a VAE."""
-    encoder = Vae(vae.encoder, None, vae.settings, vae.bos)
+    encoder = Vae(vae.encoder, None, vae.settings, vae.bos, vae.separator)
     encoder.load_state_dict({name: value for name, value in vae.state_dict().items() if not name.startswith("own_decoder.")})
     save_vae(encoder, folder)

@@ -90,6 +90,7 @@ def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str
         "base": base,
         "base_fingerprint": noted_fingerprint(base),
         "bos": list(vae.bos),
+        "separator": list(vae.separator),
         "settings": plain_settings(vae.settings),
     }
     save_model(vae, state or own_state(vae), folder, lms, settings, skip=[] if trained else ["own_decoder."])
@@ -151,7 +152,7 @@ def load_vae(
     """
     saved = load_settings(folder, "vae")
     settings = settings_of(VaeSettings, saved["settings"], folder)
-    bos = saved.get("bos", [])  # an older version's VAE reads none
+    bos, separator = saved.get("bos", []), saved.get("separator", [])  # an older version's VAE reads none
     encoder = load_backbone(Path(folder) / "encoder", backbone, device, base=base)
     decoder = None
     if encoder_only:
@@ -160,7 +161,8 @@ def load_vae(
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
     elif not encoder.has_adapters:
         decoder = Backbone(load_lm(backbone, device.type, saved["base"], device))
-    vae = Vae(encoder, decoder, replace(settings, bos=bool(bos)), bos)
+    settings = replace(settings, bos=bool(bos), separator=settings.separator if separator else "")
+    vae = Vae(encoder, decoder, settings, bos, separator)
     load_heads(vae, folder)
     return vae.to(device).eval()
 
@@ -172,14 +174,16 @@ def load_vae_to_train(folder: str | Path, backbone: BackboneSettings, settings: 
     """
     saved, device = load_settings(folder, "vae"), torch.device(device_type)
     old = settings_of(VaeSettings, saved["settings"], folder)
-    _refuse_changes(folder, "vae", plain_settings(replace(old, bos=settings.bos)), plain_settings(settings))
+    _refuse_changes(
+        folder, "vae", plain_settings(replace(old, bos=settings.bos, separator=settings.separator)), plain_settings(settings)
+    )
     encoder = for_training(load_backbone(Path(folder) / "encoder", backbone, device, trainable=True), backbone)
     decoder = None
     if settings.decoder == "trained":
         decoder = for_training(load_backbone(Path(folder) / "decoder", backbone, device, trainable=True), backbone)
     elif not encoder.has_adapters:
         decoder = for_training(Backbone(load_lm(backbone, device_type, saved["base"])), backbone)
-    vae = Vae(encoder, decoder, settings, saved.get("bos", []))
+    vae = Vae(encoder, decoder, settings, saved.get("bos", []), saved.get("separator", []))
     load_heads(vae, folder)
     return vae
 
@@ -196,7 +200,8 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     trained = saved["settings"]["decoder"] == "trained"
     lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"], device))
     from_latent = load_latent_maps(folder).from_latent
-    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), tuple(saved.get("bos", [])))
+    around = [tuple(saved.get(name, [])) for name in ("bos", "separator")]
+    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), *around)
 
 
 def load_backbone(
@@ -223,17 +228,24 @@ def load_backbone(
     return Backbone(adapted)
 
 
-def new_vae(settings: VaeSettings, backbone: BackboneSettings, device_type: str, bos: Sequence[int] = ()) -> Vae:
+def new_vae(
+    settings: VaeSettings,
+    backbone: BackboneSettings,
+    device_type: str,
+    bos: Sequence[int] = (),
+    separator: Sequence[int] = (),
+) -> Vae:
     """An untrained VAE on the LM that ``backbone`` names: whole or with adapters, with its own decoder where it needs one.
 
-    ``bos``: the ids that start a text, which it reads first unless ``settings.bos`` is off.
+    ``bos``: the ids that start a text, which it reads first unless ``settings.bos`` is off; ``separator``: the ids of
+    ``settings.separator``.
     """
     encoder, start = build_backbone(backbone, device_type), tuple(bos) if settings.bos else ()
     if encoder.has_adapters and settings.decoder == "frozen":
-        return Vae(encoder, None, settings, start)
+        return Vae(encoder, None, settings, start, separator)
     # A frozen decoder stores activations as well: the gradient passes through it on its way to the latents.
     decoder = for_training(Backbone(load_lm(backbone, device_type)), backbone)
-    return Vae(encoder, decoder, settings, start)
+    return Vae(encoder, decoder, settings, start, separator)
 
 
 def load_denoiser(

@@ -174,7 +174,7 @@ def read(decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]],
 
     A sentence is exact where every token, <eos> too, is the likeliest: greedy decoding then writes it.
     """
-    device, latents = z.device, len(decoder.bos) + z.shape[1]
+    device, latents = z.device, decoder.marks + z.shape[1]
     exact, right, loss, tokens = 0, 0, 0.0, 0
     for start in range(0, len(z), _AT_A_TIME):
         some = sentences[start : start + _AT_A_TIME]

@@ -1,8 +1,8 @@
 """The VAE: a sentence becomes L latents of size d and back (section 1 of the design).
 
 The encoder reads ``[sentence, L learned queries]``; the last hidden states at the queries give mean and log-variance.  The
-decoder reads ``[W z, sentence]``, teacher-forced.  Both read <bos> first where the tokenizer has one (``vae.bos``).  With LoRA
-the frozen decoder is the encoder's LM with the adapters off.
+decoder reads ``[W z, separator, sentence]``, teacher-forced.  Both read <bos> first where the tokenizer has one (``vae.bos``).
+With LoRA the frozen decoder is the encoder's LM with the adapters off.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ class LatentMaps:
 
 @dataclass(frozen=True)
 class ThoughtDecoder:
-    """The half of the VAE that turns latents into text: ``[W z, sentence]`` read by an LM, its adapters off.
+    """The half of the VAE that turns latents into text: ``[W z, separator, sentence]`` read by an LM, its adapters off.
 
-    ``bos``: ids read before the latents (the tokenizer's <bos>, or none).
+    ``bos``: ids read before the latents (the tokenizer's <bos>, or none); ``separator``: ids read behind them.
     """
 
     backbone: Backbone
     from_latent: nn.Linear
     bos: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
+
+    @property
+    def marks(self) -> int:
+        """How many ids stand around the latents."""
+        return len(self.bos) + len(self.separator)
 
     @contextmanager
     def lm(self) -> Iterator[Backbone]:
@@ -56,12 +62,13 @@ class ThoughtDecoder:
         return vectors
 
     def prefix(self, z: Tensor) -> Tensor:
-        """What stands before a sentence [N, P, H]: <bos>, where it is read, and the vectors of its latents ``z`` [N, L, d]."""
+        """What stands before a sentence [N, P, H]: <bos>, the vectors of its latents ``z`` [N, L, d], the separator."""
         vectors = self.vectors(z)
-        if not self.bos:
+        if not self.marks:
             return vectors
-        start = self.backbone.embed(torch.tensor(self.bos, device=z.device))
-        return torch.cat([start.expand(len(z), -1, -1), vectors], dim=1)
+        ids = torch.tensor([*self.bos, *self.separator], dtype=torch.int64, device=z.device)
+        start, end = self.backbone.embed(ids).expand(len(z), -1, -1).split([len(self.bos), len(self.separator)], dim=1)
+        return torch.cat([start, vectors, end], dim=1)
 
     def label_losses(self, z: Tensor, ids: Tensor, rows: Rows, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and whether greedy decoding is right, [n + N] each, for N sentences teacher-forced from ``z`` [N, L, d].
@@ -90,15 +97,23 @@ class ThoughtDecoder:
 class Vae(nn.Module):
     """``forward`` gives the training losses; ``encode`` and ``thought_decoder`` serve the other phases."""
 
-    def __init__(self, encoder: Backbone, decoder: Backbone | None, settings: VaeSettings, bos: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        encoder: Backbone,
+        decoder: Backbone | None,
+        settings: VaeSettings,
+        bos: Sequence[int] = (),
+        separator: Sequence[int] = (),
+    ) -> None:
         """``decoder`` None: the encoder's LM with its adapters off decodes (it must then have adapters).
 
-        ``bos``: ids read before every sentence and before its latents; what ``settings.bos`` says is the caller's to heed.
+        ``bos``: ids read before every sentence and before its latents; ``separator``: ids read behind the latents; what
+        ``settings`` says of both is the caller's to heed.
         """
         super().__init__()
         hidden, d = encoder.hidden_size, settings.latent_dim
         self.settings = settings
-        self.bos = tuple(bos)
+        self.bos, self.separator = tuple(bos), tuple(separator)
         self.encoder = encoder
         self.own_decoder = decoder
         self.queries = nn.Embedding(settings.latents_per_block, hidden)
@@ -132,7 +147,7 @@ class Vae(nn.Module):
     @property
     def thought_decoder(self) -> ThoughtDecoder:
         """The decoding half; with LoRA it is the encoder's own LM, adapters off."""
-        return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent, self.bos)
+        return ThoughtDecoder(self.own_decoder or self.encoder, self.from_latent, self.bos, self.separator)
 
     def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each fp32 [N, L, d], of N sentences' tokens ``ids`` [n].

@@ -51,7 +51,7 @@ def joint_phase(config: Config, world: World) -> TrainingPhase:
     if config.denoiser.init_from_vae:
         denoiser.init_from_vae(vae)
     model = Joint(vae, denoiser)
-    sentences = vae_collator(config, tokenizer, config.denoiser.train, "joint/vae", vae.bos)
+    sentences = vae_collator(config, tokenizer, config.denoiser.train, "joint/vae", vae)
     teacher = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
     collator = JointCollator(teacher, sentences, config.data.max_blocks)
 

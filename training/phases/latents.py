@@ -22,6 +22,7 @@ from ladir.data.latent_parts import is_whole, join_parts, write_part
 from ladir.data.latents import LatentForm, LatentRecord, LatentStore
 from ladir.data.randomness import derive
 from ladir.data.rows import check_path, data_files
+from ladir.data.token_store import TokenStore
 from ladir.errors import UnusableError
 from ladir.models.folders import load_thought_decoder, load_vae
 from ladir.models.probe import latent_report
@@ -79,7 +80,7 @@ def encode_split(
     watch.used = True
     records = Tokens(run.config, run.world, tokenizer).records(named)
     assert records is not None  # something is named
-    check_sentences(run.config, vae.encoder.base.config, records.blocks, len(vae.bos))
+    _check_lengths(run, vae, records)
     form = _form(run, vae)
     parts = _parts(run, target, watch.mark, source, form)
     if not _encode_parts(run, vae, records, parts, form, watch):
@@ -202,6 +203,11 @@ def encode(run: Run) -> bool:
     if run.world.is_main:
         _tell_encoded(run, [name for name, named in files.items() if named is not None])
     return True
+
+
+def _check_lengths(run: Run, vae: Vae, records: TokenStore) -> None:
+    """The LM of the VAE has positions for every block."""
+    check_sentences(run.config, vae.encoder.base.config, records.blocks, vae.thought_decoder.marks)
 
 
 def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

@@ -21,24 +21,24 @@ _COMPLETION = "set a lower evaluate.ar_max_tokens, or leave long questions out (
 _SHORTER = "leave long ones out (data.on_bad_record=skip with a lower {names})"
 
 
-def check_sentences(config: Config, lm: PretrainedConfig, sentences: Sequence[Any], bos: int) -> None:
-    """What the VAE reads of a sentence: ``bos`` tokens, the sentence, its latents; with its question and what follows where the
-    decoder learns that.  UnusableError where the LM has no positions for it."""
+def check_sentences(config: Config, lm: PretrainedConfig, sentences: Sequence[Any], marks: int) -> None:
+    """What the VAE reads of a sentence: its latents, the sentence, and ``marks`` tokens around them; with its question and what
+    follows where the decoder learns that.  UnusableError where the LM has no positions for it."""
     vae = config.vae
     if vae.objective == "reconstruct":
-        lengths = bos + lengths_of(sentences) + vae.latents_per_block
+        lengths = marks + lengths_of(sentences) + vae.latents_per_block
         names = "data.max_block_tokens"
     else:
-        read = (_grounded(sentence, vae.grounded_tokens, bos) for sentence in sentences)
+        read = (_grounded(sentence, vae.grounded_tokens, marks) for sentence in sentences)
         lengths = np.fromiter(read, np.int64, len(sentences)) + vae.latents_per_block
         names = "data.max_block_tokens or data.max_question_tokens, or set a lower vae.grounded_tokens"
     check_positions(lm, lengths, "sentences with their latents", _SHORTER.format(names=names))
 
 
-def _grounded(sentence: list[int] | GroundedSentence, most: int, bos: int) -> int:
+def _grounded(sentence: list[int] | GroundedSentence, most: int, marks: int) -> int:
     if not isinstance(sentence, GroundedSentence):
-        return bos + len(sentence)
-    return max(bos + len(sentence.sentence), len(sentence.prompt) + min(len(sentence.follows), most))
+        return marks + len(sentence)
+    return max(marks + len(sentence.sentence), len(sentence.prompt) + min(len(sentence.follows), most))
 
 
 def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentStore | None], frame: Frame) -> None:

@@ -16,7 +16,8 @@ from ladir.data.token_lists import Joined
 from ladir.data.token_store import TokenStore
 from ladir.models.folders import new_vae, save_vae
 from ladir.models.loading import check_lm
-from ladir.tokens import load_tokenizer, ordinary_ids
+from ladir.models.vae import Vae
+from ladir.tokens import encode_text, load_tokenizer, ordinary_ids
 from training.phases.base import Samples, TrainingPhase
 from training.phases.lengths import check_sentences
 from training.phases.samples import vae_samples
@@ -35,10 +36,11 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     frame = Frame.of(tokenizer, config.data.chat_template)
     items = Joined(sentences_of(config, tokenizer, trained, frame), alone)
     validation = sentences_of(config, tokenizer, held_out, frame)
-    check_sentences(config, lm, Joined(items, validation), len(bos_ids(tokenizer)))
+    bos, separator = bos_ids(tokenizer), encode_text(tokenizer, config.vae.separator)
+    check_sentences(config, lm, Joined(items, validation), len(bos) + len(separator))
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
-        model = new_vae(config.vae, config.backbone, world.device.type, bos_ids(tokenizer))
-    collator = vae_collator(config, tokenizer, config.vae.train, "vae", model.bos)
+        model = new_vae(config.vae, config.backbone, world.device.type, bos, separator)
+    collator = vae_collator(config, tokenizer, config.vae.train, "vae", model)
     return TrainingPhase(
         items=items,
         collator=collator,
@@ -51,17 +53,16 @@ def vae_phase(config: Config, world: World) -> TrainingPhase:
     )
 
 
-def vae_collator(
-    config: Config, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str, bos: tuple[int, ...]
-) -> VaeCollator:
-    """Batches of sentences for the phase ``name``, trained as ``train`` says; ``bos``: what the VAE reads before a sentence."""
+def vae_collator(config: Config, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, name: str, vae: Vae) -> VaeCollator:
+    """Batches of sentences for the phase ``name``, trained as ``train`` says, with what ``vae`` reads around a sentence."""
     return VaeCollator(
         config.vae,
         ordinary_ids(tokenizer),
         int(tokenizer.eos_token_id),
         seed=derive(config.run.seed, name),
         pack_tokens=train.pack_tokens,
-        bos=bos,
+        bos=vae.bos,
+        separator=vae.separator,
     )
 
 

@@ -165,6 +165,11 @@ def _bos(config: Config) -> tuple[int, ...]:
     return (_ID,) if config.vae.bos else ()
 
 
+def _separator(config: Config) -> tuple[int, ...]:
+    """A separator that the VAE's decoder reads, counted as one token."""
+    return (_ID,) if config.vae.separator else ()
+
+
 def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
     """The model that ``phase`` trains, without weights."""
     return new_model(config, phase, checkpointing, _META)
@@ -180,7 +185,9 @@ def micro_batch(
         if config.vae.objective == "grounded":
             follows = [_ID] * ((lengths.blocks - 1) * lengths.block // 2 + lengths.answer)
             sentences = [GroundedSentence([_ID] * lengths.block, [_ID] * lengths.question, follows)] * count
-        collate = VaeCollator(config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, _bos(config))
+        collate = VaeCollator(
+            config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, _bos(config), _separator(config)
+        )
         return collate(sentences, numbers, training=False).to(device)
     if phase in ("denoiser", "rollout"):
         d = config.vae.latent_dim

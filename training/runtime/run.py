@@ -75,7 +75,7 @@ DENOISING = (
 )  # fmt: skip
 """What stage 2 has of the sampling; a setting of its own in ``rollout`` takes its place."""
 
-BEFORE = {"vae.bos": False}
+BEFORE = {"vae.bos": False, "vae.separator": ""}
 """Settings that came later and whose default is not what was done before."""
 
 
