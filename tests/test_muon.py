@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ladir.config import DeepSpeedSettings, LoraSettings, TrainSettings
+from ladir.config.loader import load_config
 from ladir.data.batches import DenoiserBatch
 from ladir.models.denoiser import Denoiser
 from ladir.models.orthogonal import orthogonalised, step_scale
@@ -19,6 +21,7 @@ from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm, tiny_va
 from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, fresh_heads
+from training.runtime.muon import layer_matrices, owners, work
 
 LR, DECAY, MOMENTUM, BETAS, CLIP, HEADS_FACTOR = 0.01, 0.1, 0.9, (0.9, 0.98), 0.05, 3.0
 """The clipping norm is one that every step exceeds."""
@@ -164,3 +167,29 @@ def test_a_checkpoint_brings_the_momentum_back(
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     elsewhere = one_process.run(load_and_go_on, other, tmp_path)[0]
     assert max(float((elsewhere[name] - value).abs().max()) for name, value in whole.items()) < 2e-5
+
+
+def test_the_matrices_of_an_8b_model_are_shared_out_evenly() -> None:
+    """By shapes alone; in the order of the layers four ranks would do everything, one of them nearly all."""
+    settings = load_config("configs/math_8b.yaml", []).backbone
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings.scratch))
+    shapes = [p.shape for name, p in lm.named_parameters() if name in layer_matrices(lm)]
+    assert len(shapes) == 32 * 7
+    works = [work(*shape) for shape in shapes]
+    for ranks in (2, 8, 32):
+        loads = [0] * ranks
+        for owner, one in zip(owners(works, ranks), works, strict=True):
+            loads[owner] += one
+        assert max(loads) <= 1.02 * sum(works) / ranks
+
+
+def exchanged(world: World) -> list[list[float]]:
+    """Rank r gives r + 1 numbers to rank 0 and none to rank 1."""
+    sent = [torch.full((world.rank + 1,), float(world.rank), dtype=torch.bfloat16), torch.empty(0, dtype=torch.bfloat16)]
+    return [part.tolist() for part in world.exchange(sent, [1, 2] if world.is_main else [0, 0])]
+
+
+@pytest.mark.distributed
+def test_ranks_exchange_as_many_numbers_as_they_have(two_processes: ProcessGroup) -> None:
+    assert two_processes.run(exchanged) == [[[0.0], [1.0, 1.0]], [[], []]]

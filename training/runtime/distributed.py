@@ -81,6 +81,20 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
 
+    def exchange(self, sent: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """Give rank r the flat tensor ``sent[r]``; returns what every rank gave to this one, ``counts[r]`` elements.
+
+        All are of one dtype, on this rank's device; their bytes travel as they are.
+        """
+        if self.size == 1:
+            return list(sent)
+        given = torch.cat(list(sent))
+        received = given.new_empty(sum(counts))
+        width = given.element_size()
+        into, out_of = ([width * count for count in counts], [width * part.numel() for part in sent])
+        dist.all_to_all_single(received.view(torch.uint8), given.view(torch.uint8), into, out_of)
+        return list(received.split(list(counts)))
+
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of every value over all ranks (one all-reduce, none for a single process)."""
         if self.size == 1:

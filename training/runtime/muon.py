@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from training.runtime.distributed import World
 
 T = TypeVar("T")
 
-#: elements of whole matrices that are gathered at a time
+#: elements of whole matrices that a rank works on at a time
 BUCKET = 1 << 26
 
 
@@ -52,12 +51,16 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__([dict(group) for group in groups], **arguments)
         self._world, self._momentum, self._precision = world, momentum, precision
         self._parts: dict[int, list[Part]] = {}
-        self._sharded = False
+        self._sharing: dict[int, Sharing] = {}
 
     def place(self, parts: Mapping[Tensor, list[Part]], sharded: bool) -> None:
-        """The matrices of every master, alike on all ranks but for where they lie; ``sharded``: no rank has them whole."""
+        """The matrices of every master, alike on all ranks but for where they lie (collective).
+
+        ``sharded``: no rank has them whole.
+        """
         self._parts = {id(master): found for master, found in parts.items()}
-        self._sharded = sharded and self._world.size > 1
+        if sharded and self._world.size > 1:
+            self._sharing = {id(master): Sharing(self._world, found, self._precision) for master, found in parts.items()}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -65,18 +68,19 @@ class MuonAdamW(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if group["orthogonal"]:
-                for masters in self._together(group["params"]):
-                    self._step_matrices(masters, group)
+                self._step_group(group)
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _together(self, masters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Those that are stepped, in groups whose matrices fill a bucket: without ZeRO every matrix is a master of its own."""
-        stepped = [master for master in masters if master.grad is not None and id(master) in self._parts]
-        return _buckets(stepped, lambda master: sum(part.whole for part in self._parts[id(master)]))
+    def _step_group(self, group: Mapping[str, Any]) -> None:
+        stepped = [master for master in group["params"] if master.grad is not None and id(master) in self._parts]
+        # Without ZeRO every matrix is a master of its own: as many together as a bucket holds.  ZeRO's masters hold many each.
+        together = _buckets(stepped, lambda master: sum(part.whole for part in self._parts[id(master)]))
+        for masters in together if not self._sharing else ([master] for master in stepped):
+            self._step_matrices(masters, group)
 
     def _step_matrices(self, masters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         gradients = [master.grad.float() for master in masters if master.grad is not None]
@@ -84,8 +88,13 @@ class MuonAdamW(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - self._momentum)
         steps = torch._foreach_lerp(gradients, momenta, self._momentum)
         held = [(part, step.view(-1)) for master, step in zip(masters, steps, strict=True) for part in self._parts[id(master)]]
-        for bucket in _buckets(held, lambda piece: piece[0].whole):
-            self._orthogonalise(bucket)
+        mine = [step[part.offset : part.offset + part.numel] for part, step in held]
+        if self._sharing:
+            self._sharing[id(masters[0])].orthogonalise(mine)
+        else:
+            for bucket in _buckets(zip([part for part, _ in held], mine, strict=True), lambda piece: piece[0].whole):
+                found = _worked_on([piece.view(part.shape) for part, piece in bucket], self._precision)
+                torch._foreach_copy_([piece for _, piece in bucket], [matrix.flatten() for matrix in found])
         torch._foreach_mul_(list(masters), 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(list(masters), list(steps), alpha=group["lr"])
 
@@ -97,34 +106,96 @@ class MuonAdamW(torch.optim.AdamW):
         momentum: Tensor = state["momentum"]
         return momentum
 
-    def _orthogonalise(self, held: Sequence[tuple[Part, Tensor]]) -> None:
-        """Replace these matrices' elements of the flat steps they are held in; sharded ones are put together and shared out to be
-        worked on."""
-        parts = [part for part, _ in held]
-        whole = torch.zeros(sum(part.whole for part in parts), device=self._world.device)
-        matrices = [flat.view(part.shape) for part, flat in zip(parts, whole.split([p.whole for p in parts]), strict=True)]
-        mine = [step[part.offset : part.offset + part.numel] for part, step in held]
-        there = [matrix.view(-1)[part.start : part.start + part.numel] for part, matrix in zip(parts, matrices, strict=True)]
-        torch._foreach_copy_(there, mine)
-        if self._sharded:
-            dist.all_reduce(whole)
-        own, ranks = (self._world.rank, self._world.size) if self._sharded else (0, 1)
-        for number, matrix in enumerate(matrices):
-            if number % ranks != own:
-                matrix.zero_()
-        for alike in _by_shape(matrices[own::ranks]):
-            found = orthogonalised(torch.stack(alike).to(self._precision)).mul_(step_scale(*alike[0].shape))
-            torch._foreach_copy_(alike, list(found.float().unbind()))
-        if self._sharded:
-            dist.all_reduce(whole)
-        torch._foreach_copy_(mine, there)
+
+class Sharing:
+    """Matrices of which every rank holds a part, each worked on by one rank, its owner, to which the others send their parts.
+
+    Owners are chosen so that all have about as much work.  What is sent has the precision that the work is done in.  Made by all
+    ranks together.
+    """
+
+    def __init__(self, world: World, parts: Sequence[Part], precision: torch.dtype) -> None:
+        """``parts``: this rank's, of the same matrices in the same order as on the other ranks."""
+        self._world, self._precision = world, precision
+        self._shapes = [part.shape for part in parts]
+        #: by rank, where its elements of every matrix begin and how many they are
+        self._places: list[list[tuple[int, int]]] = world.gather([(part.start, part.numel) for part in parts])
+        own = owners([work(*shape) for shape in self._shapes], world.size)
+        lists = [[number for number, owner in enumerate(own) if owner == rank] for rank in range(world.size)]
+        buckets = [list(_buckets(numbers, lambda number: parts[number].whole)) for numbers in lists]
+        #: rounds of work: in each every rank has some matrices of its own, or none
+        self._rounds = [[one[r] if r < len(one) else [] for one in buckets] for r in range(max(map(len, buckets), default=0))]
+
+    def orthogonalise(self, mine: Sequence[Tensor]) -> None:
+        """Replace this rank's elements of every matrix, each flat, by those of the orthogonalised step (collective)."""
+        for numbers in self._rounds:
+            self._round(mine, numbers)
+
+    def _round(self, mine: Sequence[Tensor], numbers: Sequence[Sequence[int]]) -> None:
+        """``numbers``: by owner, the matrices of this round."""
+        world, own = self._world, numbers[self._world.rank]
+        sent = [self._joined([mine[number] for number in there]) for there in numbers]
+        counts = [sum(places[number][1] for number in own) for places in self._places]
+        received = world.exchange(sent, counts)
+        matrices = [torch.empty(self._shapes[number], dtype=self._precision, device=world.device) for number in own]
+        for target, source in self._pieces(matrices, own, received):
+            target.copy_(source)
+        matrices = _worked_on(matrices, self._precision)
+        for source, target in self._pieces(matrices, own, received):
+            target.copy_(source)
+        back = world.exchange(received, [len(part) for part in sent])
+        for there, part in zip(numbers, back, strict=True):
+            if there:
+                torch._foreach_copy_([mine[n] for n in there], list(part.split([mine[n].numel() for n in there])))
+
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Pieces end to end, as they are sent."""
+        if not pieces:
+            return torch.empty(0, dtype=self._precision, device=self._world.device)
+        return torch.cat([piece.to(self._world.device, self._precision) for piece in pieces])
+
+    def _pieces(
+        self, matrices: Sequence[Tensor], own: Sequence[int], received: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every rank's elements, in the matrices and in what it has sent."""
+        for places, part in zip(self._places, received, strict=True):
+            split = part.split([places[number][1] for number in own]) if own else ()
+            for number, matrix, piece in zip(own, matrices, split, strict=True):
+                start, count = places[number]
+                yield matrix.view(-1)[start : start + count], piece
 
 
-def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Matrices of one shape together: small ones cost a call, not arithmetic."""
-    groups: dict[torch.Size, list[Tensor]] = {}
-    for matrix in matrices:
-        groups.setdefault(matrix.shape, []).append(matrix)
+def work(rows: int, columns: int) -> int:
+    """Multiplications of a Newton-Schulz step of a matrix, about: two products with its smaller side's square and one of that."""
+    small, large = sorted((rows, columns))
+    return small * small * (2 * large + small)
+
+
+def owners(works: Sequence[int], ranks: int) -> list[int]:
+    """Who does which piece of work, so that all have about as much: the largest first, each to who has least."""
+    loads, found = [0] * ranks, [0] * len(works)
+    for number in sorted(range(len(works)), key=lambda number: -works[number]):
+        found[number] = min(range(ranks), key=loads.__getitem__)
+        loads[found[number]] += works[number]
+    return found
+
+
+def _worked_on(matrices: Sequence[Tensor], precision: torch.dtype) -> list[Tensor]:
+    """Orthogonalised and scaled, those of one shape in one call."""
+    found: list[Tensor] = list(matrices)
+    for numbers in _by_shape(matrices):
+        alike = torch.stack([matrices[number] for number in numbers]).to(precision)
+        scaled = orthogonalised(alike).mul_(step_scale(*alike.shape[1:]))
+        for number, matrix in zip(numbers, scaled.unbind(), strict=True):
+            found[number] = matrix.contiguous()
+    return found
+
+
+def _by_shape(matrices: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Numbers of the matrices of one shape together: small ones cost a call, not arithmetic."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        groups.setdefault(matrix.shape, []).append(number)
     return groups.values()
 
 
