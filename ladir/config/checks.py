@@ -155,6 +155,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.ar_max_tokens", _COUNT),
     ("evaluate.examples", _NOT_NEGATIVE),
     ("telemetry.line_every_seconds", _NOT_NEGATIVE),
+    ("telemetry.memory_events", _NOT_NEGATIVE),
     ("telemetry.status_every_seconds", _POSITIVE),
     ("telemetry.slow_rank_factor", Range(above=1)),
     ("telemetry.samples", _NOT_NEGATIVE),

@@ -26,6 +26,14 @@ class TelemetrySettings:
     profile_steps: list[int] = setting(
         [], "[first, last]: these training steps are traced by PyTorch's profiler, a file per rank in profile/<phase>; []: none"
     )
+    nvtx: bool = setting(
+        False, "name the parts of a step (forward, backward, optimizer step, ...) for NVIDIA's Nsight Systems; CUDA only"
+    )
+    memory_events: int = setting(
+        0,
+        "where a GPU's memory runs out in a training, memory/<phase> says what lay in it (pytorch.org/memory_viz); this many "
+        "allocations before that are told with the code that made them, which costs a little time; 0: none",
+    )
     samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for the MFU; not set: that of a large matrix product, measured at the start"

@@ -23,7 +23,7 @@ from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Batch, Measured, OnPolicy, Phase
-from training.runtime.profiling import StepProfiler
+from training.runtime.profiling import MemorySnapshot, Ranges, StepProfiler
 from training.runtime.ranks import RankWatch
 from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
@@ -70,7 +70,8 @@ def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcom
             ahead = progress.after(settings.global_batch).fraction(settings, num_samples)
             gradient_norm = trainer.accumulate(step_batch)
             lr = learning_rate(settings, ahead)
-            trainer.engine.step(lr)
+            with trainer.ranges("optimizer step"):
+                trainer.engine.step(lr)
             trainer.advance(lr, gradient_norm, ahead)
         if progress.fraction(settings, num_samples) < 1:
             return trainer.interrupt()
@@ -104,6 +105,9 @@ class Trainer:
         telemetry = run.config.telemetry
         self._ranks = RankWatch(run.world, telemetry.slow_rank_factor)
         self._profiler = StepProfiler(telemetry.profile_steps, run.folder.profile(run.phase), run.world)
+        self.ranges = Ranges(telemetry.nvtx)
+        snapshot = run.folder.memory_snapshot(run.phase, run.world.rank)
+        self._memory = MemorySnapshot(telemetry.memory_events, snapshot, run.world.device)
         self._pace = Pace()
         self._flops_per_token: dict[str, float] = {}
         self._peak = 0.0
@@ -159,6 +163,8 @@ class Trainer:
             error.add_note(f"This happened in {self._heartbeat.where()}.")
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(f"Lower {self.run.phase}'s micro_batch (results do not change), or see ds_configs/README.md.")
+                for note in self._memory.dumped():
+                    error.add_note(note)
             raise
         finally:
             self._heartbeat.end()
@@ -176,7 +182,8 @@ class Trainer:
         start = time.perf_counter()
         self.run.status.say(f"{doing}, behind step {self.progress.step}")
         self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
-        yield
+        with self.ranges(doing):
+            yield
         if not self._first:  # which waits for others that compile
             self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
         self._started += time.perf_counter() - start
@@ -185,7 +192,8 @@ class Trainer:
     def patience(self) -> Iterator[None]:
         """Inside, ranks may wait long for one another: it is training time, but no step."""
         self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
-        yield
+        with self.ranges("own samples"):
+            yield
         if not self._first:
             self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
 
@@ -238,9 +246,11 @@ class Trainer:
             torch.manual_seed(_seed(self.run.config.run.seed, step_batch.numbers[number]))  # dropout inside the model
             # The first of a kind is counted, for which compiled layers run as they were written, forward and back.
             with nullcontext() if batch.kind in self._flops_per_token else as_written(self.engine.model):
-                outputs = self._forward(batch)
-                loss = self._weighted(outputs)
-                self.engine.backward(loss, last=number + 1 == len(step_batch.batches))
+                with self.ranges("forward"):
+                    outputs = self._forward(batch)
+                    loss = self._weighted(outputs)
+                with self.ranges("backward"):
+                    self.engine.backward(loss, last=number + 1 == len(step_batch.batches))
             losses.append(loss.detach())
             sums.add(outputs)
             self.meters.add_metrics(outputs)

@@ -1,8 +1,10 @@
-"""A window of training steps under PyTorch's profiler: one trace per rank, for chrome://tracing or ui.perfetto.dev."""
+"""To look into a training: steps under PyTorch's profiler, named ranges for Nsight Systems, memory when it has run out."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +13,47 @@ from torch.profiler import ProfilerActivity, profile
 from training.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
+
+
+_NOTHING = nullcontext()
+
+
+class Ranges:
+    """Names the parts of a step for Nsight Systems (NVTX); nothing where that is off or there is no CUDA."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._on = wanted and torch.cuda.is_available()
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        """What happens inside goes by that name."""
+        return torch.cuda.nvtx.range(name) if self._on else _NOTHING
+
+
+class MemorySnapshot:
+    """Which tensors lie in a GPU's memory, for pytorch.org/memory_viz, where it has run out.
+
+    ``events``: how many allocations and frees before that are told with the code that made them; 0: none is recorded.
+    """
+
+    def __init__(self, events: int, file: Path, device: torch.device) -> None:
+        self._file, self._on_cuda = file, device.type == "cuda"
+        if events and self._on_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=events)
+
+    def dumped(self) -> Iterator[str]:
+        """Write the file; what to say of it, if anything."""
+        if not self._on_cuda:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self._file))
+        except (OSError, RuntimeError) as error:  # what ran out of memory is what matters
+            yield f"There is no snapshot of the memory: {self._file} cannot be written ({error})."
+            return
+        yield (
+            f"What lay in memory: {self._file} (open it at pytorch.org/memory_viz; telemetry.memory_events=100000 also tells "
+            "which code allocated it)."
+        )
 
 
 class StepProfiler:

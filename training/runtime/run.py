@@ -149,6 +149,10 @@ class RunFolder:
         """Folder of the profiler's traces of a phase."""
         return self.path / "profile" / phase
 
+    def memory_snapshot(self, phase: str, rank: int) -> Path:
+        """What lay in a rank's GPU memory when it ran out."""
+        return self.path / "memory" / phase / f"rank-{rank:05d}.pickle"
+
     def config(self, phase: str) -> Path:
         """The settings a phase was started with."""
         return self.path / f"config-{phase}.yaml"
