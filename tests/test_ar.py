@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, completion_text, parse_completion
 from ladir.data.records import Record
+from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens, nucleus
 from ladir.models.ar import ArModel
 from ladir.models.backbone import Backbone
@@ -68,6 +69,34 @@ def test_loss_and_gradients_behind_a_bidirectional_question_are_those_of_plain_f
     expected.backward()
     assert result["text"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(ours, gradients(model), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "bidirectional", "most"),
+    [("llama", 20.0, False, 100), ("qwen3", 20.0, True, 20), ("llama", 0.0, False, 8)],
+)
+def test_prompts_that_join_as_others_end_are_answered_as_in_batches(
+    kind: str, temperature: float, bidirectional: bool, most: int
+) -> None:
+    """In fewer passes, where completions are of very different lengths."""
+    backbone = Backbone(tiny_lm(kind))
+    prompts, keys = [list(range(2, 3 + n % 7)) for n in range(12)], [f"question {n}" for n in range(12)]
+    rows: list[int] = []
+    backbone.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+
+    def asked(first: int, end: int, most_rows: int | None) -> list[list[list[int]]]:
+        part = slice(first, end)
+        return complete(
+            backbone, prompts[part], keys[part], 2, 1, most, temperature, 5, bidirectional, top_p=0.98, most_rows=most_rows
+        )
+
+    batches = [texts for first in range(0, 12, 3) for texts in asked(first, first + 3, None)]
+    in_batches, rows[:] = len(rows), []
+    assert asked(0, 12, 6) == batches
+    assert max(rows) <= 6
+    if most == 100:
+        lengths = [len(text) for texts in batches for text in texts]
+        assert max(lengths) > 10 * min(lengths) and len(rows) < 0.7 * in_batches
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladir.config import Config, CountdownSettings, SampleSettings
+from ladir.config import Config, CountdownSettings, EvaluateSettings, SampleSettings
 from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
@@ -244,6 +245,19 @@ def test_sigkilled_and_resumed_it_ends_the_same(models: Path, whole: Path, tmp_p
         assert (tmp_path / "tiny" / "results.json").exists() == done
         assert not done or outcome(tmp_path) == outcome(whole)
     assert not (tmp_path / "tiny" / "evaluation").exists()
+
+
+def test_the_baseline_is_given_several_batches_while_every_rank_still_gets_some() -> None:
+    settings = EvaluateSettings(questions_per_batch=2, ar_batches=4)
+
+    def sizes(questions: int, sampling: str) -> set[int]:
+        log, config = SimpleNamespace(done=lambda sampling: set()), SimpleNamespace(evaluate=settings)
+        asked = SimpleNamespace(records=[None] * questions)
+        benchmark: Any = SimpleNamespace(log=log, run=SimpleNamespace(config=config), asked=asked)
+        run: Any = SimpleNamespace(world=World(0, 2, 0, torch.device("cpu")))
+        return {len(portion.batch) for portion in asking.portions(run, [benchmark], [sampling])}
+
+    assert sizes(64, "ar") == {8} and sizes(16, "ar") == {2} and sizes(64, "ladir") == {2}
 
 
 def evaluate_on(world: World, models: Path, folder: Path, death: Death | None = None) -> None:

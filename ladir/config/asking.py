@@ -112,6 +112,11 @@ class EvaluateSettings:
     greedy_questions_per_batch: int = setting(
         200, "the same for rows of one answer per question (ar-greedy, ladir-zero-noise), of which many fill a batch"
     )
+    ar_batches: int = setting(
+        4,
+        "most batches of questions that the AR baseline is given at a time: as completions end the next questions join, so that "
+        "none waits for the longest; memory is that of one batch",
+    )
     left_out: str = setting(
         "count",
         "questions of the file that are not asked (data.on_bad_record=skip); count: as questions without a right answer; "

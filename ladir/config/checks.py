@@ -145,6 +145,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("sample.*", Range(at_least=0, at_most=100)),
     ("evaluate.num_*", _COUNT),
     ("evaluate.*questions_per_batch", _COUNT),
+    ("evaluate.ar_batches", _COUNT),
     ("evaluate.check_seconds", _COUNT),
     ("evaluate.check_memory_mb", Range(at_least=256)),
     ("evaluate.judges", _COUNT),

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ladir.data.batches import pad_left
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode
+from ladir.inference.decode import choose_tokens, decode
 from ladir.inference.sampler import TrajectoryNoise
 from ladir.models.backbone import Backbone
 from ladir.models.positions import check_room
 
 _SHORTER = "set a lower evaluate.ar_max_tokens, or leave long questions out (a lower data.max_question_tokens)"
+#: new questions are read together where so many parts of the rows' places are free
+_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How completions are written, up to ``eos_id`` or ``max_tokens``; ``top_p``: tokens are of the nucleus.
+
+    ``bidirectional_question``: a prompt's tokens see each other, as the model was trained.
+    """
+
+    eos_id: int
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    bidirectional_question: bool = False
+
+    def read(self, backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Prefix, Tensor]:
+        """The prompts in a cache, and their last hidden states [R, H]."""
+        device = next(backbone.parameters()).device
+        ids, lengths = pad_left(prompts, self.eos_id)  # which the embedding has for certain
+        return Prefix.start(backbone, backbone.embed(ids.to(device)), lengths.to(device), self.bidirectional_question)
 
 
 @torch.no_grad()
@@ -28,20 +52,93 @@ def complete(
     seed: int,
     bidirectional_question: bool = False,
     top_p: float = 1.0,
+    most_rows: int | None = None,
 ) -> list[list[list[int]]]:
     """Sampled completions: ``num_samples`` token-id lists per prompt.  UnusableError where the LM's table of positions may end.
 
-    The prompt's cache is computed once and shared by its samples.  ``keys`` name the prompts for the random numbers;
-    ``bidirectional_question``: their tokens see each other, as the model was trained; ``top_p``: tokens are of the nucleus.
+    ``keys`` name the prompts for the random numbers; ``bidirectional_question``: their tokens see each other, as the model was
+    trained; ``top_p``: tokens are of the nucleus.  With more than ``most_rows`` samples prompts join as others' completions end;
+    else the prompt's cache is computed once and shared by its samples.
     """
-    device = next(backbone.parameters()).device
     longest = max(map(len, prompts))
     check_room(backbone.base.config, longest + max_tokens, f"a prompt of {longest} tokens with its completion", _SHORTER)
-    ids, lengths = pad_left(prompts, eos_id)  # which the embedding has for certain
-    inputs, lengths = backbone.embed(ids.to(device)), lengths.to(device)
-    prefix, hidden = Prefix.start(backbone, inputs, lengths, bidirectional_question)
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    writing = Writing(eos_id, max_tokens, temperature, top_p, bidirectional_question)
     noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
-    uniform = noise.uniform(list(range(len(owner))), max_tokens).to(device)
-    texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform, top_p)
+    if most_rows is not None and len(prompts) * num_samples > most_rows:
+        texts = _Queue(backbone, writing, prompts, num_samples, most_rows, noise).written()
+    else:
+        prefix, hidden = writing.read(backbone, prompts)
+        owner = torch.arange(len(prompts), device=hidden.device).repeat_interleave(num_samples)
+        uniform = noise.uniform(list(range(len(owner))), max_tokens).to(hidden.device)
+        texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform, top_p)
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+
+
+class _Queue:
+    """Continuous batching (Yu et al. 2022, Orca): a prompt's rows join as soon as there is room for all of them.
+
+    A row's text does not depend on when it joins: its tokens see its own alone, and its random numbers are its own.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        writing: Writing,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        most_rows: int,
+        noise: TrajectoryNoise,
+    ) -> None:
+        self._backbone, self._writing, self._prompts, self._noise = backbone, writing, prompts, noise
+        self._samples, self._most = num_samples, max(most_rows, num_samples)
+        self._texts: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
+        self._asked = 0
+        self._rows: list[int] = []  # that are being written; of each its random numbers [R, max_tokens] and last state [R, H]
+        self._prefix: Prefix | None = None
+        self._uniform = self._hidden = torch.zeros(0)
+
+    def written(self) -> list[list[int]]:
+        """Every sample's tokens, without <eos>."""
+        while self._rows or self._asked < len(self._prompts):
+            self._ask()
+            self._step()
+        return self._texts
+
+    def _ask(self) -> None:
+        """Read the next prompts, as many as there is room for, where that is enough to be worth a pass."""
+        room = (self._most - len(self._rows)) // self._samples
+        count = min(room, len(self._prompts) - self._asked)
+        if not count or (self._rows and room * self._samples < self._most // _PARTS):
+            return
+        prompts = range(self._asked, self._asked + count)
+        self._asked = prompts.stop
+        prefix, hidden = self._writing.read(self._backbone, [self._prompts[prompt] for prompt in prompts])
+        owner = torch.arange(count, device=hidden.device).repeat_interleave(self._samples)
+        prefix, hidden = prefix.select(owner), hidden[owner]
+        rows = list(range(prompts.start * self._samples, prompts.stop * self._samples))
+        uniform = self._noise.uniform(rows, self._writing.max_tokens).to(hidden.device)
+        if self._prefix is not None and self._rows:
+            prefix = self._prefix.trimmed().joined(prefix)
+            hidden, uniform = torch.cat([self._hidden, hidden]), torch.cat([self._uniform, uniform])
+        self._prefix, self._hidden, self._uniform = prefix, hidden, uniform
+        self._rows = [*self._rows, *rows]
+
+    def _step(self) -> None:
+        """A token for every row; those that have ended leave."""
+        assert self._prefix is not None
+        w = self._writing
+        lengths = torch.tensor([len(self._texts[row]) for row in self._rows], device=self._hidden.device)
+        drawn = self._uniform.gather(1, lengths[:, None])[:, 0]
+        tokens = choose_tokens(self._backbone.logits(self._hidden), w.temperature, drawn, w.top_p)
+        going = []
+        for place, (row, token) in enumerate(zip(self._rows, tokens.tolist(), strict=True)):
+            if token != w.eos_id:
+                self._texts[row].append(token)
+                if len(self._texts[row]) < w.max_tokens:
+                    going.append(place)
+        if len(going) < len(self._rows):
+            keep = torch.tensor(going, dtype=torch.int64, device=tokens.device)
+            self._rows, self._uniform, tokens = [self._rows[place] for place in going], self._uniform[keep], tokens[keep]
+            self._prefix = self._prefix.select(keep)
+        if self._rows:
+            self._hidden = self._prefix.append(self._backbone.embed(tokens)[:, None])[:, 0]

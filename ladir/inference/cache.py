@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -38,6 +39,18 @@ class PrefixLayer(DynamicLayer):
         layer = PrefixLayer()
         if self.is_initialized:
             layer.update(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        return layer
+
+    def without_first(self, count: int) -> PrefixLayer:
+        """The layer without the first ``count`` tokens; with that many zeros before it, where it is negative."""
+        layer = PrefixLayer()
+        layer.update(*(F.pad(x, (0, 0, -count, 0)) for x in (self.keys, self.values)))
+        return layer
+
+    def joined(self, other: PrefixLayer) -> PrefixLayer:
+        """A layer of both's rows, which are equally long."""
+        layer = PrefixLayer()
+        layer.update(torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values]))
         return layer
 
 
@@ -127,6 +140,32 @@ class Prefix:
         shared = self.shared.select(rows) if self.shared is not None else None
         valid, next_position = self.valid[rows], self.next_position[rows]
         return Prefix(self.backbone, self.cache.select(rows), valid, next_position, self.padded, shared)
+
+    def without_first(self, count: int) -> Prefix:
+        """Without the first ``count`` tokens of every row; with padding before them, where it is negative."""
+        if not count:
+            return self
+        assert self.shared is None
+        cache = PrefixCache([layer.without_first(count) for layer in self.cache.layers])
+        valid = F.pad(self.valid, (-count, 0))
+        return Prefix(self.backbone, cache, valid, self.next_position, self.padded or count < 0)
+
+    def trimmed(self) -> Prefix:
+        """Without the tokens that are padding in all rows."""
+        return self.without_first(int(self.valid.any(0).int().argmax())) if self.padded else self
+
+    def joined(self, other: Prefix) -> Prefix:
+        """The rows of both, of different lengths, none of which share anything."""
+        most = max(self.valid.shape[1], other.valid.shape[1])
+        mine, its = (prefix.without_first(prefix.valid.shape[1] - most) for prefix in (self, other))
+        layers = zip(mine.cache.layers, its.cache.layers, strict=True)
+        return Prefix(
+            self.backbone,
+            PrefixCache([layer.joined(new) for layer, new in layers]),
+            torch.cat([mine.valid, its.valid]),
+            torch.cat([mine.next_position, its.next_position]),
+            mine.padded or its.padded,
+        )
 
     def visible(self, length: int) -> WholePrefix | SharedPrefix:
         """What ``length`` new tokens see: the prefix and each other."""

@@ -147,6 +147,7 @@ def ar_answerer(
 ) -> Answerer:
     """The baseline as the settings say."""
     samples, temperature = (1, 0.0) if greedy else (config.evaluate.num_trajectories, config.evaluate.ar_temperature)
+    size = config.evaluate.greedy_questions_per_batch if greedy else config.evaluate.questions_per_batch
 
     def answer(records: Sequence[Record]) -> Answers:
         with count_cost(backbone) as cost:
@@ -161,6 +162,7 @@ def ar_answerer(
                 config.run.seed,
                 bidirectional_question=reading.bidirectional,
                 top_p=config.evaluate.ar_top_p,
+                most_rows=size * samples,
             )
         return Answers([[sampled_of(ids) for ids in group] for group in texts], cost)
 

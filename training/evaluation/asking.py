@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: at the end the ranks wait for the last batches of the others; one of programs that never end takes long
 _BATCH_MINUTES = 24 * 60
+#: as many portions of several batches every rank has at least, so that none waits long for another's last
+_PORTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ def portions(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]
             for place, benchmark in enumerate(benchmarks):
                 done, settings = benchmark.log.done(sampling), benchmark.run.config.evaluate
                 size = settings.greedy_questions_per_batch if sampling in GREEDY else settings.questions_per_batch
-                batches = cut(len(benchmark.asked.records), size, run.world.size)
+                questions = len(benchmark.asked.records)
+                if model.startswith("ar"):  # whose questions join as others end; still with several portions for every rank
+                    size = max(size, min(size * settings.ar_batches, questions // (_PORTIONS * run.world.size)))
+                batches = cut(questions, size, run.world.size)
                 found += [Portion(place, sampling, batch) for batch in batches if not done.issuperset(batch)]
     return found
 
