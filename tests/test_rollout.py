@@ -36,6 +36,7 @@ from tests.tiny import (
     tiny_denoiser,
     tiny_lm,
 )
+from training.planning.trace import trace_training
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
 
@@ -334,6 +335,21 @@ def test_nothing_but_the_latents_is_kept_per_step_where_passes_are_recomputed() 
     assert stored[1] - stored[0] == stored[2] - stored[1]  # linear
     assert recomputed[1] - recomputed[0] == recomputed[2] - recomputed[1]
     assert 50 * (recomputed[2] - recomputed[1]) < stored[2] - stored[1]
+
+
+def test_a_step_launches_as_much_for_every_block_and_hardly_more_for_two_branches() -> None:
+    """However much is behind a block; operators forward and backward that are no views."""
+    denoiser = tiny_denoiser(tiny_lm(), draws=1)
+
+    def launches(blocks: int, guidance: float) -> int:
+        rollout = rollout_settings(num_steps=2, guidance_scale=guidance)
+        golds = [Golds(LatentRecord([3, 4], [[5]] * count, [6], *torch.zeros(2, count, 2, 3))) for count in (blocks, blocks - 1)]
+        batch = rollout_collator(denoiser, rollout)(golds, [0, 1])
+        return trace_training(Rollout(denoiser, rollout, blocks, False), batch).launches
+
+    few, more, most = (launches(blocks, 1.0) for blocks in (2, 4, 6))
+    assert most - more == pytest.approx(more - few, rel=0.02)
+    assert launches(4, 2.0) < 1.2 * more
 
 
 # --- several ranks -----------------------------------------------------------------------------------------------------

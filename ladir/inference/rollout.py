@@ -1,14 +1,14 @@
 """Training stage 2: the answer is learned through blocks that the model denoised itself (section 1 of the design, rollout).
 
-Keys and values are values here, not a cache that grows: a pass reads those before it and returns its own.  It may therefore run
-again in the backward pass, and what is kept between is a block's latents per Euler step: memory is linear in the steps.
+A pass reads the keys and values before it, changes none, and returns its own.  It may therefore run again in the backward pass,
+and what is kept between is a block's latents per Euler step: memory is linear in the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -35,13 +35,69 @@ T = TypeVar("T")
 MaxOverRanks = Callable[[Sequence[int]], Sequence[int]]
 
 
-@dataclass(frozen=True)
-class KeyValues:
-    """Keys and values of a stretch of tokens in the first n rows: per layer [n, kv heads, T, head]; ``valid`` bool [n, T]."""
+class _LayerPast:
+    """One layer's keys and values of G branches and R rows, and the gradients that passes leave for them.
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    valid: Tensor
+    Autograd would take the gradient of what is behind a row apart in every pass, piece by piece.  Here a pass reads a stretch of
+    one tensor and adds to a stretch of another; a chain of empty tickets, from every piece to the passes that read it, makes the
+    backward pass come to a piece after them.
+    """
+
+    def __init__(self, branches: int, rows: int, capacity: int, like: Sequence[Tensor]) -> None:
+        """``like``: keys and values [n, kv heads, T, head]."""
+        shapes = [(branches, rows, x.shape[1], capacity, x.shape[3]) for x in like]
+        self.keys, self.values = (x.new_zeros(shape) for x, shape in zip(like, shapes, strict=True))
+        self.gradients: tuple[Tensor, Tensor] | None = None
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Of keys and of values, as large as they are."""
+        if self.gradients is None:
+            self.gradients = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+        return self.gradients
+
+
+class _Add(torch.autograd.Function):
+    """Keys and values to a layer's past; their gradient is what all passes that read it have left there."""
+
+    @staticmethod
+    def forward(ctx: Any, past: _LayerPast, stretch: slice, ticket: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The ticket of those who read them."""
+        branches = len(past.keys)
+        ctx.set_materialize_grads(False)
+        ctx.past, ctx.place = past, (slice(None), slice(len(keys) // branches), slice(None), stretch)
+        past.keys[ctx.place] = keys.unflatten(0, (branches, -1))
+        past.values[ctx.place] = values.unflatten(0, (branches, -1))
+        return torch.empty_like(ticket)
+
+    @staticmethod
+    def backward(ctx: Any, *ticket: Tensor | None) -> Any:
+        """Nothing for the ticket before it, which only orders."""
+        keys, values = (gradient[ctx.place].flatten(0, 1) for gradient in ctx.past.gradient())
+        return None, None, None, keys, values
+
+
+class _Read(torch.autograd.Function):
+    """A layer's past of some rows with new keys and values behind it [n, kv heads, P + T, head]."""
+
+    @staticmethod
+    def forward(ctx: Any, past: _LayerPast, place: Any, ticket: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``place``: the branches, rows and tokens that are read; the new ones are of the same branches and rows."""
+        ctx.past, ctx.place = past, place
+        before = past.keys[place], past.values[place]
+        both = zip(before, (keys, values), strict=True)
+        joined = [torch.cat([old, new.unflatten(0, old.shape[:2])], dim=-2).flatten(0, 1) for old, new in both]
+        return joined[0], joined[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Of the past where it is kept, of the new ones as it is."""
+        new = []
+        for kept, gradient in zip(ctx.past.gradient(), gradients, strict=True):
+            old = kept[ctx.place]
+            length = old.shape[-2]
+            old += gradient[..., :length, :].unflatten(0, old.shape[:2])
+            new.append(gradient[..., length:, :])
+        return None, None, None, *new
 
 
 class _ReadingLayer(DynamicLayer):
@@ -49,44 +105,72 @@ class _ReadingLayer(DynamicLayer):
 
     new: tuple[Tensor, Tensor]
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(self, past: _LayerPast, place: Any, ticket: Tensor) -> None:
         super().__init__()
-        self._before = keys, values
+        self._past, self._place, self._ticket = past, place, ticket
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of everything before and of the new tokens [n, kv heads, P + T, head]."""
         self.new = key_states, value_states
-        keys, values = self._before
-        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
+        keys, values = _Read.apply(self._past, self._place, self._ticket, key_states, value_states)
+        return keys, values
+
+
+class _FirstLayer(DynamicLayer):
+    """One layer in the pass before which there is nothing."""
+
+    new: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values."""
+        self.new = key_states, value_states
+        return key_states, value_states
+
+
+#: keys and values of new tokens, by layer
+KeyValues = list[tuple[Tensor, Tensor]]
 
 
 class RolloutCache:
-    """What R rows have behind them, as chunks that are joined only while a pass reads them."""
+    """What R rows have behind them in each of their branches, which go through the LM together: rows of branch 0, then of 1.
 
-    def __init__(self, backbone: Backbone, recompute: bool) -> None:
-        """``recompute``: passes with gradient store their inputs alone and run again in the backward pass."""
+    With guidance there are two branches, that of the question and that which does not see it.
+    """
+
+    def __init__(self, backbone: Backbone, recompute: bool, branches: int, rows: int, capacity: int) -> None:
+        """``recompute``: passes with gradient store their inputs alone and run again in the backward pass.
+
+        ``capacity``: most tokens that a row will have behind it.
+        """
         self.backbone, self.recompute = backbone, recompute
-        self.chunks: list[KeyValues] = []
+        self.branches, self._rows, self._capacity = branches, rows, capacity
+        self._layers: list[_LayerPast] = []
+        self._tickets: list[Tensor] = []  # apart from the layers, which their graphs know
+        self._valid = torch.zeros(0)
+        self._length = 0
 
-    def visible(self, rows: slice, within: Tensor) -> Tensor:
-        """Mask [n, T, P + T] of new tokens that see the past, and one another as ``within`` [n or 1, T, T] says."""
+    def each(self, x: Tensor) -> Tensor:
+        """The rows of ``x`` once for every branch."""
+        return x if self.branches == 1 else torch.cat([x] * self.branches)
+
+    def visible(self, rows: slice, within: Tensor, branches: int) -> Tensor:
+        """Mask [G n, T, P + T] of new tokens that see the past, and one another as ``within`` [n or 1, T, T] says."""
         count, length = rows.stop - rows.start, within.shape[1]
-        parts = [_rows(chunk.valid, rows)[:, None].expand(-1, length, -1) for chunk in self.chunks]
-        return torch.cat([*parts, within.expand(count, -1, -1)], dim=-1)
+        mask = within.expand(count, -1, -1)
+        if self._layers:
+            mask = torch.cat([self._valid[rows, None, : self._length].expand(-1, length, -1), mask], dim=-1)
+        return mask if branches == 1 else torch.cat([mask] * branches)
 
-    def read(self, rows: slice, function: Callable[[Cache, Tensor], T], inputs: Tensor) -> T:
-        """``function`` of a cache that holds the past of ``rows``, and of ``inputs``."""
-        past = [
-            (
-                [_rows(chunk.keys[layer], rows) for chunk in self.chunks],
-                [_rows(chunk.values[layer], rows) for chunk in self.chunks],
-            )
-            for layer in range(int(self.backbone.base.config.get_text_config().num_hidden_layers))
-        ]
+    def read(self, rows: slice, function: Callable[[Cache, Tensor], T], inputs: Tensor, branches: int) -> T:
+        """``function`` of a cache that holds the past of ``rows`` in the first ``branches``, and of ``inputs``."""
+        place = (slice(branches), rows, slice(None), slice(self._length))
+        past = [(layer, place, ticket) for layer, ticket in zip(self._layers, self._tickets, strict=True)]
+        count = int(self.backbone.base.config.get_text_config().num_hidden_layers)
 
         def run(inputs: Tensor) -> T:
+            layers: list[Any] = [_ReadingLayer(*layer) for layer in past] or [_FirstLayer() for _ in range(count)]
             with self.backbone.activations_stored():
-                return function(Cache(layers=[_ReadingLayer(*layer) for layer in past]), inputs)
+                return function(Cache(layers=layers), inputs)
 
         if not (self.recompute and torch.is_grad_enabled()):
             return run(inputs)
@@ -94,43 +178,40 @@ class RolloutCache:
         # end, where an engine would take away weights that it had just gathered for that backward pass.
         return checkpoint(run, inputs, use_reentrant=False)
 
-    def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor) -> tuple[Tensor, KeyValues]:
-        """Hidden states [n, T, H] of new tokens [n, T, H], and their keys and values (not added to the past)."""
-        visible = self.visible(rows, within)
+    def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor, branches: int) -> tuple[Tensor, KeyValues]:
+        """Hidden states [G n, T, H] of new tokens [G n, T, H], and their keys and values (not added to the past)."""
+        visible = self.visible(rows, within, branches)
 
-        def run(cache: Cache, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        def run(cache: Cache, inputs: Tensor) -> tuple[Tensor, KeyValues]:
             hidden = self.backbone(inputs, visible, positions, cache)
-            return hidden, [layer.new for layer in cache.layers if isinstance(layer, _ReadingLayer)]
+            return hidden, [layer.new for layer in cache.layers if isinstance(layer, _ReadingLayer | _FirstLayer)]
 
-        hidden, new = self.read(rows, run, inputs)
-        keys, values = map(list, zip(*new, strict=True))
-        return hidden, KeyValues(keys, values, torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device))
+        return self.read(rows, run, inputs, branches)
 
-
-def _rows(x: Tensor, rows: slice) -> Tensor:
-    """Rows of a chunk's tensor; those it does not have are zeros (which ``valid`` hides)."""
-    missing = rows.stop - len(x)
-    if missing > 0:
-        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-    return x if rows == slice(0, len(x)) else x[rows]
+    def add(self, new: KeyValues, valid: Tensor) -> None:
+        """New tokens of all branches to the past of the first n rows; ``valid`` bool [n, T]: those that are there."""
+        if not self._layers:
+            self._layers = [_LayerPast(self.branches, self._rows, self._capacity, layer) for layer in new]
+            self._tickets = [keys.new_zeros(()) for keys, _ in new]
+            self._valid = valid.new_zeros(self._rows, self._capacity)
+        stretch = slice(self._length, self._length + valid.shape[1])
+        known = zip(self._layers, self._tickets, new, strict=True)
+        self._tickets = [_Add.apply(layer, stretch, ticket, *own) for layer, ticket, own in known]
+        self._valid[: len(valid), stretch] = valid
+        self._length = stretch.stop
 
 
 class _Thoughts:
     """A rollout under way.
 
-    The past, with guidance that of the branch whose question is hidden as well, latents [R, L, d] by block (zeros behind a
-    record's last one), the stop head's summed loss, and zero with the gradient of passes that ran for other ranks' sake.
+    The past, latents [R, L, d] by block (zeros behind a record's last one), the stop head's summed loss, and zero with the
+    gradient of passes that ran for other ranks' sake.
     """
 
-    def __init__(self, past: RolloutCache, free: RolloutCache | None) -> None:
-        self.past, self.free = past, free
+    def __init__(self, past: RolloutCache) -> None:
+        self.past = past
         self.latents: list[Tensor] = []
         self.stop_loss = self.anchor = torch.zeros(())
-
-    @property
-    def branches(self) -> list[RolloutCache]:
-        """The pasts that a denoising step reads, that of the question first."""
-        return [self.past] if self.free is None else [self.past, self.free]
 
 
 class Rollout(nn.Module):
@@ -196,10 +277,9 @@ class Rollout(nn.Module):
 
     def _generate_blocks(self, batch: RolloutBatch) -> _Thoughts:
         """Every record's true number of blocks, the last ones its own, all rows at once."""
-        guided = self.sampling.guidance_scale != 1
-        thoughts = _Thoughts(self._question(batch), self._question(batch, hidden=True) if guided else None)
-        span = self.denoiser.settings.span
-        for number, work in enumerate(self._rounds(batch.blocks)):
+        span, rounds = self.denoiser.settings.span, self._rounds(batch.blocks)
+        thoughts = _Thoughts(self._question(batch, len(rounds) * span))
+        for number, work in enumerate(rounds):
             first = number * span
             own = self._own(batch, thoughts, first) if work == 2 else batch.noise[:0, :span]
             active = sum(count > first for count in batch.blocks)
@@ -212,32 +292,34 @@ class Rollout(nn.Module):
         """Finished blocks ``z`` [n, L, d] to the past of those rows that have so many; where none has, row 0 runs along."""
         active = sum(count > block for count in batch.blocks)
         z = z[: max(active, 1)]
-        (stop, chunk), *free = [self._append(past, batch, z, block) for past in thoughts.branches]
-        for unread, _ in free:  # no loss looks at it, yet all ranks go backward through the pass
-            thoughts.anchor = thoughts.anchor + 0.0 * unread.sum()
+        stop, new = self._append(thoughts.past, batch, z, block)
         if not active:
             thoughts.anchor = thoughts.anchor + 0.0 * stop.sum()
             return
-        for past, new in zip(thoughts.branches, [chunk, *(own for _, own in free)], strict=True):
-            past.chunks.append(new)
+        thoughts.past.add(new, torch.ones(active, new[0][0].shape[-2], dtype=torch.bool, device=z.device))
         thoughts.latents.append(F.pad(z, (0, 0, 0, 0, 0, len(batch.blocks) - active)))
         ends = (batch.num_blocks[:active] == block + 1).float()
         thoughts.stop_loss = thoughts.stop_loss + F.binary_cross_entropy_with_logits(stop, ends, reduction="sum")
 
-    def _question(self, batch: RolloutBatch, hidden: bool = False) -> RolloutCache:
-        """The past that begins with the questions, or with one learned vector in place of each of their tokens (``hidden``)."""
-        past = RolloutCache(self.denoiser.backbone, self.recompute)
+    def _question(self, batch: RolloutBatch, blocks: int) -> RolloutCache:
+        """The past that begins with the questions, with room for so many blocks.
+
+        With guidance a second branch begins with one learned vector in place of each of their tokens.
+        """
+        rows, branches = len(batch.blocks), 1 if self.sampling.guidance_scale == 1 else 2
+        capacity = batch.question_ids.shape[1] + blocks * block_length(self.denoiser.latents_per_block)
+        past = RolloutCache(self.denoiser.backbone, self.recompute, branches, rows, capacity)
         bidirectional = self.denoiser.settings.bidirectional_question
         valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1], bidirectional)
         inputs = self.denoiser.backbone.embed(batch.question_ids)
-        if hidden:
+        if branches > 1:
             places = torch.arange(inputs.shape[1], device=inputs.device)
             first, last = batch.shown
             covered = places >= (inputs.shape[1] - batch.question_lengths + first)[:, None]
             covered &= places < inputs.shape[1] - last
-            inputs = torch.where(covered[..., None], self.denoiser.mark(Mark.NULL), inputs)
-        _, chunk = past.extend(slice(0, len(batch.blocks)), inputs, positions, visible)
-        past.chunks.append(replace(chunk, valid=valid))
+            inputs = torch.cat([inputs, torch.where(covered[..., None], self.denoiser.mark(Mark.NULL), inputs)])
+        _, new = past.extend(slice(0, rows), inputs, past.each(positions), visible, branches)
+        past.add(new, valid)
         return past
 
     def _own(self, batch: RolloutBatch, thoughts: _Thoughts, first: int) -> Tensor:
@@ -268,11 +350,12 @@ class Rollout(nn.Module):
         span, steps = d.settings.span, how.num_steps
         learned = steps - (steps if s.gradient_steps is None else s.gradient_steps)  # the first such step
         offsets = torch.from_numpy(span_offsets(span, d.latents_per_block)).to(device)
-        visible = thoughts.past.visible(rows, _all_see_all(len(offsets), device))
-        positions = self._positions(batch, rows, first, offsets)
+        past = thoughts.past
+        visible = past.visible(rows, _all_see_all(len(offsets), device), past.branches)
+        positions = past.each(self._positions(batch, rows, first, offsets))
         true = given[..., None, None]
         z = torch.where(true, _span(batch.gold[rows, 0], first, span), _span(batch.noise[rows], first, span))
-        states = [d.null_state(z)] * len(thoughts.branches)
+        state = past.each(d.null_state(z))
         times = step_times(how)
         now = torch.tensor(staggered(times, span, how.lag), device=device)
         for number, moving in enumerate(step_schedule(steps, span, how.lag)):
@@ -280,20 +363,17 @@ class Rollout(nn.Module):
             learns = any(step >= learned for _, step in moving)
             with nullcontext() if learns else torch.no_grad():
                 t = now[number].masked_fill(given, 0.0)
-                found = [
-                    past.read(rows, _predict(d, t, state, visible, positions), z)
-                    for past, state in zip(thoughts.branches, states, strict=True)
-                ]
-                predictions, states = [prediction for prediction, _ in found], [state for _, state in found]
-                velocity = self._velocity(predictions, z, t)
+                predict = _predict(d, past.each(t), state, visible, positions)
+                predictions, state = past.read(rows, predict, past.each(z), past.branches)
+                velocity = self._velocity(predictions.chunk(past.branches), z, t)
                 for block, step in moving:
                     moved = blocks[block] + (times[step + 1] - times[step]) * velocity[:, block]
                     blocks[block] = moved if step >= learned else moved.detach()
             z = torch.where(true, z, torch.stack(blocks, 1))
             if not s.carry_gradient:
-                states = [state.detach() for state in states]
+                state = state.detach()
             if learns:  # ranks whose blocks here are all true go backward through this pass as well
-                thoughts.anchor = thoughts.anchor + 0.0 * torch.stack(predictions).sum()
+                thoughts.anchor = thoughts.anchor + 0.0 * predictions.sum()
         return z
 
     def _velocity(self, predictions: Sequence[Tensor], z: Tensor, t: Tensor) -> Tensor:
@@ -303,14 +383,18 @@ class Rollout(nn.Module):
         return Guidance.of(self.sampling).velocity(first, free[0], z, t) if free else first
 
     def _append(self, past: RolloutCache, batch: RolloutBatch, z: Tensor, block: int) -> tuple[Tensor, KeyValues]:
-        """The stop head's logits [n] behind finished blocks [n, L, d] of the first rows, and the blocks' keys and values."""
+        """The stop head's logits [n] behind finished blocks [n, L, d] of the first rows, and the blocks' keys and values.
+
+        The branch that does not see the question has them behind it as well, but decides nothing.
+        """
         d, rows = self.denoiser, slice(0, len(z))
         bot, eot = (d.mark(mark).expand(len(z), 1, -1) for mark in (Mark.BOT, Mark.EOT))
         inputs = torch.cat([bot, d.clean_inputs(z), eot], dim=1)
         length = inputs.shape[1]
         positions = self._positions(batch, rows, block, torch.arange(length, device=z.device))
-        hidden, chunk = past.extend(rows, inputs, positions, _all_see_all(length, z.device))
-        return d.stop_logit(hidden[:, -1]), chunk
+        within = _all_see_all(length, z.device)
+        hidden, new = past.extend(rows, past.each(inputs), past.each(positions), within, past.branches)
+        return d.stop_logit(hidden[: len(z), -1]), new
 
     def _nearest(self, latents: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Which gold solution [R] each row is trained towards, and its distance [R]: mean square per element."""
@@ -332,7 +416,7 @@ class Rollout(nn.Module):
         inputs = torch.cat([soa, d.backbone.embed(ids)], dim=1)
         length = inputs.shape[1]
         positions = self._positions(batch, everyone, batch.num_blocks, torch.arange(length, device=ids.device))
-        hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril())
+        hidden, _ = past.extend(everyone, inputs, positions, _all_see_all(length, ids.device).tril(), branches=1)
         labelled = labels != IGNORE
         # Padding does not go through the LM head; how many labels there may be is known without asking the device.
         first = labelled.flatten().int().argsort(descending=True, stable=True)[: batch.most_labels]
