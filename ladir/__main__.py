@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,12 @@ from ladir.cli.commands import run
 from ladir.installation import missing_package
 
 INTERRUPTED = 128 + signal.SIGINT
+#: what keeps files from being read or written where nothing is wrong with the program, and what helps
+_ACCESS, _ROOM = "give yourself access to it", "make room there"
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,6 +46,11 @@ def _told(argv: Sequence[str]) -> int:
     except (ConfigError, ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"ladir: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if (remedy := _REMEDIES.get(error.errno or 0)) is None:
+            raise
+        sys.stderr.write(f"ladir: {error.filename or 'a file'}: {error.strerror}; {remedy}, or name another place (--out)\n")
+        return 1
 
 
 def program() -> int:

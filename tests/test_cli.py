@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import json
@@ -101,6 +102,19 @@ def test_faults_are_told_without_a_traceback(
     monkeypatch.chdir(tmp_path)
     assert main(argv) == status
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EACCES, "give yourself access to it"), (errno.ENOSPC, "make room there")])
+def test_files_that_cannot_be_written_are_told_without_a_traceback(
+    number: int, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(argv: list[str]) -> int:
+        raise OSError(number, os.strerror(number), "runs/my/report")
+
+    monkeypatch.setattr("ladir.__main__.run", refused)
+    assert main(["report", "runs/my"]) == 1
+    told = f"ladir: runs/my/report: {os.strerror(number)}; {remedy}, or name another place (--out)\n"
+    assert capsys.readouterr().err == told
 
 
 class FakeReasoner:

@@ -213,6 +213,8 @@ def test_table_shows_every_method_with_errors_and_dashes(tmp_path: Path) -> None
     content = read_results(results(tmp_path))
     text = rendered(results_table(content))
     assert "ladir" in text
+    alone = [{**row, "chain": None} for row in content["rows"]]
+    assert "the thoughts alone" in text and "the thoughts alone" not in rendered(results_table({**content, "rows": alone}))
     assert "50.0 ± 0.0" in text
     wide = {**content["rows"][0], "method": "ladir-consistent", "pass@10": 1.0, "pass@100": 1.0, "training_seconds": 1234567.0}
     long = rendered(results_table({**content, "rows": [wide]}))

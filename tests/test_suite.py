@@ -74,6 +74,8 @@ def test_one_table_of_all_benchmarks(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "tiny" / "generations-sums.jsonl").read_text().splitlines()]
     assert all(len(entry["thoughts"]) == 1 for line in lines if line["method"] == "ladir" for entry in line["trajectories"])
     assert "sums (maths): 5 questions in the file, 3 asked, none left out, 2 not asked for; own answers accepted 3 of 3" in text
+    status = json.loads((whole / "tiny" / "status.json").read_text())
+    assert (status["state"], status["fraction"]) == ("finished", 1.0)
     card = (whole / "tiny" / "export" / "README.md").read_text()
     assert text.rstrip() in card and "in the average every benchmark counts the same" in card and "not been evaluated" not in card
     assert not (whole / "tiny" / "evaluation").exists() and not (whole / "tiny" / "results.json").exists()

@@ -110,9 +110,9 @@ def check_path(path: str) -> None:
 
 def _require(file: Path) -> None:
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file (looked in {Path.cwd()}); correct the path in data.*")
+        raise FileNotFoundError(f"{file}: no such file (looked in {Path.cwd()}); correct the path")
     if not file.is_file():
-        raise UnusableError(f"{file}: is not a file; correct the path in data.*")
+        raise UnusableError(f"{file}: is not a file; correct the path")
 
 
 def _files_in(folder: Path) -> str:

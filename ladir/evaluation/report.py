@@ -22,7 +22,8 @@ _COLUMNS = {
     "forward_passes_per_question": "passes\neach",
     "training_seconds": "seconds\ntrained",
 }
-_MEANING = "percent, ± standard error by question; chain: the thoughts alone are right"
+_MEANING = "percent, ± standard error by question"
+_CHAIN = "; chain: the thoughts alone are right"
 _HELD_OUT = "held out: pass@1 on questions of kinds that no training record has"
 _COSTS = {"seconds_per_question": "{:.3f}", "forward_passes_per_question": "{:.0f}", "training_seconds": "{:.0f}"}
 
@@ -40,16 +41,19 @@ def results_table(
     ``held_out``: results on questions of another kind, whose pass@1 stands in a column of its own; ``figures``: these alone, for
     less room than 80 columns.
     """
+    shown = shown_figures(results) if figures is None else figures
     table = Table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
-        caption="\n".join([_MEANING, *([_HELD_OUT] if held_out else []), *remarks(results)]),
+        caption="\n".join(
+            [_MEANING + (_CHAIN if "chain" in shown else ""), *([_HELD_OUT] if held_out else []), *remarks(results)]
+        ),
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
-    columns = {name: _COLUMNS[name] for name in (shown_figures(results) if figures is None else figures)}
+    columns = {name: _COLUMNS[name] for name in shown}
     beside = {row["method"]: row for row in held_out["rows"]} if held_out else {}
     for title in [*columns.values(), *(["held\nout"] if held_out else [])]:
         table.add_column(title, justify="right", no_wrap=True)

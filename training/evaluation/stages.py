@@ -31,6 +31,7 @@ def evaluate(run: Run) -> None:
     if not ask(run, benchmarks, samplings):
         _interrupt(run)
         return
+    run.status.say("judging answers and writing results", fraction=1.0, seconds_left=None)
     if run.world.is_main:
         for benchmark in benchmarks:
             answers = {sampling: benchmark.log.read(sampling) for sampling in samplings}
