@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ladir.config import DataSettings, EvaluateSettings
 from ladir.data.blocks import last_boxed, strip_calculator
 from ladir.data.records import Record, RecordSet, read_records
+from ladir.errors import UnusableError
 from ladir.tasks import get_task, sandbox
 from ladir.tasks.code import CodeTask
 from ladir.tasks.maths import MathsTask
@@ -337,14 +338,28 @@ def test_hub_sets_are_read_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -
 
     asked: list[tuple[Any, ...]] = []
 
-    def load(name: str, config: str | None, split: str) -> Any:
-        asked.append((name, config, split))
-        return datasets.Dataset.from_list([MBPP])
+    def load(name: str, config: str | None, split: str, streaming: bool) -> Any:
+        asked.append((name, config, split, streaming))
+        found = datasets.Dataset.from_list([MBPP])
+        return found.to_iterable_dataset() if streaming else found
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    (record,) = read_records("google-research-datasets/mbpp:full:test", DataSettings()).records
-    assert asked == [("google-research-datasets/mbpp", "full", "test")]
-    assert record.answer == MBPP["code"] and record.source.endswith(":row 1")
+    for stream in (False, True):
+        (record,) = read_records("google-research-datasets/mbpp:full:test", DataSettings(stream_hub=stream)).records
+        assert asked.pop() == ("google-research-datasets/mbpp", "full", "test", stream)
+        assert record.answer == MBPP["code"] and record.source.endswith(":row 1")
+
+
+def test_a_stream_that_breaks_off_is_told_and_not_taken_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def torn() -> Iterator[dict[str, Any]]:
+        yield MBPP
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: torn())
+    with pytest.raises(UnusableError, match=r"mbpp: breaks off behind row 1 \(ConnectionError: reset by peer\)"):
+        read_records("google-research-datasets/mbpp", DataSettings(stream_hub=True))
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,11 @@ class DataSettings:
         "folder of the token stores, which several runs may share: records are read and tokenized once per content, settings and "
         "tokenizer, and mapped afterwards; not set: the run's own, <folder>/<name>/tokens",
     )
+    stream_hub: bool = setting(
+        False,
+        "Hub sets are read as they come over the network, into the token store, without a copy of them on disk; takes the "
+        "network whenever a store is made; false: datasets keeps a copy",
+    )
     processes: int | None = setting(
         None, "processes that read and tokenize records for a token store; not set: one for every core that the program may use"
     )

@@ -62,7 +62,7 @@ def read_questions(
     it raises UnusableError where a record lacks what answers are judged by.  Where it refuses every one the first of these errors
     is raised; BadRecords where there are any and ``data.on_bad_record=error``, or where nothing is left to ask.
     """
-    entries = [question_of(source, load, settings) for source, load in file_rows(path)]
+    entries = [question_of(source, load, settings) for source, load in file_rows(path, settings.stream_hub)]
     if not entries:
         raise UnusableError(f"{path}: no records in it; write one JSON object per line")
     entries = list(_judgeable(entries, check))

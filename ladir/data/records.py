@@ -102,7 +102,7 @@ def read_records(path: str, settings: DataSettings) -> RecordSet:
     (:mod:`ladir.data.formats`).  Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for
     a missing file, ValueError for one that cannot be read as a whole (unknown kind, damaged compression, no records).
     """
-    result = records_of(file_rows(path), settings)
+    result = records_of(file_rows(path, settings.stream_hub), settings)
     refuse_empty(path, result.total)
     return result
 

@@ -57,8 +57,9 @@ class AmbiguousAnswer(Refused):
     """A record that gives more than one answer: it can be neither trained on nor judged by."""
 
 
-def file_rows(path: str) -> Iterator[Row]:
-    """Where each record is and how to load it; the format follows from the name.
+def file_rows(path: str, stream: bool = False) -> Iterator[Row]:
+    """Where each record is and how to load it; the format follows from the name.  ``stream``: a Hub set is read as it comes, and
+    no copy of it is kept.
 
     Raises FileNotFoundError for a missing file, UnusableError for one that cannot be read as a whole.
     """
@@ -70,7 +71,7 @@ def file_rows(path: str) -> Iterator[Row]:
         elif name.endswith(".parquet"):
             yield from _parquet_rows(file)
         else:
-            yield from _hub_rows(path)
+            yield from _hub_rows(path, stream)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -359,17 +360,27 @@ def _parquet_row(batch: Any, i: int) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(name: str) -> Iterator[Row]:
+def _hub_rows(name: str, stream: bool) -> Iterator[Row]:
     import datasets
 
     hub_id, *rest = name.split(":")
     config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     try:
-        found = datasets.load_dataset(hub_id, config, split=split)
+        found = datasets.load_dataset(hub_id, config, split=split, streaming=stream)
     except Exception as error:  # the Hub client raises many unrelated types
         raise UnusableError(
             f"{name}: neither a file ({', '.join(EXTENSIONS)}) nor a data set that can be loaded "
             f"(name:split or name:config:split): {type(error).__name__}: {error}"
         ) from error
-    for number, row in enumerate(found):
-        yield f"{name}:row {number + 1}", partial(dict, row)
+    rows, number = iter(found), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # a stream's are those of many libraries as well
+            raise UnusableError(
+                f"{name}: breaks off behind row {number} ({type(error).__name__}: {error}); start again"
+            ) from error
+        if row is None:
+            return
+        number += 1
+        yield f"{name}:row {number}", partial(dict, row)

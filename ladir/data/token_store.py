@@ -28,7 +28,7 @@ from ladir.files import replace_folder, sync_file
 _ARROW, _INDEX, _BAD = "tokens.arrow", "index.json", "bad.jsonl"
 _VERSION = 1
 #: settings of the data on which no record depends
-_ASIDE = ("train", "validation", "test", "sentences", "on_bad_record", "store", "processes", "chat_template")
+_ASIDE = ("train", "validation", "test", "sentences", "on_bad_record", "store", "processes", "chat_template", "stream_hub")
 
 
 def store_key(kind: str, sources: Sequence[str], settings: DataSettings, *others: str) -> str:

@@ -66,7 +66,7 @@ def write_records(
     def made(part: _Rows) -> _Made:
         return _records(part, settings, tokenizer)
 
-    _write(folder, "records", RECORDS, in_order(made, _parts(files), processes))
+    _write(folder, "records", RECORDS, in_order(made, _parts(files, settings.stream_hub), processes))
 
 
 def write_sentences(
@@ -80,7 +80,7 @@ def write_sentences(
         batch = pa.RecordBatch.from_arrays([list_column(usable, np.int32)], schema=SENTENCES)
         return _Made(batch, _listed(part.file, bad, len(found.bad)))
 
-    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files), processes))
+    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files, settings.stream_hub), processes))
 
 
 def write_chains(
@@ -108,10 +108,10 @@ def _fill(store: StoreWriter, parts: Iterable[_Made]) -> None:
         store.add(part.batch, part.bad)
 
 
-def _parts(files: Sequence[str]) -> Iterator[_Rows]:
+def _parts(files: Sequence[str], stream: bool) -> Iterator[_Rows]:
     """The rows of all files, some at a time."""
     for number, file in enumerate(files):
-        rows, total = file_rows(file), 0
+        rows, total = file_rows(file, stream), 0
         while some := list(itertools.islice(rows, _ROWS)):
             total += len(some)
             yield _Rows(number, some)

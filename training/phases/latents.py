@@ -40,7 +40,7 @@ from training.runtime.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 #: settings of the data that name files, or say where and how the token store is made
-_ASIDE = ("train", "validation", "test", "sentences", "store", "processes", "chat_template")
+_ASIDE = ("train", "validation", "test", "sentences", "store", "processes", "chat_template", "stream_hub")
 
 #: the others wait while rank 0 loads a decoder and looks at the latents
 _REPORT_MINUTES = 24 * 60

@@ -45,8 +45,8 @@ LOCK_SECONDS = 120.0
 IRRELEVANT = (
     "run.name", "run.folder", "run.exclusive", "run.allow_changes",
     "telemetry.", "deepspeed.", "evaluate.", "sample.", "countdown.", "gym.", "plan.", "demo.",
-    "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "backbone.activation_checkpointing",
-    "backbone.attention",
+    "data.test", "data.validation", "data.on_bad_record", "data.store", "data.processes", "data.stream_hub",
+    "backbone.activation_checkpointing", "backbone.attention",
     "backbone.compile", "backbone.logits_parts", "latents.pack_tokens", "latents.batch_size", "latents.records_per_part",
     "latents.report_sentences", "latents.probe_steps", "rollout.enabled", "rl.enabled", "rl.questions_per_batch",
     "rl.reward_seconds", "verifier.enabled", "verifier.questions_per_batch",
