@@ -15,6 +15,7 @@ from ladir import tokens
 from ladir.config import BackboneSettings, VaeSettings
 from ladir.data.batches import VaeCollator
 from ladir.errors import UnusableError
+from ladir.names import check_name
 from ladir.tokens import (
     PROBE_FILE,
     build_word_tokenizer,
@@ -111,6 +112,20 @@ def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
     byte_tokenizer(eos_token="<|end|>").save_pretrained(tmp_path)
     tokenizer = load_tokenizer(BackboneSettings(name_or_path=str(tmp_path)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
+def test_a_name_that_may_be_of_the_hub_is_looked_at_beside_what_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "tokenizer").mkdir(parents=True)
+    check_name("my/tokenizer", "tokenizer", "backbone.tokenizer")
+    check_name("owner/lm", "LM", "backbone.name_or_path")
+    assert not caplog.messages
+    check_name("my/tokeniser", "tokenizer", "backbone.tokenizer")
+    assert "is looked for on the Hub; did you mean my/tokenizer?" in caplog.text
+    with pytest.raises(UnusableError, match=r"did you mean .*/my/tokenizer\? correct backbone\.tokenizer, or make it first"):
+        check_name(f"{tmp_path}/my/tokenise", "tokenizer", "backbone.tokenizer")
 
 
 def test_unusable_tokenizers_are_refused_with_a_remedy(tmp_path: Path) -> None:
