@@ -20,9 +20,11 @@ from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, predict, with_layers
 from training.benchmarks.sizes import SIZES
 from training.plan import main
+from training.planning.asking import answering
 from training.planning.memory import Zero, checkpoint_bytes, holdings, taking_in, weights_of
-from training.planning.models import Lengths, lm_config, meta_model, micro_batch
-from training.planning.predict import GIB, Machine, Planner
+from training.planning.models import Lengths, layer_period, lm_config, meta_model, micro_batch, shortened
+from training.planning.predict import Planner
+from training.planning.prediction import GIB, Machine
 from training.planning.trace import trace_inference, trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
@@ -409,3 +411,71 @@ def test_a_pass_holds_what_its_gradients_need_on_their_way() -> None:
 def test_three_offloaded_layers_of_8b_take_what_an_h200_measured(case: str, measured: float) -> None:
     config = with_layers(CASES[case].config(SIZES["8b"], "cuda"), 3)
     assert predict(config, CASES[case].phase).peak / GIB == pytest.approx(measured, rel=0.06)
+
+
+def test_many_layers_are_predicted_from_few() -> None:
+    """Layers that repeat add as much each, in bytes, FLOPs and launches."""
+    config = tiny_config(attention="sdpa")
+    config.backbone.scratch["num_hidden_layers"] = 6
+    config.plan.samples, config.data.max_blocks, config.plan.blocks, config.rollout.num_steps = 100, 1, 1, 2
+    planners = [
+        Planner(config, Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0)) for _ in range(2)
+    ]
+    assert planners[0]._layers == (6, 2)
+    planners[1].__dict__["_layers"] = (6, None)
+    few, all_ = (planner._mean_pass("rollout", config) for planner in planners)
+    assert (few.flops, few.launches) == (all_.flops, all_.launches)
+    few_peak, peak = (planner.training("rollout").activations for planner in planners)
+    assert few_peak == pytest.approx(peak, rel=0.02)
+
+
+def test_ranks_that_share_unequal_records_are_busy_for_a_part_of_the_time() -> None:
+    config = tiny_config()
+    config.plan.samples = 1000
+    planner = Planner(config, Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0))
+    train = dataclasses.replace(config.denoiser.train, global_batch=4)
+    assert planner._balance("denoiser", train, 1) is None
+    for longs, busy in ((2, 1.0), (1, 20 / 24)):  # of four records two go in each of two rounds, the longest together
+        sizes = [dataclasses.replace(LENGTHS, blocks=8)] * longs + [dataclasses.replace(LENGTHS, blocks=4)] * (4 - longs)
+        planner.data = dataclasses.replace(planner.data, records=sizes)
+        assert planner._balance("rollout", train, 1) == pytest.approx(busy)
+    latents = 2 * 9 * 4 * planner.data.mean.blocks
+    assert planner._sample_bytes("denoiser") - planner._sample_bytes("ar") == latents
+
+
+def test_layers_repeat_where_shapes_and_kinds_do() -> None:
+    config = tiny_config()
+    model, architecture = meta_model(config, "ar", "none"), lm_config(config.backbone)
+    assert layer_period(model, architecture) == 2
+    architecture.layer_types = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert layer_period(model, architecture) is None
+    short = shortened(architecture, 2)
+    assert (short.num_hidden_layers, len(short.layer_types)) == (2, 2)
+
+
+def test_stage_3_and_the_verifier_are_counted() -> None:
+    config = tiny_config()
+    config.plan.samples, config.data.max_blocks, config.plan.blocks = 1000, 2, 2
+    config.rl.enabled, config.rl.algorithm, config.rl.kl_weight, config.sample.reencode = True, "flow_grpo", 0.04, True
+    config.rl.prompts, config.rl.group, config.rl.questions_per_batch, config.rl.train.micro_batch = 8, 4, 2, 4
+    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
+    planner = Planner(config, machine)
+    found, plain = planner.training("rl"), planner.training("denoiser")
+    weights = sum(p.numel() for p in planner._model("ar", config).parameters())
+    # Beside what is trained: the old model, the VAE's decoder and encoder, the start; the old model's average is split.
+    assert found.holdings.frozen - plain.holdings.frozen == 4 * planner.element_bytes * weights
+    assert found.holdings.average == found.holdings.optimizer // 3
+    assert found.activations >= answering(config, planner.data, planner._lm, 2, 4).cache
+    iteration, launches = found.iteration, planner._mean_pass("rl", config).launches
+    assert iteration is not None and found.bound == "launches"
+    # Two updates of 32 attempts and 64 gold records on two ranks, four at a time: 4 and 8 passes; of attempts the old model's
+    # and the start's are forward alone.
+    assert iteration.learning[1] == pytest.approx(2 * (4 * (1 + 2 / 3) + 8) * launches * 1e-5)
+    assert found.seconds == pytest.approx(150 * iteration.seconds) and found.steps == 300
+    config.rl.kl_weight = 0.0
+    assert planner.training("rl").holdings.frozen < found.holdings.frozen
+
+    config.verifier.enabled = True
+    judged = planner.verifier()
+    assert judged.samples == config.verifier.num_questions and judged.fits
+    assert judged.activations == answering(config, planner.data, planner._lm, 20, 8).cache

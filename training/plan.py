@@ -2,8 +2,8 @@
 
     python training/plan.py --config configs/math_8b.yaml --gpus 8 --gpu-memory 80
 
-Models are built on the meta device and one micro batch is traced through them, so that it runs anywhere (an 8B plan takes about
-five minutes).
+Models are built on the meta device and one micro batch is traced through them, so that it runs anywhere.  Of stage 2, whose step
+is hundreds of passes, a few layers are traced and the others added, which are like them.
 Ends with status 0 where every phase fits, 1 where one does not (and says what makes it fit), 2 where a setting is missing.
 """
 
@@ -22,7 +22,8 @@ from ladir.config.loader import parse_args
 from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from training.planning.models import PlanError
-from training.planning.predict import GIB, Machine, Planner
+from training.planning.predict import Planner
+from training.planning.prediction import GIB, Machine
 from training.planning.report import print_report
 from training.runtime.ds_config import DeepSpeedConfigError
 from training.runtime.sampler import BatchSizeError

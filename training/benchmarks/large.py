@@ -19,7 +19,8 @@ from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.zero import total_loss
 from training.planning.memory import Zero, holdings, weights_of
 from training.planning.models import meta_model, micro_batch, new_model
-from training.planning.predict import Machine, Planner, Prediction
+from training.planning.predict import Planner
+from training.planning.prediction import Machine, Prediction
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
 from training.runtime.engine import Engine

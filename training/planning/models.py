@@ -29,7 +29,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer, vocabulary_size
 
-PHASES = ("vae", "denoiser", "rollout", "ar")
+PHASES = ("vae", "denoiser", "rollout", "rl", "ar")
 _META = torch.device("meta")
 _ID = 1  # which token stands somewhere does not matter
 
@@ -61,6 +61,8 @@ class DataSize:
     mean: Lengths
     longest: Lengths
     measured: bool
+    records: Sequence[Lengths] = ()
+    """Sizes of every record (its blocks' mean), where they were measured."""
 
 
 def data_size(config: Config) -> DataSize:
@@ -68,7 +70,7 @@ def data_size(config: Config) -> DataSize:
     data, plan = config.data, config.plan
     limits = Lengths(data.max_question_tokens, data.max_blocks, data.max_block_tokens, data.max_answer_tokens)
     measured = _measure(config)
-    samples, mean, longest = measured or (None, None, limits)
+    samples, mean, longest, records = measured or (None, None, limits, ())
     half = Lengths(*(max(1, value // 2) for value in (limits.question, limits.blocks, limits.block, limits.answer)))
     mean = mean or half
     samples = plan.samples or samples
@@ -80,11 +82,11 @@ def data_size(config: Config) -> DataSize:
         plan.block_tokens or mean.block,
         plan.answer_tokens or mean.answer,
     )
-    return DataSize(samples, mean, longest, measured is not None)
+    return DataSize(samples, mean, longest, measured is not None, records)
 
 
-def _measure(config: Config) -> tuple[int, Lengths, Lengths] | None:
-    """Number, mean and longest sizes of the records in a local file; None where file or tokenizer are not at hand."""
+def _measure(config: Config) -> tuple[int, Lengths, Lengths, list[Lengths]] | None:
+    """Number, mean, longest and all sizes of the records in a local file; None where file or tokenizer are not at hand."""
     files = data_files(config.data.train)
     if not files or not all(Path(file).is_file() for file in files):
         return None
@@ -103,7 +105,11 @@ def _measure(config: Config) -> tuple[int, Lengths, Lengths] | None:
         [len(record.answer) for record in encoded],
     ]
     mean = Lengths(*(max(1, round(float(np.mean(column)))) for column in columns))
-    return len(encoded), mean, Lengths(*(max(column) for column in columns))
+    records = [
+        Lengths(len(record.question), len(record.blocks), sum(map(len, record.blocks)) // len(record.blocks), len(record.answer))
+        for record in encoded
+    ]
+    return len(encoded), mean, Lengths(*(max(column) for column in columns)), records
 
 
 def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
@@ -127,11 +133,40 @@ def lm_config(backbone: BackboneSettings) -> PretrainedConfig:
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
 
 
-def _backbone(config: Config, checkpointing: str, device: torch.device, adapters: bool = True) -> Backbone:
+def shortened(architecture: PretrainedConfig, layers: int | None) -> PretrainedConfig:
+    """The architecture with its first ``layers`` layers (None: all)."""
+    text = architecture.get_text_config()
+    total = int(text.num_hidden_layers)
+    if layers is not None:
+        by_layer = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == total}
+        for name, value in {**by_layer, "num_hidden_layers": layers}.items():
+            setattr(text, name, value[:layers] if isinstance(value, list) else value)
+    return architecture
+
+
+def layer_period(model: nn.Module, architecture: PretrainedConfig) -> int | None:
+    """The smallest even number of layers after which all repeat, in kinds and shapes; None where there is none."""
+    total, kinds = int(architecture.num_hidden_layers), getattr(architecture, "layer_types", None)
+    layers = [layer for name, layer in model.named_modules() if name.rpartition(".")[0].endswith(".layers")]
+    if len(layers) != total:
+        return None
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in layers]
+    facts = [
+        (shape, type(layer), kinds[i] if kinds else None) for i, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
+    ]
+    periods = (n for n in range(2, total, 2) if total % n == 0 and all(fact == facts[i % n] for i, fact in enumerate(facts)))
+    return next(periods, None)
+
+
+def _backbone(
+    config: Config, checkpointing: str, device: torch.device, adapters: bool = True, layers: int | None = None
+) -> Backbone:
     settings = config.backbone
     dtype = choose_dtype(settings.dtype, "cuda" if device == _META else device.type)
     # SDPA stands for all fused kernels: their memory is SDPA's without the dense mask.
-    lm = AutoModelForCausalLM.from_config(lm_config(settings), dtype=DTYPES[dtype], attn_implementation="eager")
+    lm = AutoModelForCausalLM.from_config(
+        shortened(lm_config(settings), layers), dtype=DTYPES[dtype], attn_implementation="eager"
+    )
     if device != _META:
         set_attention(lm, settings.attention, device.type)
     elif settings.attention != "eager" and lm._supports_sdpa:
@@ -140,19 +175,22 @@ def _backbone(config: Config, checkpointing: str, device: torch.device, adapters
     return for_training(Backbone(with_lora(lm, settings.lora) if adapters else lm), planned)
 
 
-def new_model(config: Config, phase: str, checkpointing: str, device: torch.device) -> nn.Module:
-    """The model that ``phase`` trains, on ``device``, with random weights (on the meta device without any)."""
+def new_model(config: Config, phase: str, checkpointing: str, device: torch.device, layers: int | None = None) -> nn.Module:
+    """The model that ``phase`` trains, on ``device``, with random weights (on the meta device without any).
+
+    ``layers``: of the LM, where not all.
+    """
     with device:
-        encoder = _backbone(config, checkpointing, device)
+        encoder = _backbone(config, checkpointing, device, layers=layers)
         if phase == "vae":
             shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
             return Vae(
-                encoder, None if shares else _backbone(config, checkpointing, device, adapters=False), config.vae, _bos(config)
+                encoder, None if shares else _backbone(config, checkpointing, device, False, layers), config.vae, _bos(config)
             )
-        if phase in ("denoiser", "rollout"):
+        if phase in ("denoiser", "rollout", "rl"):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
-            if phase == "denoiser":
+            if phase != "rollout":
                 return denoiser
             return Rollout(
                 denoiser, config.rollout, config.data.max_blocks, recompute=checkpointing != "none", sample=config.sample
@@ -170,9 +208,9 @@ def _separator(config: Config) -> tuple[int, ...]:
     return (_ID,) if config.vae.separator else ()
 
 
-def meta_model(config: Config, phase: str, checkpointing: str) -> nn.Module:
-    """The model that ``phase`` trains, without weights."""
-    return new_model(config, phase, checkpointing, _META)
+def meta_model(config: Config, phase: str, checkpointing: str, layers: int | None = None) -> nn.Module:
+    """The model that ``phase`` trains, without weights; ``layers``: of the LM, where not all."""
+    return new_model(config, phase, checkpointing, _META, layers)
 
 
 def micro_batch(
@@ -189,7 +227,7 @@ def micro_batch(
             config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, _bos(config), _separator(config)
         )
         return collate(sentences, numbers, training=False).to(device)
-    if phase in ("denoiser", "rollout"):
+    if phase in ("denoiser", "rollout", "rl"):
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
         blocks = [[_ID] * lengths.block] * lengths.blocks
@@ -200,7 +238,9 @@ def micro_batch(
             getattr(config, phase).train.pack_tokens,
         )
         collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
-        if phase == "denoiser":
+        if phase == "rl" and config.rl.algorithm == "flow_grpo":  # a noisy copy for every random step
+            collator = replace(collator, settings=replace(every_step, draws=config.rl.random_steps))
+        if phase != "rollout":
             return collator([record] * count, numbers).to(device)
         behind_true_blocks = replace(config.rollout, own_context=0.0)  # the larger of the two: it has the answer
         return RolloutCollator(collator, behind_true_blocks, 0)([Golds(record)] * count, numbers).to(device)

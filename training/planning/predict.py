@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,74 +12,23 @@ from torch import nn
 
 from ladir.config import Config, TrainSettings
 from ladir.inference.rollout import Rollout
-from ladir.inference.sampler import passes_per_span
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
+from ladir.rl.batches import attempts_of, terms
+from training.planning.asking import Answering, Architecture, answering, greedy, remedy
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, taking_in, weights_of
-from training.planning.models import PHASES, DataSize, Lengths, data_size, lm_config, meta_model, micro_batch
-from training.planning.trace import Pass, TakingIn, at_no_cost, trace_inference, trace_long_rollout, trace_training
+from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
+from training.planning.prediction import Iteration, Machine, Prediction
+from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import read_ds_config
-from training.runtime.sampler import micro_batch_size
+from training.runtime.sampler import DataOrder, micro_batch_size
 
-GIB = 2**30
 #: what splits least, where there are several GPUs
 _LIGHTEST = "ds_configs/zero2.json"
+#: global batches whose shares are looked at, and bytes of a stored token id
+_BALANCED, _ID_BYTES = 20, 4
 #: offloading that is tried, mildest first, where a phase does not fit
 _LADDER = ("ds_configs/zero3.json", "ds_configs/zero3_offload_optimizer.json", "ds_configs/zero3_offload.json")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a job runs on; ``reserve``: bytes per GPU for CUDA, NCCL and the allocator's losses."""
-
-    gpus: int
-    gpus_per_node: int
-    gpu_bytes: int
-    reserve: int
-    flops: float
-    mfu: float
-    launch_seconds: float = 20e-6
-    """What it takes the host to launch one operator (docs/benchmark.md: 20 to 28 us beside an H200)."""
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Processes on one node."""
-        return min(self.gpus, self.gpus_per_node)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One phase: bytes per GPU unless said otherwise; ``remedy`` says what makes it fit where it does not."""
-
-    phase: str
-    holdings: Holdings
-    activations: int
-    capacity: int
-    host_per_node: int
-    checkpoint: int
-    model_folder: int
-    setup: str
-    samples: int
-    tokens: int
-    steps: float | None
-    seconds: float
-    epochs: float | None
-    remedy: str = ""
-    lighter: str = ""
-    """The DeepSpeed file that splits less and fits as well."""
-    bound: str = ""
-    """What the time is that of, where not of arithmetic."""
-
-    @property
-    def peak(self) -> int:
-        """Most bytes on a GPU: resident, and the larger of a pass (activations, gathered weights) and a step."""
-        held = self.holdings
-        return held.resident + max(self.activations + held.gathered, held.step)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the GPU's memory, the reserve left out."""
-        return self.peak <= self.capacity
 
 
 class Planner:
@@ -90,7 +39,7 @@ class Planner:
         self.data: DataSize = data_size(config)
         self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
-        self._models: dict[tuple[str, str, int], nn.Module] = {}
+        self._models: dict[tuple[str, str, int, int | None], nn.Module] = {}
         self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
         self._mean_passes: dict[tuple[str, int], Pass] = {}
 
@@ -101,6 +50,10 @@ class Planner:
         yield self.training("denoiser")
         if self.config.rollout.enabled:
             yield self.training("rollout")
+        if self.config.rl.enabled and self.config.rl.policy != "text":
+            yield self.training("rl")
+        if self.config.verifier.enabled:
+            yield self.verifier()
         yield self.training("ar")
         yield self.evaluate()
 
@@ -123,12 +76,11 @@ class Planner:
 
         What a pass allocates is no more there: only splitting takes memory for a gradient on its way.
         """
-        train, own = self.train_settings(phase), self.config.deepspeed.config
+        own = self.config.deepspeed.config
         usual = [*(["ds_configs/zero0.json"] if self.machine.gpus == 1 else [_LIGHTEST]), *_LADDER]
         for path in usual[: usual.index(own)] if own in usual else []:
             zero = Zero.of(read_ds_config(path), self.machine.gpus, self.element_bytes)
-            held = holdings(weights_of(self._model(phase, self.config), train.optimizer), zero, train.ema > 0)
-            if replace(found, holdings=held).fits:
+            if replace(found, holdings=self._held(phase, self.config, zero)).fits:
                 return path
         return ""
 
@@ -138,11 +90,11 @@ class Planner:
         checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
         weights = weights_of(self._model(phase, config), train.optimizer)
         zero = Zero.of(read_ds_config(config.deepspeed.config), machine.gpus, self.element_bytes)
-        held = holdings(weights, zero, train.ema > 0)
+        held = self._held(phase, config, zero)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)
         arithmetic = samples * self._mean_pass(phase, config).flops / self._speed
         launching = samples / micro / machine.gpus * self._launches(phase, config) * machine.launch_seconds
-        return Prediction(
+        found = Prediction(
             phase=phase,
             holdings=held,
             activations=self._activations(phase, config, micro, zero),
@@ -157,24 +109,136 @@ class Planner:
             seconds=max(arithmetic, launching),
             epochs=train.max_epochs,
             bound="launches" if launching > arithmetic else "",
+            read_bytes=samples * self._sample_bytes(phase),
+            balance=self._balance(phase, train, micro),
         )
+        return self._reinforced(found, config, micro) if phase == "rl" else found
+
+    def _held(self, phase: str, config: Config, zero: Zero) -> Holdings:
+        """What the engine holds; in stage 3 also whole models that sample and are compared with, and the old one's average."""
+        train = self.train_settings(phase)
+        weights = weights_of(self._model(phase, config), train.optimizer)
+        held = holdings(weights, zero, train.ema > 0)
+        if phase != "rl":
+            return held
+        old = holdings(weights, zero, averaged=True)
+        # The old model, the VAE's decoder, its encoder where thoughts are encoded again, and the start.
+        whole = 2 + int(config.sample.reencode) + int("kl" in terms(config.rl))
+        return replace(
+            held,
+            frozen=held.frozen + self.element_bytes * self._lm.parameters * whole,
+            average=held.average + old.average,
+            host_average=held.host_average + old.host_average,
+        )
+
+    def _reinforced(self, found: Prediction, config: Config, micro: int) -> Prediction:
+        """Stage 3: rounds of asking and updates."""
+        rl = config.rl
+        asked = answering(config, self.data, self._lm, rl.questions_per_batch, rl.group, rl.answers)
+        one = self._iteration(config, micro, asked)
+        steps = rl.train.max_steps or rl.updates
+        return replace(
+            found,
+            activations=max(found.activations, asked.cache),
+            setup=f"{rl.prompts} questions x {rl.group} x {rl.answers}, {rl.updates} updates, {found.setup}",
+            samples=-(-steps // rl.updates) * rl.prompts,
+            tokens=-(-steps // rl.updates) * rl.prompts * rl.group * asked.row_tokens,
+            steps=float(steps),
+            seconds=one.seconds * steps / rl.updates,
+            epochs=None,
+            iteration=one,
+            bound="launches" if one.launching > one.arithmetic else "",
+        )
+
+    def _iteration(self, config: Config, micro: int, asked: Answering) -> Iteration:
+        """Seconds of an iteration where every group teaches."""
+        rl, gpus = config.rl, self.machine.gpus
+        batches = -(-rl.prompts // (rl.questions_per_batch * gpus))
+        sampling = (rl.prompts * asked.flops / self._speed, batches * asked.real_passes * self._forward_launches(config))
+        again = 1 + (1 + ("kl" in terms(rl))) / 3  # the old model's pass, and the start's, are forward alone
+        attempts, gold = attempts_of(rl), rl.train.global_batch * (rl.anchor_weight > 0)
+        passes = -(-attempts // (micro * gpus)) * again + -(-gold // (micro * gpus))
+        one = self._mean_pass("rl", config).flops
+        learning = (
+            rl.updates * (attempts * again + gold) * one / self._speed,
+            rl.updates * passes * self._launches("rl", config),
+        )
+        return Iteration(*((work, count * self.machine.launch_seconds) for work, count in (sampling, learning)))
+
+    def _forward_launches(self, config: Config) -> float:
+        """Operators of a forward pass of the LM alone."""
+        plain = deepcopy(config)
+        plain.backbone.activation_checkpointing = "none"
+
+        def traced(layers: int | None) -> Pass:
+            model = self._model("ar", plain, layers)
+            batch = micro_batch(plain, "ar", self.data.mean, 1, int(self.architecture.vocab_size))
+            return trace_inference(model, lambda: model(batch), batch)
+
+        return self._by_layers("ar", traced).launches
+
+    def _sample_bytes(self, phase: str) -> int:
+        """Stored bytes of a mean sample: token ids, and latents where they are learned from."""
+        config, mean = self.config, self.data.mean
+        if phase == "vae":
+            return _ID_BYTES * mean.block
+        tokens = _ID_BYTES * (mean.question + mean.blocks * mean.block + mean.answer)
+        latents = mean.blocks * config.vae.latents_per_block * config.vae.latent_dim * self._latent_bytes
+        return tokens + latents * (phase != "ar")
+
+    def _balance(self, phase: str, train: TrainSettings, micro: int) -> float | None:
+        """How even the shares are that ranks get of the first global batches, by the work that the phase goes by."""
+        if phase in ("vae", "rl") or not self.data.records:
+            return None
+        works = [
+            size.blocks if phase == "rollout" else size.question + size.completion + size.blocks for size in self.data.records
+        ]
+        order = DataOrder(len(works), train.global_batch, self.config.run.seed, works.__getitem__)
+        gpus, done, waited = self.machine.gpus, 0.0, 0.0
+        for batch in range(_BALANCED):
+            shares = [order.micro_batches(batch * train.global_batch, rank, gpus, micro) for rank in range(gpus)]
+            for parts in zip(*shares, strict=True):
+                work = [max(works[i] for i in indices) * len(indices) for indices, _ in parts]
+                done, waited = done + sum(work), waited + gpus * max(work)
+        return done / waited
 
     @property
     def _speed(self) -> float:
         """Useful FLOPs per second of the whole job."""
         return self.machine.gpus * self.machine.flops * self.machine.mfu
 
-    def _model(self, phase: str, config: Config) -> nn.Module:
-        key = (phase, config.backbone.activation_checkpointing, config.backbone.lora.rank)
+    def _model(self, phase: str, config: Config, layers: int | None = None) -> nn.Module:
+        """The phase's model, of so many layers (None: all)."""
+        key = (phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, layers)
         if key not in self._models:
-            self._models[key] = meta_model(config, phase, key[1])
+            self._models[key] = meta_model(config, phase, key[1], layers)
         return self._models[key]
+
+    def _by_layers(self, phase: str, traced: Callable[[int | None], Pass]) -> Pass:
+        """What ``traced`` finds with all layers, from two small numbers of them where they repeat."""
+        total, period = self._layers
+        if period is None or 2 * period >= total:
+            return traced(None)
+        return extrapolated(traced(period), traced(2 * period), (total - period) / period)
+
+    @cached_property
+    def _layers(self) -> tuple[int, int | None]:
+        """How many layers the LM has, and after how many they repeat (an even number, for every second one may be recomputed)."""
+        total = int(self.architecture.num_hidden_layers)
+        return total, layer_period(self._model("ar", self.config), self.architecture)
 
     def _activations(self, phase: str, config: Config, micro: int, zero: Zero) -> int:
         """Peak bytes of a pass over ``micro`` of the longest records."""
         key = (zero, phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
         if key not in self._peaks:
-            self._peaks[key] = self._trace(phase, config, self.data.longest, micro, partial(taking_in, zero=zero)).peak_bytes
+            taken = partial(taking_in, zero=zero)
+
+            def traced(layers: int | None) -> Pass:
+                return self._trace(phase, config, self.data.longest, micro, taken, layers)
+
+            # A rollout's many passes have their peak where all layers' gradients are on their way.  A single pass may have it
+            # elsewhere where there are few layers, and costs little.
+            self._peaks[key] = (self._by_layers(phase, traced) if phase == "rollout" else traced(None)).peak_bytes
         return self._peaks[key]
 
     def _mean_pass(self, phase: str, config: Config) -> Pass:
@@ -183,7 +247,9 @@ class Planner:
         if key not in self._mean_passes:
             plain = deepcopy(config)
             plain.backbone.activation_checkpointing = "none"
-            self._mean_passes[key] = self._trace(phase, plain, self.data.mean, 1)
+            self._mean_passes[key] = self._by_layers(
+                phase, lambda layers: self._trace(phase, plain, self.data.mean, 1, layers=layers)
+            )
         return self._mean_passes[key]
 
     def _launches(self, phase: str, config: Config) -> float:
@@ -194,9 +260,11 @@ class Planner:
         again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}[config.backbone.activation_checkpointing]
         return self._mean_pass(phase, config).launches * (1 + again)
 
-    def _trace(self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost) -> Pass:
-        """A pass over ``count`` records of these sizes."""
-        model = self._model(phase, config)
+    def _trace(
+        self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost, layers: int | None = None
+    ) -> Pass:
+        """A pass over ``count`` records of these sizes, with so many layers (None: all)."""
+        model = self._model(phase, config, layers)
 
         def batch_of(blocks: int) -> Any:
             return micro_batch(config, phase, replace(lengths, blocks=blocks), count, int(self.architecture.vocab_size))
@@ -217,10 +285,14 @@ class Planner:
 
     def _ladder(self, phase: str, micro: int, checkpointing: str) -> Iterator[tuple[list[str], Config, int]]:
         """(changes, configuration, micro batch) to try, each keeping what was changed before."""
-        config, changes = deepcopy(self.config), []
+        config, changes = deepcopy(self.config), list[str]()
+        if phase == "rl" and config.rl.questions_per_batch > 1:
+            config.rl.questions_per_batch = 1
+            changes = ["rl.questions_per_batch=1"]
+            yield changes, deepcopy(config), micro
         if checkpointing != "full":
             config.backbone.activation_checkpointing = "full"
-            changes = ["backbone.activation_checkpointing=full"]
+            changes = [*changes, "backbone.activation_checkpointing=full"]
             yield changes, deepcopy(config), micro
         smaller = [size for size in (micro // 2, micro // 4, 1) if 1 <= size < micro]
         for size in dict.fromkeys(smaller):
@@ -268,51 +340,59 @@ class Planner:
             remedy="" if traced.peak_bytes + size <= self.machine.gpu_bytes - self.machine.reserve else "latents.batch_size=8",
         )
 
+    def verifier(self) -> Prediction:
+        """Judged trajectories for the verifier, whose own training is that of a small head."""
+        v = self.config.verifier
+        found = answering(self.config, self.data, self._lm, v.questions_per_batch, v.num_trajectories)
+        if v.drift:
+            again = self.data.mean.blocks * self.config.sample.renoise_steps * (self.config.vae.latents_per_block + 1)
+            more = 2 * self._lm.parameters * v.num_trajectories * again
+            found = replace(found, row_tokens=found.row_tokens + again, flops=found.flops + more)
+        asked = (v.num_questions, v.questions_per_batch, v.num_trajectories)
+        return self._asking("verifier", found, *asked, "verifier.questions_per_batch", "verifier.num_trajectories")
+
     def evaluate(self) -> Prediction:
         """Answering: both LMs whole on every GPU, keys and values of every trajectory (an upper bound: nothing shared)."""
-        config, sample, ask = self.config, self.config.sample, self.config.evaluate
-        branches = 2 if sample.guidance_scale != 1 else 1
-        latents = config.vae.latents_per_block
-        longest = self.data.longest.question + sample.max_blocks * (latents + 2) + sample.max_answer_tokens + 1
-        shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-        lm = self._lm_numel
-        weights = self.element_bytes * lm * ((1 if shares else 2) + int(sample.reencode))
-        blocks, mean = self.data.mean.blocks, self.data.mean
-        span = config.denoiser.span
-        passes = passes_per_span(sample, span)
-        per_row = max(blocks, span) * passes * (latents + 1) + blocks * (latents + 2) + mean.answer + 1
-        trajectory = 2 * branches * longest  # tokens with keys and values; twice: rows that go on are copied
-        if sample.reencode:  # a block's text is written from a cache of its own, then read again
-            trajectory += 2 * (latents + sample.max_thought_tokens)
-            per_row += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
-        rows = max(ask.questions_per_batch * ask.num_trajectories, ask.greedy_questions_per_batch)
-        read = min(sample.thoughts_per_batch, rows * blocks) * 2 * (latents + mean.block + 1)  # behind the answers, as text
-        cache = max(rows * trajectory, read) * self._cache_bytes
-        flops = 2 * lm * (mean.question + ask.num_trajectories * branches * per_row)
-        questions = ask.num_questions or 1000
+        ask = self.config.evaluate
+        found = answering(self.config, self.data, self._lm, ask.questions_per_batch, ask.num_trajectories)
+        asked = (ask.num_questions or 1000, ask.questions_per_batch, ask.num_trajectories)
+        found = greedy(found, ask.greedy_questions_per_batch)
+        return self._asking("evaluate", found, *asked, "evaluate.questions_per_batch", "evaluate.num_trajectories")
+
+    def _asking(
+        self, phase: str, found: Answering, questions: int, batch: int, lines: int, batch_name: str, lines_name: str
+    ) -> Prediction:
+        """``questions`` asked in batches; the names are those of the settings that say how many rows a batch has."""
+        weights = self.element_bytes * self._lm.parameters * self._asked_models
         capacity = self.machine.gpu_bytes - self.machine.reserve
-        most = max(0, (capacity - weights) // (trajectory * self._cache_bytes))
-        remedy = "" if weights + cache <= capacity else _evaluate_remedy(int(most), ask.num_trajectories)
+        most = int(max(0, (capacity - weights) // found.row_bytes))
         return Prediction(
-            phase="evaluate",
+            phase=phase,
             holdings=Holdings(frozen=weights),
-            activations=cache,
+            activations=found.cache,
             capacity=capacity,
             host_per_node=weights * self.machine.ranks_per_node,
             checkpoint=0,
             model_folder=0,
-            setup=f"{ask.questions_per_batch} questions x {ask.num_trajectories}, {passes} passes a span",
+            setup=f"{batch} questions x {lines}, {found.passes} passes a span",
             samples=questions,
-            tokens=questions * ask.num_trajectories * per_row,
+            tokens=questions * lines * found.row_tokens,
             steps=None,
-            seconds=questions * flops / self._speed,
+            seconds=questions * found.flops / self._speed,
             epochs=None,
-            remedy=remedy,
+            remedy="" if weights + found.cache <= capacity else remedy(most, batch_name, lines, lines_name),
         )
 
+    @property
+    def _asked_models(self) -> int:
+        """LMs in memory while questions are answered: the denoiser's, the VAE's decoder and, to encode again, its encoder."""
+        shares = self.config.backbone.lora.rank > 0 and self.config.vae.decoder == "frozen"
+        return (1 if shares else 2) + int(self.config.sample.reencode)
+
     @cached_property
-    def _lm_numel(self) -> int:
-        return sum(p.numel() for p in self._model("ar", self.config).parameters())
+    def _lm(self) -> Architecture:
+        numel = sum(p.numel() for p in self._model("ar", self.config).parameters())
+        return Architecture(numel, self._cache_bytes)
 
     @property
     def _latent_bytes(self) -> int:
@@ -329,17 +409,6 @@ class Planner:
         return int(2 * a.num_hidden_layers * heads * head * self.element_bytes)
 
 
-def _evaluate_remedy(most: int, trajectories: int) -> str:
-    if most >= trajectories:
-        return f"evaluate.questions_per_batch={most // trajectories}"
-    if most > 0:
-        return f"evaluate.questions_per_batch=1 evaluate.num_trajectories={most}"
-    return "larger GPUs, or LoRA: one LM instead of two"
-
-
 def _saved(phase: str, weights: list[Weight], lora_rank: int) -> list[Weight]:
     """What the finished model's folder holds: everything trained; the frozen base stays where it is."""
     return [w for w in weights if w.trained] if phase == "vae" or lora_rank else weights
-
-
-__all__ = ["PHASES", "Lengths", "Machine", "Planner", "Prediction"]

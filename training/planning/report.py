@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ladir.report.fitting import print_whole
-from training.planning.predict import GIB, Machine, Prediction
+from training.planning.prediction import GIB, Machine, Prediction
 
 _ROWS = (
     ("weights, trained", lambda p: p.holdings.weights),
@@ -55,11 +55,33 @@ def time_table(machine: Machine, predictions: Sequence[Prediction]) -> Table:
     table.add_row("tokens", *(f"{p.tokens / 1e6:,.1f} M" for p in predictions))
     table.add_row("steps", *("" if p.steps is None else f"{p.steps:,.0f}" for p in predictions))
     table.add_row("hours", *(f"{p.seconds / 3600:,.2f}" for p in predictions))
+    if any(p.iteration for p in predictions):
+        table.add_row(
+            "seconds an iteration", *("" if p.iteration is None else f"{p.iteration.seconds:,.1f}" for p in predictions)
+        )
+        table.add_row(
+            "of which sampling", *("" if p.iteration is None else f"{max(p.iteration.sampling):,.1f}" for p in predictions)
+        )
     if any(p.bound for p in predictions):
         table.add_row("which is the time of", *(p.bound or "arithmetic" for p in predictions))
+    table.add_row("read, MiB/s", *(_rate(p) for p in predictions))
+    if any(p.balance for p in predictions):
+        table.add_row("ranks busy", *("" if p.balance is None else f"{p.balance:.0%}" for p in predictions))
     table.add_row("epochs set", *("" if p.epochs is None else f"{p.epochs:g}" for p in predictions))
-    table.add_row("hours in all", *("" if p.epochs is None else f"{p.epochs * p.seconds / 3600:,.1f}" for p in predictions))
+    table.add_row("hours in all", *(_hours(p) for p in predictions))
     return table
+
+
+def _rate(p: Prediction) -> str:
+    """What the whole job reads of its samples."""
+    return f"{p.read_bytes / p.seconds / 2**20:,.1f}" if p.read_bytes and p.seconds else ""
+
+
+def _hours(p: Prediction) -> str:
+    """All epochs; stage 3 has none, only steps."""
+    if p.iteration is not None:
+        return f"{p.seconds / 3600:,.1f}"
+    return "" if p.epochs is None else f"{p.epochs * p.seconds / 3600:,.1f}"
 
 
 def remedies(predictions: Sequence[Prediction]) -> list[str]:
@@ -79,10 +101,13 @@ def print_report(console: Console, predictions: Sequence[Prediction], machine: M
     print_whole(console, partial(memory_table, machine), predictions)
     print_whole(console, partial(time_table, machine), predictions)
     source = "lengths measured in data.train" if measured else "lengths from plan.* and data.max_* (data.train is not at hand)"
+    reinforced = any(p.iteration for p in predictions)
     notes = [
         f"Memory is that of a micro batch of the longest records, time that of mean ones: {source}.",
+        "Read: stored samples, by all ranks; ranks busy: of the time, the rest of which they wait for the one with most to do.",
         "Time is the larger of a GPU's arithmetic and of its host's launching one operator after another (--launch-us).",
         "Decoding (evaluate) reads memory more than it computes: its MFU is lower, its keys and values are an upper bound.",
+        *(["Stage 3 (rl) has no epochs: its figures are those of all its steps, every group teaching."] if reinforced else []),
         *lighter(predictions),
     ]
     verdict = [f"[red]{line}[/red]" for line in remedies(predictions)] or ["[green]every phase fits[/green]"]

@@ -137,6 +137,15 @@ class Pass:
     launches: int = 0
 
 
+def extrapolated(one: Pass, two: Pass, steps: float) -> Pass:
+    """What lies ``steps`` times as far from ``one`` as ``two`` does, in a straight line."""
+    peak, flops, launches = (
+        int(getattr(one, name) + steps * (getattr(two, name) - getattr(one, name)))
+        for name in ("peak_bytes", "flops", "launches")
+    )
+    return Pass(max(peak, two.peak_bytes), flops, launches)
+
+
 #: bytes that the engine has for a moment, beside a complete gradient of so many elements
 TakingIn = Callable[[int], int]
 

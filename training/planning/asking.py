@@ -1,0 +1,76 @@
+"""What answering questions takes: an evaluation's, the verifier's, and those of stage 3 between two updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ladir.config import Config
+from ladir.inference.sampler import passes_per_span
+from training.planning.models import DataSize
+
+#: a block's denoising steps are one CUDA graph, but for the first two
+_NOT_REPLAYED = 2
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Of the LM: its parameters, and the bytes of keys and values of one token."""
+
+    parameters: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Batches of questions with their lines of thought.
+
+    ``passes`` of a span; ``row_bytes``: keys and values of one line; ``cache``: of a batch, or of reading thoughts where that is
+    more; ``row_tokens``: tokens that go through the LM for a line; ``flops`` of a question; ``real_passes``: passes of a batch
+    whose operators the host launches, those that are replayed as a CUDA graph left out.
+    """
+
+    passes: int
+    row_bytes: int
+    cache: int
+    row_tokens: int
+    flops: float
+    real_passes: int
+
+
+def answering(config: Config, data: DataSize, lm: Architecture, questions: int, lines: int, answers: int = 1) -> Answering:
+    """``questions`` in a batch, ``lines`` of thought each, ``answers`` to each of these; an upper bound: nothing is shared."""
+    sample, mean = config.sample, data.mean
+    branches = 2 if sample.guidance_scale != 1 else 1
+    latents, span = config.vae.latents_per_block, config.denoiser.span
+    longest = data.longest.question + sample.max_blocks * (latents + 2) + sample.max_answer_tokens + 1
+    passes, blocks = passes_per_span(sample, span), mean.blocks
+    spans = -(-max(blocks, span) // span)
+    thinking = max(blocks, span) * passes * (latents + 1) + blocks * (latents + 2)
+    row, tokens = 2 * branches * longest, thinking + answers * (mean.answer + 1)  # twice: rows that go on are copied
+    if sample.reencode:  # a block's text is written from a cache of its own, then read again
+        row += 2 * (latents + sample.max_thought_tokens)
+        tokens += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
+    rows = questions * lines
+    read = min(sample.thoughts_per_batch, rows * blocks) * 2 * (latents + mean.block + 1)  # behind the answers, as text
+    return Answering(
+        passes=passes,
+        row_bytes=row * lm.cache_bytes,
+        cache=max(rows * answers * row, read) * lm.cache_bytes,
+        row_tokens=tokens,
+        flops=2 * lm.parameters * (mean.question + lines * branches * tokens),
+        real_passes=1 + spans * min(passes, _NOT_REPLAYED) + blocks + mean.answer + 1,
+    )
+
+
+def greedy(found: Answering, rows: int) -> Answering:
+    """With as many rows of one answer at a time as they may be."""
+    return replace(found, cache=max(found.cache, rows * found.row_bytes))
+
+
+def remedy(most: int, name: str, lines: int, lines_name: str) -> str:
+    """The settings that leave ``most`` rows; ``name``: of the questions in a batch, ``lines_name``: of a question's rows."""
+    if most >= lines:
+        return f"{name}={most // lines}"
+    if most > 0:
+        return f"{name}=1 {lines_name}={most}"
+    return "larger GPUs, or LoRA: one LM instead of two"
