@@ -140,29 +140,31 @@ def test_without_a_whole_checkpoint_nothing_is_trained_over_it(two_processes: Pr
         assert "no checkpoint in" in message and "start over" in message
 
 
-def full_disk_on_rank_one(world: World, folder: Path) -> str:
-    real, calls = checkpoint.save_tensors, []
+def full_disk_on_rank_one(world: World, folder: Path, in_background: bool) -> str:
+    real, calls = checkpoint.write_tensors, []
 
-    def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    def write_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         calls.append(path)
-        real(tensors, path, metadata)
+        entry = real(tensors, path, metadata)
         if world.rank == 1 and len(calls) == len(KINDS) + 2:
             raise OSError(errno.ENOSPC, "No space left on device")
+        return entry
 
-    checkpoint.save_tensors = save_tensors  # type: ignore[assignment]
+    checkpoint.write_tensors = write_tensors
     try:
-        run_with(world, folder, 3, "float32", SETTINGS)
+        run_with(world, folder, 3, "float32", {**SETTINGS, "checkpoint_in_background": in_background})
     except CheckpointError as error:
         return str(error)
     finally:
-        checkpoint.save_tensors = real
+        checkpoint.write_tensors = real
     return ""
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_stops_the_run_with_the_checkpoint_before_whole(
-    two_processes: ProcessGroup, finished: Path, tmp_path: Path
+    two_processes: ProcessGroup, finished: Path, tmp_path: Path, in_background: bool
 ) -> None:
-    messages = two_processes.run(full_disk_on_rank_one, tmp_path)
+    messages = two_processes.run(full_disk_on_rank_one, tmp_path, in_background)
     assert len(set(messages)) == 1
     assert "step-00000004" in messages[0] and "rank 1" in messages[0] and "No space left" in messages[0]
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from training.runtime import checkpoint
 from training.runtime.checkpoint import MANIFEST, STATE, Shards, _write_shard
 from training.runtime.files import write_json
 
 
 def test_a_model_without_buffers_leaves_no_file_for_them(tmp_path: Path) -> None:
     weight = torch.arange(6.0)
-    kinds = [("buffer", {}, {}), ("master", {"weight": weight}, {"weight": "0/6"})]
-    engine: Any = SimpleNamespace(world=SimpleNamespace(rank=0), state=lambda: iter(kinds))
-    entries = _write_shard(tmp_path, engine)
+    kinds: list[Any] = [("buffer", {}, {}), ("master", {"weight": weight}, {"weight": "0/6"})]
+    entries = _write_shard(tmp_path, 0, kinds)
     assert list(entries) == ["rank-00000-master.safetensors"]
     write_json(tmp_path / MANIFEST, {**entries, STATE: {}})
     (tmp_path / "rank-00001-master.safetensors").write_text("not in the manifest")
@@ -24,3 +24,26 @@ def test_a_model_without_buffers_leaves_no_file_for_them(tmp_path: Path) -> None
     shards.check({"weight": 6})
     shards.read("master", "weight", 2, out := torch.zeros(3))
     assert torch.equal(out, weight[2:5])
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_who_reads_a_part_opens_the_files_that_hold_it(indexed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand ranks do not open a thousand files each; the manifests of before do not say what is where."""
+    weight, entries = torch.arange(12.0), dict[str, Any]()
+    for rank in range(4):
+        part = {"weight": weight[3 * rank : 3 * rank + 3]}
+        entries |= _write_shard(tmp_path, rank, [("master", part, {"weight": f"{3 * rank}/12"})])
+    assert all(entry["size"] == (tmp_path / name).stat().st_size for name, entry in entries.items())
+    assert all(entry["sha256"] == checkpoint.sha256(tmp_path / name) for name, entry in entries.items())
+    if not indexed:
+        entries = {name: {key: entry[key] for key in ("size", "sha256")} for name, entry in entries.items()}
+    write_json(tmp_path / MANIFEST, {**entries, STATE: {}})
+    opened: list[str] = []
+    real = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", lambda path, framework: opened.append(path.name) or real(path, framework))
+    shards = Shards(tmp_path)
+    shards.check({"weight": 12})
+    shards.read("master", "weight", 4, out := torch.zeros(3))
+    assert torch.equal(out, weight[4:7])
+    wanted = range(1, 3) if indexed else range(4)
+    assert sorted(opened) == [f"rank-0000{rank}-master.safetensors" for rank in wanted]

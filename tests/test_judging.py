@@ -19,7 +19,7 @@ from tests.toy_task import Judge
 from training.evaluation import gold
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
-from training.runtime.preemption import StopRequest
+from training.runtime.preemption import BrokenOff
 
 RECORDS = [
     Record(question, ("a step",), answer, f"y:{line}") for line, (question, answer) in enumerate([("p", "1"), ("q", "2")], 1)
@@ -91,19 +91,23 @@ class Asked(Judge):
     """Accepts every answer, and asks to stop at the second."""
 
     def __init__(self) -> None:
-        self.stop, self.asked = StopRequest("USR2"), 0
+        self.stopping, self.asked = False, 0
+
+    def give_way(self) -> None:
+        if self.stopping:
+            raise BrokenOff
 
     def verdict(self, answer: str, record: Record) -> Verdict:
         self.asked += 1
-        self.stop.requested = self.asked == 2
+        self.stopping = self.asked == 2
         return Verdict(True)
 
 
 def test_judging_of_own_answers_stops_when_asked_to_and_keeps_what_was_accepted(tmp_path: Path) -> None:
     records = [Record(str(i), (), str(i), f"y:{i}") for i in range(5)]
     first, second = Asked(), Asked()
-    assert gold._judged(tmp_path / "gold.json", EvaluateSettings(), first, records, 1, first.stop) is None
+    assert gold._judged(tmp_path / "gold.json", EvaluateSettings(), first, records, 1, first.give_way) is None
     assert first.asked == 2
     second.asked = 2
-    check = gold._judged(tmp_path / "gold.json", EvaluateSettings(), second, records, 1, second.stop)
+    check = gold._judged(tmp_path / "gold.json", EvaluateSettings(), second, records, 1, second.give_way)
     assert check is not None and (check.records, check.refused, second.asked) == (5, {}, 5)

@@ -23,7 +23,7 @@ from tests.toy_phase import ToyPhase, toy_config
 from training.runtime import checkpoint
 from training.runtime.checkpoint import CheckpointError, steps_in
 from training.runtime.distributed import World, start
-from training.runtime.loop import train
+from training.runtime.loop import Trainer, train
 from training.runtime.run import RunConflict, open_run
 
 ROUNDS = 20
@@ -86,6 +86,47 @@ def test_sigkill_at_random_moments_loses_nothing(one_process: ProcessGroup, tmp_
     assert run_for(context, run, None) == "finished"
     assert_identical(run, whole)
     assert drawn_steps(run / "toy" / "tensorboard" / "ar")["1 losses/ar/loss"] == list(range(10, 101, 10))
+
+
+BACKGROUND = toy_settings(max_steps=8, checkpoint_every=2, ema=0.9, log_every=1, checkpoint_in_background=True)
+
+
+def train_beside_a_slow_disk(folder: Path, pipe: Connection) -> None:
+    """A process of its own: the disk takes the files of step 4 for ever; says when two steps more are made."""
+    config, phase, write = toy_config(folder, **BACKGROUND), ToyPhase(), checkpoint.write_tensors
+    world = start(config.deepspeed)
+
+    def slow(tensors: Any, path: Path, metadata: Any) -> dict[str, Any]:
+        if "00000004" in path.parent.name and "exp_avg" in path.name:
+            time.sleep(3600)
+        return write(tensors, path, metadata)
+
+    advance = Trainer.advance
+
+    def told(trainer: Trainer, *arguments: Any) -> None:
+        advance(trainer, *arguments)
+        if trainer.progress.step == 5:
+            pipe.send("training")
+
+    checkpoint.write_tensors, Trainer.advance = slow, told  # type: ignore[method-assign]
+    with open_run(config, "ar", world) as run:
+        train(run, phase)
+
+
+def test_a_kill_while_a_checkpoint_is_written_in_the_background(one_process: ProcessGroup, tmp_path: Path) -> None:
+    """The last whole one is there, and the training that goes on from it ends as one that was left alone."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=train_beside_a_slow_disk, args=(tmp_path / "run", theirs))
+    process.start()
+    assert ours.recv() == "training"
+    process.kill()
+    process.join()
+    folder = tmp_path / "run" / "toy" / "checkpoints" / "ar"
+    assert [path.name for path in steps_in(folder)] == ["step-00000002"] and list(folder.glob(".step-00000004.tmp/*"))
+    one_process.run(run_with, tmp_path / "run", 3, "float32", BACKGROUND)
+    one_process.run(run_with, tmp_path / "whole", 3, "float32", {**BACKGROUND, "checkpoint_in_background": False})
+    assert_identical(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.fixture

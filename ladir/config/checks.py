@@ -64,6 +64,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("data.max_*", _COUNT),
     ("data.processes", _COUNT),
     ("*.train.max_grad_norm", _NOT_NEGATIVE),
+    ("*.train.patience", _COUNT),
     ("*.train.max_*", _POSITIVE),
     ("*.train.*_batch", _COUNT),
     ("*.train.pack_tokens", _NOT_NEGATIVE),
@@ -370,6 +371,10 @@ def _flow_grpo_errors(config: Config) -> Iterator[str]:
 
 
 def _training_errors(name: str, train: TrainSettings) -> Iterator[str]:
+    if train.best is not None and train.validate_every is None:
+        yield f"{name}.best={train.best}: there is one validation, the last; set {name}.validate_every"
+    if train.patience is not None and train.best is None:
+        yield f"{name}.patience={train.patience}: nothing says which validation is better; set {name}.best, e.g. to loss"
     if train.max_steps is None and train.max_epochs is None and train.max_seconds is None:
         yield f"{name}: training would never end; set {name}.max_steps, {name}.max_epochs or {name}.max_seconds"
     if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:

@@ -51,9 +51,22 @@ class TrainSettings:
     log_every: int = setting(10, "steps between metric lines")
     validate_every: int | None = setting(None, "steps between validations; not set: only at the end")
     validation_batches: int = setting(8, "global batches in one validation")
+    best: str | None = setting(
+        None,
+        "figure of the validations by which the finished model is chosen: that of the best validation, not of the last step; "
+        "e.g. loss, or +token_accuracy, where + says that more is better; not set: the last step's",
+    )
+    patience: int | None = setting(
+        None, "the training ends after so many validations in a row that brought nothing better (best); not set: it does not"
+    )
     checkpoint_every: int | None = setting(None, "steps between checkpoints; not set: only when stopped and at the end")
     checkpoint_minutes: float | None = setting(
         None, "minutes of training between checkpoints, beside checkpoint_every or in its place; not set: by steps only"
+    )
+    checkpoint_in_background: bool = setting(
+        False,
+        "checkpoints under way are copied to the machine's memory and written from there while the training goes on: a step "
+        "waits for the copy alone; takes a rank's part of weights, moments and averages once more in memory",
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept while a phase is trained")
     keep_finished: bool = setting(False, "keep the checkpoints of a finished phase, too; false: its model is what is left")

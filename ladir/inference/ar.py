@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladir.data.batches import pad_left
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import choose_tokens, decode
+from ladir.inference.decode import TokenHook, choose_tokens, decode
 from ladir.inference.sampler import TrajectoryNoise
 from ladir.models.backbone import Backbone
 from ladir.models.positions import check_room
@@ -53,12 +53,13 @@ def complete(
     bidirectional_question: bool = False,
     top_p: float = 1.0,
     most_rows: int | None = None,
+    on_tokens: TokenHook | None = None,
 ) -> list[list[list[int]]]:
     """Sampled completions: ``num_samples`` token-id lists per prompt.  UnusableError where the LM's table of positions may end.
 
     ``keys`` name the prompts for the random numbers; ``bidirectional_question``: their tokens see each other, as the model was
     trained; ``top_p``: tokens are of the nucleus.  With more than ``most_rows`` samples prompts join as others' completions end;
-    else the prompt's cache is computed once and shared by its samples.
+    else the prompt's cache is computed once and shared by its samples, and ``on_tokens`` sees tokens come.
     """
     longest = max(map(len, prompts))
     check_room(backbone.base.config, longest + max_tokens, f"a prompt of {longest} tokens with its completion", _SHORTER)
@@ -70,7 +71,7 @@ def complete(
         prefix, hidden = writing.read(backbone, prompts)
         owner = torch.arange(len(prompts), device=hidden.device).repeat_interleave(num_samples)
         uniform = noise.uniform(list(range(len(owner))), max_tokens).to(hidden.device)
-        texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform, top_p)
+        texts = decode(prefix.share(owner), hidden[owner], eos_id, max_tokens, temperature, uniform, top_p, on_tokens)
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 

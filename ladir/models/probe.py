@@ -7,7 +7,7 @@ trained for a fixed number of steps, so that its figures compare VAEs before a d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +109,11 @@ class Probed:
     estimate: Tensor
 
 
-def probe(trained: Blocks, held_out: Blocks, steps: int, seed: int, device: torch.device) -> Probed:
+def probe(
+    trained: Blocks, held_out: Blocks, steps: int, seed: int, device: torch.device, between: Callable[[], None] | None = None
+) -> Probed:
     """Train a fresh probe for ``steps`` steps on ``trained`` and judge it on ``held_out``; the same numbers for the same seed.
+    ``between`` is called between two steps, which it may end by raising.
 
     It starts at what mean and deviation alone explain, 1 - pi / 4 = 0.21; how far it comes above that says what it has learned.
     """
@@ -118,15 +121,20 @@ def probe(trained: Blocks, held_out: Blocks, steps: int, seed: int, device: torc
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = Probe(trained.z0.shape[1], trained.z0.shape[2], sorted(words)).to(device)
-        _train(model, trained, steps, torch.Generator().manual_seed(seed))
+        _train(model, trained, steps, torch.Generator().manual_seed(seed), between or _go_on)
     return _judge(model, held_out, torch.Generator().manual_seed(seed + 1))
 
 
-def _train(model: Probe, blocks: Blocks, steps: int, generator: torch.Generator) -> None:
+def _go_on() -> None:
+    """Nobody wants to end it."""
+
+
+def _train(model: Probe, blocks: Blocks, steps: int, generator: torch.Generator, between: Callable[[], None]) -> None:
     device = model.words.device
     optimizer = torch.optim.AdamW(model.parameters(), _LR, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
+        between()
         rows = torch.randint(len(blocks), (_BATCH,), generator=generator)
         z0, eps = blocks.z0[rows].to(device), torch.randn(_BATCH, *blocks.z0.shape[1:], generator=generator).to(device)
         t = torch.rand(_BATCH, generator=generator).to(device)
@@ -169,7 +177,9 @@ class Read:
 
 
 @torch.no_grad()
-def read(decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]], eos_id: int) -> Read:
+def read(
+    decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]], eos_id: int, between: Callable[[], None] | None = None
+) -> Read:
     """Teacher-forced reading of latents ``z`` [N, L, d] (not standardised) of N ``sentences``, each ended by ``eos_id``.
 
     A sentence is exact where every token, <eos> too, is the likeliest: greedy decoding then writes it.
@@ -177,6 +187,7 @@ def read(decoder: ThoughtDecoder, z: Tensor, sentences: Sequence[Sequence[int]],
     device, latents = z.device, decoder.marks + z.shape[1]
     exact, right, loss, tokens = 0, 0, 0.0, 0
     for start in range(0, len(z), _AT_A_TIME):
+        (between or _go_on)()
         some = sentences[start : start + _AT_A_TIME]
         lengths = [len(ids) for ids in some]
         labels = flat_ids([[*ids, eos_id] for ids in some]).to(device)
@@ -202,18 +213,20 @@ def latent_report(
     probe_steps: int,
     eos_id: int,
     seed: int,
+    between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Figures of a VAE's latents on ``held_out`` records, standardised by ``mean`` and ``std`` [d].
 
     ``exact``, ``token_accuracy``, ``token_cross_entropy``: of the posteriors' means; ``noisy_...``: of these with ``noise``
     (standard deviation), as in training; ``active_units``; with ``probe_steps`` above 0 ``probe_flow_explained`` and,
-    from half noise, ``probe_token_cross_entropy`` and ``probe_exact``.
+    from half noise, ``probe_token_cross_entropy`` and ``probe_exact``.  ``between`` is called between the pieces of the work,
+    which it may end by raising.
     """
     device = decoder.from_latent.weight.device
     blocks = Blocks.of(held_out, mean, std)
     mu = torch.cat([record.mu for record in held_out])
     noised = mu + noise * torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed))
-    plain, noisy = (read(decoder, z.to(device), blocks.sentences, eos_id) for z in (mu, noised))
+    plain, noisy = (read(decoder, z.to(device), blocks.sentences, eos_id, between) for z in (mu, noised))
     figures = {
         "exact": plain.exact,
         "token_accuracy": plain.token_accuracy,
@@ -223,9 +236,9 @@ def latent_report(
         "active_units": active_units(mu),
     }
     if probe_steps:
-        found = probe(Blocks.of(trained, mean, std), blocks, probe_steps, seed, device)
+        found = probe(Blocks.of(trained, mean, std), blocks, probe_steps, seed, device, between)
         z = found.estimate * std.to(device) + mean.to(device)
-        half = read(decoder, z, blocks.sentences, eos_id)
+        half = read(decoder, z, blocks.sentences, eos_id, between)
         figures |= {
             "probe_flow_explained": found.flow_explained,
             "probe_token_cross_entropy": half.cross_entropy,

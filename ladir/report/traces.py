@@ -19,6 +19,9 @@ from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner, TraceHook, Trajectory
 
+#: called between two denoising steps, which it may end by raising
+Between = Callable[[], None]
+
 #: blocks decoded at a time: an 8B LM's keys and values of so many short texts are about half a GiB in bfloat16
 _ROWS = 64
 
@@ -83,6 +86,7 @@ class LatentRecorder(Reasoner):
         super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame), verifier=reasoner.verifier)
         self._kept: list[Tensor] = []
         self._noise_of: dict[str, str] = {}
+        self._between: Between | None = None
 
     def decode_latents(self, z: Tensor) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""
@@ -95,6 +99,8 @@ class LatentRecorder(Reasoner):
         step_hook, noise = super()._trace_hook(traces, on_step), dict[tuple[int, int], str]()
 
         def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
+            if self._between is not None:
+                self._between()
             if step == NOISE:
                 numbers = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
                 noise.update({(row, block): number for row, number in zip(rows, numbers, strict=True)})
@@ -104,8 +110,14 @@ class LatentRecorder(Reasoner):
 
         return hook
 
-    def record(self, questions: Sequence[str], num_trajectories: int, seed: int) -> list[list[Trajectory]]:
-        """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable."""
+    def record(
+        self, questions: Sequence[str], num_trajectories: int, seed: int, between: Between | None = None
+    ) -> list[list[Trajectory]]:
+        """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable.
+
+        ``between`` is called between two denoising steps, on ranks that think the same alike: what it raises ends them.
+        """
+        self._between = between
         return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
 
     def read(

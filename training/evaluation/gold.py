@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,15 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks import Task
 from training.evaluation.judging import judges_of
+from training.runtime.alone import GiveWay
 from training.runtime.files import read_json, write_json
-from training.runtime.preemption import StopRequest
+from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 20  # refused ones that are named in a message
 _SHOWN = 60  # characters of a question by which it is recognised
-#: a set of programs may take so long, while the other ranks wait
-_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck | N
     asked to stop.  Raises UnusableError where some are refused and ``evaluate.on_bad_gold=error``; else they are told.
     """
     judges = judges_of(run.config, ranks := run.world.largest([run.world.local_rank])[0] + 1) * ranks
-    run.world.wait_at_most(_MINUTES)
-    found = _judged(run.folder.gold, run.config.evaluate, task, records, judges, run.stop) if run.world.is_main else None
-    check: GoldCheck | None = run.world.broadcast(found)
+    check = run.alone(lambda give_way: _judged(run.folder.gold, run.config.evaluate, task, records, judges, give_way))
     if check is not None and check.refused:
         counted = f"{len(check.refused)} of {check.records} records have an own answer that evaluate.task={task.name} refuses"
         if run.config.evaluate.on_bad_gold == "error":
@@ -71,15 +68,15 @@ def check_gold(run: Run, task: Task, records: Sequence[Record]) -> GoldCheck | N
 
 
 def _judged(
-    file: Path, settings: EvaluateSettings, task: Task, records: Sequence[Record], judges: int, stop: StopRequest
+    file: Path, settings: EvaluateSettings, task: Task, records: Sequence[Record], judges: int, give_way: GiveWay
 ) -> GoldCheck | None:
-    """None where ``stop`` came in between: what was accepted until then is kept."""
+    """None where a stop came in between: what was accepted until then is kept."""
     start, checker = time.perf_counter(), _checker(settings)
     known = set(read_json(file).get(checker, []))
     asked = {place: _digest(record) for place, record in enumerate(records) if record.answer}
     new = [place for place, digest in asked.items() if digest not in known]
     with ThreadPoolExecutor(judges) as judging:
-        found = list(judging.map(lambda place: None if stop.requested else [_reason(task, records[place])], new))
+        found = list(judging.map(lambda place: _unless_stopped(give_way, lambda: _reason(task, records[place])), new))
     verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
     accepted = known | {asked[place] for place, reason in verdicts.items() if reason is None}
@@ -90,6 +87,15 @@ def _judged(
     seconds = time.perf_counter() - start
     logger.info("own answers of %d records: %d judged in %.1f s, %d refused", len(asked), len(new), seconds, len(refused))
     return GoldCheck(len(asked), refused, seconds)
+
+
+def _unless_stopped(give_way: GiveWay, judge: Callable[[], str | None]) -> list[str | None] | None:
+    """What ``judge`` says, in a list; None where a stop was asked for."""
+    try:
+        give_way()
+    except BrokenOff:
+        return None
+    return [judge()]
 
 
 def _reason(task: Task, record: Record) -> str | None:

@@ -31,6 +31,7 @@ from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
+from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
 from training.runtime.files import read_json, sha256, write_json
 from training.runtime.run import Outcome, Run, RunFolder
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 #: settings of the data that name files, or say where and how the token store is made
 _ASIDE = ("train", "validation", "test", "sentences", "store", "processes", "chat_template", "stream_hub")
-
-#: the others wait while rank 0 loads a decoder and looks at the latents
-_REPORT_MINUTES = 24 * 60
 
 #: the probe learns from so many training records at most
 _PROBED_RECORDS = 8192
@@ -199,7 +197,10 @@ def encode(run: Run) -> bool:
     del vae  # a decoder follows
     if watch.used or run.outcome is None:
         seconds = watch.note() if run.world.is_main else 0.0
-        run.finish(Outcome("finished", 0, 0, seconds, _report(run, tokenizer)))
+        figures = _report(run, tokenizer)
+        if figures is None:
+            return False
+        run.finish(Outcome("finished", 0, 0, seconds, figures))
     if run.world.is_main:
         _tell_encoded(run, [name for name, named in files.items() if named is not None])
     return True
@@ -210,27 +211,27 @@ def _check_lengths(run: Run, vae: Vae, records: TokenStore) -> None:
     check_sentences(run.config, vae.encoder.base.config, records.blocks, vae.thought_decoder.marks)
 
 
-def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | None:
     """What the latents are good for (:func:`ladir.models.probe.latent_report`), in TensorBoard and metrics.jsonl, too.
 
-    Rank 0 finds it out, off the clock; the others wait.
+    Rank 0 finds it out, off the clock; the others wait.  None where a stop was asked for: the next start looks again.
     """
     if not run.config.latents.report_sentences:
         return {}
-    run.world.wait_at_most(_REPORT_MINUTES)
-    figures = run.world.on_main(lambda: _figures(run, int(tokenizer.eos_token_id)))
-    run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
+    figures = run.alone(lambda give_way: _figures(run, int(tokenizer.eos_token_id), give_way))
+    if figures is None:
+        return None
     with Telemetry(run, 0) as telemetry:
         telemetry.record("validation", 0, figures)
     return figures
 
 
-def _figures(run: Run, eos_id: int) -> dict[str, float]:
+def _figures(run: Run, eos_id: int, give_way: GiveWay) -> dict[str, float]:
     settings, noise = run.config.latents, run.config.vae.latent_noise
     trained, held_out, mean, std = _judged(run.folder, settings.report_sentences)
     decoder = load_thought_decoder(run.folder.model("vae"), run.config.backbone, run.world.device)
     seed = derive(run.config.run.seed, "latents/report")
-    return latent_report(decoder, trained, held_out, mean, std, noise, settings.probe_steps, eos_id, seed)
+    return latent_report(decoder, trained, held_out, mean, std, noise, settings.probe_steps, eos_id, seed, give_way)
 
 
 def _judged(folder: RunFolder, sentences: int) -> tuple[list[LatentRecord], list[LatentRecord], Tensor, Tensor]:

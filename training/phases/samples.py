@@ -27,6 +27,7 @@ from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Trajectory
 from ladir.report.traces import LatentRecorder, TrajectoryTrace, at_steps, first_and_last, spread
 from ladir.tokens import decode_text
+from training.runtime.alone import GiveWay
 from training.runtime.telemetry import Telemetry
 
 SamplesT = TypeVar("SamplesT", bound=Sized)
@@ -80,7 +81,18 @@ def ar_samples(
         eos = int(tokenizer.eos_token_id)
         limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
         both_ways, seed = config.ar.bidirectional_question, config.run.seed
-        completions = complete(model.backbone, prompts, questions, 1, eos, limit, 0.0, seed, bidirectional_question=both_ways)
+        completions = complete(
+            model.backbone,
+            prompts,
+            questions,
+            1,
+            eos,
+            limit,
+            temperature=0.0,
+            seed=seed,
+            bidirectional_question=both_ways,
+            on_tokens=lambda rows, tokens: telemetry.give_way(),
+        )
         rows = [
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
             for record, ids in zip(shown, completions, strict=True)
@@ -109,28 +121,29 @@ def denoiser_samples(
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
         recorder = LatentRecorder.without_vae(model, tokenizer, config.sample, frame)
-        recorded = recorder.record(questions, 1, config.run.seed)
-        if not telemetry.shows_samples or telemetry.asked_to_stop:
-            return
+        recorded = recorder.record(questions, 1, config.run.seed, telemetry.give_way)
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
         telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])
         telemetry.histogram("generated", (latents - mean) / std, step)
-        # The other ranks wait while an LM of any size decodes on the CPU, in the dtype that suits this one: few steps are read.
+        telemetry.alone(lambda give_way: read(recorder, recorded, telemetry, step, give_way))
+
+    def read(
+        recorder: LatentRecorder, recorded: list[list[Trajectory]], telemetry: Telemetry, step: int, give_way: GiveWay
+    ) -> None:
+        # An LM of any size decodes on the CPU, in the dtype that suits this one: few steps are read.
         on_cpu = replace(config.backbone, dtype="auto", attention="auto")
         decoder = load_thought_decoder(vae, on_cpu, torch.device("cpu"))
         traces: list[TrajectoryTrace] = []
         for one in recorded:
-            if telemetry.asked_to_stop:  # the training is saved first
-                return
+            give_way()  # the training is saved first
             traces += [only for (only,) in recorder.read([at_steps(one, first_and_last)], decoder)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
         telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
-        if telemetry.asked_to_stop:
-            return
+        give_way()
         drawn = max(range(len(traces)), key=lambda i: (_changes(traces[i]), recorder.movement(recorded[i][0])))
         _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)
 

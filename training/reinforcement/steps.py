@@ -74,7 +74,7 @@ class OwnSteps:
         with self._gold(training) as gold:
             while True:
                 iteration, update = divmod(step, self.settings.updates)
-                asked = None if training.ending() else self._ask(training, iteration)
+                asked = None if training.cadence.ending() else self._ask(training, iteration)
                 if asked is None:
                     yield StepBatch(0, [], [], 0.0)
                     continue
@@ -97,9 +97,9 @@ class OwnSteps:
         training.engine.copy_old_weights(self.old)
         numbers = range(iteration * self.settings.prompts, (iteration + 1) * self.settings.prompts)
         records = [self.records[self.order.index(number)] for number in numbers]
-        with training.patience():
+        with training.clock.patience(), training.ranges("own samples"):
             seed, steps = derive(self.seed, "rl", iteration), self._random_steps(iteration)
-            asked = self.asker.ask(records, seed, training.world, training.stop_agreed, steps)
+            asked = self.asker.ask(records, seed, training.world, training.cadence.stop_agreed, steps)
         self.last = asked.groups if asked is not None else []
         return asked
 

@@ -1,15 +1,19 @@
 """Checkpoints: atomic, verified, readable by any number of ranks.
 
 ``checkpoints/<phase>/step-00000123/`` holds a safetensors file per rank and kind (its parts of master weights, moments
-and averages, by parameter), ``state.json`` (where the training stands) and ``manifest.json`` (sizes and hashes of all).
+and averages, by parameter), ``state.json`` (where the training stands) and ``manifest.json`` (sizes and hashes of all, and which
+file has which part of which parameter).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ladir.files import sync_file
-from ladir.models.weights import save_tensors
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, StateReader
-from training.runtime.files import publish_folder, sha256, write_json, write_text
+from training.runtime.files import publish_folder, sha256, write_json, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,45 +42,100 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
     It appears under its name only when every rank's file is on disk, and older ones go only after that.  Raises
     :class:`CheckpointError` on all ranks when any of them fails; the older checkpoints are then untouched.
     """
-    world = engine.world
-    target = folder / f"{_NAMED}{state['step']:08d}"
-    aside = folder / f".{target.name}.tmp"
+    return Writing(folder, engine, state, keep, in_background=False).finish()
 
-    def prepare() -> None:
-        if world.is_main:
-            for torn in folder.glob(f".{_NAMED}*"):  # of any step: one process group at a time works here
+
+class Writing:
+    """A checkpoint under way: begun, and finished, by all ranks together."""
+
+    def __init__(self, folder: Path, engine: Engine, state: dict[str, Any], keep: int, in_background: bool) -> None:
+        """``in_background``: a copy is made in this machine's memory, which a thread writes while the training goes on.
+
+        Raises :class:`CheckpointError` on all ranks where the folder cannot be written.
+        """
+        self._folder, self._world, self._keep = folder, engine.world, keep
+        self.step = int(state["step"])
+        self._target = folder / f"{_NAMED}{self.step:08d}"
+        self._aside = folder / f".{self._target.name}.tmp"
+        self._together(self._prepare)
+        self._state = {**state, "frozen": engine.frozen_fingerprint(), "ranks": engine.world.size}
+        kinds = engine.state()
+        self._entries: Future[dict[str, Any]] | None = None
+        if in_background:
+            copies = [(kind, _copied(tensors), places) for kind, tensors, places in kinds]
+            self._state = copy.deepcopy(self._state)
+            self._entries = in_thread(lambda: _write_shard(self._aside, engine.world.rank, copies))
+        else:
+            self._kinds = kinds
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's files are on disk."""
+        return self._entries is None or self._entries.done()
+
+    def finish(self) -> Path:
+        """Wait until all is on disk, then give it its name.  Raises :class:`CheckpointError` on all ranks where any failed."""
+        shards = [item for entry in self._together(self._shard) for item in entry.items()]
+
+        def publish() -> None:
+            if self._world.is_main:
+                write_json(self._aside / STATE, self._state)
+                entries = {**dict(shards), STATE: _entry(self._aside / STATE)}
+                write_json(self._aside / MANIFEST, entries, indent=None)
+                publish_folder(self._aside, self._target)
+                write_text(self._folder / LATEST, self._target.name + "\n")
+                _prune(self._folder, self._target, self._keep)
+
+        self._together(publish)
+        return self._target
+
+    def _prepare(self) -> None:
+        if self._world.is_main:
+            for torn in self._folder.glob(f".{_NAMED}*"):  # of any step: one process group at a time works here
                 shutil.rmtree(torn, ignore_errors=True)
-            aside.mkdir(parents=True)
+            self._aside.mkdir(parents=True)
 
-    def write_shard() -> dict[str, Any]:
-        return _write_shard(aside, engine)
+    def _shard(self) -> dict[str, Any]:
+        """This rank's entries of the manifest."""
+        return _write_shard(self._aside, self._world.rank, self._kinds) if self._entries is None else self._entries.result()
 
-    def finish() -> None:
-        if world.is_main:
-            write_json(aside / STATE, {**state, "frozen": frozen, "ranks": world.size})
-            entries = {**dict(shards), STATE: _entry(aside / STATE)}
-            write_json(aside / MANIFEST, entries)
-            publish_folder(aside, target)
-            write_text(folder / LATEST, target.name + "\n")
-            _prune(folder, target, keep)
-
-    _together(world, target, prepare)
-    frozen = engine.frozen_fingerprint()
-    shards = [item for entry in _together(world, target, write_shard) for item in entry.items()]
-    _together(world, target, finish)
-    return target
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        return _together(self._world, self._target, action)
 
 
-def _write_shard(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Write this rank's tensors; returns their manifest entries by file name (none where it has nothing of its own)."""
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` will return, at which a thread of its own is."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # nothing waits for it where the process ends
+    return future
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, in this machine's memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _write_shard(folder: Path, rank: int, kinds: Iterable[tuple[str, dict[str, Tensor], dict[str, str]]]) -> dict[str, Any]:
+    """Write a rank's tensors; returns their manifest entries by file name (none where it has nothing of its own).
+
+    Of a shard the entry holds the parts, too, so that who wants some of them opens no other files.
+    """
     entries = {}
-    for kind, tensors, places in engine.state():  # one kind at a time: on a GPU each is copied to the host
+    for kind, tensors, places in kinds:  # one kind at a time: on a GPU each is copied to the host
         if not tensors:  # safetensors writes a file it cannot read for no tensors and no metadata
             continue
-        path = folder / f"rank-{engine.world.rank:05d}-{kind}.safetensors"
-        save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=places)
-        sync_file(path)
-        entries[path.name] = _entry(path)
+        path = folder / f"rank-{rank:05d}-{kind}.safetensors"
+        there = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        entry = write_tensors(there, path, metadata=places)
+        parts = {name: [int(number) for number in places[name].split("/")] + [there[name].numel()] for name in places}
+        entries[path.name] = {**entry, **({"parts": parts} if parts else {})}
     return entries
 
 
@@ -114,6 +171,12 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 def steps_in(folder: Path) -> list[Path]:
     """Folders of the checkpoints under ``folder``, newest first."""
     return sorted(folder.glob(_NAMED + "[0-9]" * 8), reverse=True)
+
+
+def states(folder: Path) -> list[dict[str, Any]]:
+    """``state.json`` of the checkpoints under ``folder``, newest first, of those that have one."""
+    files = [path / STATE for path in steps_in(folder)]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
 def find(folder: Path, world: World) -> Path | None:
@@ -194,18 +257,32 @@ class Shards(StateReader):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._sizes: dict[str, int] = {}
-        self._parts: dict[str, list[tuple[Any, int]]] = {}
-        """By ``kind/parameter``: the files that hold a part of it, and which element that part starts with."""
-        self._buffers: Any = None
+        self._parts: dict[str, list[tuple[str, int, int]]] = {}
+        """By ``kind/parameter``: the files that hold a part of it, which element that part starts with, and where it ends."""
+        self._buffers = ""
+        self._opened: dict[str, Any] = {}
         # The manifest's, because a folder's listing may be out of date on a network file system.
-        for name in sorted(json.loads((path / MANIFEST).read_text(encoding="utf-8")).keys() - {STATE}):
-            kind, file = Path(name).stem.split("-")[2], safe_open(path / name, framework="pt")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name in sorted(manifest.keys() - {STATE}):
+            kind = Path(name).stem.split("-")[2]
             if kind == "buffer":
-                self._buffers = file
+                self._buffers = name
                 continue
-            for parameter, place in (file.metadata() or {}).items():
-                start, self._sizes[parameter] = map(int, place.split("/"))
-                self._parts.setdefault(f"{kind}/{parameter}", []).append((file, start))
+            for parameter, (start, size, count) in (manifest[name].get("parts") or self._parts_of(name)).items():
+                self._sizes[parameter] = size
+                self._parts.setdefault(f"{kind}/{parameter}", []).append((name, start, start + count))
+
+    def _file(self, name: str) -> Any:
+        """A file of the checkpoint; it is opened when it is needed: of a thousand ranks' files one rank needs few."""
+        if name not in self._opened:
+            self._opened[name] = safe_open(self._path / name, framework="pt")
+        return self._opened[name]
+
+    def _parts_of(self, name: str) -> dict[str, list[int]]:
+        """What a file of a checkpoint of before, whose manifest does not say it, holds."""
+        file = self._file(name)
+        places = (file.metadata() or {}).items()
+        return {key: [*map(int, place.split("/")), file.get_slice(key).get_shape()[0]] for key, place in places}
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise :class:`CheckpointError` unless these are the trained parameters, and their sizes, of the checkpoint."""
@@ -220,10 +297,10 @@ class Shards(StateReader):
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` from the parts that overlap ``[start, start + out.numel())``; raises CheckpointError on a gap."""
         filled, end = 0, start + out.numel()
-        for file, first in self._parts.get(f"{kind}/{name}", []) if out.numel() else []:
-            part = file.get_slice(name)
-            low, high = max(start, first), min(end, first + part.get_shape()[0])
+        for file, first, last in self._parts.get(f"{kind}/{name}", []) if out.numel() else []:
+            low, high = max(start, first), min(end, last)
             if low < high:
+                part = self._file(file).get_slice(name)
                 out[low - start : high - start].copy_(part[low - first : high - first])
                 filled += high - low
         if filled != out.numel():
@@ -231,6 +308,6 @@ class Shards(StateReader):
 
     def buffer(self, name: str) -> Tensor:
         """A persistent buffer of the model."""
-        if self._buffers is None or name not in self._buffers.keys():  # noqa: SIM118 (not a dict)
+        if not self._buffers or name not in self._file(self._buffers).keys():  # noqa: SIM118 (not a dict)
             raise CheckpointError(f"{self._path} is the checkpoint of another model: it has no buffer {name}")
-        return torch.as_tensor(self._buffers.get_tensor(name))
+        return torch.as_tensor(self._file(self._buffers).get_tensor(name))

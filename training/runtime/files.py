@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
 
 from ladir.files import replace_folder, sync_file
 
+#: bytes that are hashed and written at a time
+_CHUNK = 1 << 24
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -41,9 +45,23 @@ def write_text(path: Path, text: str) -> None:
     sync_file(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` atomically by indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Replace ``path`` atomically by JSON, indented for people unless ``indent`` is None."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Write a safetensors file to disk; returns its ``size`` and ``sha256``, of what was to be written, not of what a disk gives
+    back."""
+    content = memoryview(save(tensors, metadata or None))
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for start in range(0, len(content), _CHUNK):
+            digest.update(content[start : start + _CHUNK])
+            file.write(content[start : start + _CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(content), "sha256": digest.hexdigest()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

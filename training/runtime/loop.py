@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from ladir.config import TrainSettings
+from ladir.errors import UnusableError
 from training.runtime import checkpoint
+from training.runtime.best import keep_as_finished, remove_others
+from training.runtime.cadence import Cadence
+from training.runtime.checkpoint import Writing
+from training.runtime.clock import Clock
 from training.runtime.distributed import is_lost_rank
 from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
@@ -55,25 +60,24 @@ def train(run: Run, phase: Phase) -> Outcome:
     trainer = Trainer(run, phase)
     trainer.resume()
     with trainer.errors_explained():
-        return _loop(trainer, run.settings, phase.num_samples)
+        return _loop(trainer, run.settings)
 
 
-def _loop(trainer: Trainer, settings: TrainSettings, num_samples: int) -> Outcome:
+def _loop(trainer: Trainer, settings: TrainSettings) -> Outcome:
     """One turn is one optimizer step."""
-    progress = trainer.progress
+    cadence = trainer.cadence
     with trainer.telemetry(), trainer.step_batches() as step_batches:
         trainer.catch_up()
         for step_batch in step_batches:
             stop = trainer.all_reduce_counts(step_batch)
-            if stop or progress.fraction(settings, num_samples) >= 1:
+            if stop or cadence.over():
                 break
-            ahead = progress.after(settings.global_batch).fraction(settings, num_samples)
             gradient_norm = trainer.accumulate(step_batch)
-            lr = learning_rate(settings, ahead)
+            lr = learning_rate(settings, cadence.ahead())
             with trainer.ranges("optimizer step"):
                 trainer.engine.step(lr)
-            trainer.advance(lr, gradient_norm, ahead)
-        if progress.fraction(settings, num_samples) < 1:
+            trainer.advance(lr, gradient_norm)
+        if not cadence.over():
             return trainer.interrupt()
         return trainer.finish()
 
@@ -87,21 +91,23 @@ class Trainer:
         length = phase.length if isinstance(phase, Measured) else None
         self.order = DataOrder(phase.num_samples, self.settings.global_batch, run.config.run.seed, length)
         self.progress = Progress()
-        self.progress.fraction(self.settings, phase.num_samples)  # refuses a training without end before it starts
+        self.cadence = Cadence(run, self.progress, phase.num_samples)  # refuses a training without end before it starts
         backbone, deepspeed = run.config.backbone, run.config.deepspeed
         lag = phase.lag if isinstance(phase, OnPolicy) else None
+        if self.cadence.best and phase.validation is None:
+            raise UnusableError(
+                f"{section_of(run.phase)}.train.best={self.settings.best}: there is nothing to validate on; set data.validation"
+            )
         self.engine = Engine(phase.model, self.settings, backbone.dtype, deepspeed, run.world, lag)
         self.meters = Meters(phase.weights)
         self.metrics: dict[str, float] = {}
         self._checkpoints = run.folder.checkpoints(run.phase)
-        self._saved_step = self._validated_step = 0  # what step 0 would save follows from the seed
-        self._saved_seconds = 0.0
         self._counts: dict[str, float] = {}
         self._step_counts = {"tokens": 0.0, "wait": 0.0}
         self._interval = {"tokens": 0.0, "flops": 0.0, "wait": 0.0, "seconds": 0.0}
         self._sample_ids: list[list[int]] = []
-        self._first = True
         self._heartbeat = Heartbeat(run.world, run.phase)
+        self.clock = Clock(run.world, deepspeed, self._heartbeat)
         telemetry = run.config.telemetry
         self._ranks = RankWatch(run.world, telemetry.slow_rank_factor)
         self._profiler = StepProfiler(telemetry.profile_steps, run.folder.profile(run.phase), run.world)
@@ -113,7 +119,7 @@ class Trainer:
         self._peak = 0.0
         self._unlogged: tuple[float, float] | None = None
         self._left: float | None = None
-        self._started = 0.0
+        self._writing: Writing | None = None
 
     def resume(self) -> None:
         """Go to the newest whole checkpoint, where there is one."""
@@ -124,8 +130,7 @@ class Trainer:
             self.progress.seconds = state["seconds"]
             self.meters.load(state["meters"])
             self.metrics.update(state["metrics"])
-            self._saved_step, self._validated_step = self.progress.step, state["validated"]
-            self._saved_seconds = self.progress.seconds
+            self.cadence.resume(state)
             self.run.status.say(step=self.progress.step, checkpoint_step=self.progress.step, checkpoint_time=path.stat().st_mtime)
             logger.info("phase %s continues after step %d (%s)", self.run.phase, self.progress.step, path)
 
@@ -134,9 +139,8 @@ class Trainer:
         """Open the records and start the clock."""
         given = self.run.config.telemetry.peak_tflops
         self._peak = given * 1e12 if given else measured_peak(self.world.device, self.engine.dtype)
-        validated = self._validated_step == self.progress.step
-        with Telemetry(self.run, self.progress.step, validated) as self._telemetry:
-            self._started = time.perf_counter() - self.progress.seconds
+        with Telemetry(self.run, self.progress.step, self.cadence.is_validated) as self._telemetry:
+            self.clock.start(self.progress.seconds)
             self._interval["seconds"] = self.progress.seconds
             yield
 
@@ -169,56 +173,26 @@ class Trainer:
         finally:
             self._heartbeat.end()
             self._profiler.close()
-        self.world.wait_at_most(self.run.config.deepspeed.timeout_minutes)
-
-    def _wait_at_most(self, minutes: float) -> None:
-        """From now on ranks wait this long for one another."""
-        self.world.wait_at_most(minutes)
-        self._heartbeat.expect_within(minutes)
+        self.clock.end()
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:
-        """What happens inside is not training time, and ranks may wait long for one another."""
-        start = time.perf_counter()
         self.run.status.say(f"{doing}, behind step {self.progress.step}")
-        self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
-        with self.ranges(doing):
+        with self.clock.off(), self.ranges(doing):
             yield
-        if not self._first:  # which waits for others that compile
-            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
-        self._started += time.perf_counter() - start
-
-    @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Inside, ranks may wait long for one another: it is training time, but no step."""
-        self._wait_at_most(self.run.config.deepspeed.timeout_minutes)
-        with self.ranges("own samples"):
-            yield
-        if not self._first:
-            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
-
-    def ending(self) -> bool:
-        """Whether the next step will not be made: a stop was asked for, or this is the end (collective)."""
-        return self.stop_agreed() or self.progress.fraction(self.settings, self.phase.num_samples) >= 1
-
-    def stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop (collective)."""
-        return self.run.stop_agreed()
-
-    def _seconds(self) -> float:
-        """Training seconds so far, by this rank's clock."""
-        return time.perf_counter() - self._started
 
     def all_reduce_counts(self, step_batch: StepBatch) -> bool:
         """The first of a step's two all-reduces: label counts, rank 0's clock, and whether anybody is asked to stop."""
         self._sample_ids = [list(batch.sample_ids) for batch in step_batch.batches]
         self._profiler.before(self.progress.step + 1)
         self._arrive(SAMPLES_READ)
-        self.run.stop.announce()
-        seconds = self._seconds() if self.world.is_main else 0.0
+        seconds = self.clock.seconds() if self.world.is_main else 0.0
         counts = [step_batch.count(term) for term in self.phase.weights]
-        values = [*counts, step_batch.num_tokens, step_batch.wait, float(self.run.stop.requested), seconds]
-        *counts, tokens, wait, stops, seconds = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        values = [*counts, step_batch.num_tokens, step_batch.wait, float(self.cadence.asked_to_stop()), seconds]
+        values += [float(self._writing is not None and not self._writing.is_written)]
+        *counts, tokens, wait, stops, seconds, writing = self.world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        if self._writing is not None and writing == 0:  # on all ranks
+            self._finish_writing()
         self._counts = dict(zip(self.phase.weights, counts, strict=True))
         self._step_counts = {"tokens": tokens, "wait": wait / self.world.size}  # counted once it is trained on
         self.progress.seconds = seconds
@@ -308,52 +282,40 @@ class Trainer:
             f"({train}.max_grad_norm=... run.allow_changes=[{train}.max_grad_norm])"
         )
 
-    def advance(self, lr: float, gradient_norm: float, ahead: float) -> None:
+    def advance(self, lr: float, gradient_norm: float) -> None:
         """Count the step; log, validate and checkpoint where due."""
-        if self._first:
-            self._first = False
-            self._wait_at_most(self.run.config.deepspeed.step_timeout_minutes)
+        self.clock.stepped()
         step = self.progress.step = self.progress.step + 1
         self.progress.samples += self.settings.global_batch
         self._profiler.after(step)
-        self._tell(ahead)
+        self._tell()
         for name, amount in self._step_counts.items():
             self._interval[name] += amount
         self._unlogged = (lr, gradient_norm)
-        if step % self.settings.log_every == 0:
-            self._log(ahead)
+        if self.cadence.log_due():
+            self._log()
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
-        if self.settings.snapshot_every and step % self.settings.snapshot_every == 0 and ahead < 1:
+        if self.cadence.snapshot_due():
             self._record_model("unfinished", step)
-        if self._checkpoint_due() and ahead < 1:
-            self.save()
-        if self._validation_due(ahead):  # behind the checkpoint: whatever fails here costs no step
+        if self.cadence.checkpoint_due():
+            self.save(in_background=True)
+        if self.cadence.validation_due():  # behind the checkpoint: whatever fails here costs no step
             self.validate()
         self.run.status.say(f"step {step + 1}: waits for its batch")
 
-    def _tell(self, fraction: float) -> None:
+    def _tell(self) -> None:
         """How far the training is, and when it will be done."""
+        fraction = self.cadence.fraction()
         self._left = self._pace.seconds_left(fraction)
         total = round(self.progress.step / fraction) if fraction > 0 else None
         self.run.status.say(step=self.progress.step, fraction=fraction, total_steps=total, seconds_left=self._left)
 
-    def _checkpoint_due(self) -> bool:
-        """By steps, or by rank 0's clock, which all ranks have agreed on."""
-        every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
-        by_step = every is not None and self.progress.step % every == 0
-        return by_step or (minutes is not None and self.progress.seconds - self._saved_seconds >= 60 * minutes)
-
-    def _validation_due(self, fraction: float) -> bool:
-        every = self.settings.validate_every
-        return every is not None and self.progress.step % every == 0 and fraction < 1
-
     def catch_up(self) -> None:
         """Validate where a run ended between a checkpoint and the validation of its step."""
-        fraction = self.progress.fraction(self.settings, self.phase.num_samples)
-        if self.progress.step != self._validated_step and self._validation_due(fraction):
+        if self.cadence.to_catch_up():
             self.validate()
 
-    def _log(self, fraction: float) -> None:
+    def _log(self) -> None:
         """Write what was measured since the last time, if anything."""
         if self._unlogged is None:
             return
@@ -361,7 +323,7 @@ class Trainer:
         self.meters.collect(self.world)
         averages = self.meters.averages()
         self.meters.clear()
-        now = self._seconds()
+        now = self.clock.seconds()
         seconds = max(now - self._interval["seconds"], 1e-9)
         per_device = self._interval["tokens"] / seconds / self.world.size
         of_ranks, ranks = self._ranks.figures(self._telemetry.memory_gib(), seconds)
@@ -382,26 +344,47 @@ class Trainer:
         self.metrics.update(averages)
         self._telemetry.record("train", self.progress.step, {**averages, **speed})
         shown = {name: speed[name] for name in ("lr", "grad_norm", "tokens_per_second", "data_wait", "memory_gib")}
-        self._telemetry.progress(fraction, self.progress.step, {**averages, **shown}, self._left)
+        self._telemetry.progress(self.cadence.fraction(), self.progress.step, {**averages, **shown}, self._left)
         told = {name: speed[name] for name in ("tokens_per_second", "mfu", "data_wait", "memory_gib")}
         self.run.status.say(loss=averages.get("loss"), **told, **ranks)
 
     def validate(self) -> bool:
         """Validate now, off the clock; False where a signal asked to stop in between: it is then made up for."""
-        most, stopped = self.settings.validation_batches * self.settings.global_batch, self.run.stop_agreed
+        most, stopped = self.settings.validation_batches * self.settings.global_batch, self.cadence.stop_agreed
         with self._off_the_clock("validation"):
             values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step, stopped)
         if values is None:
             return False
-        self._validated_step = self.progress.step
+        self.cadence.validated()
         if values:
             self._telemetry.record("validation", self.progress.step, values)
             self.metrics.update({f"validation/{name}": value for name, value in values.items()})
+            self._choose(values)
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step, off the clock, unless there is one."""
-        if self._saved_step == self.progress.step:
+    def _choose(self, values: dict[str, float]) -> None:
+        """Keep the model where its validation is the best so far and that was asked for; an untrained one is none."""
+        best, step = self.cadence.best, self.progress.step
+        if best and step == 0:
+            best.check(values)
+        elif best and best.better(step, values):
+            with self._off_the_clock("writing the best model so far"):
+                self._write_model(self._best_model(step))
+
+    def _best_model(self, step: int) -> str:
+        return f"{self.run.phase}-best-{step}"
+
+    def _forget_models(self, finished: bool = False) -> None:
+        """Remove best models that no checkpoint chooses, nor this step; all behind the finished one."""
+        if self.cadence.best and self.world.is_main:
+            chosen = [*checkpoint.states(self._checkpoints), {"best": self.cadence.best.state()}]
+            steps = set() if finished else {state["best"]["step"] for state in chosen if state.get("best")}
+            remove_others(self.run.folder.model(self.run.phase).parent, self.run.phase, steps)
+
+    def save(self, in_background: bool = False) -> None:
+        """Write a checkpoint of the present step, off the clock, unless there is one; ``in_background``: it may end later."""
+        self._finish_writing()
+        if self.cadence.is_saved:
             return
         with self._off_the_clock("writing a checkpoint"):
             self.meters.collect(self.world)
@@ -409,11 +392,23 @@ class Trainer:
                 **dataclasses.asdict(self.progress),
                 "meters": self.meters.state(),
                 "metrics": self.metrics,
-                "validated": self._validated_step,
+                **self.cadence.state(),
             }
-            checkpoint.save(self._checkpoints, self.engine, state, self.settings.keep_checkpoints)
-        self._saved_step, self._saved_seconds = self.progress.step, self.progress.seconds
-        self.run.status.say(checkpoint_step=self._saved_step, checkpoint_time=time.time())
+            background = in_background and self.settings.checkpoint_in_background
+            self._writing = Writing(self._checkpoints, self.engine, state, self.settings.keep_checkpoints, background)
+        self.cadence.saved()
+        if not background:
+            self._finish_writing()
+
+    def _finish_writing(self) -> None:
+        """Give the checkpoint under way, if there is one, its name, off the clock."""
+        if self._writing is None:
+            return
+        with self._off_the_clock("writing a checkpoint"):
+            self._writing.finish()
+            self._forget_models()
+        self.run.status.say(checkpoint_step=self._writing.step, checkpoint_time=time.time())
+        self._writing = None
 
     def interrupt(self) -> Outcome:
         """Stopped by a signal: checkpoint, and leave the mark to be started again."""
@@ -424,23 +419,36 @@ class Trainer:
 
     def finish(self) -> Outcome:
         """At the end: log, validate, checkpoint, write the model, record the outcome; a signal may interrupt the validation."""
-        self._log(1.0)
+        self._log()
         self.save()
-        if self._validated_step != self.progress.step and not self.validate():  # else it was done before a restart
+        if not self.cadence.is_validated and not self.validate():  # else it was done before a restart
             return self.interrupt()
         outcome = self._record_model("finished")
+        self._forget_models(finished=True)
         if self.world.is_main and not self.settings.keep_finished:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
-        tell_trained(self.run, outcome, self.progress.limit(self.settings, self.phase.num_samples))
+        tell_trained(self.run, outcome, self.cadence.limit())
         return outcome
 
     def _record_model(self, status: str, snapshot: int | None = None) -> Outcome:
         """Write the model, as the finished one or that of a step, off the clock."""
         outcome = self._outcome(status)
         with self._off_the_clock("writing the model"):  # the others wait while rank 0 brings the last files to disk
-            self._write_model(self.run.folder.snapshot(self.run.phase, snapshot))
+            if snapshot is None and self.cadence.best.step is not None:
+                self._take_best(self.cadence.best.step)
+            else:
+                self._write_model(self.run.folder.snapshot(self.run.phase, snapshot))
             self.run.finish(outcome, snapshot)
         return outcome
+
+    def _take_best(self, step: int) -> None:
+        """The finished model is the best one."""
+
+        def take() -> None:
+            with self.run.new_folder(self.run.folder.model(self.run.phase)) as folder:
+                keep_as_finished(self.run.folder.model(self._best_model(step)), folder)
+
+        self.world.on_main(take)
 
     def _write_model(self, name: str) -> None:
         state = self.engine.full_state(ema=True)
@@ -451,8 +459,11 @@ class Trainer:
             pass
 
     def _outcome(self, status: str) -> Outcome:
-        progress = self.progress
-        return Outcome(status, progress.step, progress.samples, progress.seconds, dict(self.metrics))
+        progress, metrics = self.progress, dict(self.metrics)
+        if status == "finished" and self.cadence.best.step is not None:
+            metrics |= {f"validation/{name}": value for name, value in self.cadence.best.figures.items()}
+            metrics["best_step"] = float(self.cadence.best.step)
+        return Outcome(status, progress.step, progress.samples, progress.seconds, metrics)
 
 
 def _seed(seed: int, number: int) -> int:

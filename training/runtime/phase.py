@@ -6,7 +6,6 @@ A phase knows nothing of ranks, accumulation or checkpoints; the runtime knows n
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,8 +16,11 @@ from ladir.config import TrainSettings
 from training.runtime.schedule import Progress
 
 if TYPE_CHECKING:
+    from training.runtime.cadence import Cadence
+    from training.runtime.clock import Clock
     from training.runtime.distributed import World
     from training.runtime.engine import Engine, Lag
+    from training.runtime.profiling import Ranges
     from training.runtime.step_batches import StepBatch, StepBatchLoader
 
 
@@ -111,15 +113,9 @@ class Underway(Protocol):
     world: World
     progress: Progress
     settings: TrainSettings
-
-    def ending(self) -> bool:
-        """Whether the next step will not be made (collective)."""
-
-    def stop_agreed(self) -> bool:
-        """Whether a stop was asked for (collective)."""
-
-    def patience(self) -> AbstractContextManager[None]:
-        """Inside, ranks may wait long for one another."""
+    cadence: Cadence
+    clock: Clock
+    ranges: Ranges
 
     def stored(self) -> StepBatchLoader:
         """Batches of the phase's stored samples, from the present step on."""
@@ -134,5 +130,5 @@ class OnPolicy(Protocol):
     def step_batches(self, training: Underway) -> Generator[StepBatch]:
         """A batch for every step to come, from the present one on (on all ranks together).
 
-        Where ``training.ending()`` says so, one without batches: it is not trained on.
+        Where ``training.cadence.ending()`` says so, one without batches: it is not trained on.
         """

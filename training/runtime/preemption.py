@@ -17,6 +17,10 @@ INTERRUPTED_STATUS = os.EX_TEMPFAIL
 _TOLD = b"\nstopping as soon as all is saved; Ctrl-C once more ends at once, without saving\n"
 
 
+class BrokenOff(Exception):
+    """A piece of work was left undone because a stop was asked for; raised by all who share it."""
+
+
 class StopRequest:
     """Context manager: inside it TERM, INT (Ctrl-C) and one chosen signal set :attr:`requested` instead of ending the process.
 

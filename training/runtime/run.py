@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -28,14 +28,17 @@ import yaml
 from ladir.config import Config, EvaluateSettings, TrainSettings
 from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
+from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
-from training.runtime.preemption import StopRequest
+from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.status import Status
 from training.runtime.topology import section_of, train_settings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy")
 INTERRUPTED = "INTERRUPTED"
@@ -53,7 +56,7 @@ IRRELEVANT = (
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
-    "snapshot_every", "checkpoint_minutes", "keep_finished",
+    "snapshot_every", "checkpoint_minutes", "keep_finished", "checkpoint_in_background",
 )  # fmt: skip
 SECTIONS = {
     "vae": ("vae",),
@@ -350,6 +353,15 @@ class Run:
         self.stop.announce()
         return bool(self.world.sum(torch.tensor([float(self.stop.requested)])).item() > 0)
 
+    def give_way(self) -> None:
+        """Raise BrokenOff, on all ranks, where any was asked to stop (collective)."""
+        if self.stop_agreed():
+            raise BrokenOff
+
+    def alone(self, work: Callable[[GiveWay], T]) -> T | None:
+        """What ``work`` returns on rank 0, on every rank; None where a stop broke it off."""
+        return alone(self.world, self.stop, work)
+
     def finish(self, outcome: Outcome, snapshot: int | None = None) -> None:
         """Record that the phase is finished, or that the model of a step is kept."""
         if self.world.is_main:
@@ -412,6 +424,9 @@ def relevant_settings(config: dict[str, Any], phase: str) -> dict[str, Any]:
         and not (key.startswith(f"{own}.train.") and key.rsplit(".", 1)[1] in IRRELEVANT_IN_TRAIN)
         and not (".train." in key and not key.startswith(f"{own}."))
     }
+    if everything.get(f"{own}.train.best"):  # which validations choose the model
+        choosing = (f"{own}.train.validate_every", f"{own}.train.validation_batches", "data.validation")
+        relevant |= {key: everything[key] for key in choosing if key in everything}
     if phase == "denoiser":  # which of its two forms
         relevant["stage"] = everything.get("stage")
     return relevant if phase != "rollout" else _as_denoised(relevant, everything)

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
 from ladir.report.status import duration
+from training.runtime.alone import GiveWay
 from training.runtime.files import locked, write_text
 from training.runtime.loggers import Loggers
 from training.runtime.run import Run
@@ -36,7 +37,7 @@ class Telemetry:
         """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn, and that of its
         validation unless it was ``validated`` before it was saved."""
         self._settings: TelemetrySettings = run.config.telemetry
-        self._phase, self._device, self._stop = run.phase, run.world.device, run.stop
+        self._run, self._phase, self._device = run, run.phase, run.world.device
         self._active = run.world.is_main
         self._loggers = Loggers(run, run.phase, [])
         self._bar: tqdm[Any] | None = None
@@ -53,14 +54,22 @@ class Telemetry:
             self._bar = tqdm(total=1.0, desc=run.phase, bar_format=layout, file=sys.stderr, leave=True)
 
     @property
-    def asked_to_stop(self) -> bool:
-        """Whether this process was asked to stop, for what rank 0 does alone while the others wait."""
-        return self._stop.requested
-
-    @property
     def shows_samples(self) -> bool:
         """Whether texts, histograms and pictures go anywhere: to the loggers, from rank 0."""
         return bool(self._loggers)
+
+    def give_way(self) -> None:
+        """Raise BrokenOff, on all ranks, where any was asked to stop: between the passes that samples take (collective)."""
+        self._run.give_way()
+
+    def alone(self, work: Callable[[GiveWay], object]) -> None:
+        """Have rank 0 do what makes samples readable, unless a stop breaks it off (collective)."""
+
+        def shown(give_way: GiveWay) -> None:
+            if self.shows_samples:
+                work(give_way)
+
+        self._run.alone(shown)
 
     def __enter__(self) -> Telemetry:
         return self

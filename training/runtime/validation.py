@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -10,6 +11,7 @@ from training.runtime.distributed import World
 from training.runtime.engine import Engine
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Phase, SampleSource, ValidationHook
+from training.runtime.preemption import BrokenOff
 from training.runtime.sampler import MicroBatch
 from training.runtime.telemetry import Telemetry
 
@@ -68,5 +70,6 @@ def share(num_samples: int, micro: int, world: World) -> list[tuple[MicroBatch, 
 def _phase_hook(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -> None:
     if isinstance(phase, ValidationHook):
         engine.model.eval()
-        phase.on_validate(engine.model, telemetry, step)
-        engine.world.barrier()  # rank 0 alone writes, which may take longer than a step's ranks wait for one another
+        with suppress(BrokenOff):  # by a stop: the samples go without
+            phase.on_validate(engine.model, telemetry, step)
+        engine.world.barrier()  # rank 0 alone writes
