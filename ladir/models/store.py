@@ -201,8 +201,10 @@ def load_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     """``ladir.json`` of a model folder; UnusableError names the folder when it is missing, torn or of another kind."""
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
-        there = f"is no {kind} folder: {SETTINGS_FILE} is missing" if path.parent.is_dir() else "is not there"
-        raise UnusableError(f"{folder} {there}; train or export it first{_MAKERS.get(kind, '')}")
+        maker = _MAKERS.get(kind, "")
+        if not path.parent.is_dir():
+            raise UnusableError(f"{folder} is not there; train or export it first{maker}")
+        raise UnusableError(f"{folder} is no {kind} folder: {SETTINGS_FILE} is missing; train or export it first{maker}")
     with names_damage(path):
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
     if settings.get("kind") != kind:

@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> RunData:
     """A run folder.  Raises FileNotFoundError where there is none, ValueError naming a file that is not what it should be."""
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such run folder")
+        raise FileNotFoundError(f"{path}: no such run folder; name one (runs/<name>)")
     known = ("config.yaml", "metrics.jsonl", "results.json")
     if not any((path / name).is_file() for name in known):
         raise FileNotFoundError(f"{path}: no run folder: it has none of {', '.join(known)}")
