@@ -479,3 +479,7 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     judged = planner.verifier()
     assert judged.samples == config.verifier.num_questions and judged.fits
     assert judged.activations == answering(config, planner.data, planner._lm, 20, 8).cache
+
+    assert list(planner.left_out()) == []
+    config.rl.policy = "text"
+    assert [line for line in planner.left_out() if "rl.policy=text" in line]

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PlanError, BatchSizeError, DeepSpeedConfigError, BadRecords, UnusableError) as error:
         sys.stderr.write(f"plan.py: {error}\n")
         return 2
-    print_report(Console(), predictions, machine, planner.data.measured)
+    print_report(Console(), predictions, machine, planner.data.measured, planner.left_out())
     return 0 if all(p.fits for p in predictions) else 1
 
 

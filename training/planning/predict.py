@@ -43,6 +43,11 @@ class Planner:
         self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
         self._mean_passes: dict[tuple[str, int], Pass] = {}
 
+    def left_out(self) -> Iterator[str]:
+        """What will run and is not predicted, a line each."""
+        if self.config.rl.enabled and self.config.rl.policy == "text":
+            yield "Stage 3 of the AR baseline (rl.policy=text) is not counted."
+
     def predictions(self) -> Iterator[Prediction]:
         """All phases in the order in which they run."""
         yield self.training("vae")

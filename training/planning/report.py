@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from rich.console import Console
@@ -96,8 +96,10 @@ def lighter(predictions: Sequence[Prediction]) -> Iterator[str]:
         yield f"{phases}: deepspeed.config={path} fits as well and is faster, since less is gathered and sent"
 
 
-def print_report(console: Console, predictions: Sequence[Prediction], machine: Machine, measured: bool) -> None:
-    """Everything, as wide as it is where it goes to a file or a pipe."""
+def print_report(
+    console: Console, predictions: Sequence[Prediction], machine: Machine, measured: bool, left_out: Iterable[str] = ()
+) -> None:
+    """Everything, as wide as it is where it goes to a file or a pipe; ``left_out``: what is not among the predictions."""
     print_whole(console, partial(memory_table, machine), predictions)
     print_whole(console, partial(time_table, machine), predictions)
     source = "lengths measured in data.train" if measured else "lengths from plan.* and data.max_* (data.train is not at hand)"
@@ -108,6 +110,7 @@ def print_report(console: Console, predictions: Sequence[Prediction], machine: M
         "Time is the larger of a GPU's arithmetic and of its host's launching one operator after another (--launch-us).",
         "Decoding (evaluate) reads memory more than it computes: its MFU is lower, its keys and values are an upper bound.",
         *(["Stage 3 (rl) has no epochs: its figures are those of all its steps, every group teaching."] if reinforced else []),
+        *left_out,
         *lighter(predictions),
     ]
     verdict = [f"[red]{line}[/red]" for line in remedies(predictions)] or ["[green]every phase fits[/green]"]
