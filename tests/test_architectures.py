@@ -159,7 +159,8 @@ def assert_every_kernel(lm: PreTrainedModel) -> None:
     expected = read(backbone, ids)
     for device in ("cpu", "cuda"):
         set_attention(lm, "auto", device)
-        assert torch.allclose(read(backbone, ids), expected, rtol=1e-5, atol=1e-6)
+        # Some LMs compute parts in float32, whatever their dtype is: the last digits differ between processors.
+        assert torch.allclose(read(backbone, ids), expected, rtol=1e-5, atol=1e-5)
     if not lm._supports_sdpa:
         assert lm.config._attn_implementation == "eager"
         with pytest.raises(UnusableError, match=r"attention=sdpa cannot be used: .* models compute what it does not"):

@@ -201,7 +201,6 @@ def test_make_prose_goes_from_data_to_report(tmp_path: Path) -> None:
         *(f"{phase}.train.{name}={value}" for phase in ("ar", "vae", "denoiser") for name, value in training.items()),
         "sample.num_steps=2",
         "sample.max_blocks=2",
-        "sample.max_thought_tokens=8",
         "evaluate.num_questions=2",
         "evaluate.num_trajectories=2",
         "evaluate.questions_per_batch=2",

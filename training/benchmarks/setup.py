@@ -23,7 +23,7 @@ from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae
 from training.benchmarks.sizes import Size
-from training.planning.models import Lengths, new_model
+from training.planning.models import Lengths, bos_of, new_model, separator_of
 from training.planning.trace import LiveMemory
 
 EOS = 1
@@ -131,7 +131,8 @@ class Bench:
 
     def vae_batch(self, sentences: Sequence[Sequence[int]], pack_tokens: int = 0) -> VaeBatch:
         """The micro batch of ``sentences``."""
-        collator = VaeCollator(self.config.vae, range(self.size.scratch["vocab_size"]), EOS, 0, pack_tokens)
+        around = bos_of(self.config), separator_of(self.config)
+        collator = VaeCollator(self.config.vae, range(self.size.scratch["vocab_size"]), EOS, 0, pack_tokens, *around)
         return collator(sentences, range(len(sentences))).to(self.device)
 
     def seconds(self, way: Callable[[], Any]) -> float:

@@ -184,9 +184,8 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         encoder = _backbone(config, checkpointing, device, layers=layers)
         if phase == "vae":
             shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-            return Vae(
-                encoder, None if shares else _backbone(config, checkpointing, device, False, layers), config.vae, _bos(config)
-            )
+            decoder = None if shares else _backbone(config, checkpointing, device, False, layers)
+            return Vae(encoder, decoder, config.vae, bos_of(config), separator_of(config))
         if phase in ("denoiser", "rollout", "rl"):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
@@ -198,12 +197,12 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         return ArModel(encoder)
 
 
-def _bos(config: Config) -> tuple[int, ...]:
+def bos_of(config: Config) -> tuple[int, ...]:
     """A <bos> that the VAE reads; tokenizers without one are not told apart, which costs a token a sentence too many."""
     return (_ID,) if config.vae.bos else ()
 
 
-def _separator(config: Config) -> tuple[int, ...]:
+def separator_of(config: Config) -> tuple[int, ...]:
     """A separator that the VAE's decoder reads, counted as one token."""
     return (_ID,) if config.vae.separator else ()
 
@@ -224,7 +223,7 @@ def micro_batch(
             follows = [_ID] * ((lengths.blocks - 1) * lengths.block // 2 + lengths.answer)
             sentences = [GroundedSentence([_ID] * lengths.block, [_ID] * lengths.question, follows)] * count
         collate = VaeCollator(
-            config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, _bos(config), _separator(config)
+            config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, bos_of(config), separator_of(config)
         )
         return collate(sentences, numbers, training=False).to(device)
     if phase in ("denoiser", "rollout", "rl"):
