@@ -169,7 +169,7 @@ finish() {
         exit 1
     fi
     [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$most" ] ||
-        fail "$entry: $what before anything more was saved, and $limit=$most is used up; submit it again to continue"
+        fail "$entry: ${what% and saved} before anything more was saved, and $limit=$most is used up; submit it again to continue"
     echo "$entry: $what; back to the queue (restart $((restarts + 1)); at most $most without progress)"
     find_bad_nodes
     trap '' TERM "$STOP_SIGNAL" # which end this script, and what it calls, as soon as the job is back in the queue
