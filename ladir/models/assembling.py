@@ -17,6 +17,7 @@ from ladir.config import ExportSettings, SampleSettings
 from ladir.errors import UnusableError
 from ladir.models.card import CardFacts, write_card
 from ladir.models.exports import DECODER_FOLDER, DECODER_HEAD, ENCODER_FOLDER, VERIFIER_FOLDER, dtype_of
+from ladir.models.folders import saved_marks
 from ladir.models.merging import merge_adapter
 from ladir.models.pairing import (
     TrainedOn,
@@ -153,9 +154,8 @@ def _place_thought_decoder(parts: _Parts, target: Path, how: ExportSettings) -> 
     heads = load_tensors(parts.vae / HEADS_FILE)
     save_tensors({name: tensor for name, tensor in heads.items() if name.startswith(DECODER_HEAD)}, target / HEADS_FILE)
     base = parts.decoder if named else None
-    saved = load_settings(parts.vae, "vae")
-    around = {name: saved.get(name, []) for name in ("bos", "separator")}
-    update_settings(target, kind="thought_decoder", base=base, shared=shared, vae=parts.trained_on.vae, **around)
+    marks = {name: list(ids) for name, ids in saved_marks(load_settings(parts.vae, "vae")).items()}
+    update_settings(target, kind="thought_decoder", base=base, shared=shared, vae=parts.trained_on.vae, **marks)
 
 
 def _copy_base(parts: _Parts, export: Path) -> Path | None:

@@ -25,7 +25,7 @@ from ladir.errors import UnusableError
 from ladir.models.backbone import Backbone, choose_dtype
 from ladir.models.card import CARD_FILE, write_card
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_denoiser, load_vae, save_denoiser, save_vae
+from ladir.models.folders import load_denoiser, load_vae, marks_around, save_denoiser, save_vae, saved_marks
 from ladir.models.loading import load_lm
 from ladir.models.pairing import TrainedOn, adapter_base, check_tokenizer, check_vae, find_base, name_base
 from ladir.models.store import (
@@ -202,8 +202,7 @@ def _load_thought_decoder(found: _Found, denoiser: Denoiser, settings: BackboneS
     else:
         lm = load_lm(settings, device.type, found.decoder["base"] or str(folder), device)
         backbone = Backbone(lm).to(device).eval()
-    around = [tuple(found.decoder.get(name, [])) for name in ("bos", "separator")]
-    return ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype), *around)
+    return ThoughtDecoder(backbone, from_latent.to(device, denoiser.dtype), **saved_marks(found.decoder))
 
 
 def _dtype_here(folder: Path, device: torch.device) -> str:
@@ -258,8 +257,7 @@ def save_thought_decoder(decoder: ThoughtDecoder, folder: str | Path, shared: Ba
     if not is_shared:
         holder["backbone"] = plain = Backbone(decoder.backbone.base)
         lms["backbone.lm."] = (plain, "")
-    around = {"bos": list(decoder.bos), "separator": list(decoder.separator)}
-    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared, **around}
+    settings = {"kind": "thought_decoder", "base": None, "shared": is_shared, **marks_around(decoder)}
     save_model(holder, without_adapters(own_state(holder)), folder, lms, settings)
 
 

@@ -9,7 +9,7 @@ What is made of them to be asked: :mod:`ladir.models.exports`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ def question_frame(folder: str | Path) -> dict[str, Any] | None:
     return frame
 
 
+def marks_around(decoder: ThoughtDecoder | Vae) -> dict[str, list[int]]:
+    """The ids read around latents, as a folder's settings say them."""
+    return {"bos": list(decoder.bos), "separator": list(decoder.separator)}
+
+
+def saved_marks(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """:func:`marks_around` of a folder's settings; an older version's VAE reads none."""
+    return {name: tuple(saved.get(name, ())) for name in ("bos", "separator")}
+
+
 def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str | None = None) -> None:
     """Write a VAE; ``base`` names the LM that a frozen decoder or an adapter stands on."""
     lms = {"encoder.lm.": (vae.encoder, "encoder")}
@@ -89,8 +99,7 @@ def save_vae(vae: Vae, folder: str | Path, state: State | None = None, base: str
         "kind": "vae",
         "base": base,
         "base_fingerprint": noted_fingerprint(base),
-        "bos": list(vae.bos),
-        "separator": list(vae.separator),
+        **marks_around(vae),
         "settings": plain_settings(vae.settings),
     }
     save_model(vae, state or own_state(vae), folder, lms, settings, skip=[] if trained else ["own_decoder."])
@@ -152,7 +161,7 @@ def load_vae(
     """
     saved = load_settings(folder, "vae")
     settings = settings_of(VaeSettings, saved["settings"], folder)
-    bos, separator = saved.get("bos", []), saved.get("separator", [])  # an older version's VAE reads none
+    marks = saved_marks(saved)
     encoder = load_backbone(Path(folder) / "encoder", backbone, device, base=base)
     decoder = None
     if encoder_only:
@@ -161,8 +170,8 @@ def load_vae(
         decoder = load_backbone(Path(folder) / "decoder", backbone, device)
     elif not encoder.has_adapters:
         decoder = Backbone(load_lm(backbone, device.type, saved["base"], device))
-    settings = replace(settings, bos=bool(bos), separator=settings.separator if separator else "")
-    vae = Vae(encoder, decoder, settings, bos, separator)
+    settings = replace(settings, bos=bool(marks["bos"]), separator=settings.separator if marks["separator"] else "")
+    vae = Vae(encoder, decoder, settings, **marks)
     load_heads(vae, folder)
     return vae.to(device).eval()
 
@@ -183,7 +192,7 @@ def load_vae_to_train(folder: str | Path, backbone: BackboneSettings, settings: 
         decoder = for_training(load_backbone(Path(folder) / "decoder", backbone, device, trainable=True), backbone)
     elif not encoder.has_adapters:
         decoder = for_training(Backbone(load_lm(backbone, device_type, saved["base"])), backbone)
-    vae = Vae(encoder, decoder, settings, saved.get("bos", []), saved.get("separator", []))
+    vae = Vae(encoder, decoder, settings, **saved_marks(saved))
     load_heads(vae, folder)
     return vae
 
@@ -200,8 +209,7 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     trained = saved["settings"]["decoder"] == "trained"
     lm = Backbone(load_lm(backbone, device.type, str(Path(folder) / "decoder") if trained else saved["base"], device))
     from_latent = load_latent_maps(folder).from_latent
-    around = [tuple(saved.get(name, [])) for name in ("bos", "separator")]
-    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), *around)
+    return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), **saved_marks(saved))
 
 
 def load_backbone(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from ladir.tasks.signals import held_signals
+from ladir.threads import in_thread
 
 T = TypeVar("T")
 
@@ -39,9 +38,8 @@ class TimeLimit:
     def __call__(self, function: Callable[[], T], what: str) -> T:
         """What ``function`` returns or raises; OverTimeError, beginning with ``what``, where it does neither in time."""
         message = f"{what} did not return within {self._seconds:g} seconds"
-        found: Future[T] = Future()
         with self._watched(message):
-            threading.Thread(target=_run, args=(function, found), name="limited call", daemon=True).start()
+            found = in_thread(function)
             try:
                 return found.result(self._seconds)
             except TimeoutError as error:
@@ -68,13 +66,6 @@ class TimeLimit:
         with suppress(BrokenPipeError):  # somebody has ended it: the first limit stays
             self._watcher.stdin.write(line.encode() + b"\n")
             self._watcher.stdin.flush()
-
-
-def _run(function: Callable[[], T], found: Future[T]) -> None:
-    try:
-        found.set_result(function())
-    except BaseException as error:  # handed on to the caller
-        found.set_exception(error)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

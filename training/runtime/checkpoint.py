@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ladir.threads import in_thread
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, StateReader
 from training.runtime.files import publish_folder, sha256, write_json, write_tensors, write_text
@@ -101,20 +101,6 @@ class Writing:
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         return _together(self._world, self._target, action)
-
-
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """What ``work`` will return, at which a thread of its own is."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # nothing waits for it where the process ends
-    return future
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
