@@ -3,6 +3,7 @@
 set -euo pipefail
 
 readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to outgoing connections
+readonly PORT_STEP=1009 # from one start of a job to the next, which may find the first one's port taken
 readonly INTERRUPTED_STATUS=75                # of a program that was asked to stop and has saved
 
 fail() {
@@ -116,7 +117,7 @@ saved_so_far() {
 
 export_environment() {
     MASTER_ADDR=$(sed -n '1s/ .*//p' "$HOSTFILE")
-    MASTER_PORT=${MASTER_PORT:-$((FIRST_PORT + SLURM_JOB_ID % NUM_PORTS))}
+    MASTER_PORT=${MASTER_PORT:-$((FIRST_PORT + (SLURM_JOB_ID + PORT_STEP * restarts) % NUM_PORTS))}
     CORES=$((${SLURM_CPUS_ON_NODE:-$PROCESSES} / PROCESSES))
     # Without GPUs (PROCESSES_PER_NODE) processes may share a CPU; beside a GPU they would keep it waiting.
     [ "$CORES" -gt 0 ] || [ -n "${PROCESSES_PER_NODE:-}" ] ||
@@ -180,7 +181,7 @@ finish() {
 
 # Kinds of failures, as training/runtime/failures.py tells them apart.
 declare -rA meaning=([refused]="an error to be mended" [fault]="an error in the program" [device]="a device or network fails"
-    [lost]="a process was lost" [sick]="a device is wrong or slow" [ended]="processes died without a word")
+    [lost]="a process was lost" [absent]="its processes did not find one another" [sick]="a device is wrong or slow" [ended]="processes died without a word")
 
 # Sets kind and nodes, and notes the nodes that are to blame.
 find_blame() {

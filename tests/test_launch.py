@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from training.runtime import distributed
 from training.runtime.distributed import complete_environment
-from training.runtime.rendezvous import LaunchError, meet
+from training.runtime.failures import Kind
+from training.runtime.rendezvous import GatheringError, LaunchError, meet
 
 
 @pytest.fixture
@@ -49,6 +51,44 @@ def said(outcomes: list[Any]) -> str:
     text = [str(outcome) for outcome in outcomes if isinstance(outcome, LaunchError)]
     assert text and not any("\n" in line for line in text)
     return " | ".join(text)
+
+
+def kinds(outcomes: list[Any]) -> set[Kind]:
+    """What a batch script is told of those that failed, as a program ends: with the error behind a status."""
+    return {distributed._blame(outcome, "refused")[0] for outcome in outcomes if isinstance(outcome, LaunchError)}
+
+
+def test_what_may_go_well_at_another_start_is_told_apart_from_what_nobody_but_the_user_mends(port: int) -> None:
+    """A process that is late or gone and a port that is taken, against ranks and sizes that are wrong."""
+    assert kinds(together(place(port, 0, 2), seconds=0.5)) == {"absent"}
+    assert kinds(together(place(port, 1, 2), seconds=0.5)) == {"absent"}
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert kinds(together(place(port, 0, 2), place(port, 1, 2), seconds=0.5)) == {"absent"}
+    doubled = together(place(port, 0, 3), place(port, 1, 3), place(port, 1, 3), seconds=2.0)
+    assert kinds(doubled) == {"refused", "absent"}  # the doubled one is told of at once, and who tells first is believed
+    assert "refused" in kinds(together(place(port, 0, 2), place(port, 1, 4), seconds=2.0))
+    with pytest.raises(LaunchError) as raised:
+        complete_environment({**place(port, 0, 2), "RANK": "first"})
+    assert kinds([raised.value]) == {"refused"}
+
+
+def test_who_has_lost_rank_0_leaves_it_to_others_to_say_why() -> None:
+    error = GatheringError("rank 1 has lost rank 0")
+    error.__cause__ = torch.distributed.DistNetworkError("connection reset")
+    assert kinds([error]) == {"lost"}
+
+
+def test_a_job_that_comes_back_meets_at_another_port() -> None:
+    """The first one's may be taken there for long."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    ports = set()
+    for restarts in range(4):
+        environment = {**step, "MASTER_ADDR": "node1", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+        complete_environment(environment)
+        ports.add(int(environment["MASTER_PORT"]))
+    assert len(ports) == 4 and all(distributed.FIRST_PORT <= port < 32768 for port in ports)
 
 
 def test_all_who_are_expected_meet(port: int) -> None:

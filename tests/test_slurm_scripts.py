@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from training.runtime.distributed import FIRST_PORT, NUM_PORTS
+from training.runtime.distributed import FIRST_PORT, NUM_PORTS, PORT_STEP, complete_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,9 +94,17 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_scripts_and_programs_choose_the_same_port_and_none_that_may_be_taken() -> None:
-    found = re.search(r"FIRST_PORT=(\d+) NUM_PORTS=(\d+)", (ROOT / "slurm" / "common.sh").read_text())
-    assert found is not None
-    assert tuple(map(int, found.groups())) == (FIRST_PORT, NUM_PORTS)
+    script = (ROOT / "slurm" / "common.sh").read_text()
+    found = re.findall(r"\b(?:FIRST_PORT|NUM_PORTS|PORT_STEP)=(\d+)", script)
+    assert tuple(map(int, found)) == (FIRST_PORT, NUM_PORTS, PORT_STEP)
+    (formula,) = re.findall(r"MASTER_PORT:-(\$\(\(.*?\)\))\}", script)
+    facts = {"SLURM_JOB_ID": "12345", "SLURM_RESTART_COUNT": "3"}
+    given = {**facts, "restarts": "3", "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS), "PORT_STEP": str(PORT_STEP)}
+    printed = subprocess.run(["bash", "-c", f"echo {formula}"], env={**os.environ, **given}, capture_output=True, text=True)
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "a"}
+    environment = {**facts, **step}
+    complete_environment(environment)
+    assert printed.stdout.strip() == environment["MASTER_PORT"]
     assert FIRST_PORT + NUM_PORTS <= 32768  # where Linux's ip_local_port_range starts
 
 
@@ -209,6 +217,9 @@ def test_what_may_end_otherwise_goes_back_to_the_queue_and_what_must_be_mended_d
     status, told = crash(tmp_path, "fault -", "step-2")
     assert status == 0 and "train_vae: crashed (an error in the program); back to the queue (restart 1; at most 2" in told
     assert "lost" in crash(tmp_path, "lost -", idle=1)[1]
+    status, told = crash(tmp_path, "absent -", idle=1)
+    assert status == 0 and "train_vae: crashed (its processes did not find one another); back to the queue (restart 2" in told
+    assert crash(tmp_path, "absent -", idle=2)[0] == 2
     status, told = crash(tmp_path, "", idle=2)  # nobody said why
     assert status == 2 and "before anything more was saved, and MAX_CRASHES=2 is used up" in told
     assert crash(tmp_path, "", saved="step-3", idle=2)[0] == 0

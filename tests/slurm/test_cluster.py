@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster
 from tests.slurm.project import CONFIG, SIZE, Project
+from training.runtime.distributed import FIRST_PORT, NUM_PORTS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
@@ -186,6 +188,21 @@ def test_a_killed_rank_brings_the_job_back_and_a_node_that_failed_twice_is_left_
         step: set(found) for step, found in project.losses("first", "vae").items()
     }
     assert project.weights(name, "vae") == project.weights("first", "vae")
+
+
+def test_a_job_that_finds_its_port_taken_comes_back_and_meets_at_another(chain: dict[str, str], project: Project) -> None:
+    cluster, name = project.cluster, "taken"
+    held = ("--hold", *SIZE, "slurm/train_vae.sbatch", CONFIG, *project.settings(name))
+    job = cluster.submit(*held, LAUNCHER="srun")
+    with socket.socket() as other:
+        other.bind(("", FIRST_PORT + int(job) % NUM_PORTS))
+        other.listen()
+        cluster.run("scontrol", "release", job)
+        project.restarted(job, 1)
+    project.finish(job)
+    assert "crashed (its processes did not find one another); back to the queue (restart 1" in project.log(job)
+    assert not (project.folder / name / "slurm" / "failed-nodes").exists()
+    assert project.losses(name, "vae") == project.losses("first", "vae")
 
 
 def test_a_failing_phase_cancels_what_depends_on_it(chain: dict[str, str], project: Project) -> None:

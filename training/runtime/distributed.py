@@ -27,7 +27,7 @@ from ladir.installation import missing_package
 from training.runtime.failures import Kind, node_name, tell_batch_script, tell_launcher
 from training.runtime.logs import configure_logging
 from training.runtime.preemption import INTERRUPTED_STATUS
-from training.runtime.rendezvous import LaunchError, check_numbers, meet
+from training.runtime.rendezvous import GatheringError, LaunchError, check_numbers, meet
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _STARTERS = "start with torchrun, deepspeed or srun"
 FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outgoing connections
+PORT_STEP = 1009  # from one start of a job to the next, which may find the first one's port taken
 
 
 class RankLostError(RuntimeError):
@@ -233,6 +234,8 @@ def _blame(error: BaseException | None, otherwise: Kind) -> tuple[Kind, tuple[st
         return "lost", error.nodes
     if isinstance(error, SickRankError):
         return "sick", error.nodes
+    if isinstance(error, GatheringError):  # who has lost rank 0 does not know why, and rank 0's node may
+        return ("lost" if isinstance(error.__cause__, dist.DistError) else "absent"), ()
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, dist.DistBackendError) and "CUDA error" in str(error)):
         return "device", (node_name(),)
     if isinstance(error, RuntimeError) and is_lost_rank(error):
@@ -288,8 +291,8 @@ def _from_slurm(environment: Any) -> None:
         environment["MASTER_ADDR"] = _first_host(
             environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
         )
-    job = int(environment.get("SLURM_JOB_ID", "0"))
-    environment.setdefault("MASTER_PORT", str(FIRST_PORT + job % NUM_PORTS))
+    job, restarts = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + (job + PORT_STEP * restarts) % NUM_PORTS))
 
 
 def _first_host(nodes: str) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 #: refused: the user's to mend; fault: an exception like any other; device: of this node's device or network; lost: another
-#: process died or hangs; sick: the pre-flight has found a device wrong or slow; ended: a node's processes died without a word
-Kind = Literal["refused", "fault", "device", "lost", "sick", "ended"]
+#: process died or hangs; absent: the processes have not found one another; sick: the pre-flight has found a device wrong or
+#: slow; ended: a node's processes died without a word
+Kind = Literal["refused", "fault", "device", "lost", "absent", "sick", "ended"]
 
 
 def tell_launcher(message: str, follows: bool = False) -> None:

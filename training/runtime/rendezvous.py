@@ -26,6 +26,10 @@ class LaunchError(RuntimeError):
     """The processes were started in a way that leaves ranks unknown, doubled or alone."""
 
 
+class GatheringError(LaunchError):
+    """The processes have not found one another, which may go well at another start: one is late or gone, or the port is taken."""
+
+
 def check_numbers(environment: Mapping[str, str]) -> None:
     """Raise :class:`LaunchError` where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT cannot be."""
     numbers = {}
@@ -49,8 +53,8 @@ def check_numbers(environment: Mapping[str, str]) -> None:
 def meet(environment: Mapping[str, str], seconds: float) -> dist.TCPStore:
     """Wait until all processes of the job have come; returns the store they met at, to be kept until the group is made.
 
-    Raises :class:`LaunchError` where the port is taken, a rank is missing or doubled, or the first one cannot be reached,
-    after ``seconds`` at most (deepspeed.start_seconds).
+    Raises :class:`GatheringError` where the port is taken, a rank is missing, or the first one cannot be reached, after
+    ``seconds`` at most (deepspeed.start_seconds); :class:`LaunchError` where two have one rank, or sizes differ.
     """
     outcome: list[dist.TCPStore | BaseException] = []
 
@@ -65,7 +69,7 @@ def meet(environment: Mapping[str, str], seconds: float) -> dist.TCPStore:
     worker.start()
     worker.join(seconds + 2)
     if not outcome:
-        raise LaunchError(_unreachable(environment, seconds))
+        raise GatheringError(_unreachable(environment, seconds))
     found = outcome[0]
     if isinstance(found, BaseException):
         raise found
@@ -84,7 +88,7 @@ def _meet(environment: Mapping[str, str], end: float, seconds: float) -> dist.TC
             raise LaunchError(f"two processes have RANK={rank}: every one needs a rank of its own; unset RANK under srun")
         _wait_for_all(store, attempt, rank, size, end, seconds)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise LaunchError(f"rank {rank} has lost rank 0 while processes gathered: what rank 0 says is the cause") from error
+        raise GatheringError(f"rank {rank} has lost rank 0 while processes gathered: what rank 0 says is the cause") from error
     return store
 
 
@@ -95,17 +99,17 @@ def _open_store(environment: Mapping[str, str], seconds: float) -> dist.TCPStore
     end = time.monotonic() + seconds
     # Tried with plain sockets first: PyTorch writes pages about a port that is taken or silent.
     if main and _is_taken(port):
-        raise LaunchError(
+        raise GatheringError(
             f"port {port} is taken on this machine, by another job or a second process with RANK=0: set MASTER_PORT to a free "
             "one (torchrun --master-port, deepspeed --master_port)"
         )
     if not main and not _answers(address, port, end):
-        raise LaunchError(_unreachable(environment, seconds))
+        raise GatheringError(_unreachable(environment, seconds))
     try:
         left = timedelta(seconds=max(end - time.monotonic(), 1))
         return dist.TCPStore(address, port, is_master=main, timeout=left, wait_for_workers=False, multi_tenant=True)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise LaunchError(_unreachable(environment, seconds)) from error
+        raise GatheringError(_unreachable(environment, seconds)) from error
 
 
 def _is_taken(port: int) -> bool:
@@ -142,7 +146,7 @@ def _wait_for_all(store: dist.TCPStore, attempt: str, rank: int, size: int, end:
     told = time.monotonic() + _SAY_AFTER_SECONDS
     while missing := [other for other in range(size) if not store.check([f"{attempt}/rank-{other}"])]:
         if time.monotonic() > end:
-            raise LaunchError(_alone(missing, rank, size, seconds))
+            raise GatheringError(_alone(missing, rank, size, seconds))
         if rank == 0 and time.monotonic() > told:
             logger.info("waiting for %d of %d processes (ranks %s)", len(missing), size, _listed(missing))
             told = end + 1
