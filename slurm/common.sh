@@ -106,11 +106,11 @@ count_restarts() {
     echo "$idle_restarts $mark" >"$file"
 }
 
-# Stands for what the run has saved: newest checkpoints, parts of latents, answers, finished phases.
+# Stands for what the run has saved: newest checkpoints, token stores, parts of latents, answers, finished phases.
 saved_so_far() {
     {
         cat "$RUN_FOLDER"/checkpoints/*/latest || true
-        ls "$RUN_FOLDER"/latents/*.parts-*/*.json "$RUN_FOLDER"/outcome-*.json || true
+        ls "$RUN_FOLDER"/tokens/*/index.json "$RUN_FOLDER"/latents/*.parts-*/*.json "$RUN_FOLDER"/outcome-*.json || true
         wc -c "$RUN_FOLDER"/evaluation/*/*/*.jsonl || true
     } 2>/dev/null | cksum | tr ' ' -
 }

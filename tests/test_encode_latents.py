@@ -49,7 +49,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Ten records of one to three blocks, in place of a file's; any VAE folder has the fingerprint ``vae``."""
     made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
     stored = SimpleNamespace(records=lambda named: made)
-    monkeypatch.setattr(encode_latents, "Tokens", lambda config, world, tokenizer: stored)
+    monkeypatch.setattr(encode_latents, "Tokens", lambda config, world, tokenizer, stop: stored)
     monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "vae")
     monkeypatch.setattr(encode_latents, "_check_lengths", lambda *arguments: None)
     monkeypatch.setattr(encode_latents, "load_tokenizer", lambda backbone: TOKENIZER)

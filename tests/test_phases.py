@@ -234,7 +234,7 @@ def test_the_baseline_reads_questions_as_it_is_set(one_process: ProcessGroup, fo
 class InMemory:
     """Stands for the token stores: every record read, tokenized and kept by this process alone."""
 
-    def __init__(self, config: Config, world: World, tokenizer: Any) -> None:
+    def __init__(self, config: Config, world: World, tokenizer: Any, stop: Any = None) -> None:
         self._settings, self._tokenizer = config.data, tokenizer
 
     def records(self, named: str) -> Any:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +33,15 @@ from ladir.data.token_store import Store, TokenStore, store_key, stored_chains, 
 from ladir.data.tokenizing import in_order, write_chains, write_records, write_sentences
 from ladir.errors import UnusableError
 from ladir.tokens import build_word_tokenizer, encode_text, tokenization_fingerprint
+from tests.distributed import ProcessGroup
+from tests.tiny import tiny_lm
+from training import train_vae
 from training.phases import tokens
 from training.phases.tokens import Tokens
-from training.runtime.distributed import World
+from training.runtime.distributed import World, run_as_program
+from training.runtime.files import locked, sha256
+from training.runtime.preemption import INTERRUPTED_STATUS, BrokenOff
+from training.runtime.run import open_run
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 WORDS = build_word_tokenizer(["a", "b", "c", "d.", "e.", "####", "\n", "1", "2"])
@@ -222,3 +234,100 @@ def test_what_fails_in_a_helper_s_process_is_raised_and_nothing_random_is_used_u
     assert torch.equal(torch.get_rng_state(), state)  # models start from the same weights whether or not a store was made
     with pytest.raises(ValueError, match="of chunk 5"):
         list(in_order(work, range(9), 2))
+
+
+def read_slowly(told: Callable[[], object], seconds: float) -> Callable[..., Any]:
+    """In the place of ``records_of``: three rows take so long; ``told`` is called at the first of a process."""
+    read, calls = tokenizing.records_of, []
+
+    def slow(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            told()
+        time.sleep(seconds)
+        return read(*arguments)
+
+    return slow
+
+
+def train_on_slow_rows(arguments: list[str], pipe: Connection) -> None:
+    """A process of its own: says when it has begun to read."""
+    tokenizing._ROWS, tokenizing.records_of = 3, read_slowly(lambda: pipe.send("reading"), 0.2)
+    run_as_program(lambda: train_vae.main(arguments))
+
+
+def train_as_it_is(arguments: list[str]) -> None:
+    run_as_program(lambda: train_vae.main(arguments))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_while_records_are_tokenized_ends_the_program_and_the_next_start_reads_them(
+    tmp_path: Path, processes: int
+) -> None:
+    """A real program and a real signal."""
+    build_word_tokenizer(["a", "b", "c", "d.", "e.", "####", "\n", "1", "2"]).save_pretrained(str(tmp_path / "tokenizer"))
+    tiny_lm(dtype=torch.float32).save_pretrained(str(tmp_path / "lm"))
+    file, run = tmp_path / "many.jsonl", tmp_path / "toy"
+    file.write_text("".join(json.dumps(record(i)) + "\n" for i in range(900)))
+    lm = [f"backbone.name_or_path={tmp_path / 'lm'}", f"backbone.tokenizer={tmp_path / 'tokenizer'}", "backbone.dtype=float32"]
+    train = ["vae.train.max_epochs=null", "vae.train.max_steps=1", "vae.train.global_batch=2", "vae.latent_dim=2"]
+    arguments = [f"run.folder={tmp_path}", "run.name=toy", f"data.train={file}", f"data.processes={processes}", *lm, *train]
+    arguments += ["telemetry.loggers=[]", 'data.answer_prefixes=["####"]']
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=train_on_slow_rows, args=(arguments, theirs))
+    process.start()
+    assert ours.recv() == "reading" and process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == INTERRUPTED_STATUS
+    assert (run / "INTERRUPTED").read_text() == "vae\n"
+    assert [path for path in (run / "tokens").iterdir() if path.is_dir()] == []
+    process = context.Process(target=train_as_it_is, args=(arguments,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and not (run / "INTERRUPTED").exists()
+    (folder,) = (path for path in (run / "tokens").iterdir() if path.is_dir())
+    assert len(TokenStore(Store(folder, [str(file)]))) == 900
+
+
+def tokenized(world: World, folder: Path, file: str, signalled: int | None) -> int | None:
+    """How many records all ranks have; None where they broke off.  Rank ``signalled`` is asked to stop while rank 0 reads."""
+    config = configure(folder, f"data.train={file}", "data.processes=1", "run.name=two")
+    with pytest.MonkeyPatch.context() as patch, open_run(config, "vae", world) as run:
+        patch.setattr(tokenizing, "_ROWS", 3)
+        if signalled is not None:
+            patch.setattr(tokenizing, "records_of", read_slowly(lambda: None, 0.2))
+        if signalled == world.rank:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        try:
+            store = Tokens(config, world, WORDS, run.stop).records(file)
+        except BrokenOff:
+            return None
+        return len(store or [])
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_any_rank_breaks_the_reading_off(two_processes: ProcessGroup, tmp_path: Path, signalled: int) -> None:
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(record(i)) + "\n" for i in range(150)))
+    assert two_processes.run(tokenized, tmp_path, str(file), signalled) == [None, None]
+    assert [path for path in (tmp_path / "two" / "tokens").iterdir() if path.is_dir()] == []
+    assert two_processes.run(tokenized, tmp_path, str(file), None) == [150, 150]
+
+
+def test_a_stop_is_obeyed_while_another_job_makes_the_same_store_and_while_a_file_is_hashed(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def give_way() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise BrokenOff
+
+    with locked(tmp_path / "store"), pytest.raises(BrokenOff), locked(tmp_path / "store", give_way):
+        pytest.fail("two have the lock")
+    with locked(tmp_path / "store", give_way):  # free again: nobody is asked
+        assert len(asked) == 2
+    (tmp_path / "file").write_bytes(b"content")
+    with pytest.raises(BrokenOff):
+        sha256(tmp_path / "file", give_way)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: config.ar.phase, trains=True) as run:
         if finished_before(run) is None:
-            train(run, ar_phase(run.config, run.world))
+            train(run, ar_phase(run.config, run.world, run.stop))
 
 
 if __name__ == "__main__":

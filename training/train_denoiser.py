@@ -14,23 +14,29 @@ from __future__ import annotations
 if not __package__:  # started as a program
     import preflight  # noqa: F401
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+from ladir.config import Config
+from training.phases.base import TrainingPhase
 from training.phases.denoiser import denoiser_phase
 from training.phases.joint import joint_phase
 from training.phases.rollout import rollout_phase
-from training.runtime.distributed import run_as_program
+from training.runtime.distributed import World, run_as_program
 from training.runtime.ending import finished_before
 from training.runtime.job import job
 from training.runtime.loop import train
+
+Build = Callable[[Config, World], TrainingPhase]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser", trains=True) as run:
         if finished_before(run) is None:
-            build = {"teacher": denoiser_phase, "joint": joint_phase, "rollout": rollout_phase}[run.config.stage]
-            train(run, build(run.config, run.world))
+            joint = partial(joint_phase, stop=run.stop)
+            build: dict[str, Build] = {"teacher": denoiser_phase, "joint": joint, "rollout": rollout_phase}
+            train(run, build[run.config.stage](run.config, run.world))
 
 
 if __name__ == "__main__":

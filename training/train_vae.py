@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "vae", trains=True) as run:
         if finished_before(run) is None:
-            train(run, vae_phase(run.config, run.world))
+            train(run, vae_phase(run.config, run.world, run.stop))
 
 
 if __name__ == "__main__":

@@ -56,21 +56,32 @@ class _Made:
 
 
 def write_records(
-    folder: Path, files: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, processes: int
+    folder: Path,
+    files: Sequence[str],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int,
+    give_way: Callable[[], None] | None = None,
 ) -> None:
     """The records of ``files`` as a store of :class:`~ladir.data.token_store.TokenStore`.
 
-    Raises FileNotFoundError or UnusableError for a file that cannot be read as a whole; bad records are listed in the store.
+    ``give_way`` is called every few thousand rows; where it raises, no store is left.  Raises FileNotFoundError or UnusableError
+    for a file that cannot be read as a whole; bad records are listed in the store.
     """
 
     def made(part: _Rows) -> _Made:
         return _records(part, settings, tokenizer)
 
-    _write(folder, "records", RECORDS, in_order(made, _parts(files, settings.stream_hub), processes))
+    _write(folder, "records", RECORDS, in_order(made, _parts(files, settings.stream_hub), processes), give_way)
 
 
 def write_sentences(
-    folder: Path, files: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, processes: int
+    folder: Path,
+    files: Sequence[str],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int,
+    give_way: Callable[[], None] | None = None,
 ) -> None:
     """The same of files of ``{"text": sentence}``."""
 
@@ -80,11 +91,16 @@ def write_sentences(
         batch = pa.RecordBatch.from_arrays([list_column(usable, np.int32)], schema=SENTENCES)
         return _Made(batch, _listed(part.file, bad, len(found.bad)))
 
-    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files, settings.stream_hub), processes))
+    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files, settings.stream_hub), processes), give_way)
 
 
 def write_chains(
-    folder: Path, records: TokenStore, answer_prefix: str, tokenizer: PreTrainedTokenizerBase, processes: int
+    folder: Path,
+    records: TokenStore,
+    answer_prefix: str,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int,
+    give_way: Callable[[], None] | None = None,
 ) -> None:
     """Questions and chains as the plain text that an autoregressive LM reads (:mod:`ladir.data.prompts`), of stored records."""
 
@@ -95,16 +111,18 @@ def write_chains(
 
     size = len(records)
     places = (range(start, min(start + _ROWS, size)) for start in range(0, size, _ROWS))
-    _write(folder, "chains", CHAINS, in_order(made, places, processes))
+    _write(folder, "chains", CHAINS, in_order(made, places, processes), give_way)
 
 
-def _write(folder: Path, kind: str, schema: pa.Schema, parts: Iterable[_Made]) -> None:
+def _write(folder: Path, kind: str, schema: pa.Schema, parts: Iterator[_Made], give_way: Callable[[], None] | None) -> None:
     with new_store(folder, kind, schema) as store:
-        _fill(store, parts)
+        _fill(store, parts, give_way)
 
 
-def _fill(store: StoreWriter, parts: Iterable[_Made]) -> None:
+def _fill(store: StoreWriter, parts: Iterator[_Made], give_way: Callable[[], None] | None) -> None:
     for part in parts:
+        if give_way is not None:
+            give_way()
         store.add(part.batch, part.bad)
 
 

@@ -25,6 +25,7 @@ from training.phases.lengths import check_chains
 from training.phases.samples import ar_samples
 from training.phases.tokens import Tokens
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.sharding import sharded_init
 
 _ROLES = ("pad", "eos", "bos")
@@ -32,13 +33,13 @@ _ROLES = ("pad", "eos", "bos")
 Pairs = Sequence[tuple[list[int], list[int]]]
 
 
-def ar_phase(config: Config, world: World) -> TrainingPhase:
+def ar_phase(config: Config, world: World, stop: StopRequest | None = None) -> TrainingPhase:
     """Chain-of-thought fine-tuning of an LM (or training of a new one, ``ar.from_scratch``)."""
     tokenizer = load_tokenizer(config.backbone)
     size, ids = vocabulary_size(tokenizer), {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
     new = config.ar.from_scratch
     lm = scratch_config(config.backbone, size, ids) if new else check_lm(config.backbone, tokenizer)
-    tokens = Tokens(config, world, tokenizer)
+    tokens = Tokens(config, world, tokenizer, stop)
     records, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     frame = Frame.of(tokenizer, config.data.chat_template)
     pairs, validation = chains_of(tokens, records, frame), chains_of(tokens, held_out, frame)

@@ -27,6 +27,7 @@ from training.phases.samples import Show, vae_samples
 from training.phases.tokens import Tokens
 from training.phases.vae import vae_collator, vae_weights
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.telemetry import Telemetry
@@ -35,14 +36,14 @@ from training.runtime.telemetry import Telemetry
 _SHOWN_RECORDS = 256
 
 
-def joint_phase(config: Config, world: World) -> TrainingPhase:
+def joint_phase(config: Config, world: World, stop: StopRequest | None = None) -> TrainingPhase:
     """Both, from the run's VAE and a fresh denoiser standardised as that VAE's latents are."""
     tokenizer = load_tokenizer(config.backbone)
     lm = check_lm(config.backbone, tokenizer)
     folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
     store, encoded = stored_latents(config, folder, world)
     check_records(config, lm, [store, encoded], frame)
-    tokens = Tokens(config, world, tokenizer)
+    tokens = Tokens(config, world, tokenizer, stop)
     records, held_out = (_records(config, tokens, named, frame) for named in (config.data.train, config.data.validation))
     with sharded_init(config, config.denoiser.train, world):
         vae = load_vae_to_train(folder.model("vae"), config.backbone, config.vae, world.device.type)

@@ -72,11 +72,13 @@ def encode_split(
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
-    source = run.world.on_main(lambda: _source(run, named))
+    source = run.alone(lambda give_way: _source(run, named, give_way))
+    if source is None:
+        return False
     if run.world.on_main(lambda: _is_current(run, name, watch.mark, source)):
         return True
     watch.used = True
-    records = Tokens(run.config, run.world, tokenizer).records(named)
+    records = Tokens(run.config, run.world, tokenizer, run.stop).records(named)
     assert records is not None  # something is named
     _check_lengths(run, vae, records)
     form = _form(run, vae)
@@ -104,10 +106,10 @@ def _form(run: Run, vae: Vae) -> LatentForm:
     return LatentForm(settings.latent_dim, settings.latents_per_block, run.config.latents.dtype, logvar=sampled)
 
 
-def _source(run: Run, named: str | Sequence[str]) -> str:
+def _source(run: Run, named: str | Sequence[str], give_way: GiveWay) -> str:
     """Stands for the records of the files (of Hub ids: their names) as the settings read them."""
     settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _ASIDE}
-    sources = [sha256(Path(path)) if Path(path).is_file() else path for path in data_files(named)]
+    sources = [sha256(Path(path), give_way) if Path(path).is_file() else path for path in data_files(named)]
     facts = [*sources, settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

@@ -28,17 +28,18 @@ from training.reinforcement.samplers import TextSampler
 from training.reinforcement.steps import OwnSteps
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 
 
-def rl_text_phase(config: Config, world: World) -> RlPhase:
+def rl_text_phase(config: Config, world: World, stop: StopRequest | None = None) -> RlPhase:
     """Stage 3 of the LM in models/ar.  FileNotFoundError where it was not trained."""
     settings, folder = config.rl, RunFolder(config).model("ar")
     tokenizer = load_tokenizer(config.backbone)
     task = get_task(config.evaluate.task, config.evaluate)
     questions, reward = rl_questions(config, tokenizer, task), reward_function(settings)
-    tokens = Tokens(config, world, tokenizer)
+    tokens = Tokens(config, world, tokenizer, stop)
     reading = Reading.of(folder)
     bidirectional, frame = reading.bidirectional, reading.frame or Frame.of(tokenizer, config.data.chat_template)
     paths = (config.data.train, config.data.validation)

@@ -1,4 +1,4 @@
-"""A phase's records, out of token stores: made once by rank 0 and its helpers, mapped by all ranks."""
+"""A phase's records, out of token stores: made once by rank 0 and its helpers, mapped by all ranks.  A stop breaks that off."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,23 +19,29 @@ from ladir.data.token_lists import TokenPairs
 from ladir.data.token_store import Store, TokenStore, open_or_make, store_key, stored_chains, stored_sentences
 from ladir.data.tokenizing import write_chains, write_records, write_sentences
 from ladir.tokens import tokenization_fingerprint
+from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.files import locked, sha256
+from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.run import RunFolder
 
 logger = logging.getLogger(__name__)
 
-#: the others wait while rank 0 and its helpers tokenize: millions of records
-_MINUTES = 24 * 60
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Opens the token stores of a run's files, on all ranks together; what is not there yet is made."""
+    """Opens the token stores of a run's files, on all ranks together; what is not there yet is made.
+
+    Where any rank is asked to stop (``stop``; None: nobody asks) while one is made, all raise
+    :class:`~training.runtime.preemption.BrokenOff`: finished stores stay, of the one under way nothing does.
+    """
 
     config: Config
     world: World
     tokenizer: PreTrainedTokenizerBase
+    stop: StopRequest | None = None
 
     def records(self, named: str | Sequence[str] | None) -> TokenStore | None:
         """The records that a setting of the data names; None where it is not set.
@@ -54,8 +61,8 @@ class Tokens:
         prefix = self.config.data.answer_prefixes[0]
         key = store_key("chains", [records.store.folder.name], self.config.data, prefix)
 
-        def make(folder: Path) -> None:
-            write_chains(folder, records, prefix, self.tokenizer, self._processes)
+        def make(folder: Path, give_way: GiveWay) -> None:
+            write_chains(folder, records, prefix, self.tokenizer, self._processes, give_way)
 
         return stored_chains(self._made("chains", key, [], make))
 
@@ -69,36 +76,42 @@ class Tokens:
         files = self.world.on_main(lambda: data_files(named))
         if not files:
             return None
-        key = self.world.on_main(lambda: self._key(kind, files))
+        key = self._alone(lambda give_way: self._key(kind, files, give_way))
 
-        def make(folder: Path) -> None:
-            write(folder, files, self.config.data, self.tokenizer, self._processes)
+        def make(folder: Path, give_way: GiveWay) -> None:
+            write(folder, files, self.config.data, self.tokenizer, self._processes, give_way)
 
         store = self._made(kind, key, files, make)
         if store.num_bad and (self.world.is_main or self.config.data.on_bad_record == "error" or store.num_bad == store.total):
             refuse_or_list(store.bad(), store.total, self.config.data)
         return store
 
-    def _key(self, kind: str, files: Sequence[str]) -> str:
-        sources = [sha256(Path(file)) if Path(file).is_file() else file for file in files]
+    def _alone(self, work: Callable[[GiveWay], T]) -> T:
+        """What ``work`` returns on rank 0, on every rank."""
+        found = alone(self.world, self.stop or StopRequest(self.config.deepspeed.stop_signal), work)
+        if found is None:
+            raise BrokenOff
+        return found
+
+    def _key(self, kind: str, files: Sequence[str], give_way: GiveWay) -> str:
+        sources = [sha256(Path(file), give_way) if Path(file).is_file() else file for file in files]
         return store_key(kind, sources, self.config.data, tokenization_fingerprint(self.tokenizer))
 
-    def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path], None]) -> Store:
+    def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path, GiveWay], None]) -> Store:
         folder = RunFolder(self.config).tokens / f"{kind}-{key}"
 
-        def first() -> None:
+        def first(give_way: GiveWay) -> bool:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder):  # another job may want the same
-                open_or_make(folder, files, lambda path: self._told(make, path))
+            with locked(folder, give_way):  # another job may want the same
+                open_or_make(folder, files, lambda path: self._told(make, path, give_way))
+            return True
 
-        self.world.wait_at_most(_MINUTES)
-        self.world.on_main(first)
-        self.world.wait_at_most(self.config.deepspeed.timeout_minutes)
+        self._alone(first)
         return Store(folder, files)
 
-    def _told(self, make: Callable[[Path], None], folder: Path) -> None:
+    def _told(self, make: Callable[[Path, GiveWay], None], folder: Path, give_way: GiveWay) -> None:
         start = time.perf_counter()
-        make(folder)
+        make(folder, give_way)
         count, seconds = self._processes, time.perf_counter() - start
         logger.info("read and tokenized into %s in %.1f s (at most %d processes at a time)", folder, seconds, count)
 

@@ -23,14 +23,15 @@ from training.phases.lengths import check_sentences
 from training.phases.samples import vae_samples
 from training.phases.tokens import Tokens
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.sharding import sharded_init
 
 
-def vae_phase(config: Config, world: World) -> TrainingPhase:
+def vae_phase(config: Config, world: World, stop: StopRequest | None = None) -> TrainingPhase:
     """The VAE on every block of the training records and the extra sentences."""
     tokenizer = load_tokenizer(config.backbone)
     lm = check_lm(config.backbone, tokenizer)
-    tokens = Tokens(config, world, tokenizer)
+    tokens = Tokens(config, world, tokenizer, stop)
     trained, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     alone = tokens.sentences(config.data.sentences)
     frame = Frame.of(tokenizer, config.data.chat_template)

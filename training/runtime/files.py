@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,8 @@ from ladir.files import replace_folder, sync_file
 
 #: bytes that are hashed and written at a time
 _CHUNK = 1 << 24
+#: seconds between two tries to get a lock
+_TRY_SECONDS = 0.1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -89,12 +92,29 @@ def try_lock(path: Path, owner: str) -> TextIO | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Inside, other processes that ask for the same wait; where the file system knows no locks nobody does."""
+def locked(path: Path, give_way: Callable[[], None] | None = None) -> Iterator[None]:
+    """Inside, other processes that ask for the same wait; where the file system knows no locks nobody does.
+
+    ``give_way`` is called again and again while this one waits, and may raise.
+    """
     with path.with_name(f".{path.name}.lock").open("a", encoding="utf-8") as file:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, give_way)
         yield
+
+
+def _lock(file: TextIO, give_way: Callable[[], None] | None) -> None:
+    if give_way is None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            give_way()
+            time.sleep(_TRY_SECONDS)
+        else:
+            return
 
 
 def publish_folder(aside: Path, folder: Path) -> None:
@@ -105,7 +125,12 @@ def publish_folder(aside: Path, folder: Path) -> None:
     replace_folder(aside, folder)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+def sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
+    """Hex digest of a file; ``give_way`` is called between its pieces and may raise."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+            if give_way is not None:
+                give_way()
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ from training.runtime.ending import given_settings
 from training.runtime.examination import examine
 from training.runtime.files import lacks_room
 from training.runtime.loop import NonFiniteError
-from training.runtime.preemption import INTERRUPTED_STATUS
+from training.runtime.preemption import INTERRUPTED_STATUS, BrokenOff
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
 from training.runtime.topology import check_topology
@@ -63,7 +63,11 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
             run.given = given_settings(arguments)
-            yield run
+            try:
+                yield run
+            except BrokenOff:  # before there was something to save, on all ranks
+                run.interrupt()
+                logger.info("%s interrupted before it began, what is read is kept: the same command continues", run.phase)
         if run.interrupted:
             world.barrier()  # a launcher ends the others as soon as one ends with another status than 0
     except USER_ERRORS as error:
