@@ -115,6 +115,7 @@ class Reasoner(TrajectoryGenerator):
         canonical: Callable[[str], str] = plain_answer,
         num_answers: int = 1,
         random_steps: RandomSteps | None = None,
+        token_head_weight: float | None = None,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
 
@@ -196,6 +197,11 @@ class Reasoner(TrajectoryGenerator):
             )
         if settings.reencode and self.encoder is None:
             problems.append("reencode: this model came without the VAE's encoder; export it with sample.reencode=true")
+        if settings.token_head_weight and not self.denoiser.reads_tokens:
+            problems.append(
+                f"token_head_weight={settings.token_head_weight}: this model was trained without a token head "
+                "(denoiser.token_weight) or without a carried state (denoiser.carry), which the head reads; use 0"
+            )
         if settings.verifier_scale and self.verifier is None:
             problems.append(
                 f"verifier_scale={settings.verifier_scale}: this model came without a verifier; train one with "

@@ -22,6 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference import memory
 from ladir.inference.ar import complete
 from ladir.inference.decode import choose_tokens
+from ladir.inference.generation import Reencoder
 from ladir.inference.guidance import diversity_force, reward_gradient
 from ladir.inference.sampler import NOISE, BlockSampler, TrajectoryNoise, passes_per_span, step_times
 from ladir.layout import Mark
@@ -72,6 +73,7 @@ def tiny_reasoner(
 ) -> Reasoner:
     settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
     settings["time_token"] = time_token
+    settings["token_weight"] = 0.5
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention), **settings))
     vae = tiny_vae(kind, dtype=dtype)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
@@ -162,7 +164,8 @@ def plain_span(
                         bent = velocity[block] - s.diversity_scale * t * force[i][block]
                         paths[i][block].append(z - t * bent)
                         z = plain_step(s, z, bent, t, t_next, fresh[i][block, min(step, inner[1])])
-                        moved[i][block] = plain_reencoded(reasoner, z) if s.reencode and step == steps - 1 else z
+                        last = s.reencode and step == steps - 1
+                        moved[i][block] = plain_reencoded(reasoner, z, carried[i][block]) if last else z  # type: ignore[index]
             zs = moved
     return [[[*path, z] for path, z in zip(paths[i], zs[i], strict=True)] for i in range(len(rows))]
 
@@ -181,13 +184,36 @@ def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Te
     return guided
 
 
-def plain_reencoded(reasoner: Reasoner, z: Tensor) -> Tensor:
-    """One block, read and encoded alone."""
-    d, encoder = reasoner.denoiser, reasoner.encoder
+def plain_reencoded(reasoner: Reasoner, z: Tensor, state: Tensor) -> Tensor:
+    """One block, read and encoded alone; ``state`` [L, H]: hidden states of its last step."""
+    d, encoder, s = reasoner.denoiser, reasoner.encoder, reasoner.settings
     assert encoder is not None
-    ids = plain_thought(reasoner.thought_decoder, z * d.latent_std + d.latent_mean, reasoner.settings.max_thought_tokens)
+    latents = z * d.latent_std + d.latent_mean
+    if s.token_head_weight:
+        ids = plain_fused_thought(reasoner, latents, state)
+    else:
+        ids = plain_thought(reasoner.thought_decoder, latents, s.max_thought_tokens)
     mean, _ = encode_sentences(encoder, [ids])
     return (mean[0] - d.latent_mean) / d.latent_std
+
+
+def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor) -> list[int]:
+    """The likeliest token of two readers, one after another, the whole sequence each time; one of them alone knows the end."""
+    s, decoder, head = reasoner.settings, reasoner.thought_decoder, reasoner.denoiser.token_head
+    assert head is not None
+    said = head(state[None, None], head.positions)[0, 0].softmax(-1)
+    ids: list[int] = []
+    while len(ids) < s.max_thought_tokens:
+        own = teacher_forced(decoder, z[None], [ids])[-1].softmax(-1)
+        if len(ids) < len(said):
+            both = own * said[len(ids)] ** s.token_head_weight
+            both[EOS] = 0.0
+            own = torch.where(torch.arange(len(own)) == EOS, own, both / both.sum() * (1 - own[EOS]))
+        token = int(own.argmax())
+        if token == EOS:
+            break
+        ids.append(token)
+    return ids
 
 
 def plain_answer(reasoner: Reasoner, groups: list[Tensor], uniform: Tensor) -> list[int]:
@@ -272,7 +298,7 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
     owner = torch.arange(len(questions)).repeat_interleave(count)
     with torch.no_grad():
         prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
-        reencode = reasoner._reencode if reasoner.settings.reencode else None
+        reencode = Reencoder(reasoner, reasoner.settings.token_head_weight) if reasoner.settings.reencode else None
         list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, reencode=reencode).sample(prefix, owner, hook))
     return seen
 
@@ -307,6 +333,8 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"time_token": True, "span": 2, "guidance_scale": 2.0},
         {"carry": "hidden", "span": 2, "lag": 1, "guidance_scale": 2.0, "sampler": "sde"},
         {"carry": "hidden", "restarts": 2, "restart_steps": 2, "guidance_scale": 2.0, "reencode": True},
+        {"carry": "hidden", "reencode": True, "token_head_weight": 0.7},
+        {"carry": "hidden", "reencode": True, "token_head_weight": 3.0, "guidance_scale": 2.0, "span": 2, "restarts": 1},
         {"carry": "hidden", "restarts": 1, "restart_keeps_state": True, "span": 2, "diversity_scale": 0.5},
         {"bidirectional_question": True, "guidance_scale": 2.0},
         {"bidirectional_question": True, "span": 2},
@@ -789,10 +817,32 @@ def test_reencoded_thoughts_are_what_the_vae_makes_of_their_text() -> None:
         assert torch.allclose(other.latents[0], mean[0], atol=1e-5)
 
 
+def test_thoughts_are_the_sentences_that_were_encoded_again() -> None:
+    reasoner = tiny_reasoner(carry="hidden", reencode=True, token_head_weight=2.0)
+    assert reasoner.encoder is not None
+    asked, later = (list(itertools.chain(*reasoner.generate(QUESTIONS, 3, thoughts=read))) for read in (True, False))
+    reasoner.read_thoughts(later)
+    differ = 0
+    for trajectory, other in zip(asked, later, strict=True):
+        assert trajectory.thought_ids is not None and trajectory.thoughts == other.thoughts
+        assert trajectory.thoughts == [decode_text(reasoner.tokenizer, ids) for ids in trajectory.thought_ids]
+        means, _ = encode_sentences(reasoner.encoder, trajectory.thought_ids)
+        assert torch.allclose(trajectory.latents, means, atol=1e-5)
+        differ += trajectory.thoughts != reasoner.decode_latents(trajectory.latents)
+    assert differ  # the decoder alone reads other sentences, which the chain did not go on from
+
+
+def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
+    for reasoner in (tiny_reasoner(), tiny_reasoner(carry="hidden")):
+        reasoner.denoiser.token_head = None if reasoner.denoiser.carry_in is not None else reasoner.denoiser.token_head
+        with pytest.raises(UnusableError, match=r"token_head_weight=1.0: this model was trained without a token head"):
+            reasoner.generate(QUESTIONS, reencode=True, token_head_weight=1.0)
+
+
 def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
     reasoner = tiny_reasoner()
     with pytest.raises(UnusableError, match="did not stay finite"):
-        reasoner._reencode(torch.full((1, 2, 3), torch.inf))
+        Reencoder(reasoner, 0.0)([0], 0, torch.full((1, 2, 3), torch.inf), torch.zeros(1, 2, 0))
     reasoner.encoder = None
     with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
         reasoner.generate(QUESTIONS, reencode=True)

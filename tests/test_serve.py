@@ -295,7 +295,7 @@ def test_errors_that_are_not_of_a_question(server: Server) -> None:
 def test_thoughts_that_do_not_stay_finite_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     reasoner = tiny_reasoner()
     with served(reasoner) as server, ThreadPoolExecutor(3) as pool, slow(monkeypatch, reasoner) as go:
-        real = reasoner._plain
+        real = reasoner.plain
 
         def plain(z: torch.Tensor) -> torch.Tensor:
             if len(z) == 3:  # the one with three trajectories, alone or with others
@@ -303,7 +303,7 @@ def test_thoughts_that_do_not_stay_finite_fail_alone(monkeypatch: pytest.MonkeyP
             return real(z)
 
         reasoner_error = UnusableError("the thoughts did not stay finite under these controls")
-        monkeypatch.setattr(reasoner, "_plain", plain)
+        monkeypatch.setattr(reasoner, "plain", plain)
 
         def ask(n: int) -> int:
             return len(client(server).chat.completions.create(model="tiny", messages=user("a"), n=n, seed=0).choices)

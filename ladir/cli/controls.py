@@ -28,6 +28,7 @@ CONTROLS = (
     "restart_steps",
     "restart_keeps_state",
     "reencode",
+    "token_head_weight",
     "max_blocks",
     "max_answer_tokens",
     "answer_temperature",
@@ -71,6 +72,9 @@ def add_controls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reencode", action=argparse.BooleanOptionalAction, default=None, help="encode every block's text again before the next"
+    )
+    parser.add_argument(
+        "--token-head-weight", type=float, help="say of the denoiser's token head in that reading; 0: the VAE's decoder alone"
     )
     parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
     parser.add_argument("--max-answer-tokens", type=int, help="longest answer, in tokens")

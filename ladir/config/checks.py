@@ -296,6 +296,11 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"sample.max_thought_tokens={config.sample.max_thought_tokens}: with sample.reencode a longer sentence would be cut "
             f"short for all that follows; set it to data.max_block_tokens={config.data.max_block_tokens} at least"
         )
+    if config.sample.token_head_weight and not (config.denoiser.token_weight and config.denoiser.carry != "none"):
+        yield (
+            f"sample.token_head_weight={config.sample.token_head_weight:g}: needs a denoiser that was trained with a token head "
+            "(denoiser.token_weight above 0) and a carried state (denoiser.carry=hidden), which the head reads"
+        )
     if config.evaluate.voters is not None and config.evaluate.voters > config.evaluate.num_trajectories:
         yield (
             f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="

@@ -171,7 +171,7 @@ class DenoiserSettings:
     flow_weight: float = setting(5.0, "weight of the flow loss")
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
-    token_weight: float = setting(0.0, "weight of the auxiliary token head (training only); 0: no such head")
+    token_weight: float = setting(0.0, "weight of the auxiliary token head; 0: no such head")
     token_focus: float = setting(
         0.0,
         "exponent gamma of the token head's focal loss: a token's cross-entropy counts (1 - p) ** gamma, p being its "

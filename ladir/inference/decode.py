@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from ladir.tokens import decode_text
 
 #: called after every step with (rows that have not ended, the token that each of them got)
 TokenHook = Callable[[list[int], list[int]], None]
+
+#: logits [r, V] of the rows [r] that have not ended, and the number of the token, to other logits
+Steer = Callable[[Tensor, Tensor, int], Tensor]
 
 #: a smaller temperature is no number in fp32; its choice is greedy as well
 _COLDEST = float(torch.finfo(torch.float32).tiny)
@@ -56,8 +60,9 @@ def decode(
     uniform: Tensor | None = None,
     top_p: float = 1.0,
     on_tokens: TokenHook | None = None,
+    steer: Steer | None = None,
 ) -> list[list[int]]:
-    """Token ids of each row up to, without, <eos>; ``on_tokens`` sees them come.
+    """Token ids of each row up to, without, <eos>; ``on_tokens`` sees them come, ``steer`` changes what they are chosen by.
 
     ``hidden`` [R, H]: last hidden states of the prefix; ``uniform`` [R, max_tokens] in [0, 1): one number per row and token,
     so that a row's text does not depend on its neighbours.  Rows that have ended leave the batch.
@@ -67,7 +72,8 @@ def decode(
     rows = torch.arange(len(prefix), device=hidden.device)
     for step in range(max_tokens):
         draw = uniform[rows, step] if uniform is not None else None
-        tokens = choose_tokens(backbone.logits(hidden), temperature, draw, top_p)
+        logits = backbone.logits(hidden)
+        tokens = choose_tokens(logits if steer is None else steer(logits, rows, step), temperature, draw, top_p)
         alive = tokens != eos_id
         going, new = rows[alive].tolist(), tokens[alive].tolist()
         for row, token in zip(going, new, strict=True):
@@ -83,14 +89,45 @@ def decode(
     return texts
 
 
+@dataclass(frozen=True)
+class TokenHeadReading:
+    """What the denoiser's token head says of K blocks: ``log_probs`` [K, P, V] of their first P tokens, and its ``weight``."""
+
+    log_probs: Tensor
+    weight: float
+
+    def steer(self, eos_id: int) -> Steer:
+        """The decoder's distribution times the head's to the power of its weight, over all tokens but <eos>.
+
+        A product of experts (Hinton 2002): the decoder knows how a sentence goes on, the head which numbers are in it.  The head
+        was never shown an end, so that <eos> keeps the probability that the decoder gives it.
+        """
+
+        def steered(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+            if step >= self.log_probs.shape[1]:
+                return logits
+            own = logits.float().log_softmax(-1)
+            both = own + self.weight * self.log_probs[rows, step]
+            both[:, eos_id] = -torch.inf
+            going_on = torch.log1p(-own[:, eos_id].exp().clamp_max(1 - torch.finfo(own.dtype).eps))
+            both = both.log_softmax(-1) + going_on[:, None]
+            both[:, eos_id] = own[:, eos_id]
+            return both
+
+        return steered
+
+
 @torch.no_grad()
-def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int) -> list[list[int]]:
+def thought_ids(
+    decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int, beside: TokenHeadReading | None = None
+) -> list[list[int]]:
     """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them."""
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
         # Where a table of positions ends, so does every sentence that the VAE was trained on.
-        return decode(prefix, hidden, eos_id, room_left(lm.base.config, inputs.shape[1], max_tokens))
+        room = room_left(lm.base.config, inputs.shape[1], max_tokens)
+        return decode(prefix, hidden, eos_id, room, steer=None if beside is None else beside.steer(eos_id))
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:
@@ -99,13 +136,13 @@ def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase,
 
 
 @torch.no_grad()
-def reencode(encoder: Vae, decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int) -> Tensor:
-    """What the VAE makes of the sentences that latents ``z`` [K, L, d] (not standardised) read as: posterior means [K, L, d].
+def encode_read(encoder: Vae, texts: Sequence[Sequence[int]]) -> Tensor:
+    """What the VAE makes of sentences that were read from blocks: posterior means [K, L, d].
 
     For latents of whole sentences what the clamping trick of Diffusion-LM (Li et al. 2022) is for words.  A sentence that
     several blocks share is encoded once.
     """
-    texts = [tuple(ids) for ids in thought_ids(decoder, eos_id, z, max_tokens)]
-    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    read = [tuple(ids) for ids in texts]
+    places = {text: place for place, text in enumerate(dict.fromkeys(read))}
     means, _ = encode_sentences(encoder, list(places))
-    return means[torch.tensor([places[text] for text in texts], device=means.device)]
+    return means[torch.tensor([places[text] for text in read], device=means.device)]

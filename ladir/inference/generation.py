@@ -17,7 +17,7 @@ from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import TokenHook, decode, decode_thoughts, reencode
+from ladir.inference.decode import TokenHeadReading, TokenHook, decode, decode_thoughts, encode_read, thought_ids
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import BlockValue, Reward
 from ladir.inference.memory import trajectories_that_fit
@@ -42,6 +42,25 @@ from ladir.spans import num_spans, with_room
 from ladir.tokens import decode_text, encode_texts
 
 logger = logging.getLogger(__name__)
+
+
+class Reencoder:
+    """Reads finished blocks as text and encodes that again (``sample.reencode``); what it read stays in ``read``, by row and
+    block."""
+
+    def __init__(self, generator: TrajectoryGenerator, token_head_weight: float) -> None:
+        self.generator, self.weight = generator, token_head_weight
+        self.read: dict[tuple[int, int], list[int]] = {}
+
+    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
+        """Standardised latents [R, L, d] of the sentences ``z`` reads as; ``state`` [R, L, H]: of the last step."""
+        of = self.generator
+        assert of.encoder is not None
+        denoiser, most = of.denoiser, of.settings.max_thought_tokens
+        beside = TokenHeadReading(denoiser.token_log_probs(state), self.weight) if self.weight else None
+        texts = thought_ids(of.thought_decoder, of.eos, of.plain(z), most, beside)
+        self.read.update({(row, block): ids for row, ids in zip(rows, texts, strict=True)})
+        return (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
 
 
 class TrajectoryGenerator:
@@ -131,10 +150,10 @@ class TrajectoryGenerator:
         prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
         traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
         value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
-        reencode = self._reencode if settings.reencode else None
+        reencode = Reencoder(self, settings.token_head_weight) if settings.reencode else None
         kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
         sampler = BlockSampler(self.denoiser, settings, noise, reward, reencode, self.graphs, kept, value)
-        on_block = self._block_hook(texts, watch.on_block) if watch.on_block is not None else None
+        on_block = self._block_hook(texts, watch.on_block, reencode) if watch.on_block is not None else None
         flat: dict[int, Trajectory] = {}
         for group in sampler.sample(prefix, owner, self._step_hook(traces, watch), on_block):
             flat.update(self._finish(group, settings, noise, extras, watch))
@@ -142,6 +161,9 @@ class TrajectoryGenerator:
         if kept is not None:
             for row, trajectory in flat.items():
                 trajectory.steps = kept.of(row)
+        if reencode is not None:
+            for row, trajectory in flat.items():
+                trajectory.thought_ids = [reencode.read[row, block] for block in range(len(trajectory.latents))]
         if thoughts and on_block is None:
             self.read_thoughts([flat[row] for row in range(len(part))])
         for (row, block), steps in sorted(traces.items()):
@@ -205,14 +227,7 @@ class TrajectoryGenerator:
             drifts.update(zip(alike, sampler.drift(behind, alike, owner[kept], z).tolist(), strict=True))
         return [drifts[row] for row in range(len(finished))]
 
-    def _reencode(self, z: Tensor) -> Tensor:
-        """Standardised latents [R, L, d] of the sentences that ``z`` [R, L, d] reads as."""
-        assert self.encoder is not None
-        mean, std = self.denoiser.latent_mean, self.denoiser.latent_std
-        means = reencode(self.encoder, self.thought_decoder, self._eos, self._plain(z), self.settings.max_thought_tokens)
-        return (means - mean) / std
-
-    def _plain(self, z: Tensor) -> Tensor:
+    def plain(self, z: Tensor) -> Tensor:
         """Standardised latents as the VAE knows them.  UnusableError where they are not finite."""
         latents = z * self.denoiser.latent_std + self.denoiser.latent_mean
         if not latents.isfinite().all():
@@ -259,7 +274,7 @@ class TrajectoryGenerator:
         """The questions' cache, read by a row per trajectory; with guidance the hidden-question branch behind it."""
         frame = self._frame
         # Padded with <eos>, which the embedding has for certain: a padding token may have no row there.
-        ids, lengths = pad_left([frame.around(ids) for ids in encode_texts(self.tokenizer, questions)], self._eos)
+        ids, lengths = pad_left([frame.around(ids) for ids in encode_texts(self.tokenizer, questions)], self.eos)
         inputs, lengths = self.denoiser.backbone.embed(ids.to(self.device)), lengths.to(self.device)
         if guided:
             places = torch.arange(inputs.shape[1], device=self.device)
@@ -279,7 +294,7 @@ class TrajectoryGenerator:
         logits = None if self.verifier is None else self.verifier.logit(hidden).tolist()
         seen = torch.cat([group.states, hidden[:, None]], dim=1).cpu() if extras.states else None
         answers = self._answers(group, hidden, settings, noise, extras.num_answers, self._token_hook(group.rows, watch))
-        latents = self._plain(group.latents)
+        latents = self.plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
         return {
             row: Trajectory(
@@ -313,7 +328,7 @@ class TrajectoryGenerator:
         everyone = torch.arange(len(group.rows), device=self.device)
         prefixes = (group.prefix.select(everyone) if later else group.prefix for later in range(count - 1, -1, -1))
         return [
-            decode(prefix, hidden, self._eos, limit, settings.answer_temperature, own, on_tokens=None if later else on_tokens)
+            decode(prefix, hidden, self.eos, limit, settings.answer_temperature, own, on_tokens=None if later else on_tokens)
             for later, (prefix, own) in enumerate(zip(prefixes, uniform.split(limit, dim=1), strict=True))
         ]
 
@@ -347,7 +362,8 @@ class TrajectoryGenerator:
         return Frame.of(self.tokenizer, chat=False) if saved is None else Frame.saved(saved)
 
     @property
-    def _eos(self) -> int:
+    def eos(self) -> int:
+        """The id of <eos>."""
         return int(self.tokenizer.eos_token_id)
 
     @torch.no_grad()
@@ -356,8 +372,14 @@ class TrajectoryGenerator:
         return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
 
     def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
-        """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time."""
-        places = [(entry, block) for entry in trajectories for block in range(len(entry.latents))]
+        """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time.
+
+        Blocks that were encoded again (``reencode``) have been read then; what was read is what their chain went on from.
+        """
+        for entry in trajectories:
+            entry.thoughts = [decode_text(self.tokenizer, ids) for ids in entry.thought_ids or []] or entry.thoughts
+        unread = [entry for entry in trajectories if entry.thought_ids is None]
+        places = [(entry, block) for entry in unread for block in range(len(entry.latents))]
         size = self.settings.thoughts_per_batch
         for part in (places[first : first + size] for first in range(0, len(places), size)):
             texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
@@ -390,11 +412,18 @@ class TrajectoryGenerator:
 
         return hook
 
-    def _block_hook(self, texts: dict[tuple[int, int], str], on_block: Callable[[int, int, str], None]) -> BlockHook:
-        """Decodes every finished block of every trajectory."""
+    def _block_hook(
+        self, texts: dict[tuple[int, int], str], on_block: Callable[[int, int, str], None], reencoder: Reencoder | None
+    ) -> BlockHook:
+        """Decodes every finished block of every trajectory that was not read already."""
+
+        def read(rows: list[int], block: int, z: Tensor) -> list[str]:
+            if reencoder is None:
+                return self.decode_latents(self.plain(z))
+            return [decode_text(self.tokenizer, reencoder.read[row, block]) for row in rows]
 
         def hook(rows: list[int], block: int, z: Tensor) -> None:
-            for row, text in zip(rows, self.decode_latents(self._plain(z)), strict=True):
+            for row, text in zip(rows, read(rows, block, z), strict=True):
                 texts[row, block] = text
                 on_block(row, block, text)
 

@@ -30,8 +30,9 @@ NOISE = -1
 #: called with (rows, block, the finished latents [R, L, d]) for every block that has become part of their chains
 BlockHook = Callable[[list[int], int, Tensor], None]
 
-#: what takes the place of finished blocks of clean latents [R, L, d]
-Reencode = Callable[[Tensor], Tensor]
+#: what takes the place of finished blocks of clean latents [R, L, d], beside which is what their last step handed on
+#: [R, L, H]; with the rows and the number of the block
+Reencode = Callable[[list[int], int, Tensor, Tensor], Tensor]
 
 
 def step_times(settings: SampleSettings) -> list[float]:
@@ -215,12 +216,13 @@ class BlockSampler:
                 on_step(rows, number, NOISE, block)
         null = self.denoiser.null_state(z.repeat(len(prefix) // len(z), 1, 1, 1))
         with prefix.cache.read_only():
-            z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), _numbered(on_step, first, 0))
+            z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), _numbered(on_step, first, 0), first)
             for restart in range(s.restarts):
                 noise = s.initial_noise * self._noise(prefix, rows)
                 z = flow.interpolate(z, noise, torch.tensor(s.restart_time))
                 hook = _numbered(on_step, first, s.num_steps + restart * s.restart_steps)
-                z, state = self._denoise(prefix, rows, owner, z, state if s.restart_keeps_state else null, restart_times(s), hook)
+                begun = state if s.restart_keeps_state else null
+                z, state = self._denoise(prefix, rows, owner, z, begun, restart_times(s), hook, first)
         return z
 
     def drift(self, prefix: Prefix, rows: list[int], owner: Tensor, z: Tensor) -> Tensor:
@@ -242,9 +244,6 @@ class BlockSampler:
                 append_block(self.denoiser, prefix, block)
         return torch.cat(moved, dim=1)
 
-    def _reencoded(self, z: Tensor) -> Tensor:
-        return z if self.reencode is None else self.reencode(z)
-
     def _noise(self, prefix: Prefix, rows: list[int]) -> Tensor:
         """Fresh noise for a span of each row [R, J, L, d]."""
         d = self.denoiser
@@ -259,10 +258,12 @@ class BlockSampler:
         state: Tensor,
         times: Sequence[float],
         on_step: StepHook | None,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before.
 
-        ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.
+        ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.  ``first``: the
+        number of the span's first block.
         """
         s, span, steps = self.settings, z.shape[1], len(times) - 1
         now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), step_schedule(steps, span, s.lag)
@@ -290,8 +291,8 @@ class BlockSampler:
                 blocks[block] = self._advance(before, bent, t, t_next, fresh[block][step])
                 if self.kept is not None and step in self.kept.steps:
                     self.kept.add(rows, before, blocks[block])
-                if step == steps - 1:
-                    blocks[block] = self._reencoded(blocks[block])
+                if step == steps - 1 and self.reencode is not None:
+                    blocks[block] = self.reencode(rows, first + block, blocks[block], state[: len(rows), block])
             z = torch.stack(blocks, 1)
             if on_step is not None:
                 for block, step, x0 in estimates:

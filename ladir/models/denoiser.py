@@ -24,7 +24,7 @@ from ladir.models.vae import LatentMaps, Vae
 
 
 class TokenHead(nn.Module):
-    """Auxiliary head: a noisy block's hidden states predict the sentence's first tokens (training only)."""
+    """A noisy block's hidden states predict the sentence's first tokens (a loss; ``sample.token_head_weight``)."""
 
     def __init__(self, hidden: int, latents: int, positions: int, rank: int, vocab_size: int) -> None:
         super().__init__()
@@ -162,6 +162,17 @@ class Denoiser(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """The objective's prediction, fp32 [..., d], from hidden states [..., H] at noisy latents."""
         return self.latent_out(hidden).float()
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the token head can read what a step hands on."""
+        return self.token_head is not None and self.carry_in is not None
+
+    def token_log_probs(self, state: Tensor) -> Tensor:
+        """Log-probabilities [..., P, V], fp32, of a sentence's first P tokens, from what a step handed on [..., L, H]."""
+        assert self.token_head is not None
+        logits = self.token_head(state.flatten(0, -3)[:, None], self.token_head.positions)[:, 0]
+        return logits.float().log_softmax(-1).unflatten(0, state.shape[:-2])
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
         """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""

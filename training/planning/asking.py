@@ -51,7 +51,8 @@ def answering(config: Config, data: DataSize, lm: Architecture, questions: int, 
         row += 2 * (latents + sample.max_thought_tokens)
         tokens += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
     rows = questions * lines
-    read = min(sample.thoughts_per_batch, rows * blocks) * 2 * (latents + mean.block + 1)  # behind the answers, as text
+    unread = 0 if sample.reencode else rows * blocks
+    read = min(sample.thoughts_per_batch, unread) * 2 * (latents + mean.block + 1)  # behind the answers, as text
     return Answering(
         passes=passes,
         row_bytes=row * lm.cache_bytes,
