@@ -13,6 +13,7 @@ beyond its last block).  Everything attention needs is a few integers per token:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -123,6 +124,21 @@ class Layout:
             copy=F.pad(self.copy, more, value=PAD),
             document=None if self.document is None else F.pad(self.document, more, value=-1),
         )
+
+
+def stacked(layouts: Sequence[Layout]) -> Layout:
+    """The rows of several layouts below one another, as wide as the widest; padding behind the others."""
+    width = max(layout.position.shape[1] for layout in layouts)
+    padded = [layout.padded_to(width) for layout in layouts]
+    packed = any(layout.document is not None for layout in layouts)
+    documents = [torch.zeros_like(p.position) if p.document is None else p.document for p in padded] if packed else []
+    return Layout(
+        position=torch.cat([layout.position for layout in padded]),
+        limit=torch.cat([layout.limit for layout in padded]),
+        copy=torch.cat([layout.copy for layout in padded]),
+        document=torch.cat(documents) if packed else None,
+        key=b"+".join(layout.key for layout in layouts) if all(layout.key for layout in layouts) else b"",
+    )
 
 
 def _differs_from_before(values: Tensor) -> Tensor:

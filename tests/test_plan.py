@@ -250,7 +250,9 @@ def test_what_is_bound_by_launching_takes_that_time() -> None:
     found = planner.training("rollout")
     launches = trace_training(planner._model("rollout", config), micro_batch(config, "rollout", planner.data.mean, 3, VOCAB))
     assert found.bound == "launches"
-    assert found.seconds == pytest.approx(1200 / 3 / 2 * launches.launches * 1e-5, rel=0.02)
+    assert found.seconds == pytest.approx(
+        1200 / 3 / 2 * launches.launches * 1e-5, rel=0.03
+    )  # masks of several records have operators of their own
     assert found.lighter == "ds_configs/zero2.json"
     arithmetic = Planner(config, dataclasses.replace(machine, launch_seconds=0.0)).training("rollout")
     assert (arithmetic.bound, arithmetic.steps) == ("", found.steps) and 0 < arithmetic.seconds < found.seconds

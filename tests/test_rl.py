@@ -33,6 +33,7 @@ from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.reference import clean_group, objective_target, plain_forward, question_groups, span_hidden
 from ladir.rl.batches import Attempt, JudgedBatch, JudgedCollator
+from ladir.rl.beside import BesideBatch
 from ladir.rl.groups import advantages, has_signal, optimality
 from ladir.rl.lines import Answered, Group, Line, best_and_worst, figures
 from ladir.rl.nft import nft_loss
@@ -255,6 +256,42 @@ def test_a_packed_pass_equals_a_pass_per_block_and_answer(policy: str, changes: 
         assert batch.counts["answers"] == sum(len(a.answer) + a.ended for a in tried if a.advantage)
 
 
+@pytest.mark.parametrize(
+    ("policy", "changes", "pack"),
+    [
+        ("latents", {"objective": "x0", "token_weight": 0.5}, 0),
+        ("both", {"span": 2, "draws": 1, "carry": "hidden", "carry_probability": 1.0, "time_token": True}, 0),
+        ("answer", {"condition_dropout": 0.5}, 40),
+    ],
+)
+def test_attempts_beside_gold_records_learn_in_one_pass_what_they_do_in_two(
+    policy: str, changes: dict[str, Any], pack: int
+) -> None:
+    denoiser, old = (tiny_denoiser(tiny_lm(seed=seed), **{"draws": 2, **changes}) for seed in (3, 3))
+    settings, sample = dataclasses.replace(RlSettings(), policy=policy), SampleSettings()
+    teacher = dataclasses.replace(collator(denoiser), pack_tokens=pack)
+    gold = teacher(random_records(3, seed=8), [0, 1, 2])
+    batch = JudgedCollator.of(teacher, settings, seed=23)(attempts(5, seed=1), list(range(5)))
+    batch, model = Policy(old, settings, sample).remembered(batch), Policy(denoiser, settings, sample)
+    assert_the_same_in_one_pass(model, batch, gold)
+
+
+def assert_the_same_in_one_pass(model: nn.Module, judged: Any, gold: Any) -> None:
+    """Losses, metrics, counts and gradients."""
+    both = BesideBatch.of(judged, gold)
+    assert both.counts == {**judged.counts, **gold.counts} and both.num_tokens == judged.num_tokens + gold.num_tokens
+    expected, found = {**model(judged), **model(gold)}, model(both)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    sides = []
+    for losses in (found, expected):
+        model.zero_grad()
+        torch.stack([value.double() for name, value in losses.items() if "/" not in name]).sum().backward()
+        sides.append(gradients(model))
+    assert_same_gradients(sides[0], sides[1], 1e-5)
+
+
 def test_what_does_not_count_teaches_nothing_and_noise_is_the_attempts_own() -> None:
     denoiser = tiny_denoiser(tiny_lm(), draws=2)
     model, collate = Policy(denoiser, RlSettings(), SampleSettings()), judged(RlSettings(), denoiser)
@@ -445,6 +482,19 @@ def test_an_lms_completions_learn_as_answers_do() -> None:
     expected.backward()
     assert_same_gradients(actual, gradients(new), 2e-5)
     assert batch.counts == {"answers": sum(len(attempt.answer) + attempt.ended for attempt in tried[:2])}
+
+
+def test_completions_beside_chains_learn_in_one_pass_what_they_do_in_two() -> None:
+    new, old = (ArModel(Backbone(tiny_lm(seed=seed))) for seed in (3, 3))
+    settings = RlSettings(policy="text")
+    tried = [
+        Attempt(record.question, record.answer, torch.zeros(0), None, advantage)
+        for record, advantage in zip(random_records(4, seed=6), (1.5, -0.5, 0.0, 1.0), strict=True)
+    ]
+    collate = ArCollator(pack_tokens=24)
+    judged = TextPolicy(old, settings, 0.8).remembered(JudgedTextCollator(collate, EOS)(tried, list(range(4))))
+    chains = collate([(record.question, [*record.answer, EOS]) for record in random_records(7, seed=2)], list(range(7)))
+    assert_the_same_in_one_pass(TextPolicy(new, settings, 0.8), judged, chains)
 
 
 # --- lines of thought --------------------------------------------------------------------------------------------------

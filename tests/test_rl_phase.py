@@ -14,6 +14,7 @@ from tests.distributed import ProcessGroup
 from tests.test_phases import configure, folder, losses, run_phase, weights  # noqa: F401
 from training.phases.rl import rl_phase
 from training.phases.rl_text import rl_text_phase
+from training.reinforcement import steps
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.run import RunFolder, open_run
@@ -93,6 +94,21 @@ def test_two_ranks_of_zero3_learn_what_one_process_learns(
     assert expected[0]["token_ratio"] == pytest.approx(1, abs=1e-5) and expected[0]["nft_distance"] == pytest.approx(0, abs=1e-9)
     assert expected[1]["nft_distance"] > 1e-6 and expected[-2]["start_distance"] > 1e-6
     assert_same_weights(start, "one", "two", rtol=1e-3, atol=5e-5)
+
+
+def test_few_attempts_go_beside_their_gold_records_and_learn_the_same(one_process: ProcessGroup, start: Path) -> None:
+    prepared(start, "apart", "beside")
+    assert one_process.run(apart, start, "apart") == ["finished"]
+    assert one_process.run(reinforce, start, "beside", 0, 64) == ["finished"]
+    assert_same_weights(start, "apart", "beside", rtol=1e-3, atol=5e-5)
+    for row, other in zip(metrics(start, "apart"), metrics(start, "beside"), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
+def apart(world: World, root: Path, name: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "MOST_TOGETHER", 0)
+        return reinforce(world, root, name, 0, 64)
 
 
 def test_a_run_goes_on_in_the_middle_of_an_iteration_as_if_nothing_had_been(one_process: ProcessGroup, start: Path) -> None:

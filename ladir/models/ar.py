@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladir.data.batches import ArBatch
@@ -20,6 +23,19 @@ class ArModel(nn.Module):
 
     def forward(self, batch: ArBatch) -> dict[str, Tensor]:
         """``text``: loss summed over labels; metric: share of labelled tokens that greedy decoding gets right."""
-        hidden = self.backbone.read(self.backbone.embed(batch.ids), batch.rows)
+        return self.losses(batch, self.read(batch))
+
+    def losses(self, batch: ArBatch, hidden: Tensor) -> dict[str, Tensor]:
+        """What :meth:`forward` gives, of the hidden states that :meth:`read` does."""
         losses, right = self.backbone.label_losses(hidden, batch.labels)
         return {"text": losses.sum(), **accuracy("token", right)}
+
+    def read(self, batch: ArBatch) -> Tensor:
+        """Hidden states [n, H] before the labels."""
+        return self.backbone.read(self.backbone.embed(batch.ids), batch.rows)
+
+    def read_together(self, batches: Sequence[ArBatch]) -> list[Tensor]:
+        """What :meth:`read` gives of each batch, of one pass of the LM over all of their rows."""
+        inputs = [(F.embedding(batch.rows.index, self.backbone.embed(batch.ids)), batch.rows.layout) for batch in batches]
+        hidden = self.backbone.together(inputs)
+        return [own.flatten(0, 1).index_select(0, batch.rows.at) for own, batch in zip(hidden, batches, strict=True)]

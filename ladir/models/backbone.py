@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache
 
 from ladir.config import BackboneSettings
 from ladir.data.packing import IGNORE, Rows
+from ladir.layout import Layout, stacked
 from ladir.models.attention import BlockMasks, Visibility, attend
+from ladir.models.lean import lean_layers
 from ladir.models.logits import LogitScale
 from ladir.models.prefix_attention import has_plain_attention
 from ladir.models.sliding import SlidingWindow
@@ -74,6 +76,7 @@ class Backbone(nn.Module):
         self._block_masks = BlockMasks()
         self._window = SlidingWindow.of(self.base.config)
         self._logit_scale = LogitScale.of(self.base.config)
+        lean_layers(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -152,6 +155,16 @@ class Backbone(nn.Module):
                 **how.arguments,
             )
         return output.last_hidden_state[:, :length]
+
+    def together(self, parts: Sequence[tuple[Tensor, Layout]]) -> list[Tensor]:
+        """Last hidden states [N_i, T_i, H] of several inputs with their layouts, whose rows go through the LM as one batch."""
+        if len(parts) == 1:
+            ((inputs, layout),) = parts
+            return [self(inputs, layout, layout.position)]
+        layout, width = stacked([own for _, own in parts]), max(inputs.shape[1] for inputs, _ in parts)
+        rows = torch.cat([F.pad(inputs, (0, 0, 0, width - inputs.shape[1])) for inputs, _ in parts])
+        hidden = self(rows, layout, layout.position).split([len(inputs) for inputs, _ in parts])
+        return [own[:, : inputs.shape[1]] for own, (inputs, _) in zip(hidden, parts, strict=True)]
 
     def read(self, table: Tensor, rows: Rows) -> Tensor:
         """Last hidden states [n, H] at ``rows.at``; input vectors are taken from ``table`` [m, H]."""

@@ -6,6 +6,7 @@ One forward pass trains all blocks and noise draws of a batch at once; :mod:`lad
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -192,21 +193,34 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
-        hidden, noisy = self.read(batch)
+        return self.losses(batch, *self.read(batch))
+
+    def losses(self, batch: DenoiserBatch, hidden: Tensor, noisy: Tensor) -> dict[str, Tensor]:
+        """What :meth:`forward` gives, of the hidden states that :meth:`read` does."""
         flow_loss = (self.predict(noisy) - self.wanted(batch)).square().sum((-2, -1)) * (batch.t > 0)
         losses = {
             "flow": flow_loss.sum(),
             **self._answer_loss(hidden, batch),
-            "stop": self._stop_loss(hidden, batch),
+            **self._stop_loss(hidden, batch),
         }
         if self.token_head is not None:
             losses["token"] = self._token_loss(noisy, batch)
-        return {**losses, **self._metrics(hidden, batch), **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
+        return {**losses, **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
 
     def read(self, batch: DenoiserBatch) -> tuple[Tensor, Tensor]:
         """Hidden states of a training pass: of the whole layout [N * T, H], and at the noisy latents [K, M, L, H]."""
         hidden = self._hidden(batch, batch.t, self._carried(batch))
-        return hidden, hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
+        return hidden, self._noisy(hidden, batch)
+
+    def read_together(self, batches: Sequence[DenoiserBatch]) -> list[tuple[Tensor, Tensor]]:
+        """What :meth:`read` gives of each batch, of one pass of the LM over all of their rows."""
+        inputs = [(self._inputs(batch, batch.t, self._carried(batch)), batch.layout) for batch in batches]
+        hidden = [own.flatten(0, 1) for own in self.backbone.together(inputs)]
+        return [(own, self._noisy(own, batch)) for own, batch in zip(hidden, batches, strict=True)]
+
+    def _noisy(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
+        """Those [K, M, L, H] of a layout's hidden states [N * T, H] at the noisy latents."""
+        return hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
 
     def wanted(self, batch: DenoiserBatch) -> Tensor:
         """What should be predicted at the noisy latents [K, M, L, d]."""
@@ -218,11 +232,14 @@ class Denoiser(nn.Module):
         state = self.null_state(batch.eps)
         if batch.carry_t is None or self.carry_in is None:
             return state
-        hidden = self._hidden(batch, batch.carry_t, state)
-        return self.next_state(hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3]))
+        return self.next_state(self._noisy(self._hidden(batch, batch.carry_t, state), batch))
 
     def _hidden(self, batch: DenoiserBatch, t: Tensor, state: Tensor) -> Tensor:
         """Hidden states [N * T, H] of the whole layout, its noisy latents at ``t`` [K, M] with ``state`` [K, M, L, H]."""
+        return self.backbone(self._inputs(batch, t, state), batch.layout, batch.layout.position).flatten(0, 1)
+
+    def _inputs(self, batch: DenoiserBatch, t: Tensor, state: Tensor) -> Tensor:
+        """Input vectors [N, T, H] of the whole layout, as in :meth:`_hidden`."""
         z_t = flow.interpolate(batch.z0[:, None], batch.eps, t[..., None, None])
         table = torch.cat(
             [
@@ -239,16 +256,18 @@ class Denoiser(nn.Module):
             )  # a noisy block's <BOT> stands before it
             time = self.time_embedding(t).flatten(0, 1)
             inputs = inputs.flatten(0, 1).index_add(0, begins, time).view_as(inputs)
-        return self.backbone(inputs, batch.layout, batch.layout.position).flatten(0, 1)
+        return inputs
 
     def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Cross-entropy summed over the answer's labels, and its metric; only labelled positions go through the LM head."""
         losses, right = self.backbone.label_losses(hidden[batch.answer_at], batch.answer_labels)
         return {"answer": losses.sum(), **accuracy("answer", right)}
 
-    def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
+    def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
+        """Of the decisions behind clean blocks, and its metric."""
         logits = self.stop_logit(hidden[batch.end_at])
-        return F.binary_cross_entropy_with_logits(logits, batch.stop_labels.float(), reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(logits, batch.stop_labels.float(), reduction="sum")
+        return {"stop": loss, **accuracy("stop", (logits.detach() > 0) == batch.stop_labels.bool())}
 
     def _token_loss(self, noisy: Tensor, batch: DenoiserBatch) -> Tensor:
         assert self.token_head is not None
@@ -256,7 +275,3 @@ class Denoiser(nn.Module):
         labels = batch.block_tokens[:, None].masked_fill(batch.t[..., None] == 0, IGNORE)
         losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="none")
         return focal(losses, self.settings.token_focus).sum()
-
-    @torch.no_grad()
-    def _metrics(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
-        return accuracy("stop", (self.stop_logit(hidden[batch.end_at]) > 0) == batch.stop_labels.bool())

@@ -65,10 +65,15 @@ def transition(z_t: Tensor, velocity: Tensor, t: float, s: float, randomness: fl
     et al. 2020, eq. 7, on the straight path); in between its standard deviation is that share of it, what is left of the noise in
     z_t taking the rest (as DDIM's eta, Song et al. 2021, eq. 16), so that the marginals stay; 0: the Euler step.
     """
-    x0, eps = z_t - t * velocity, z_t + (1 - t) * velocity
+    of_z, of_velocity, deviation = transition_weights(t, s, randomness)
+    return of_z * z_t + of_velocity * velocity, deviation
+
+
+def transition_weights(t: float, s: float, randomness: float) -> tuple[float, float, float]:
+    """Those of z_t and of the velocity in the mean of :func:`transition`, and its standard deviation."""
     variance = randomness**2 * (s / t) ** 2 * (t**2 - ((1 - t) / (1 - s)) ** 2 * s**2) if s < 1 else 0.0
-    kept = max(s**2 - variance, 0.0) ** 0.5
-    return (1 - s) * x0 + kept * eps, max(variance, 0.0) ** 0.5
+    kept = max(s**2 - variance, 0.0) ** 0.5  # of the noise z_t + (1 - t) velocity, beside (1 - s) of x0 = z_t - t velocity
+    return 1 - s + kept, kept * (1 - t) - (1 - s) * t, max(variance, 0.0) ** 0.5
 
 
 def timestep_features(t: Tensor, size: int) -> Tensor:

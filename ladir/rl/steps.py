@@ -15,24 +15,16 @@ from torch import Tensor
 from ladir.models import flow
 
 
-def step_log_density(after: Tensor, mean: Tensor, deviation: float) -> Tensor:
-    """Log-density [...] per element of what steps led to, ``after`` [..., L, d], under Gaussians around ``mean``, fp32."""
-    square = ((after - mean) / deviation).square().mean((-2, -1))
-    return -0.5 * square - math.log(deviation) - 0.5 * math.log(2 * math.pi)
-
-
 def path_log_density(
     z_t: Tensor, velocity: Tensor, after: Tensor, times: Sequence[tuple[float, float]], randomness: float, noise: float
 ) -> Tensor:
     """Log-densities [K, S] of S steps of K blocks, each from ``z_t`` [K, S, L, d] at the first of its ``times`` to ``after``.
 
-    ``noise``: scale of the noise on the path (``sample.initial_noise``).
+    Per latent element, fp32.  ``noise``: scale of the noise on the path (``sample.initial_noise``).
     """
-    found = []
-    for place, (t, s) in enumerate(times):
-        mean, deviation = flow.transition(z_t[:, place], velocity[:, place], t, s, randomness)
-        found.append(step_log_density(after[:, place], mean, noise * deviation))
-    return torch.stack(found, 1)
+    of_z, of_velocity, deviation = _weights(z_t, times, randomness, noise)
+    beside = after - torch.addcmul(of_z * z_t, of_velocity, velocity)
+    return -0.5 * (beside / deviation).square().mean((-2, -1)) - (deviation[:, 0, 0].log() + 0.5 * math.log(2 * math.pi))
 
 
 def path_divergence(
@@ -43,9 +35,13 @@ def path_divergence(
     Both are Gaussian with the same deviation, so that it is ``|mean - other mean|^2 / (2 deviation^2)``.
     The other arguments are those of :func:`path_log_density`.
     """
-    found = []
-    for place, (t, s) in enumerate(times):
-        mean, deviation = flow.transition(z_t[:, place], velocity[:, place], t, s, randomness)
-        its, _ = flow.transition(z_t[:, place], other[:, place], t, s, randomness)
-        found.append(0.5 * ((mean - its) / (noise * deviation)).square().mean((-2, -1)))
-    return torch.stack(found, 1)
+    _, of_velocity, deviation = _weights(z_t, times, randomness, noise)
+    return 0.5 * ((velocity - other) * (of_velocity / deviation)).square().mean((-2, -1))
+
+
+def _weights(z_t: Tensor, times: Sequence[tuple[float, float]], randomness: float, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`ladir.models.flow.transition_weights` of every step [S, 1, 1], the deviation with the scale of the noise."""
+    found = [flow.transition_weights(t, s, randomness) for t, s in times]
+    rows = [[of_z, of_velocity, noise * deviation] for of_z, of_velocity, deviation in found]
+    of_z, of_velocity, deviation = torch.tensor(rows, dtype=z_t.dtype, device=z_t.device).T[..., None, None]
+    return of_z, of_velocity, deviation

@@ -12,6 +12,7 @@ from ladir.config import RlSettings
 from ladir.data.batches import ArBatch, ArCollator
 from ladir.models.ar import ArModel
 from ladir.rl.batches import Attempt, by_label
+from ladir.rl.beside import BesideBatch
 from ladir.rl.tokens import clipped_loss, ratios
 
 
@@ -54,23 +55,30 @@ class TextPolicy(nn.Module):
         super().__init__()
         self.model, self.settings, self.temperature = model, settings, temperature
 
-    def forward(self, batch: ArBatch) -> dict[str, Tensor]:
-        """The clipped ratio to the old model over the attempts' labels; or what :class:`ArModel` gives."""
-        if not isinstance(batch, JudgedTextBatch):
-            losses: dict[str, Tensor] = self.model(batch)
-            return losses
+    def forward(self, batch: ArBatch | BesideBatch) -> dict[str, Tensor]:
+        """The clipped ratio to the old model over the attempts' labels; or what :class:`ArModel` gives; or both, of one pass."""
+        if isinstance(batch, BesideBatch):
+            judged, gold = batch.judged, batch.gold
+            assert isinstance(judged, JudgedTextBatch) and isinstance(gold, ArBatch)
+            hidden, of_gold = self.model.read_together([judged, gold])
+            return {**self._judged(judged, hidden), **self.model.losses(gold, of_gold)}
+        if isinstance(batch, JudgedTextBatch):
+            return self._judged(batch, self.model.read(batch))
+        losses: dict[str, Tensor] = self.model(batch)
+        return losses
+
+    def _judged(self, batch: JudgedTextBatch, hidden: Tensor) -> dict[str, Tensor]:
+        """What is learned from the rewards, of the hidden states before the labels."""
         assert batch.old_logprob is not None
-        new, clip = self._logprob(batch), self.settings.token_clip
+        new, clip = self._logprob(batch, hidden), self.settings.token_clip
         loss = clipped_loss(new, batch.old_logprob, batch.advantages, clip).sum()
         return {"answers": loss, **ratios("token", new, batch.old_logprob, batch.advantages, clip)}
 
     @torch.no_grad()
     def remembered(self, batch: JudgedTextBatch) -> JudgedTextBatch:
         """The batch with what this model says of it, which is then the old one."""
-        return replace(batch, old_logprob=self._logprob(batch))
+        return replace(batch, old_logprob=self._logprob(batch, self.model.read(batch)))
 
-    def _logprob(self, batch: ArBatch) -> Tensor:
+    def _logprob(self, batch: ArBatch, hidden: Tensor) -> Tensor:
         """Log-probabilities [n] of the labels."""
-        backbone = self.model.backbone
-        hidden = backbone.read(backbone.embed(batch.ids), batch.rows)
-        return -backbone.label_losses(hidden, batch.labels, self.temperature)[0]
+        return -self.model.backbone.label_losses(hidden, batch.labels, self.temperature)[0]

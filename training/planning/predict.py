@@ -15,6 +15,7 @@ from ladir.inference.rollout import Rollout
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
+from ladir.rl.beside import MOST_TOGETHER
 from training.planning.asking import Answering, Architecture, answering, greedy, remedy
 from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, taking_in, weights_of
 from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
@@ -162,7 +163,10 @@ class Planner:
         sampling = (rl.prompts * asked.flops / self._speed, batches * asked.real_passes * self._forward_launches(config))
         again = 1 + (1 + ("kl" in terms(rl))) / 3  # the old model's pass, and the start's, are forward alone
         attempts, gold = attempts_of(rl), rl.train.global_batch * (rl.anchor_weight > 0)
-        passes = -(-attempts // (micro * gpus)) * again + -(-gold // (micro * gpus))
+        of_rank = -(-attempts // gpus)
+        passes = -(-of_rank // rl.train.micro_batch) * again
+        if of_rank + gold / gpus > min(rl.train.micro_batch, MOST_TOGETHER):  # else gold records go with the attempts
+            passes += -(-gold // (micro * gpus))
         one = self._mean_pass("rl", config).flops
         learning = (
             rl.updates * (attempts * again + gold) * one / self._speed,

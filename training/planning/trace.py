@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ladir.inference.rollout import Rollout
+from ladir.models import lean
 from ladir.spans import step_schedule
 
 #: records of up to so many blocks are traced as they are, longer ones extrapolated from these
@@ -127,6 +128,26 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
 
+@contextmanager
+def fused_norms(launched: Callable[[], None]) -> Iterator[None]:
+    """Within, a norm is one operator that keeps one number per vector, and so is its gradient, as on a GPU."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        launched()
+        return torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+
+    def gradients(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, trained: bool) -> tuple[Tensor, Tensor | None]:
+        launched()
+        return torch.empty_like(x), torch.empty_like(weight) if trained else None
+
+    original = lean.norm, lean.norm_gradients
+    lean.norm, lean.norm_gradients = norm, gradients
+    try:
+        yield
+    finally:
+        lean.norm, lean.norm_gradients = original
+
+
 @dataclass(frozen=True)
 class Pass:
     """A traced pass: most bytes alive at once (weights, their gradients and the batch not counted), its FLOPs, and the operators
@@ -229,12 +250,19 @@ def trace_inference(model: nn.Module, run: Callable[[], Any], batch: Any = None)
     return Pass(memory.peak, memory.flops, memory.launches)
 
 
-def _fused(model: nn.Module, memory: LiveMemory) -> AbstractContextManager[Any]:
-    def add(flops: int) -> None:
+@contextmanager
+def _fused(model: nn.Module, memory: LiveMemory) -> Iterator[None]:
+    """On the meta device, which stands for a GPU: its operators in place of a CPU's."""
+
+    def add(flops: int = 0) -> None:
         memory.flops += flops
         memory.launches += 1
 
-    return fused_attention(add) if _device(model) == "meta" else nullcontext()
+    if _device(model) != "meta":
+        yield
+        return
+    with fused_attention(add), fused_norms(add):
+        yield
 
 
 def _device(model: nn.Module) -> str:

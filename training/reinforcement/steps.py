@@ -22,6 +22,7 @@ from ladir.config import RlSettings
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record
 from ladir.rl.batches import Attempt, attempts_of
+from ladir.rl.beside import MOST_TOGETHER, BesideBatch
 from ladir.rl.lines import Group, figures
 from ladir.rl.policy import Policy
 from ladir.rl.text import TextPolicy
@@ -123,18 +124,33 @@ class OwnSteps:
         self, training: Underway, teaching: _Numbered, step: int, gold: StepBatch, metrics: dict[str, Tensor]
     ) -> StepBatch:
         """A step's micro batches of this rank: attempts, as many batches on every rank, then gold records."""
+        device = training.world.device
         parts = share_attempts(teaching, training.settings.micro_batch, training.world)
-        batches = [self._batch(part, counted, step, training.world.device) for part, counted in parts]
+        if len(parts) == len(gold.batches) == 1 and self._are_few(len(teaching), training):
+            records: Any = gold.batches[0].to(device)
+            both = BesideBatch.of(self._batch(*parts[0], step, device, records), records)
+            return StepBatch(gold.first, [both], gold.numbers, gold.wait, metrics)
+        batches = [self._batch(part, counted, step, device) for part, counted in parts]
         # What is named where a loss is not finite is a global batch of gold records, which alone can be left out.
         numbers = [gold.first for _ in parts]
         return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
 
-    def _batch(self, part: _Numbered, counted: int, step: int, device: torch.device) -> Any:
-        """Attempts as a batch, with what the old model, and the start, predict there."""
+    def _are_few(self, attempts: int, training: Underway) -> bool:
+        """Whether a rank's attempts and gold records go through the model together; the same on all ranks."""
+        ranks, settings = training.world.size, training.settings
+        return -(-attempts // ranks) + settings.global_batch // ranks <= min(settings.micro_batch, MOST_TOGETHER)
+
+    def _batch(self, part: _Numbered, counted: int, step: int, device: torch.device, beside: Any = None) -> Any:
+        """Attempts as a batch, with what the old model, and the start, predict there; ``beside``: gold records, on the device.
+
+        Random steps learn while their density is what it was within ``rl.step_clip``, which is less than bfloat16's rounding: the
+        old model reads the same rows as the one that learns.
+        """
         numbers = [step * attempts_of(self.settings) + number for number, _ in part]
-        batch = self.collator([attempt for _, attempt in part], numbers, counted)
+        batch = self.collator([attempt for _, attempt in part], numbers, counted).to(device)
         old: Any = self.old
-        remembered = old.remembered(batch.to(device))
+        exact = beside is not None and self.settings.algorithm == "flow_grpo"
+        remembered = old.remembered(batch, beside) if exact else old.remembered(batch)
         return remembered if self.start is None else self.start.compared(remembered)
 
 
