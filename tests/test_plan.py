@@ -319,7 +319,8 @@ def test_the_8b_configurations_have_the_published_number_of_weights(name: str, n
 
 ARCHITECTURE = ["backbone.scratch={model_type: llama, vocab_size: 1000, hidden_size: 256, intermediate_size: 512, "
                 "num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4}"]  # fmt: skip
-SMALL = [*ARCHITECTURE, "plan.samples=1000", "backbone.name_or_path=null", "evaluate.num_trajectories=2"]
+SHORT = ["data.max_blocks=2", "plan.blocks=2", "rollout.num_steps=2"]  # a rollout is traced pass by pass
+SMALL = [*ARCHITECTURE, *SHORT, "plan.samples=1000", "backbone.name_or_path=null", "evaluate.num_trajectories=2"]
 
 
 def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
