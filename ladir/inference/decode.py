@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.inference.cache import Prefix
+from ladir.models.denoiser import TokenHead
 from ladir.models.positions import room_left
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import decode_text
@@ -91,9 +92,13 @@ def decode(
 
 @dataclass(frozen=True)
 class TokenHeadReading:
-    """What the denoiser's token head says of K blocks: ``log_probs`` [K, P, V] of their first P tokens, and its ``weight``."""
+    """What the token head says of the first P tokens of K blocks, with ``features`` [K, P, rank], and its ``weight``.
 
-    log_probs: Tensor
+    Logits are made token by token: those of all positions are too large where the vocabulary is.
+    """
+
+    head: TokenHead
+    features: Tensor
     weight: float
 
     def steer(self, eos_id: int) -> Steer:
@@ -104,10 +109,10 @@ class TokenHeadReading:
         """
 
         def steered(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-            if step >= self.log_probs.shape[1]:
+            if step >= self.features.shape[1]:
                 return logits
             own = logits.float().log_softmax(-1)
-            both = own + self.weight * self.log_probs[rows, step]
+            both = own + self.weight * self.head.up(self.features[rows, step]).float().log_softmax(-1)
             both[:, eos_id] = -torch.inf
             going_on = torch.log1p(-own[:, eos_id].exp().clamp_max(1 - torch.finfo(own.dtype).eps))
             both = both.log_softmax(-1) + going_on[:, None]

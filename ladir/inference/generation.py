@@ -57,7 +57,8 @@ class Reencoder:
         of = self.generator
         assert of.encoder is not None
         denoiser, most = of.denoiser, of.settings.max_thought_tokens
-        beside = TokenHeadReading(denoiser.token_log_probs(state), self.weight) if self.weight else None
+        head = denoiser.token_head if self.weight else None
+        beside = None if head is None else TokenHeadReading(head, head.features(state), self.weight)
         texts = thought_ids(of.thought_decoder, of.eos, of.plain(z), most, beside)
         self.read.update({(row, block): ids for row, ids in zip(rows, texts, strict=True)})
         return (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std

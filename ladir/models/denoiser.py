@@ -35,8 +35,11 @@ class TokenHead(nn.Module):
 
     def forward(self, hidden: Tensor, positions: int) -> Tensor:
         """Logits [K, M, P, V] of the first P = ``positions`` tokens from hidden states [K, M, L, H]."""
-        low = self.down(hidden.flatten(2)).unflatten(-1, (self.positions, self.rank))
-        return self.up(F.silu(low[..., :positions, :]))
+        return self.up(self.features(hidden)[..., :positions, :])
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the logits are made of, [..., positions, rank], from hidden states [..., L, H]."""
+        return F.silu(self.down(hidden.flatten(-2)).unflatten(-1, (self.positions, self.rank)))
 
 
 def focal(losses: Tensor, gamma: float) -> Tensor:
@@ -168,12 +171,6 @@ class Denoiser(nn.Module):
     def reads_tokens(self) -> bool:
         """Whether the token head can read what a step hands on."""
         return self.token_head is not None and self.carry_in is not None
-
-    def token_log_probs(self, state: Tensor) -> Tensor:
-        """Log-probabilities [..., P, V], fp32, of a sentence's first P tokens, from what a step handed on [..., L, H]."""
-        assert self.token_head is not None
-        logits = self.token_head(state.flatten(0, -3)[:, None], self.token_head.positions)[:, 0]
-        return logits.float().log_softmax(-1).unflatten(0, state.shape[:-2])
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
         """Logit [...] that the answer follows, from hidden states [..., H] at <EOT>."""
