@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from ladir.inference.cache import Prefix
 from ladir.inference.cost import count_cost
 from ladir.inference.graphs import Graphs
 from ladir.inference.sampler import BlockSampler, TrajectoryNoise, append_block
+from ladir.models.lean import lean_layers
 from ladir.reasoner import Reasoner
 from tests.distributed import ProcessGroup
 from tests.test_engine import assert_like_the_reference, averages, unused_branch
+from tests.test_lean import TOLERANCE, as_transformers_has_it, outcome
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.test_reasoner import QUESTIONS, assert_same, tiny_reasoner
+from tests.tiny import tiny_lm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +53,20 @@ def test_an_interrupted_run_continues_exactly(one_process: ProcessGroup, tmp_pat
     assert outcome.status == "interrupted"
     one_process.run(run_with, parts, 3, "bfloat16", settings)
     assert_identical(parts, whole)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_lean_model_gives_transformers_values_and_gradients(kind: str, dtype: torch.dtype) -> None:
+    lm, inputs = tiny_lm(kind, dtype=dtype).cuda(), torch.randn(2, 7, 16).to("cuda", dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        as_transformers_has_it(patch, sys.modules[type(lm).__module__])
+        expected = outcome(lm, inputs)
+    lean_layers(lm)
+    actual = outcome(lm, inputs)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        assert float((actual[name] - value).abs().max()) <= TOLERANCE[dtype] * largest, name
 
 
 def on_cuda(reasoner: Reasoner) -> Reasoner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,9 +42,9 @@ def outcome(lm: PreTrainedModel, inputs: Tensor) -> dict[str, Tensor]:
     """Last hidden states of two rows at positions of their own, and every gradient."""
     lm.zero_grad()
     given = inputs.clone().requires_grad_()
-    positions = torch.stack([torch.arange(inputs.shape[1]), torch.arange(inputs.shape[1]) + 3])
+    positions = torch.stack([torch.arange(inputs.shape[1]), torch.arange(inputs.shape[1]) + 3]).to(inputs.device)
     hidden = lm.get_decoder()(inputs_embeds=given, position_ids=positions, use_cache=False).last_hidden_state
-    (hidden.double() * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    (hidden.double() * torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)).sum().backward()
     found = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
     assert given.grad is not None and len(found) > 8
     return {"hidden": hidden.detach(), "inputs": given.grad, **{name: grad.clone() for name, grad in found.items()}}
@@ -53,10 +54,11 @@ def outcome(lm: PreTrainedModel, inputs: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", sorted(SHAPES))
 def test_a_lean_model_gives_transformers_values_and_gradients(kind: str, dtype: torch.dtype) -> None:
     lm = tiny_lm(kind, dtype=dtype)
-    file: Any = __import__(type(lm).__module__, fromlist=["apply_rotary_pos_emb"])
-    file.apply_rotary_pos_emb = getattr(file.apply_rotary_pos_emb, "plain", file.apply_rotary_pos_emb)
+    file = sys.modules[type(lm).__module__]
     inputs = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = outcome(lm, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        as_transformers_has_it(patch, file)
+        expected = outcome(lm, inputs)
     lean.lean_layers(lm)
     assert hasattr(file.apply_rotary_pos_emb, "plain") and hasattr(type(lm.get_decoder().norm), "plain")
     actual = outcome(lm, inputs)
@@ -123,10 +125,11 @@ def update(layers: int, algorithm: str, together: bool) -> int:
     return old + sum(trace_training(policy, batch).launches for batch in batches)
 
 
-def as_transformers_has_it(patch: pytest.MonkeyPatch) -> None:
-    """Models made from here on have norms and rotary positions in transformers' own operators."""
+def as_transformers_has_it(patch: pytest.MonkeyPatch, file: Any = modeling_llama) -> None:
+    """Models of that file made from here on have norms and rotary positions in transformers' own operators."""
     patch.setattr(lean, "_LIKE_LLAMA", frozenset())
-    patch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb.plain)
+    turn = file.apply_rotary_pos_emb
+    patch.setattr(file, "apply_rotary_pos_emb", getattr(turn, "plain", turn))
 
 
 @pytest.mark.parametrize("algorithm", ["nft", "flow_grpo"])
