@@ -24,6 +24,8 @@ from tests.test_lean import TOLERANCE, as_transformers_has_it, outcome
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.test_reasoner import QUESTIONS, assert_same, tiny_reasoner
 from tests.tiny import tiny_lm
+from training.runtime.distributed import World
+from training.runtime.host_room import HostRoom
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +69,24 @@ def test_a_lean_model_gives_transformers_values_and_gradients(kind: str, dtype: 
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
         assert float((actual[name] - value).abs().max()) <= TOLERANCE[dtype] * largest, name
+
+
+def copied_to_the_host(world: World) -> tuple[bool, bool, int]:
+    """Whether the room that takes a GPU's state is page-locked, holds that state, and its bytes beyond it."""
+    state = torch.randn(1_000_003, device="cuda")
+    room = HostRoom()
+    ((_, copies, _),) = room.copies([("master", {"weight": state, "bias": state[:7]}, {})])
+    same = torch.equal(copies["weight"], state.cpu()) and torch.equal(copies["bias"], state[:7].cpu())
+    return copies["weight"].is_pinned(), same, room._bytes.nbytes - state.nbytes
+
+
+def test_a_checkpoint_s_copy_is_page_locked_and_no_larger_than_the_state(one_process: ProcessGroup, tmp_path: Path) -> None:
+    ((pinned, same, beyond),) = one_process.run(copied_to_the_host)
+    assert pinned and same and beyond < 1000
+    settings = toy_settings(max_steps=6, checkpoint_every=2, ema=0.9)
+    one_process.run(run_with, tmp_path / "behind", 3, "bfloat16", {**settings, "checkpoint_in_background": True})
+    one_process.run(run_with, tmp_path / "at-once", 3, "bfloat16", settings)
+    assert_identical(tmp_path / "behind", tmp_path / "at-once")
 
 
 def on_cuda(reasoner: Reasoner) -> Reasoner:

@@ -21,7 +21,7 @@ from training.benchmarks.large import CASES, predict, with_layers
 from training.benchmarks.sizes import SIZES
 from training.plan import main
 from training.planning.asking import answering
-from training.planning.memory import Zero, checkpoint_bytes, holdings, taking_in, weights_of
+from training.planning.memory import Zero, checkpoint_bytes, copied_bytes, holdings, taking_in, weights_of
 from training.planning.models import Lengths, layer_period, lm_config, meta_model, micro_batch, shortened
 from training.planning.predict import Planner
 from training.planning.prediction import GIB, Machine
@@ -30,6 +30,7 @@ from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
 from training.runtime.engine import Engine
+from training.runtime.host_room import HostRoom, Kind
 
 VOCAB = 211
 LENGTHS = Lengths(question=17, blocks=4, block=11, answer=7)
@@ -92,7 +93,8 @@ def held(world: World, stage: int, dtype: str, variant: str, folder: str, optimi
     kinds = {kind: values for kind, values in engine._kinds().items() if kind != "ema"}
     state = {k: v for k, v in storages(t for values in kinds.values() for t in values.values()).items() if k not in mine}
     assert engine.ema is not None
-    plan = holdings(weights, Zero.of(read_ds_config(path), world.size, 2 if dtype == "bfloat16" else 4), averaged=True)
+    zero = Zero.of(read_ds_config(path), world.size, 2 if dtype == "bfloat16" else 4)
+    plan = holdings(weights, zero, averaged=True)
     saved = checkpoint.save(Path(folder), engine, {"step": 1}, keep=1)
     on_disk = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     return {
@@ -100,8 +102,13 @@ def held(world: World, stage: int, dtype: str, variant: str, folder: str, optimi
         "gradients": (gradients, plan.gradients),
         "optimizer": (sum(state.values()), plan.optimizer),
         "average": (sum(storages(engine.ema).values()), plan.average),
-        "checkpoint": (on_disk, checkpoint_bytes(weights, averaged=True)),
+        "checkpoint": (on_disk, checkpoint_bytes(weights, averages=1)),
+        "copies": (sum(map(_bytes_of, HostRoom().copies(engine.state()))), copied_bytes(weights, zero, averages=1)),
     }
+
+
+def _bytes_of(kind: Kind) -> int:
+    return sum(tensor.nbytes for tensor in kind[1].values())
 
 
 def all_held(world: World, stage: int, folder: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -115,6 +122,9 @@ def check_held(results: list[dict[str, dict[str, tuple[int, int]]]]) -> None:
         for case, kinds in result.items():
             on_disk, planned = kinds.pop("checkpoint")
             assert planned <= on_disk < planned * 1.5 + 100_000, case  # the rest are names and places
+            copied, planned = kinds.pop("copies")
+            # Parts are padded, rank 0 has buffers, and without ZeRO it alone has anything.
+            assert copied == 0 or planned * 0.98 <= copied <= planned * 1.02 + 10_000, case
             assert {kind: actual for kind, (actual, _) in kinds.items()} == {k: plan for k, (_, plan) in kinds.items()}, case
 
 
@@ -340,6 +350,7 @@ def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monk
         "every phase fits",
         "hours",
         "communication buffers",
+        "of which for checkpoints",
         "a checkpoint on disk",
         "recompute none",
         "ar: deepspeed.config=ds_configs/zero2.json fits as well",
@@ -390,6 +401,23 @@ def test_offloading_moves_bytes_to_the_host() -> None:
     assert optimizer.host == plain.gradients + plain.optimizer and optimizer.weights == plain.weights
     assert everything.host == plain.gradients + plain.optimizer + plain.weights + plain.frozen
     assert everything.weights == everything.frozen == everything.optimizer == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "copies"), [("zero3", 2, 2), ("zero2", 2, 2), ("zero3_offload_optimizer", 2, 1), ("zero0", 1, 2)]
+)
+def test_checkpoints_take_host_memory(name: str, nodes: int, copies: int) -> None:
+    """A kind at a time, as a copy and as bytes of a file; in the background a copy of all of it, and without ZeRO on one rank."""
+    config = tiny_config()
+    config.plan.samples, config.denoiser.train.ema, config.deepspeed.config = 1000, 0.9, f"ds_configs/{name}.json"
+    machine = Machine(gpus=4, gpus_per_node=2, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0)
+    weights = sum(w.numel for w in weights_of(meta_model(config, "denoiser", "none")))
+    found = {}
+    for in_background in (False, True):
+        config.denoiser.train.checkpoint_in_background = in_background
+        found[in_background] = Planner(config, machine).training("denoiser").saving_per_node
+    assert found[False] == pytest.approx(4 * weights * copies / nodes, rel=0.01)
+    assert found[True] - found[False] == pytest.approx(4 * weights * 4 / nodes, rel=0.01)  # master, two moments, average
 
 
 def test_taking_a_gradient_in_costs_what_was_seen() -> None:

@@ -220,6 +220,20 @@ def taking_in(numel: int, zero: Zero) -> int:
     return FP32 * mine * copies + _FP64 * min(mine, _NORM_ELEMENTS) * zero.offload_optimizer
 
 
-def checkpoint_bytes(weights: Sequence[Weight], averaged: bool) -> int:
+def checkpoint_bytes(weights: Sequence[Weight], averages: int) -> int:
     """Bytes of the tensors in one checkpoint: masters, moments and averages of what is trained, over all ranks."""
-    return FP32 * sum((w.tensors + averaged) * w.numel for w in weights if w.trained)
+    return FP32 * sum((w.tensors + averages) * w.numel for w in weights if w.trained)
+
+
+def copied_bytes(weights: Sequence[Weight], zero: Zero, averages: int) -> int:
+    """Bytes of host memory that one rank keeps for the copies of checkpoints written in the background: its part of all state
+    (without ZeRO rank 0 has it all)."""
+    ranks = zero.world_size if zero.stage else 1
+    return FP32 * sum((w.tensors + averages) * part(w.numel, ranks) for w in weights if w.trained)
+
+
+def writing_bytes(weights: Sequence[Weight], zero: Zero) -> int:
+    """Bytes of host memory that one rank takes while it writes a checkpoint: one kind of state as the bytes of a file, and as a
+    copy, where it is on the GPU."""
+    ranks = zero.world_size if zero.stage else 1
+    return (1 if zero.offload_optimizer else 2) * FP32 * sum(part(w.numel, ranks) for w in weights if w.trained)

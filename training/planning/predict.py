@@ -17,7 +17,17 @@ from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
 from ladir.rl.beside import MOST_TOGETHER
 from training.planning.asking import Answering, Architecture, answering, greedy, remedy
-from training.planning.memory import Holdings, Weight, Zero, checkpoint_bytes, holdings, taking_in, weights_of
+from training.planning.memory import (
+    Holdings,
+    Weight,
+    Zero,
+    checkpoint_bytes,
+    copied_bytes,
+    holdings,
+    taking_in,
+    weights_of,
+    writing_bytes,
+)
 from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
 from training.planning.prediction import Iteration, Machine, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
@@ -106,7 +116,8 @@ class Planner:
             activations=self._activations(phase, config, micro, zero),
             capacity=machine.gpu_bytes - machine.reserve,
             host_per_node=held.host * machine.ranks_per_node,
-            checkpoint=checkpoint_bytes(weights, train.ema > 0),
+            checkpoint=checkpoint_bytes(weights, self._averages(phase)),
+            saving_per_node=self._saving(phase, weights, zero),
             model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, rank)),
             setup=f"micro {micro} x {train.global_batch // micro // machine.gpus}, recompute {checkpointing}",
             samples=samples,
@@ -119,6 +130,16 @@ class Planner:
             balance=self._balance(phase, train, micro),
         )
         return self._reinforced(found, config, micro) if phase == "rl" else found
+
+    def _averages(self, phase: str) -> int:
+        """Averages of the weights in a checkpoint; stage 3's old model is one."""
+        return int(self.train_settings(phase).ema > 0) + int(phase == "rl")
+
+    def _saving(self, phase: str, weights: list[Weight], zero: Zero) -> int:
+        """Bytes of a node's memory for checkpoints."""
+        copied = copied_bytes(weights, zero, self._averages(phase)) if self.train_settings(phase).checkpoint_in_background else 0
+        writers = self.machine.ranks_per_node if zero.stage else 1
+        return writers * (copied + writing_bytes(weights, zero))
 
     def _held(self, phase: str, config: Config, zero: Zero) -> Holdings:
         """What the engine holds; in stage 3 also whole models that sample and are compared with, and the old one's average."""

@@ -58,6 +58,7 @@ class Prediction:
     activations: int
     capacity: int
     host_per_node: int
+    """Of the state that is there, without what checkpoints take."""
     checkpoint: int
     model_folder: int
     setup: str
@@ -66,6 +67,8 @@ class Prediction:
     steps: float | None
     seconds: float
     epochs: float | None
+    saving_per_node: int = 0
+    """Host memory for writing checkpoints, their copies included."""
     remedy: str = ""
     lighter: str = ""
     """The DeepSpeed file that splits less and fits as well."""

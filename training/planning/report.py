@@ -38,7 +38,8 @@ def memory_table(machine: Machine, predictions: Sequence[Prediction]) -> Table:
     table.add_row(f"peak (reserve {machine.reserve / GIB:g} kept)", *(f"[bold]{_gib(p.peak)}[/bold]" for p in predictions))
     table.add_row("", *("[green]fits[/green]" if p.fits else "[red]DOES NOT FIT[/red]" for p in predictions))
     table.add_section()
-    table.add_row("host memory per node", *(_gib(p.host_per_node) for p in predictions))
+    table.add_row("host memory per node", *(_gib(p.host_per_node + p.saving_per_node) for p in predictions))
+    table.add_row("of which for checkpoints", *(_gib(p.saving_per_node) for p in predictions))
     table.add_row("a checkpoint on disk", *(_gib(p.checkpoint) for p in predictions))
     table.add_row("result on disk", *(_gib(p.model_folder) for p in predictions))
     return table

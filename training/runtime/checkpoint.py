@@ -24,6 +24,7 @@ from ladir.threads import in_thread
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, StateReader
 from training.runtime.files import publish_folder, sha256, write_json, write_tensors, write_text
+from training.runtime.host_room import HostRoom, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,16 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
     It appears under its name only when every rank's file is on disk, and older ones go only after that.  Raises
     :class:`CheckpointError` on all ranks when any of them fails; the older checkpoints are then untouched.
     """
-    return Writing(folder, engine, state, keep, in_background=False).finish()
+    return Writing(folder, engine, state, keep).finish()
 
 
 class Writing:
     """A checkpoint under way: begun, and finished, by all ranks together."""
 
-    def __init__(self, folder: Path, engine: Engine, state: dict[str, Any], keep: int, in_background: bool) -> None:
-        """``in_background``: a copy is made in this machine's memory, which a thread writes while the training goes on.
+    def __init__(self, folder: Path, engine: Engine, state: dict[str, Any], keep: int, room: HostRoom | None = None) -> None:
+        """``room``: a copy is made there, which a thread writes while the training goes on; it holds nothing else meanwhile.
 
-        Raises :class:`CheckpointError` on all ranks where the folder cannot be written.
+        Raises :class:`CheckpointError` on all ranks where the folder cannot be written, or the copy has no room.
         """
         self._folder, self._world, self._keep = folder, engine.world, keep
         self.step = int(state["step"])
@@ -61,8 +62,9 @@ class Writing:
         self._state = {**state, "frozen": engine.frozen_fingerprint(), "ranks": engine.world.size}
         kinds = engine.state()
         self._entries: Future[dict[str, Any]] | None = None
-        if in_background:
-            copies = [(kind, _copied(tensors), places) for kind, tensors, places in kinds]
+        if room is not None:
+            copies: list[Kind] = []
+            self._together(lambda: copies.extend(room.copies(kinds)))
             self._state = copy.deepcopy(self._state)
             self._entries = in_thread(lambda: _write_shard(self._aside, engine.world.rank, copies))
         else:
@@ -103,12 +105,7 @@ class Writing:
         return _together(self._world, self._target, action)
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in this machine's memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _write_shard(folder: Path, rank: int, kinds: Iterable[tuple[str, dict[str, Tensor], dict[str, str]]]) -> dict[str, Any]:
+def _write_shard(folder: Path, rank: int, kinds: Iterable[Kind]) -> dict[str, Any]:
     """Write a rank's tensors; returns their manifest entries by file name (none where it has nothing of its own).
 
     Of a shard the entry holds the parts, too, so that who wants some of them opens no other files.

@@ -26,6 +26,7 @@ from training.runtime.distributed import is_lost_rank
 from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
 from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbeat
+from training.runtime.host_room import HostRoom
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Batch, Measured, OnPolicy, Phase
 from training.runtime.profiling import MemorySnapshot, Ranges, StepProfiler
@@ -120,6 +121,7 @@ class Trainer:
         self._unlogged: tuple[float, float] | None = None
         self._left: float | None = None
         self._writing: Writing | None = None
+        self._room = HostRoom()
 
     def resume(self) -> None:
         """Go to the newest whole checkpoint, where there is one."""
@@ -395,7 +397,8 @@ class Trainer:
                 **self.cadence.state(),
             }
             background = in_background and self.settings.checkpoint_in_background
-            self._writing = Writing(self._checkpoints, self.engine, state, self.settings.keep_checkpoints, background)
+            room = self._room if background else None
+            self._writing = Writing(self._checkpoints, self.engine, state, self.settings.keep_checkpoints, room)
         self.cadence.saved()
         if not background:
             self._finish_writing()
