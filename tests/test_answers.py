@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
+from tests.distributed import ProcessGroup
 from tests.toy_task import Judge
 from training.evaluation import asking
 from training.evaluation.answerers import Answers, Sampled
@@ -25,6 +29,9 @@ from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
 from training.runtime.distributed import World
 from training.runtime.run import Run
+
+#: of a question of mean length, for a stand-in that sleeps
+SECONDS = 0.005
 
 RECORDS = [Record(f"question {i}", ("thought",), "answer", f"test.jsonl:{i + 1}", {}) for i in range(7)]
 
@@ -60,7 +67,39 @@ def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[R
     benchmark = Benchmark("", run, task, Asked(list(records), [], GoldCheck(0, {}, 0.0), len(records)), log)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asking, "load_answerers", lambda *about: [{sampling: model}])
-        return asking.ask(run, [benchmark], [sampling])
+        return asking.ask(run, [benchmark], [sampling]) is not None
+
+
+class Slow(Model):
+    """Takes as long for a question as its length says, which differs a hundredfold."""
+
+    def __call__(self, records: Sequence[Record]) -> Answers:
+        places = [(len(record.question) % 37 + 1) / 38 for record in records]
+        time.sleep(SECONDS * sum(math.exp(1.2 * NormalDist().inv_cdf(place)) for place in places))  # lognormal
+        return super().__call__(records)
+
+
+def slow_answers(world: World, folder: Path, count: int) -> tuple[dict[int, QuestionResult], asking.Busy, int]:
+    """What a queue of ``count`` questions ends with, how busy the ranks were, and how many this one answered."""
+    run = Run(configure(folder, "evaluate.questions_per_batch=4"), "evaluate", world)
+    records = [Record("x" * (7 * i + 1), (), "answer", f"test.jsonl:{i + 1}", {}) for i in range(count)]
+    log, model = AnswerLog(run, records), Slow(run)
+    benchmark = Benchmark("", run, TASK, Asked(records, [], GoldCheck(0, {}, 0.0), count), log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "load_answerers", lambda *about: [{"ladir": model}])
+        busy = asking.ask(run, [benchmark], ["ladir"])
+    assert busy is not None
+    return results(log), busy, len(model.asked)
+
+
+@pytest.mark.distributed
+def test_ranks_that_take_from_the_queue_answer_as_one_does_and_say_how_busy_they_were(
+    one_process: ProcessGroup, two_processes: ProcessGroup, tmp_path: Path
+) -> None:
+    ((expected, alone, asked),) = one_process.run(slow_answers, tmp_path / "one", 40)
+    (first, busy, mine), (second, same, theirs) = two_processes.run(slow_answers, tmp_path / "two", 40)
+    assert first == second == expected and mine + theirs == asked == 40
+    assert len(alone.ranks) == 1 and busy.ranks == same.ranks and len(busy.ranks) == 2
 
 
 def results(log: AnswerLog) -> dict[int, QuestionResult]:

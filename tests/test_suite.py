@@ -47,6 +47,7 @@ def tables(folder: Path) -> tuple[dict[str, Any], str]:
     suite = json.loads((folder / "tiny" / "suite.json").read_text())
     for row in suite["rows"]:
         assert row.pop("wall_seconds") > 0
+    assert all(0 <= share <= 1 for share in suite.pop("busy")["ranks"])
     return suite, (folder / "tiny" / "suite.md").read_text()
 
 

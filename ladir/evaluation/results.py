@@ -123,12 +123,14 @@ def write_results(
     ar: Mapping[str, Any] | None = None,
     left_out: Mapping[str, Any] | None = None,
     gold: Mapping[str, Any] | None = None,
+    busy: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell.
 
     ``sample`` and ``ar``: the controls of LaDiR's generation and of the baseline's; ``snapshot``: the training step of models
     that are not the finished ones; ``left_out`` and ``gold``: what was not asked, and what the checker said of the records' own
-    answers; ``in_file``: questions in the file, asked or not; ``benchmark``: name of the data set in a suite.
+    answers; ``in_file``: questions in the file, asked or not; ``benchmark``: name of the data set in a suite; ``busy``: the
+    seconds of the last start, and the share of them that every rank worked.
     """
     content = {
         "benchmark": benchmark,
@@ -143,6 +145,7 @@ def write_results(
         "ar": dict(ar or {}),
         "left_out": dict(left_out or {}),
         "gold": dict(gold or {}),
+        "busy": dict(busy or {}),
         "rows": [method.row() for method in methods],
     }
     _write(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -76,8 +76,16 @@ class Models:
         return self._answerers[portion.benchmark][portion.sampling]
 
 
-def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> bool:
-    """Add all answers to the logs; False when a signal asked to stop (what is answered is kept)."""
+@dataclass(frozen=True)
+class Busy:
+    """How long the queue took since this start, and which share of that every rank worked."""
+
+    seconds: float
+    ranks: list[float]
+
+
+def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> Busy | None:
+    """Add all answers to the logs; None when a signal asked to stop (what is answered is kept)."""
     left, models, tickets = portions(run, benchmarks, samplings), Models(run, benchmarks, samplings), Tickets(run.world)
     judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0
@@ -92,9 +100,8 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
     run.status.say("waits for the last batches of the other ranks" if run.world.size > 1 else None)
     run.world.wait_at_most(_BATCH_MINUTES)
     if run.stop_agreed():
-        return False
-    _tell_busy(run, busy, time.perf_counter() - start)
-    return True
+        return None
+    return _busy(run, busy, time.perf_counter() - start)
 
 
 def _asked_to_stop(run: Run, tickets: Tickets) -> bool:
@@ -105,14 +112,15 @@ def _asked_to_stop(run: Run, tickets: Tickets) -> bool:
     return tickets.closed
 
 
-def _tell_busy(run: Run, busy: float, seconds: float) -> None:
-    """How much of the time the ranks worked (all ranks together)."""
-    shares = [own / max(seconds, 1e-9) for own in run.world.gather(busy)]
-    if run.world.size > 1 and seconds:
+def _busy(run: Run, busy: float, seconds: float) -> Busy:
+    """This rank worked for ``busy`` of so many seconds; what all did, and said (all ranks together)."""
+    shares = run.world.gather(round(busy / max(seconds, 1e-9), 4))
+    if run.world.size > 1:
         least = min(range(len(shares)), key=shares.__getitem__)
         mean = sum(shares) / len(shares)
         logger.info("asked for %s; ranks were busy %.0f %% of it (rank %d, the least: %.0f %%)",
                     duration(seconds), 100 * mean, least, 100 * shares[least])  # fmt: skip
+    return Busy(round(seconds, 3), shares)
 
 
 class _Progress:

@@ -28,17 +28,17 @@ def evaluate(run: Run) -> None:
         _interrupt(run)
         return
     samplings = list(dict.fromkeys(sampling_of(method)[0] for method in methods))
-    if not ask(run, benchmarks, samplings):
+    if (busy := ask(run, benchmarks, samplings)) is None:
         _interrupt(run)
         return
     run.status.say("judging answers and writing results", fraction=1.0, seconds_left=None)
     if run.world.is_main:
         for benchmark in benchmarks:
             answers = {sampling: benchmark.log.read(sampling) for sampling in samplings}
-            report(benchmark.run, methods, answers, benchmark.asked, benchmark.name)
+            report(benchmark.run, methods, answers, benchmark.asked, busy, benchmark.name)
             draw_results(benchmark.run)
         if run.config.evaluate.suite:
-            report_suite(run, benchmarks)
+            report_suite(run, benchmarks, busy)
         else:
             show(run)
             if not evaluation_label(run.config.evaluate):  # else of other controls or models than the export's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from ladir.evaluation.results import read_results
 from ladir.evaluation.suite import AVERAGE, set_lines, suite_columns, suite_markdown, suite_table, summarise_suite
 from ladir.report.fitting import print_whole
+from training.evaluation.asking import Busy
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.table import result_files
 from training.runtime.cards import write_suite_card
@@ -25,12 +27,13 @@ def suite_files(run: Run) -> tuple[Path, Path]:
     return run.folder.path / f"suite{label}.json", run.folder.path / f"suite{label}.md"
 
 
-def report_suite(run: Run, benchmarks: Sequence[Benchmark]) -> None:
+def report_suite(run: Run, benchmarks: Sequence[Benchmark], busy: Busy) -> None:
     """Write the table, for the model card as well, show it, and say where everything is (rank 0)."""
     files = {benchmark.name: result_files(benchmark.run)[0] for benchmark in benchmarks}
     results = {name: read_results(path) for name, path in files.items()}
     suite = summarise_suite(results)
     content = {**suite, "results": {name: path.name for name, path in files.items()}, "seed": run.config.run.seed}
+    content["busy"] = asdict(busy)
     file, text = suite_files(run)
     write_json(file, content)
     write_text(text, suite_markdown(suite))

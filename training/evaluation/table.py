@@ -18,6 +18,7 @@ from ladir.evaluation.results import MethodResult, QuestionResult, read_question
 from ladir.evaluation.voting import elections
 from ladir.report.fitting import print_whole
 from training.evaluation.answers import Answered
+from training.evaluation.asking import Busy
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
 from training.evaluation.rows import PHASES, SCORED, model_of, sampling_of
@@ -66,9 +67,14 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
 
 
 def report(
-    run: Run, methods: Sequence[str], answers: Mapping[str, Mapping[int, Answered]], asked: Asked, benchmark: str = ""
+    run: Run,
+    methods: Sequence[str],
+    answers: Mapping[str, Mapping[int, Answered]],
+    asked: Asked,
+    busy: Busy,
+    benchmark: str = "",
 ) -> None:
-    """Write the results (rank 0); ``benchmark``: the data set's name in a suite."""
+    """Write the results (rank 0); ``busy``: the ranks, over all data sets; ``benchmark``: the data set's name in a suite."""
     settings = run.config.evaluate
     results, generations = result_files(run)
     judged = {sampling: [entry.result for entry in entries.values()] for sampling, entries in answers.items()}
@@ -92,6 +98,7 @@ def report(
         ar={name: getattr(settings, f"ar_{name}") for name in ("temperature", "top_p", "max_tokens")},
         left_out={"number": len(asked.left_out), "counted": counted, "reasons": list(map(str, asked.left_out[:_LISTED]))},
         gold=gold_facts(asked.gold, settings.on_bad_gold),
+        busy=asdict(busy),
     )
 
 
