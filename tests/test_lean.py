@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -150,6 +152,16 @@ def test_a_rollout_step_launches_little_more_than_half() -> None:
         as_transformers_has_it(patch)
         before = layer_launches(rollout_step)
     assert 0 < now < 0.53 * before
+
+
+def test_a_lean_model_goes_through_a_pickle_and_a_copy() -> None:
+    lm = tiny_lm()
+    Backbone(lm)
+    inputs = torch.randn(1, 4, 16, dtype=lm.dtype)
+    expected = lm.get_decoder()(inputs_embeds=inputs).last_hidden_state
+    for again in (pickle.loads(pickle.dumps(lm)), copy.deepcopy(lm)):  # noqa: S301, our own
+        assert type(again.get_decoder().norm) is type(lm.get_decoder().norm)
+        assert torch.equal(again.get_decoder()(inputs_embeds=inputs).last_hidden_state, expected)
 
 
 def test_other_architectures_stay_as_they_are() -> None:

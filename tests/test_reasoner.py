@@ -21,7 +21,7 @@ from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSett
 from ladir.errors import UnusableError
 from ladir.inference import memory
 from ladir.inference.ar import complete
-from ladir.inference.decode import choose_tokens
+from ladir.inference.decode import TokenHeadReading, choose_tokens
 from ladir.inference.generation import Reencoder
 from ladir.inference.guidance import diversity_force, reward_gradient
 from ladir.inference.sampler import NOISE, BlockSampler, TrajectoryNoise, passes_per_span, step_times
@@ -29,13 +29,14 @@ from ladir.layout import Mark
 from ladir.models import flow
 from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone
-from ladir.models.denoiser import Denoiser
+from ladir.models.denoiser import Denoiser, TokenHead
 from ladir.models.exports import load_export
 from ladir.models.folders import new_vae, save_denoiser, save_vae
 from ladir.models.loading import build_backbone
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
+from ladir.report.traces import trace_questions
 from ladir.spans import num_spans, staggered
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
 from tests.tiny import EOS, SHAPES, randomise_adapters, teacher_forced, tiny_denoiser, tiny_lm, tiny_vae
@@ -205,14 +206,12 @@ def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor) -> list[in
     ids: list[int] = []
     while len(ids) < s.max_thought_tokens:
         own = teacher_forced(decoder, z[None], [ids])[-1].softmax(-1)
-        if len(ids) < len(said):
-            both = own * said[len(ids)] ** s.token_head_weight
-            both[EOS] = 0.0
-            own = torch.where(torch.arange(len(own)) == EOS, own, both / both.sum() * (1 - own[EOS]))
-        token = int(own.argmax())
-        if token == EOS:
+        if own.argmax() == EOS:
             break
-        ids.append(token)
+        if len(ids) < len(said):
+            own = own * said[len(ids)] ** s.token_head_weight
+            own[EOS] = 0.0
+        ids.append(int(own.argmax()))
     return ids
 
 
@@ -830,6 +829,26 @@ def test_thoughts_are_the_sentences_that_were_encoded_again() -> None:
         assert torch.allclose(trajectory.latents, means, atol=1e-5)
         differ += trajectory.thoughts != reasoner.decode_latents(trajectory.latents)
     assert differ  # the decoder alone reads other sentences, which the chain did not go on from
+
+
+def test_a_trace_ends_with_the_sentence_that_was_encoded_again() -> None:
+    reasoner = tiny_reasoner(carry="hidden", reencode=True, token_head_weight=2.0)
+    asked = list(itertools.chain(*reasoner.generate(QUESTIONS, 3)))
+    traced = list(itertools.chain(*trace_questions(reasoner, QUESTIONS, 3, seed=0)))
+    assert [trace.thoughts for trace in traced] == [trajectory.thoughts for trajectory in asked]
+
+
+def test_the_decoder_alone_ends_a_sentence() -> None:
+    """However sure the head is of a token, and however little both agree on one."""
+    head = TokenHead(4, 1, positions=2, rank=2, vocab_size=3)
+    with torch.no_grad():
+        head.up.weight.zero_()
+        head.up.bias.copy_(torch.tensor([0.1, 0.9, 1e-9]).log())
+    steer = TokenHeadReading(head, torch.zeros(3, 2, 2), 1.0).steer(2)
+    own = torch.tensor([[0.5, 0.1, 0.4], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]).log()
+    assert steer(own, torch.arange(3), 0).argmax(-1).tolist() == [1, 2, 2]
+    assert steer(own, torch.arange(3), 1)[:, 2].tolist() == [-math.inf, math.inf, math.inf]
+    assert torch.equal(steer(own, torch.arange(3), 2), own)  # beyond the head's positions
 
 
 def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:

@@ -102,21 +102,19 @@ class TokenHeadReading:
     weight: float
 
     def steer(self, eos_id: int) -> Steer:
-        """The decoder's distribution times the head's to the power of its weight, over all tokens but <eos>.
+        """The decoder's distribution times the head's to the power of its weight, up to a factor, over all tokens but <eos>.
 
         A product of experts (Hinton 2002): the decoder knows how a sentence goes on, the head which numbers are in it.  The head
-        was never shown an end, so that <eos> keeps the probability that the decoder gives it.
+        was never shown an end: a sentence ends where the decoder alone would end it.
         """
 
         def steered(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             if step >= self.features.shape[1]:
                 return logits
-            own = logits.float().log_softmax(-1)
-            both = own + self.weight * self.head.up(self.features[rows, step]).float().log_softmax(-1)
-            both[:, eos_id] = -torch.inf
-            going_on = torch.log1p(-own[:, eos_id].exp().clamp_max(1 - torch.finfo(own.dtype).eps))
-            both = both.log_softmax(-1) + going_on[:, None]
-            both[:, eos_id] = own[:, eos_id]
+            both = logits.float().log_softmax(-1)
+            both += self.weight * self.head.up(self.features[rows, step]).float().log_softmax(-1)
+            ends = logits.argmax(-1) == eos_id
+            both[:, eos_id] = torch.where(ends, torch.inf, -torch.inf)
             return both
 
         return steered

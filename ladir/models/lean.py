@@ -58,7 +58,18 @@ def _lean_norm(kind: type[nn.Module]) -> type[nn.Module]:
         normed: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)
         return normed
 
-    return type(kind.__name__, (kind,), {"forward": forward, "plain": kind, "__module__": kind.__module__})
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (kind,), self.__dict__
+
+    parts = {"forward": forward, "plain": kind, "__module__": kind.__module__, "__reduce_ex__": reduced}
+    return type(kind.__name__, (kind,), parts)
+
+
+def _unpickled(kind: Any) -> nn.Module:
+    """A norm without its state, of the class that no pickle knows by name."""
+    lean: type[nn.Module] = _lean_norm(kind)
+    norm: nn.Module = lean.__new__(lean)
+    return norm
 
 
 def _lean_turn(plain: Callable[..., _Turned]) -> Callable[..., _Turned]:

@@ -116,7 +116,9 @@ def _tables(runs: Sequence[RunData]) -> Iterator[str]:
             yield "</details>"
 
 
-_SHOWN_CONTROLS = ("num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale", "restarts", "reencode")
+_SHOWN_CONTROLS = (
+    "num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale", "restarts", "reencode", "token_head_weight",
+)  # fmt: skip
 
 
 def _section(section: Section, images: Mapping[str, bytes]) -> Iterator[str]:

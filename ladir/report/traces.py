@@ -18,6 +18,7 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner, TraceHook, Trajectory
+from ladir.tokens import decode_text
 
 #: called between two denoising steps, which it may end by raising
 Between = Callable[[], None]
@@ -133,12 +134,19 @@ class LatentRecorder(Reasoner):
             z = self._latents(part).to(decoder.from_latent.weight.device)
             texts.update(zip(part, decode_thoughts(decoder, self.tokenizer, z, self.settings.max_thought_tokens), strict=True))
 
-        def block_trace(steps: Sequence[str]) -> BlockTrace:
-            start = self._noise_of[steps[0]]
+        def block_trace(trajectory: Trajectory, block: int) -> BlockTrace:
+            steps = trajectory.trace[block]
+            start, shown = self._noise_of[steps[0]], [texts[number] for number in steps]
+            if trajectory.thought_ids is not None:  # as it was read to be encoded again, by the token head as well
+                shown[-1] = decode_text(self.tokenizer, trajectory.thought_ids[block])
             latents = self._standardised([start, *steps])
-            return BlockTrace(latents[1:], [texts[number] for number in steps], latents[0], texts.get(start, ""))
+            return BlockTrace(latents[1:], shown, latents[0], texts.get(start, ""))
 
-        return [[TrajectoryTrace([block_trace(b) for b in t.trace], t.answer, t.stopped) for t in one] for one in recorded]
+        def trace(trajectory: Trajectory) -> TrajectoryTrace:
+            blocks = [block_trace(trajectory, block) for block in range(len(trajectory.trace))]
+            return TrajectoryTrace(blocks, trajectory.answer, trajectory.stopped)
+
+        return [[trace(trajectory) for trajectory in one] for one in recorded]
 
     def movement(self, trajectory: Trajectory) -> float:
         """How far its blocks went from the first estimate to the last (root of the mean square, standardised)."""
