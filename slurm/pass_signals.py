@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from training.runtime.failures import node_name, tell_batch_script
+from training.runtime.ports import is_taken
 
 #: seconds between two looks at the launcher and at processes that have started since
 _PERIOD = 0.5
@@ -31,8 +32,17 @@ def main(command: list[str]) -> int:
         launcher = subprocess.Popen(command, env={**os.environ, "RANK_PIDS": folder})
         status = _passing_on(launcher, held, Path(folder))
         if status and not (Path(folder) / "told").exists():
-            tell_batch_script("ended", [node_name()])
+            _tell_for_the_launcher()
     return status if status >= 0 else 128 - status
+
+
+def _tell_for_the_launcher() -> None:
+    """torchrun itself listens at the job's port on the first node; where another job has it, no node is to blame."""
+    port = os.environ.get("MASTER_PORT", "")
+    if os.environ.get("SLURM_NODEID") == "0" and port.isdecimal() and is_taken(int(port)):
+        tell_batch_script("absent")
+    else:
+        tell_batch_script("ended", [node_name()])
 
 
 def _passing_on(launcher: subprocess.Popen[bytes], held: set[int], folder: Path) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -248,6 +249,27 @@ def test_processes_that_die_without_a_word_are_told_of_by_their_node(tmp_path: P
         command = [sys.executable, "slurm/pass_signals.py", sys.executable, "-c", program]
         subprocess.run(command, cwd=ROOT, env=environment, check=False)
         assert (mark.read_text() if mark.exists() else "") == said
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_a_port_that_another_job_has_is_no_nodes_fault(tmp_path: Path, node: str) -> None:
+    """torchrun finds it taken before a rank is started; behind a free port the same end is this node's."""
+    mark = tmp_path / "failure"
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        environment = {
+            **os.environ,
+            "FAILURE_MARK": str(mark),
+            "SLURMD_NODENAME": "nodeB",
+            "SLURM_NODEID": node,
+            "MASTER_PORT": port,
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--master_addr", "127.0.0.1", "--master_port"]
+        launcher = [*torchrun, port, "--no_python", "true"] if node == "0" else [sys.executable, "-c", "exit(1)"]
+        subprocess.run([sys.executable, "slurm/pass_signals.py", *launcher], cwd=ROOT, env=environment, check=False)
+    assert mark.read_text() == ("absent -\n" if node == "0" else "ended nodeB\n")
 
 
 def test_what_submit_prints_can_be_pasted(tmp_path: Path) -> None:

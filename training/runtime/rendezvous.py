@@ -5,7 +5,6 @@ PyTorch's own rendezvous waits as long as a collective may take, half an hour, a
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from training.runtime.ports import is_taken
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _open_store(environment: Mapping[str, str], seconds: float) -> dist.TCPStore
     main = environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     end = time.monotonic() + seconds
     # Tried with plain sockets first: PyTorch writes pages about a port that is taken or silent.
-    if main and _is_taken(port):
+    if main and is_taken(port):
         raise GatheringError(
             f"port {port} is taken on this machine, by another job or a second process with RANK=0: set MASTER_PORT to a free "
             "one (torchrun --master-port, deepspeed --master_port)"
@@ -110,16 +111,6 @@ def _open_store(environment: Mapping[str, str], seconds: float) -> dist.TCPStore
         return dist.TCPStore(address, port, is_master=main, timeout=left, wait_for_workers=False, multi_tenant=True)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise GatheringError(_unreachable(environment, seconds)) from error
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that an ended job has left behind is free
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
 
 
 def _answers(address: str, port: int, end: float) -> bool:
