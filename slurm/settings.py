@@ -39,7 +39,7 @@ def missing(config: Config) -> list[str]:
 def refused_by_every_training(config: Config) -> list[str]:
     """What is wrong with the DeepSpeed file, which every training would say only when its job has started."""
     try:
-        check_ds_config(config.backbone, config.deepspeed)
+        check_ds_config(config.backbone, config.deepspeed.config)
     except DeepSpeedConfigError as error:
         return str(error).splitlines()
     return []

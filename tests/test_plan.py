@@ -350,10 +350,11 @@ def test_status_and_table_say_what_fits(capsys: pytest.CaptureFixture[str], monk
         "every phase fits",
         "hours",
         "communication buffers",
-        "of which for checkpoints",
+        "to load the weights",
+        "for checkpoints",
         "a checkpoint on disk",
         "recompute none",
-        "ar: deepspeed.config=ds_configs/zero2.json fits as well",
+        "ar: <phase>.train.deepspeed=ds_configs/zero2.json fits as well",
     ):
         assert word in printed
     assert "…" not in printed
@@ -415,7 +416,11 @@ def test_checkpoints_take_host_memory(name: str, nodes: int, copies: int) -> Non
     found = {}
     for in_background in (False, True):
         config.denoiser.train.checkpoint_in_background = in_background
-        found[in_background] = Planner(config, machine).training("denoiser").saving_per_node
+        planned = Planner(config, machine).training("denoiser")
+        found[in_background] = planned.saving_per_node
+        # Without ZeRO-3 every rank reads all weights, before there is a checkpoint.
+        assert planned.loading_per_node == (0 if name.startswith("zero3") else 4 * weights * 2)
+        assert planned.host_peak == max(planned.loading_per_node, planned.host_per_node + planned.saving_per_node)
     assert found[False] == pytest.approx(4 * weights * copies / nodes, rel=0.01)
     assert found[True] - found[False] == pytest.approx(4 * weights * 4 / nodes, rel=0.01)  # master, two moments, average
 

@@ -144,7 +144,7 @@ def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued
     result = settings("--phases", "configs/gsm8k.yaml", "deepspeed.config=ds_configs/zero9.json", "data.test=null")
     assert result.returncode == 2
     first, second = result.stderr.splitlines()
-    assert first.startswith("error: deepspeed.config=ds_configs/zero9.json: no such file") and "data.test is not set" in second
+    assert first.startswith("error: ds_configs/zero9.json: no such file; deepspeed.config") and "data.test is not set" in second
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_com": true}}')
     result = settings("configs/gsm8k.yaml", f"deepspeed.config={tmp_path}/ds.json")
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.count(f"error: {tmp_path}/ds.json: ") == 2

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ladir.config.loader import load_config
 from training.runtime.chain import Step
+from training.runtime.distributed import World
 from training.runtime.ds_config import DeepSpeedConfigError
+from training.runtime.job import job
 from training.runtime.sampler import BatchSizeError
-from training.runtime.topology import Topology, asked_for, check_topology, step_problems
+from training.runtime.topology import Topology, asked_for, check_topology, deepspeed_file, step_problems
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,32 @@ def test_the_phases_ask_the_same(tmp_path: Path) -> None:
     file = tmp_path / "zero2.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}))
     check_topology(load_config(None, [f"deepspeed.config={file}"]), "vae", 4)  # there it does nothing
+
+
+def test_a_phase_may_have_a_deepspeed_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that is checked, before a job is queued and by the phase, and that the phase's engine takes."""
+    own = ["deepspeed.config=ds_configs/zero2.json", "vae.train.deepspeed=ds_configs/zero3_hpz.json"]
+    config = load_config(None, own)
+    with pytest.raises(DeepSpeedConfigError, match=r"^ds_configs/zero3_hpz\.json: .*12 processes are no whole number"):
+        check_topology(load_config(None, [*own, "vae.train.global_batch=96"]), "vae", 12)
+    assert deepspeed_file(config, "vae") == "ds_configs/zero3_hpz.json"
+    assert deepspeed_file(config, "denoiser") == "ds_configs/zero2.json"
+    config.backbone.compile = True
+    (problem,) = step_problems(config, Step("vae", "train_vae"), Topology(None, None))
+    assert problem.startswith("train_vae: backbone.compile=true does not go with ZeRO stage 3 (ds_configs/zero3_hpz.json)")
+    assert list(step_problems(config, Step("denoiser", "train_denoiser"), Topology(None, None))) == []
+    monkeypatch.setattr("training.runtime.job.start", lambda settings: World(0, 1, 0, torch.device("cpu")))
+    arguments = [f"run.folder={tmp_path}", "vae.train.deepspeed=ds_configs/zero0.json"]
+    for phase, file in (("vae", "ds_configs/zero0.json"), ("denoiser", "ds_configs/zero3.json")):
+        with job(arguments, "", lambda config, phase=phase: phase, trains=True) as run:  # type: ignore[misc]
+            assert run.config.deepspeed.config == file
+
+
+@pytest.mark.parametrize("name", ["math", "code", "countdown"])
+def test_the_8b_files_take_the_lightest_deepspeed_file_that_the_plan_allows(name: str) -> None:
+    """For 8 GPUs of 80 GB, with some GiB to spare; the figures stand in the files."""
+    config = load_config(f"configs/{name}_8b.yaml")
+    files = {phase: deepspeed_file(config, phase) for phase in ("vae", "denoiser", "rollout", "rl", "ar")}
+    two, three = "ds_configs/zero2.json", "ds_configs/zero3.json"
+    last = two if name == "countdown" else three
+    assert files == {"vae": two, "denoiser": two, "rollout": two, "rl": last, "ar": last}

@@ -42,7 +42,10 @@ class TelemetrySettings:
 
 @dataclass
 class DeepSpeedSettings:
-    config: str = setting("ds_configs/zero3.json", "DeepSpeed configuration (ZeRO stage, offload, communication)")
+    config: str = setting(
+        "ds_configs/zero3.json",
+        "DeepSpeed configuration (ZeRO stage, offload, communication); a phase may have its own (<phase>.train.deepspeed)",
+    )
     start_seconds: float = setting(50.0, "longest wait until all processes of a job have started; more where they load slowly")
     timeout_minutes: float = setting(30.0, "longest wait for another rank (loading, checkpoints) before the job is ended")
     step_timeout_minutes: float = setting(5.0, "longest wait for another rank within a training step, after the first one")

@@ -17,6 +17,7 @@ class TrainSettings:
     pack_tokens: int = setting(
         0, "samples of a micro batch are laid end to end in rows of about this many tokens; 0: a row for every sample"
     )
+    deepspeed: str | None = setting(None, "DeepSpeed configuration of this phase alone; not set: deepspeed.config")
     data_processes: int = setting(
         0,
         "processes per rank that make batches ahead; 0: a thread of the training process, enough unless a step is shorter "

@@ -33,6 +33,7 @@ from training.planning.prediction import Iteration, Machine, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import read_ds_config
 from training.runtime.sampler import DataOrder, micro_batch_size
+from training.runtime.topology import deepspeed_file, train_settings
 
 #: what splits least, where there are several GPUs
 _LIGHTEST = "ds_configs/zero2.json"
@@ -92,7 +93,7 @@ class Planner:
 
         What a pass allocates is no more there: only splitting takes memory for a gradient on its way.
         """
-        own = self.config.deepspeed.config
+        own = deepspeed_file(self.config, phase)
         usual = [*(["ds_configs/zero0.json"] if self.machine.gpus == 1 else [_LIGHTEST]), *_LADDER]
         for path in usual[: usual.index(own)] if own in usual else []:
             zero = Zero.of(read_ds_config(path), self.machine.gpus, self.element_bytes)
@@ -105,7 +106,7 @@ class Planner:
         train, machine = self.train_settings(phase), self.machine
         checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
         weights = weights_of(self._model(phase, config), train.optimizer)
-        zero = Zero.of(read_ds_config(config.deepspeed.config), machine.gpus, self.element_bytes)
+        zero = Zero.of(read_ds_config(deepspeed_file(config, phase)), machine.gpus, self.element_bytes)
         held = self._held(phase, config, zero)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)
         arithmetic = samples * self._mean_pass(phase, config).flops / self._speed
@@ -118,6 +119,7 @@ class Planner:
             host_per_node=held.host * machine.ranks_per_node,
             checkpoint=checkpoint_bytes(weights, self._averages(phase)),
             saving_per_node=self._saving(phase, weights, zero),
+            loading_per_node=self._loading(weights, zero),
             model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, rank)),
             setup=f"micro {micro} x {train.global_batch // micro // machine.gpus}, recompute {checkpointing}",
             samples=samples,
@@ -140,6 +142,11 @@ class Planner:
         copied = copied_bytes(weights, zero, self._averages(phase)) if self.train_settings(phase).checkpoint_in_background else 0
         writers = self.machine.ranks_per_node if zero.stage else 1
         return writers * (copied + writing_bytes(weights, zero))
+
+    def _loading(self, weights: list[Weight], zero: Zero) -> int:
+        """Bytes of a node's memory for weights that every rank reads whole; under ZeRO-3 they are split while they are read."""
+        shared = self.config.deepspeed.sharded_loading and zero.stage == 3 and (self.machine.gpus > 1 or zero.offload_weights)
+        return 0 if shared else self.element_bytes * sum(w.numel for w in weights) * self.machine.ranks_per_node
 
     def _held(self, phase: str, config: Config, zero: Zero) -> Holdings:
         """What the engine holds; in stage 3 also whole models that sample and are compared with, and the old one's average."""
@@ -328,17 +335,18 @@ class Planner:
         for size in dict.fromkeys(smaller):
             yield [*changes, f"{phase}.train.micro_batch={size}"], deepcopy(config), size
         sizes = [micro, 1] if micro > 1 else [1]
-        later = _LADDER[_LADDER.index(config.deepspeed.config) + 1 :] if config.deepspeed.config in _LADDER else _LADDER
-        for path in later:
-            config.deepspeed.config = path
+        train, file = train_settings(config, phase), deepspeed_file(config, phase)
+        for path in _LADDER[_LADDER.index(file) + 1 :] if file in _LADDER else _LADDER:
+            train.deepspeed = path
             for size in sizes:
                 extra = [f"{phase}.train.micro_batch={size}"] if size < micro else []
-                yield [*changes, f"deepspeed.config={path}", *extra], deepcopy(config), size
+                yield [*changes, f"{phase}.train.deepspeed={path}", *extra], deepcopy(config), size
         if config.backbone.lora.rank == 0:
             config.backbone.lora.rank = 16
             for size in sizes:
                 extra = [f"{phase}.train.micro_batch={size}"] if size < micro else []
-                yield [*changes, f"deepspeed.config={config.deepspeed.config} backbone.lora.rank=16", *extra], config, size
+                lora = [f"{phase}.train.deepspeed={deepspeed_file(config, phase)}", "backbone.lora.rank=16"]
+                yield [*changes, *lora, *extra], config, size
 
     def encode(self) -> Prediction:
         """Encoding the training set: the encoder whole on every GPU, no gradient."""

@@ -69,6 +69,8 @@ class Prediction:
     epochs: float | None
     saving_per_node: int = 0
     """Host memory for writing checkpoints, their copies included."""
+    loading_per_node: int = 0
+    """Host memory of the weights that are read, before the GPUs have them."""
     remedy: str = ""
     lighter: str = ""
     """The DeepSpeed file that splits less and fits as well."""
@@ -86,6 +88,11 @@ class Prediction:
         """Most bytes on a GPU: resident, and the larger of a pass (activations, gathered weights) and a step."""
         held = self.holdings
         return held.resident + max(self.activations + held.gathered, held.step)
+
+    @property
+    def host_peak(self) -> int:
+        """Most bytes of a node's memory: while the models are loaded, or later, while a checkpoint is written."""
+        return max(self.loading_per_node, self.host_per_node + self.saving_per_node)
 
     @property
     def fits(self) -> bool:

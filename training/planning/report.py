@@ -38,8 +38,9 @@ def memory_table(machine: Machine, predictions: Sequence[Prediction]) -> Table:
     table.add_row(f"peak (reserve {machine.reserve / GIB:g} kept)", *(f"[bold]{_gib(p.peak)}[/bold]" for p in predictions))
     table.add_row("", *("[green]fits[/green]" if p.fits else "[red]DOES NOT FIT[/red]" for p in predictions))
     table.add_section()
-    table.add_row("host memory per node", *(_gib(p.host_per_node + p.saving_per_node) for p in predictions))
-    table.add_row("of which for checkpoints", *(_gib(p.saving_per_node) for p in predictions))
+    table.add_row("host memory per node", *(_gib(p.host_peak) for p in predictions))
+    table.add_row("to load the weights", *(_gib(p.loading_per_node) for p in predictions))
+    table.add_row("for checkpoints", *(_gib(p.saving_per_node) for p in predictions))
     table.add_row("a checkpoint on disk", *(_gib(p.checkpoint) for p in predictions))
     table.add_row("result on disk", *(_gib(p.model_folder) for p in predictions))
     return table
@@ -94,7 +95,7 @@ def lighter(predictions: Sequence[Prediction]) -> Iterator[str]:
     """What splits less than the configured file and fits as well, a line for each such file."""
     for path in dict.fromkeys(p.lighter for p in predictions if p.lighter):
         phases = ", ".join(p.phase for p in predictions if p.lighter == path)
-        yield f"{phases}: deepspeed.config={path} fits as well and is faster, since less is gathered and sent"
+        yield f"{phases}: <phase>.train.deepspeed={path} fits as well and is faster, since less is gathered and sent"
 
 
 def print_report(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ladir.config import BackboneSettings, DeepSpeedSettings, TrainSettings
+from ladir.config import BackboneSettings, TrainSettings
 from training.runtime.ds_checks import problems
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     if not file.exists() or file.is_dir():
         known = ", ".join(sorted(f"ds_configs/{found.name}" for found in (REPOSITORY / "ds_configs").glob("*.json")))
         what = "is a folder" if file.is_dir() else "no such file"
-        raise DeepSpeedConfigError(f"deepspeed.config={path}: {what}; there are {known}")
+        raise DeepSpeedConfigError(f"{path}: {what}; deepspeed.config and <phase>.train.deepspeed may name {known}")
     config = _loaded(file)
     if found := problems(config):
         raise DeepSpeedConfigError("\n".join(f"{file}: {problem}" for problem in found))
@@ -90,12 +90,13 @@ def complete_ds_config(config: dict[str, Any], train: TrainSettings, dtype: torc
     return completed
 
 
-def check_ds_config(backbone: BackboneSettings, deepspeed: DeepSpeedSettings) -> None:
+def check_ds_config(backbone: BackboneSettings, path: str) -> None:
     """Raise :class:`DeepSpeedConfigError` where the file cannot be used, or layers are to be compiled under ZeRO-3."""
-    if zero_stage(read_ds_config(deepspeed.config)) == 3 and backbone.compile:
+    if zero_stage(read_ds_config(path)) == 3 and backbone.compile:
         raise DeepSpeedConfigError(
-            f"backbone.compile=true does not go with ZeRO stage 3 ({deepspeed.config}), which gathers weights by hooks inside "
-            "the layers: take deepspeed.config=ds_configs/zero2.json or ds_configs/zero0.json, or backbone.compile=false"
+            f"backbone.compile=true does not go with ZeRO stage 3 ({path}), which gathers weights by hooks inside "
+            "the layers: take ds_configs/zero2.json or ds_configs/zero0.json (deepspeed.config, or the phase's train.deepspeed) "
+            "or backbone.compile=false"
         )
 
 

@@ -23,7 +23,7 @@ from training.runtime.loop import NonFiniteError
 from training.runtime.preemption import INTERRUPTED_STATUS, BrokenOff
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
-from training.runtime.topology import check_topology
+from training.runtime.topology import check_topology, deepspeed_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     config, arguments = parse_args(argv, description)
     try:
         if trains:
-            check_ds_config(config.backbone, config.deepspeed)
+            config.deepspeed.config = deepspeed_file(config, phase(config))
+            check_ds_config(config.backbone, config.deepspeed.config)
         world = start(config.deepspeed)
         if trains:
             check_topology(config, phase(config), world.size)

@@ -56,7 +56,7 @@ IRRELEVANT = (
 )  # fmt: skip
 IRRELEVANT_IN_TRAIN = (
     "micro_batch", "pack_tokens", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints",
-    "snapshot_every", "checkpoint_minutes", "keep_finished", "checkpoint_in_background",
+    "snapshot_every", "checkpoint_minutes", "keep_finished", "checkpoint_in_background", "deepspeed",
 )  # fmt: skip
 SECTIONS = {
     "vae": ("vae",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ladir.config import Config, TrainSettings
 from training.runtime.chain import Step
-from training.runtime.ds_config import DeepSpeedConfigError, read_ds_config, zero_stage
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config, zero_stage
 from training.runtime.sampler import BatchSizeError, micro_batch_size
 
 _SECTIONS = ("vae", "denoiser", "rollout", "rl", "verifier")
@@ -24,6 +24,11 @@ def train_settings(config: Config, phase: str) -> TrainSettings:
     return train
 
 
+def deepspeed_file(config: Config, phase: str) -> str:
+    """The DeepSpeed configuration of a phase."""
+    return train_settings(config, phase).deepspeed or config.deepspeed.config
+
+
 def check_topology(config: Config, phase: str, ranks: int) -> None:
     """Raise BatchSizeError or DeepSpeedConfigError where ``phase`` cannot be trained by so many processes."""
     train = train_settings(config, phase)
@@ -31,11 +36,12 @@ def check_topology(config: Config, phase: str, ranks: int) -> None:
         micro_batch_size(train.global_batch, ranks, train.micro_batch)
     except BatchSizeError as error:
         raise BatchSizeError(f"{section_of(phase)}.train.{error}") from error
-    zero = read_ds_config(config.deepspeed.config)
+    file = deepspeed_file(config, phase)
+    zero = read_ds_config(file)
     group = zero.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if zero_stage(zero) == 3 and ranks % group:
         raise DeepSpeedConfigError(
-            f"{config.deepspeed.config}: zero_optimization.zero_hpz_partition_size is {group}, and {ranks} processes are no "
+            f"{file}: zero_optimization.zero_hpz_partition_size is {group}, and {ranks} processes are no "
             "whole number of such groups: set it to the processes of one node, or take ds_configs/zero3.json"
         )
 
@@ -100,7 +106,14 @@ def step_problems(config: Config, step: Step, topology: Topology) -> Iterator[st
             f"{step.words}: {cpus} CPUs on a node for {processes} processes: every process needs one at least, and some for "
             "making batches; say --cpus-per-task=N, the CPUs of a whole node"
         )
-    if ranks is None or not step.entry.startswith("train_"):
+    if not step.entry.startswith("train_"):
+        return
+    try:
+        check_ds_config(config.backbone, deepspeed_file(config, step.phase))
+    except DeepSpeedConfigError as error:
+        yield from (f"{step.words}: {line}" for line in str(error).splitlines())
+        return
+    if ranks is None:
         return
     try:
         check_topology(config, step.phase, ranks)
