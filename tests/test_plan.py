@@ -519,3 +519,21 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     assert list(planner.left_out()) == []
     config.rl.policy = "text"
     assert [line for line in planner.left_out() if "rl.policy=text" in line]
+
+
+def test_asking_launches_every_pass_that_is_not_replayed() -> None:
+    """A question, spans of two blocks in as many passes as they have, blocks that follow, the answer with its <eos>; and text."""
+    config = tiny_config()
+    config.plan.samples, config.data.max_blocks, config.plan.blocks, config.plan.block_tokens = 1000, 4, 4, 6
+    config.plan.answer_tokens, config.denoiser.span, config.sample.num_steps, config.sample.lag = 7, 2, 5, 0
+    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+
+    def passes(**how: bool) -> int:
+        return answering(config, planner.data, planner._lm, 2, 8, **how).real_passes
+
+    assert passes() == 1 + 2 * 2 + 4 + 8 and passes(replayed=False) == 1 + 2 * 5 + 4 + 8
+    config.sample.thoughts_per_batch = 40  # 64 blocks: two batches
+    assert passes(reads=True) - passes() == 2 * 7
+    config.sample.reencode, config.sample.restarts = True, 1  # as they are finished, each time, and read again
+    config.sample.restart_steps = 3
+    assert passes(reads=True) == passes() == 1 + 2 * 2 + 4 + 8 + 2 * 2 * 8

@@ -36,6 +36,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
     parser.add_argument("--launch-us", type=float, default=20.0, metavar="US", help="microseconds to launch an operator (20)")
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="denoising steps are not replayed: of a CPU, whose launches cost as well"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of that peak that is reached (0.4)")
 
 
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flops=arguments.tflops * 1e12,
         mfu=arguments.mfu,
         launch_seconds=arguments.launch_us * 1e-6,
+        replays=not arguments.no_graphs,
     )
     try:
         planner = Planner(config, machine)

@@ -37,8 +37,20 @@ class Answering:
     real_passes: int
 
 
-def answering(config: Config, data: DataSize, lm: Architecture, questions: int, lines: int, answers: int = 1) -> Answering:
-    """``questions`` in a batch, ``lines`` of thought each, ``answers`` to each of these; an upper bound: nothing is shared."""
+def answering(
+    config: Config,
+    data: DataSize,
+    lm: Architecture,
+    questions: int,
+    lines: int,
+    answers: int = 1,
+    replayed: bool = True,
+    reads: bool = False,
+) -> Answering:
+    """``questions`` in a batch, ``lines`` of thought each, ``answers`` to each of these; an upper bound: nothing is shared.
+
+    ``replayed``: denoising steps are CUDA graphs; ``reads``: finished thoughts are written as text, for a reward.
+    """
     sample, mean = config.sample, data.mean
     branches = 2 if sample.guidance_scale != 1 else 1
     latents, span = config.vae.latents_per_block, config.denoiser.span
@@ -51,7 +63,14 @@ def answering(config: Config, data: DataSize, lm: Architecture, questions: int, 
         row += 2 * (latents + sample.max_thought_tokens)
         tokens += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
     rows = questions * lines
+    launched = min(passes, _NOT_REPLAYED) if replayed else passes
+    written = mean.block + 1  # passes that write a block as text, <eos> included
+    real = 1 + spans * launched + blocks + mean.answer + 1
+    if sample.reencode:
+        real += spans * (1 + sample.restarts) * (written + 1)
     unread = 0 if sample.reencode else rows * blocks
+    if reads:
+        real += -(-unread // sample.thoughts_per_batch) * written
     read = min(sample.thoughts_per_batch, unread) * 2 * (latents + mean.block + 1)  # behind the answers, as text
     return Answering(
         passes=passes,
@@ -59,7 +78,7 @@ def answering(config: Config, data: DataSize, lm: Architecture, questions: int, 
         cache=max(rows * answers * row, read) * lm.cache_bytes,
         row_tokens=tokens,
         flops=2 * lm.parameters * (mean.question + lines * branches * tokens),
-        real_passes=1 + spans * min(passes, _NOT_REPLAYED) + blocks + mean.answer + 1,
+        real_passes=real,
     )
 
 

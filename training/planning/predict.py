@@ -13,9 +13,11 @@ from torch import nn
 from ladir.config import Config, TrainSettings
 from ladir.inference.rollout import Rollout
 from ladir.models.backbone import DTYPES, choose_dtype
+from ladir.models.prefix_attention import has_plain_attention
 from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
 from ladir.rl.beside import MOST_TOGETHER
+from ladir.rl.rewards import reads_thoughts
 from training.planning.asking import Answering, Architecture, answering, greedy, remedy
 from training.planning.memory import (
     Holdings,
@@ -168,7 +170,16 @@ class Planner:
     def _reinforced(self, found: Prediction, config: Config, micro: int) -> Prediction:
         """Stage 3: rounds of asking and updates."""
         rl = config.rl
-        asked = answering(config, self.data, self._lm, rl.questions_per_batch, rl.group, rl.answers)
+        asked = answering(
+            config,
+            self.data,
+            self._lm,
+            rl.questions_per_batch,
+            rl.group,
+            rl.answers,
+            replayed=self.machine.replays and has_plain_attention(self.architecture),
+            reads=reads_thoughts(rl.reward),
+        )
         one = self._iteration(config, micro, asked)
         steps = rl.train.max_steps or rl.updates
         return replace(

@@ -21,6 +21,8 @@ class Machine:
     mfu: float
     launch_seconds: float = 20e-6
     """What it takes the host to launch one operator (docs/benchmark.md: 20 to 28 us beside an H200)."""
+    replays: bool = True
+    """Whether denoising steps are replayed as CUDA graphs; on a CPU every one is launched."""
 
     @property
     def ranks_per_node(self) -> int:
