@@ -230,7 +230,7 @@ def test_a_run_that_has_just_begun_says_what_fills_the_page(tmp_path: Path, caps
     assert main(["report", str(folder)]) == 0
     text = (folder / "report" / "report.html").read_text()
     assert str(folder / "report" / "report.html") in capsys.readouterr().out
-    for command in ("training/evaluate.py", "sample.num_steps=30", "sample.diversity_scale=0.8", "sentences_per_block=0",
+    for command in ("training/evaluate.py", "sample.num_steps=30", "sample.diversity_scale=30.0", "sentences_per_block=0",
                     "training/train_vae.py", "training/export.py"):  # fmt: skip
         assert command in text, command
     assert "<img" not in text

@@ -200,7 +200,7 @@ def _diversity(runs: Sequence[RunData]) -> Section:
                     yield Picture(f"solved-by-{control}-{run.name}", figure, f"pass@k against {name} in run {run.name}")
 
     text = "Diversity guidance pushes the trajectories of one question apart: more distinct solutions, perhaps fewer right ones."
-    missing = ("Needs results with different guidance.", _sweep(runs[0], "sample.diversity_scale", (0.0, 0.3, 0.8)))
+    missing = ("Needs results with different guidance.", _sweep(runs[0], "sample.diversity_scale", (0.0, 3.0, 30.0)))
     return _section("Diversity and guidance", text, pictures(), missing)
 
 
