@@ -96,13 +96,19 @@ def test_two_ranks_of_zero3_learn_what_one_process_learns(
     assert_same_weights(start, "one", "two", rtol=1e-3, atol=5e-5)
 
 
-def test_few_attempts_go_beside_their_gold_records_and_learn_the_same(one_process: ProcessGroup, start: Path) -> None:
-    prepared(start, "apart", "beside")
+@pytest.mark.distributed
+def test_few_attempts_go_beside_their_gold_records_and_learn_the_same(
+    one_process: ProcessGroup, two_processes: ProcessGroup, start: Path
+) -> None:
+    """In one process, and on two ranks under ZeRO-3."""
+    prepared(start, "apart", "beside", "beside-split")
     assert one_process.run(apart, start, "apart") == ["finished"]
     assert one_process.run(reinforce, start, "beside", 0, 64) == ["finished"]
-    assert_same_weights(start, "apart", "beside", rtol=1e-3, atol=5e-5)
-    for row, other in zip(metrics(start, "apart"), metrics(start, "beside"), strict=True):
-        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    assert two_processes.run(reinforce, start, "beside-split", 3, 64, timeout=280) == ["finished"] * 2
+    for name in ("beside", "beside-split"):
+        assert_same_weights(start, "apart", name, rtol=1e-3, atol=5e-5)
+        for row, other in zip(metrics(start, "apart"), metrics(start, name), strict=True):
+            assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
 
 
 def apart(world: World, root: Path, name: str) -> str:
