@@ -284,6 +284,23 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"countdown.min_target={config.countdown.min_target}: no target is left up to countdown.{largest}="
             f"{getattr(config.countdown, largest)}; lower the one or raise the other"
         )
+    yield from _asking_errors(config)
+    window = config.telemetry.profile_steps
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
+    if config.stage == "joint" and config.denoiser.sample_latents:
+        yield "denoiser.sample_latents=true: joint training (stage=joint) takes the posterior's mean; set it to false"
+    if config.ar.train.heads_lr_factor != 1:
+        yield (
+            f"ar.train.heads_lr_factor={config.ar.train.heads_lr_factor:g}: train_ar.py trains an LM alone, which has no fresh "
+            "heads; leave it at 1"
+        )
+    yield from _rl_errors(config)
+    if config.ar.copy_fraction > 0 and config.data.train is None:
+        yield "ar.copy_fraction: there are no sentences to copy; set data.train"
+
+
+def _asking_errors(config: Config) -> Iterator[str]:
     for name, scale in (("sample", config.sample.guidance_scale), ("rollout", config.rollout.guidance_scale)):
         if scale not in (None, 1) and config.denoiser.condition_dropout == 0:
             yield (
@@ -306,19 +323,6 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"evaluate.voters={config.evaluate.voters}: there are only evaluate.num_trajectories="
             f"{config.evaluate.num_trajectories} samples to vote; lower the one or raise the other"
         )
-    window = config.telemetry.profile_steps
-    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
-        yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
-    if config.stage == "joint" and config.denoiser.sample_latents:
-        yield "denoiser.sample_latents=true: joint training (stage=joint) takes the posterior's mean; set it to false"
-    if config.ar.train.heads_lr_factor != 1:
-        yield (
-            f"ar.train.heads_lr_factor={config.ar.train.heads_lr_factor:g}: train_ar.py trains an LM alone, which has no fresh "
-            "heads; leave it at 1"
-        )
-    yield from _rl_errors(config)
-    if config.ar.copy_fraction > 0 and config.data.train is None:
-        yield "ar.copy_fraction: there are no sentences to copy; set data.train"
 
 
 #: rewards that the task's checker gives; any other is a function of the user's
