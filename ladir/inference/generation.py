@@ -377,10 +377,12 @@ class TrajectoryGenerator:
 
         Blocks that were encoded again (``reencode``) have been read then; what was read is what their chain went on from.
         """
+        places = []
         for entry in trajectories:
-            entry.thoughts = [decode_text(self.tokenizer, ids) for ids in entry.thought_ids or []] or entry.thoughts
-        unread = [entry for entry in trajectories if entry.thought_ids is None]
-        places = [(entry, block) for entry in unread for block in range(len(entry.latents))]
+            if entry.thought_ids is None:
+                places += [(entry, block) for block in range(len(entry.latents))]
+            else:
+                entry.thoughts = [decode_text(self.tokenizer, ids) for ids in entry.thought_ids]
         size = self.settings.thoughts_per_batch
         for part in (places[first : first + size] for first in range(0, len(places), size)):
             texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))

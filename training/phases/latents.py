@@ -33,7 +33,7 @@ from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
 from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
-from training.runtime.files import read_json, sha256, write_json
+from training.runtime.files import digests, read_json, write_json
 from training.runtime.run import Outcome, Run, RunFolder
 from training.runtime.status import Pace
 from training.runtime.telemetry import Telemetry
@@ -109,8 +109,7 @@ def _form(run: Run, vae: Vae) -> LatentForm:
 def _source(run: Run, named: str | Sequence[str], give_way: GiveWay) -> str:
     """Stands for the records of the files (of Hub ids: their names) as the settings read them."""
     settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _ASIDE}
-    sources = [sha256(Path(path), give_way) if Path(path).is_file() else path for path in data_files(named)]
-    facts = [*sources, settings]
+    facts = [*digests(data_files(named), give_way), settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from ladir.data.tokenizing import write_chains, write_records, write_sentences
 from ladir.tokens import tokenization_fingerprint
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
-from training.runtime.files import locked, sha256
+from training.runtime.files import digests, locked
 from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.run import RunFolder
 
@@ -94,8 +94,7 @@ class Tokens:
         return found
 
     def _key(self, kind: str, files: Sequence[str], give_way: GiveWay) -> str:
-        sources = [sha256(Path(file), give_way) if Path(file).is_file() else file for file in files]
-        return store_key(kind, sources, self.config.data, tokenization_fingerprint(self.tokenizer))
+        return store_key(kind, digests(files, give_way), self.config.data, tokenization_fingerprint(self.tokenizer))
 
     def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path, GiveWay], None]) -> Store:
         folder = RunFolder(self.config).tokens / f"{kind}-{key}"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -134,3 +134,8 @@ def sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
             if give_way is not None:
                 give_way()
     return digest.hexdigest()
+
+
+def digests(names: Sequence[str], give_way: Callable[[], None] | None = None) -> list[str]:
+    """What stands for the content of data sets: of a file its digest, of anything else (an id of the Hub) its name."""
+    return [sha256(Path(name), give_way) if Path(name).is_file() else name for name in names]
