@@ -1,8 +1,9 @@
 """The block layout: which token stands where in one training pass, and what it may see.
 
 Clean stream:  ``question [<BOT> z*L <EOT>]*B <SOA> answer``; noisy stream: ``[<BOT> z~*L]*J`` for every span of J blocks and
-draw, at the same positions as the clean blocks (J is 1 but where blocks are denoised together; a record's last span may reach
-beyond its last block).  Everything attention needs is a few integers per token:
+draw, from the position on where the span's first clean block begins (J is 1 but where blocks are denoised together; a record's
+last span may reach beyond its last block).  Where finished blocks stand as text (``denoiser.context``), a clean block is ``<BOT>
+tokens <EOT>``, read causally.  Everything attention needs is a few integers per token:
 
 * ``position`` - rotary position; for clean tokens also their order in the clean stream,
 * ``limit``    - a clean token is visible when its position is below the viewer's limit,
@@ -180,23 +181,36 @@ def span_offsets(span: int, latents: int) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def template(
-    question: int, blocks: int, latents: int, draws: int, answer: int | None, span: int = 1, bidirectional_question: bool = False
+    question: int,
+    blocks: int,
+    latents: int,
+    draws: int,
+    answer: int | None,
+    span: int = 1,
+    bidirectional_question: bool = False,
+    sentences: tuple[int, ...] | None = None,
 ) -> Template:
     """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies of each span.
 
     ``answer`` is the answer's token count; ``None`` leaves out the answer and the clean blocks of the last span, which only the
-    answer and the stop decisions need.  Text tokens are indexed question first, then answer.  ``bidirectional_question``: the
-    question's tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
+    answer and the stop decisions need.  ``sentences``: tokens of every block, where finished ones stand as text; None: they stand
+    as latents.  Text tokens are indexed question first, then sentences, then answer.  ``bidirectional_question``: the question's
+    tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
     """
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
+    starts = question + np.cumsum([0, *(block_length(n) for n in sentences or [latents] * blocks)])
+    words = question + np.cumsum([0, *(sentences or [0] * blocks)])
     parts = [_text(question, start=0, first_index=0, seen=question if bidirectional_question else 0)]
-    parts += [_clean_block(b, question, latents) for b in range(clean_blocks)]
+    for b in range(clean_blocks):
+        block = _clean_block(starts[b], b, latents) if sentences is None else _sentence(starts[b], sentences[b], words[b])
+        parts.append(block)
     if answer is not None:
-        parts.append(_answer(question, blocks, latents, answer))
-    parts += [_noisy_span(first, m, question, latents, draws, span) for first in range(0, blocks, span) for m in range(draws)]
+        parts.append(_answer(starts[blocks], words[blocks], answer))
+    firsts = range(0, blocks, span)
+    parts += [_noisy_span(starts[first], first, m, latents, draws, span) for first in firsts for m in range(draws)]
     position, limit, copy, source, index = np.concatenate(parts, axis=1)
-    clean_end = question + clean_blocks * block_length(latents)
+    clean_end = starts[clean_blocks]
     noisy = np.flatnonzero(source == Source.NOISY_LATENT)
     return Template(
         position=position,
@@ -205,7 +219,7 @@ def template(
         source=source,
         index=index,
         noisy=noisy[np.argsort(index[noisy])],
-        ends=question + (np.arange(clean_blocks) + 1) * block_length(latents) - 1,
+        ends=starts[1 : clean_blocks + 1] - 1,
         answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
         question_length=question,
     )
@@ -222,26 +236,33 @@ def _text(count: int, start: int, first_index: int, seen: int = 0) -> np.ndarray
     return _rows(position, np.maximum(position + 1, seen), CLEAN, np.full(count, Source.TEXT), index)
 
 
-def _clean_block(block: int, question: int, latents: int) -> np.ndarray:
+def _clean_block(start: int, block: int, latents: int) -> np.ndarray:
     """<BOT> z*L <EOT>, all of which see the whole block and what is before it."""
-    start = question + block * block_length(latents)
     end = start + block_length(latents)
     source = np.array([Source.MARK, *[Source.CLEAN_LATENT] * latents, Source.MARK])
     index = np.array([Mark.BOT, *range(block * latents, (block + 1) * latents), Mark.EOT])
     return _rows(np.arange(start, end), np.full(latents + 2, end), CLEAN, source, index)
 
 
-def _answer(question: int, blocks: int, latents: int, answer: int) -> np.ndarray:
+def _sentence(start: int, count: int, first_index: int) -> np.ndarray:
+    """<BOT> tokens <EOT>, causal."""
+    return np.concatenate(
+        [_mark(start, Mark.BOT), _text(count, start + 1, first_index), _mark(start + count + 1, Mark.EOT)], axis=1
+    )
+
+
+def _answer(start: int, first_index: int, answer: int) -> np.ndarray:
     """<SOA> and the answer's tokens, causal."""
-    start = question + blocks * block_length(latents)
-    text = _text(answer, start + 1, question)
-    mark = np.array([[start], [start + 1], [CLEAN], [Source.MARK], [Mark.SOA]])
-    return np.concatenate([mark, text], axis=1)
+    return np.concatenate([_mark(start, Mark.SOA), _text(answer, start + 1, first_index)], axis=1)
 
 
-def _noisy_span(first: int, draw: int, question: int, latents: int, draws: int, span: int) -> np.ndarray:
+def _mark(position: int, mark: Mark) -> np.ndarray:
+    """One causal token."""
+    return np.array([[position], [position + 1], [CLEAN], [Source.MARK], [mark]])
+
+
+def _noisy_span(start: int, first: int, draw: int, latents: int, draws: int, span: int) -> np.ndarray:
     """<BOT> z~*L of every block of a span: all of them see the clean stream before block ``first``, and each other."""
-    start = question + first * block_length(latents)
     parts = []
     for block in range(first, first + span):
         noisy = (block * draws + draw) * latents

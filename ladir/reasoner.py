@@ -202,6 +202,16 @@ class Reasoner(TrajectoryGenerator):
                 f"token_head_weight={settings.token_head_weight}: this model was trained without a token head "
                 "(denoiser.token_weight) or without a carried state (denoiser.carry), which the head reads; use 0"
             )
+        if given.get("token_head_weight") and not self.reads_blocks(settings):
+            problems.append(
+                "token_head_weight: the head has a say where finished blocks are read as text, which they are with reencode=True "
+                "or by a model trained with denoiser.context=text; set that, or use 0"
+            )
+        if settings.verifier_scale and self.denoiser.settings.context == "text":
+            problems.append(
+                f"verifier_scale={settings.verifier_scale}: this model reads thoughts as text (denoiser.context=text), and the "
+                "verifier has no gradient through that; use 0"
+            )
         if settings.verifier_scale and self.verifier is None:
             problems.append(
                 f"verifier_scale={settings.verifier_scale}: this model came without a verifier; train one with "

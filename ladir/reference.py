@@ -74,6 +74,12 @@ def clean_group(denoiser: Denoiser, z: Tensor) -> Tensor:
     return torch.cat([marks[Mark.BOT][None], vectors, marks[Mark.EOT][None]])
 
 
+def sentence_groups(denoiser: Denoiser, ids: Sequence[int]) -> list[Tensor]:
+    """<BOT> tokens <EOT>, each a group [1, H], of a finished block that stands as text."""
+    begin, end = (denoiser.marks.weight[mark][None] for mark in (Mark.BOT, Mark.EOT))
+    return [begin, *_text_groups(denoiser, ids), end]
+
+
 def noisy_group(denoiser: Denoiser, z_t: Tensor, t: Tensor, carried: Tensor | None = None) -> Tensor:
     """<BOT> z~*L [L + 1, H] of noisy latents [L, d] at t [], handed the hidden states ``carried`` [L, H] of the step before."""
     vectors = F.linear(z_t.to(denoiser.dtype), denoiser.latent_in.weight, denoiser.latent_in.bias)
@@ -130,25 +136,29 @@ def reference_passes(
     for record, is_hidden in zip(records, hidden, strict=True):
         for start in range(0, len(record.blocks), span):
             for draw in range(batch.t.shape[1]):
-                before = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + start])
+                before, _ = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + start])
                 rows = slice(first + start, first + start + span)
                 yield _one_draw(denoiser, before, batch, rows, draw, record.blocks[start : start + span])
         if len(batch.answer_labels):
             labels = batch.answer_labels[label : label + len(record.answer) + 1]
             label += len(labels)
-            before = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
-            yield _answer_and_stop(denoiser, before, record, labels)
+            before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
+            yield _answer_and_stop(denoiser, before, ends, record, labels)
         first += start + span
     assert first == len(batch.z0)
 
 
-def _before(denoiser: Denoiser, record: LatentRecord, hidden: bool, frame: Frame | None, z0: Tensor) -> list[Tensor]:
-    """The question and the finished blocks ``z0`` [B, L, d]."""
-    around = frame or Frame()
-    return [
-        *question_groups(denoiser, record.question, hidden, around.before, around.behind),
-        *(clean_group(denoiser, z) for z in z0),
-    ]
+def _before(
+    denoiser: Denoiser, record: LatentRecord, hidden: bool, frame: Frame | None, z0: Tensor
+) -> tuple[list[Tensor], list[int]]:
+    """The question and the finished blocks ``z0`` [B, L, d], or their sentences; and the place of every block's <EOT>."""
+    around, ends = frame or Frame(), list[int]()
+    groups = question_groups(denoiser, record.question, hidden, around.before, around.behind)
+    for z, ids in zip(z0, record.blocks, strict=False):
+        as_text = denoiser.settings.context == "text"
+        groups += sentence_groups(denoiser, ids) if as_text else [clean_group(denoiser, z)]
+        ends.append(sum(map(len, groups)) - 1)
+    return groups, ends
 
 
 def _one_draw(
@@ -180,7 +190,9 @@ def _one_draw(
     return losses
 
 
-def _answer_and_stop(denoiser: Denoiser, before: list[Tensor], record: LatentRecord, labels: Tensor) -> dict[str, Tensor]:
+def _answer_and_stop(
+    denoiser: Denoiser, before: list[Tensor], ends: list[int], record: LatentRecord, labels: Tensor
+) -> dict[str, Tensor]:
     soa = denoiser.marks.weight[Mark.SOA][None]
     answer = _text_groups(denoiser, record.answer)
     groups = [*before, soa, *answer]
@@ -188,7 +200,6 @@ def _answer_and_stop(denoiser: Denoiser, before: list[Tensor], record: LatentRec
     logits = denoiser.backbone.logits(hidden[-len(record.answer) - 1 :]).float()
     stop_loss = torch.zeros((), dtype=denoiser.dtype, device=hidden.device)
     count = len(record.blocks)
-    ends = torch.tensor([len(vectors) for vectors in groups]).cumsum(0)[len(groups) - len(answer) - 1 - count :] - 1
     for block in range(count):
         logit = denoiser.stop_head(hidden[ends[block]])[0].float()
         last = torch.full_like(logit, float(block == count - 1))

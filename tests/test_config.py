@@ -218,6 +218,8 @@ def test_a_wrong_value_is_refused(override: str, part: str) -> None:
         (["sample.guidance_interval=[0.2,1.5]"], "must be two times, [low, high]"),
         (["ar.train.heads_lr_factor=5"], "an LM alone, which has no fresh heads"),
         (["ar.copy_fraction=0.1"], "data.train"),
+        (["denoiser.context=text"], "set rollout.enabled=false"),
+        (["denoiser.context=text", "rollout.enabled=false", "sample.max_thought_tokens=9"], "denoiser.context=text a longer"),
         (["data.output_field=input"], "a record needs a field for each"),
         (["countdown.min_target=50", "countdown.max_target=40"], "countdown.max_target=40"),
     ],

@@ -105,12 +105,21 @@ def test_every_objective_equals_the_reference(objective: str) -> None:
     st.sampled_from(sorted(SHAPES)),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from(["latents", "text"]),
 )
 def test_random_layouts_equal_the_reference(
-    latents: int, draws: int, count: int, seed: int, answer: bool, kind: str, span: int, bidirectional_question: bool
+    latents: int,
+    draws: int,
+    count: int,
+    seed: int,
+    answer: bool,
+    kind: str,
+    span: int,
+    bidirectional_question: bool,
+    context: str,
 ) -> None:
-    question = {"bidirectional_question": bidirectional_question}
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5, **question)
+    reads: dict[str, Any] = {"bidirectional_question": bidirectional_question, "context": context}
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5, **reads)
     records = random_records(count, seed=seed, latents=latents)
     first = (seed % 100) * 16 + (0 if answer else 8)
     numbers = range(first, first + count)
@@ -282,10 +291,12 @@ def differs(before: Tensor, after: Tensor) -> Tensor:
 class Case:
     """Records with 3 and 1 blocks (the second is padded), two draws; rows 0..2 are the blocks of the first."""
 
-    def __init__(self, attention: str = "eager", span: int = 1, carry: str = "none", **changes: Any) -> None:
-        self.denoiser = tiny_denoiser(
-            tiny_lm("llama", attention=attention), draws=2, token_weight=0.5, condition_dropout=0.0, span=span, carry=carry
-        )
+    def __init__(
+        self, attention: str = "eager", span: int = 1, carry: str = "none", context: str = "latents", **changes: Any
+    ) -> None:
+        settings: dict[str, Any] = {"span": span, "carry": carry, "context": context}
+        lm = tiny_lm("llama", attention=attention)
+        self.denoiser = tiny_denoiser(lm, draws=2, token_weight=0.5, condition_dropout=0.0, **settings)
         rng = np.random.default_rng(0)
         zeros = [torch.from_numpy(rng.standard_normal((count, 2, 3), dtype=np.float32)) for count in (3, 1)]
         self.records = [
@@ -391,6 +402,20 @@ def test_a_hidden_question_is_really_hidden() -> None:
     assert differs(case.before.noisy, shown.noisy).all()
 
 
+def test_a_block_that_stands_as_text_is_seen_as_its_words_alone() -> None:
+    """By later blocks and the answer; its clean latents reach its own noisy copies alone, which are made of them."""
+    case = Case(context="text")
+    assert case.batch.text_ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    words = case.batch.text_ids.clone()
+    words[3] = 20  # of the first record's first block
+    changed = case.effect(text_ids=words)
+    assert changed["noisy"] == [[False, False], [True, True], [True, True], [False, False]]
+    assert changed["stop"] == [True, True, True, False] and changed["answer"] == [True, True, True, False, False]
+    moved = case.effect(z0=perturbed(case.batch.z0, 0))
+    assert moved["noisy"] == [[True, True], *[[False, False]] * 3]
+    assert moved["stop"] == SILENT["stop"] and moved["answer"] == SILENT["answer"]
+
+
 def test_what_padding_holds_changes_nothing() -> None:
     case = Case()
     padding = case.batch.layout.copy == PAD
@@ -399,11 +424,13 @@ def test_what_padding_holds_changes_nothing() -> None:
     assert case.effect(table_index=table) == SILENT
 
 
-@pytest.mark.parametrize(("span", "bidirectional"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("span", "bidirectional", "context"), [(1, False, "latents"), (2, False, "latents"), (2, True, "latents"), (2, True, "text")]
+)
 @pytest.mark.parametrize("kind", SHAPES)
-def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str, span: int, bidirectional: bool) -> None:
+def test_any_token_reaches_exactly_the_tokens_that_see_it(kind: str, span: int, bidirectional: bool, context: str) -> None:
     """Every token's input vector is moved in turn; the rule is transitive, so layers widen nothing."""
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, span=span, bidirectional_question=bidirectional)
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, span=span, bidirectional_question=bidirectional, context=context)
     layout = collator(denoiser)(random_records(2, seed=6), [0, 1]).layout
     visible, width = layout.visible(), layout.copy.shape[1]
     generator = torch.Generator().manual_seed(0)

@@ -57,7 +57,13 @@ VARIANTS = {
     "joint": ["stage=joint", "denoiser.span=2"],
     "lora-parts": ["backbone.lora.rank=4", "backbone.logits_parts=3"],
     "hpz": ["deepspeed.config=tests/data/zero3_hpz.json"],
-    "full-parts": ["denoiser.token_weight=0.5", "denoiser.answer_every=2", "backbone.logits_parts=3"],
+    "full-parts": [
+        "denoiser.token_weight=0.5",
+        "denoiser.answer_every=2",
+        "denoiser.context=text",
+        "rollout.enabled=false",
+        "backbone.logits_parts=3",
+    ],
 }
 
 

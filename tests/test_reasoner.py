@@ -22,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference import memory
 from ladir.inference.ar import complete
 from ladir.inference.decode import TokenHeadReading, choose_tokens
-from ladir.inference.generation import Reencoder
+from ladir.inference.generation import BlockReader
 from ladir.inference.guidance import diversity_force, reward_gradient
 from ladir.inference.sampler import NOISE, BlockSampler, TrajectoryNoise, passes_per_span, step_times
 from ladir.layout import Mark
@@ -35,7 +35,7 @@ from ladir.models.folders import new_vae, save_denoiser, save_vae
 from ladir.models.loading import build_backbone
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.reasoner import Reasoner, Trajectory
-from ladir.reference import clean_group, plain_forward, question_groups, span_hidden
+from ladir.reference import clean_group, plain_forward, question_groups, sentence_groups, span_hidden
 from ladir.report.traces import trace_questions
 from ladir.spans import num_spans, staggered
 from ladir.tokens import build_word_tokenizer, decode_text, encode_text
@@ -69,11 +69,12 @@ def tiny_reasoner(
     bidirectional_question: bool = False,
     carry: str = "none",
     time_token: bool = False,
+    context: str = "latents",
     dtype: torch.dtype = torch.float64,
     **controls: Any,
 ) -> Reasoner:
     settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
-    settings["time_token"] = time_token
+    settings |= {"time_token": time_token, "context": context}
     settings["token_weight"] = 0.5
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention), **settings))
     vae = tiny_vae(kind, dtype=dtype)
@@ -87,16 +88,22 @@ def tiny_reasoner(
 class PlainTrajectory:
     path: list[list[Tensor]]  # per block: the estimate of the clean latents after every step
     blocks: list[Tensor]
+    sentences: list[list[int]]  # what the blocks were read as, where they were
     stopped: bool
     answer: list[int]
 
+    def groups(self, d: Denoiser) -> list[Tensor]:
+        """The finished blocks as they stand before what follows."""
+        if d.settings.context == "text":
+            return [group for ids in self.sentences for group in sentence_groups(d, ids)]
+        return [clean_group(d, block) for block in self.blocks]
+
 
 def plain_velocity(
-    reasoner: Reasoner, ids: list[int], blocks: list[Tensor], z: Tensor, t: list[float], hidden: bool, carried: Tensor | None
+    reasoner: Reasoner, ids: list[int], clean: list[Tensor], z: Tensor, t: list[float], hidden: bool, carried: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The network's velocity for a noisy span [J, L, d], from the whole sequence; and its hidden states [J, L, H]."""
     d = reasoner.denoiser
-    clean = [clean_group(d, block) for block in blocks]
     times = torch.tensor(t)
     states = span_hidden(d, [*question_groups(d, ids, hidden), *clean], z, times, carried)
     return flow.to_velocity(d.settings.objective, d.latent_out(states).float(), z, times[:, None, None]), states
@@ -127,9 +134,11 @@ def plain_time(settings: SampleSettings, step: int, steps: int) -> float:
 
 def plain_span(
     reasoner: Reasoner, ids: list[int], before: list[list[Tensor]], noise: TrajectoryNoise, rows: list[int]
-) -> list[list[list[Tensor]]]:
-    """One span of every trajectory of a question, in lockstep (diversity needs the others): per block x0 per step, then z."""
+) -> tuple[list[list[list[Tensor]]], list[list[list[int]]]]:
+    """One span of every trajectory of a question, in lockstep (diversity needs the others): per block x0 per step, then z; and
+    what every block reads as.  ``before``: groups of each trajectory's finished blocks."""
     s, d = reasoner.settings, reasoner.denoiser
+    read: list[list[list[int]]] = [[[] for _ in range(d.settings.span)] for _ in rows]
     size = d.settings.span
     shape = (size, d.latents_per_block, d.latent_dim)
     zs = [s.initial_noise * noise.normal([row], shape)[0] for row in rows]
@@ -165,10 +174,12 @@ def plain_span(
                         bent = velocity[block] - s.diversity_scale * t * force[i][block]
                         paths[i][block].append(z - t * bent)
                         z = plain_step(s, z, bent, t, t_next, fresh[i][block, min(step, inner[1])])
-                        last = s.reencode and step == steps - 1
-                        moved[i][block] = plain_reencoded(reasoner, z, carried[i][block]) if last else z  # type: ignore[index]
+                        if step == steps - 1:
+                            read[i][block] = plain_read(reasoner, z, carried[i][block])  # type: ignore[index]
+                            z = plain_reencoded(reasoner, read[i][block]) if s.reencode else z
+                        moved[i][block] = z
             zs = moved
-    return [[[*path, z] for path, z in zip(paths[i], zs[i], strict=True)] for i in range(len(rows))]
+    return [[[*path, z] for path, z in zip(paths[i], zs[i], strict=True)] for i in range(len(rows))], read
 
 
 def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Tensor, times: list[float]) -> Tensor:
@@ -185,15 +196,19 @@ def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Te
     return guided
 
 
-def plain_reencoded(reasoner: Reasoner, z: Tensor, state: Tensor) -> Tensor:
-    """One block, read and encoded alone; ``state`` [L, H]: hidden states of its last step."""
-    d, encoder, s = reasoner.denoiser, reasoner.encoder, reasoner.settings
-    assert encoder is not None
+def plain_read(reasoner: Reasoner, z: Tensor, state: Tensor) -> list[int]:
+    """One block, read alone; ``state`` [L, H]: hidden states of its last step."""
+    d, s = reasoner.denoiser, reasoner.settings
     latents = z * d.latent_std + d.latent_mean
     if s.token_head_weight:
-        ids = plain_fused_thought(reasoner, latents, state)
-    else:
-        ids = plain_thought(reasoner.thought_decoder, latents, s.max_thought_tokens)
+        return plain_fused_thought(reasoner, latents, state)
+    return plain_thought(reasoner.thought_decoder, latents, s.max_thought_tokens)
+
+
+def plain_reencoded(reasoner: Reasoner, ids: list[int]) -> Tensor:
+    """What the VAE makes of one sentence."""
+    d, encoder = reasoner.denoiser, reasoner.encoder
+    assert encoder is not None
     mean, _ = encode_sentences(encoder, [ids])
     return (mean[0] - d.latent_mean) / d.latent_std
 
@@ -236,22 +251,24 @@ def plain_generate(reasoner: Reasoner, question: str, count: int, seed: int) -> 
     s, d = reasoner.settings, reasoner.denoiser
     ids = encode_text(reasoner.tokenizer, question)
     noise = TrajectoryNoise(seed, [(question, i) for i in range(count)])
-    found = [PlainTrajectory([], [], False, []) for _ in range(count)]
+    found = [PlainTrajectory([], [], [], False, []) for _ in range(count)]
     alive = list(range(count))
     for block in range(s.max_blocks):
         if not alive:
             break
         if block % d.settings.span == 0:
-            spans = dict(zip(alive, plain_span(reasoner, ids, [found[r].blocks for r in alive], noise, alive), strict=True))
+            paths, read = plain_span(reasoner, ids, [found[r].groups(d) for r in alive], noise, alive)
+            spans = dict(zip(alive, zip(paths, read, strict=True), strict=True))
         for row in alive:
-            path = spans[row][block % d.settings.span]
+            path, sentence = (of_span[block % d.settings.span] for of_span in spans[row])
             found[row].path.append(path[:-1])
             found[row].blocks.append(path[-1])
-            groups = [*question_groups(d, ids, hidden=False), *(clean_group(d, block) for block in found[row].blocks)]
+            found[row].sentences.append(sentence)
+            groups = [*question_groups(d, ids, hidden=False), *found[row].groups(d)]
             found[row].stopped = bool(d.stop_head(plain_forward(d.backbone, groups)[-1]) > 0)
         alive = [row for row in alive if not found[row].stopped]
     for row, trajectory in enumerate(found):
-        groups = [*question_groups(d, ids, hidden=False), *(clean_group(d, block) for block in trajectory.blocks)]
+        groups = [*question_groups(d, ids, hidden=False), *trajectory.groups(d)]
         trajectory.answer = plain_answer(reasoner, groups, noise.uniform([row], s.max_answer_tokens)[0])
     return found
 
@@ -297,8 +314,9 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
     owner = torch.arange(len(questions)).repeat_interleave(count)
     with torch.no_grad():
         prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
-        reencode = Reencoder(reasoner, reasoner.settings.token_head_weight) if reasoner.settings.reencode else None
-        list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, reencode=reencode).sample(prefix, owner, hook))
+        reads = reasoner.settings.reencode or reasoner.denoiser.settings.context == "text"
+        reader = BlockReader(reasoner, reasoner.settings) if reads else None
+        list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, reader=reader).sample(prefix, owner, hook))
     return seen
 
 
@@ -337,6 +355,11 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"carry": "hidden", "restarts": 1, "restart_keeps_state": True, "span": 2, "diversity_scale": 0.5},
         {"bidirectional_question": True, "guidance_scale": 2.0},
         {"bidirectional_question": True, "span": 2},
+        {"context": "text"},
+        {"context": "text", "max_thought_tokens": 1, "answer_temperature": 0.0},
+        {"context": "text", "guidance_scale": 2.0, "carry": "hidden", "token_head_weight": 0.7, "restarts": 1},
+        {"context": "text", "span": 2, "lag": 1, "sampler": "sde", "diversity_scale": 0.5, "max_blocks": 4},
+        {"context": "text", "reencode": True, "bidirectional_question": True},
         {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "guidance_rescale": 0.7, "carry": "hidden", "span": 2, "lag": 1},
     ],
     ids=lambda controls: "-".join(controls),
@@ -769,6 +792,14 @@ def test_bad_controls_are_refused(controls: dict[str, Any], message: str) -> Non
         tiny_reasoner().generate(QUESTIONS, **controls)
 
 
+def test_controls_that_the_models_reading_does_not_allow_are_refused() -> None:
+    with pytest.raises(UnusableError, match=r"verifier_scale=1\.0: this model reads thoughts as text .*use 0"):
+        tiny_reasoner(context="text").generate(QUESTIONS, verifier_scale=1.0)
+    with pytest.raises(UnusableError, match=r"token_head_weight: the head has a say where .* reencode=True"):
+        tiny_reasoner(carry="hidden").generate(QUESTIONS, token_head_weight=1.0)
+    tiny_reasoner(carry="hidden", context="text").generate(QUESTIONS, token_head_weight=1.0)
+
+
 def test_several_bad_controls_are_named_at_once_and_questions_must_not_be_empty() -> None:
     reasoner = tiny_reasoner()
     with pytest.raises(ValueError, match=r"num_steps.*initial_noise.*max_blocks.*sampler"):
@@ -861,7 +892,7 @@ def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
 def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
     reasoner = tiny_reasoner()
     with pytest.raises(UnusableError, match="did not stay finite"):
-        Reencoder(reasoner, 0.0)([0], 0, torch.full((1, 2, 3), torch.inf), torch.zeros(1, 2, 0))
+        BlockReader(reasoner, reasoner.settings)([0], 0, torch.full((1, 2, 3), torch.inf), torch.zeros(1, 2, 0))
     reasoner.encoder = None
     with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
         reasoner.generate(QUESTIONS, reencode=True)

@@ -167,6 +167,19 @@ def attempts(count: int, seed: int) -> list[Attempt]:
     ]
 
 
+def test_attempts_stand_as_the_text_that_was_read() -> None:
+    denoiser, records = tiny_denoiser(tiny_lm(), context="text", condition_dropout=0.0), random_records(3, seed=8)
+    answered = (Answered([5], Trajectory("x", True, "x"), 1.0, True),)
+    for record in records:
+        line = Line(record.mu, answered, sentences=record.blocks)
+        assert Group("q", record.question, (line,)).attempts(1.0)[0].sentences == record.blocks
+    tried = [Attempt(r.question, r.answer, r.mu, 1.0, 0.5, sentences=r.blocks) for r in records]
+    batch = judged(RlSettings(policy="both"), denoiser)(tried, [0, 1, 2]).attempts
+    known = collator(denoiser)(records, [0, 1, 2], True, True)
+    assert torch.equal(batch.text_ids, known.text_ids) and torch.equal(batch.table_index, known.table_index)
+    assert torch.equal(batch.layout.visible(), known.layout.visible())
+
+
 def judged(settings: RlSettings, denoiser: Denoiser) -> JudgedCollator:
     return JudgedCollator.of(collator(denoiser), settings, seed=23)
 

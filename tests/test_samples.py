@@ -25,7 +25,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ladir.config import BackboneSettings, Config
+from ladir.config import BackboneSettings, Config, SampleSettings
 from ladir.config.loader import load_config, save_config
 from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
@@ -180,7 +180,7 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config(None, [*settings, "telemetry.samples=3", "backbone.attention=flex", "backbone.dtype=bfloat16"])
     records = [replace(record, question=[5 + i, 9]) for i, record in enumerate(random_records(3))]
     model, decoder, words, shown = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder, tokenizer(), Shown()
-    recorder = LatentRecorder.without_vae(model, words, config.sample, Frame())
+    recorder = LatentRecorder.without_vae(model, words, config.sample, Frame(), [])
     questions = [decode_text(words, record.question) for record in records]
     recorded = recorder.record(questions, 1, config.run.seed)
     all_steps = [only for (only,) in recorder.read(recorded, decoder)]
@@ -221,6 +221,25 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
         shown.texts, shown.images, shown.patience = [], [], patience
         show(model, shown, 1)
         assert (sum(rows), shown.images) == (decoded, []) and len(shown.texts) == (patience == 3)
+
+
+def test_where_thoughts_stand_as_text_samples_stand_behind_the_records_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank has a decoder while a model is trained: each question is thought about behind its own record's sentences."""
+    monkeypatch.setattr("ladir.inference.generation.thought_ids", lambda *_, **__: pytest.fail("a decoder was asked"))
+    denoiser = undecided(tiny_denoiser(tiny_lm(), context="text"))
+    settings = SampleSettings(num_steps=2, max_blocks=3, max_answer_tokens=3)
+
+    def latents(sentences: list[list[list[int]]]) -> list[torch.Tensor]:
+        recorder = LatentRecorder.without_vae(denoiser, tokenizer(), settings, Frame(), sentences)
+        recorded = recorder.record(["a b", "c"], 1, 0)
+        assert all(only.thought_ids is None for (only,) in recorded)
+        return [only.latents for (only,) in recorded]
+
+    given = latents([[[5], [6]], [[7, 8, 9]]])
+    first, other = latents([[[5], [6]], [[7, 8, 10]]])
+    assert torch.equal(first, given[0]) and torch.equal(other[0], given[1][0])
+    assert len(given[1]) == 1 or not torch.equal(other[1], given[1][1])
+    assert max(map(len, given)) > 1
 
 
 def write_puzzles(folder: Path) -> None:

@@ -44,7 +44,7 @@ from ladir.tasks.verdict import Verdict
 from ladir.tokens import encode_text
 from tests.distributed import ProcessGroup
 from tests.test_evaluate import configure, evaluate_in
-from tests.test_reasoner import CPU, QUESTIONS, plain_velocity, standard, tiny_reasoner
+from tests.test_reasoner import CPU, QUESTIONS, PlainTrajectory, plain_velocity, standard, tiny_reasoner
 from tests.tiny import randomise, tiny_denoiser, tiny_lm
 from tests.toy_task import Judge
 from training import train_verifier
@@ -201,7 +201,16 @@ def test_the_value_leaves_its_prefix_as_it_was_and_agrees_with_finite_difference
 # --- thoughts at rest --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("controls", [{}, {"span": 2, "lag": 0}, {"guidance_scale": 1.5, "carry": "hidden"}], ids=str)
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {},
+        {"span": 2, "lag": 0},
+        {"guidance_scale": 1.5, "carry": "hidden"},
+        {"guidance_scale": 1.5, "carry": "hidden", "context": "text"},
+    ],
+    ids=str,
+)
 def test_drift_is_how_far_plain_denoising_moves_finished_thoughts(controls: dict[str, Any]) -> None:
     reasoner = tiny_reasoner(max_blocks=3, renoise_time=0.6, renoise_steps=2, **controls)
     asks = [Ask(question, 2, 4) for question in QUESTIONS[:2]]
@@ -220,7 +229,7 @@ def test_drift_is_how_far_plain_denoising_moves_finished_thoughts(controls: dict
                 z = torch.cat([blocks, torch.zeros(size - len(blocks), *blocks.shape[1:])])
                 z, carried, free_carried = (1 - times[0]) * z + times[0] * eps, None, None
                 for t, t_next in itertools.pairwise(times):
-                    before = list(finished[:first])
+                    before = PlainTrajectory([], list(finished[:first]), (entry.thought_ids or [])[:first], False, []).groups(d)
                     with torch.no_grad():
                         velocity, carried = plain_velocity(reasoner, ids, before, z, [t] * size, False, carried)
                         if s.guidance_scale != 1:

@@ -285,6 +285,7 @@ def _combination_errors(config: Config) -> Iterator[str]:
             f"{getattr(config.countdown, largest)}; lower the one or raise the other"
         )
     yield from _asking_errors(config)
+    yield from _context_errors(config)
     window = config.telemetry.profile_steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
@@ -300,6 +301,28 @@ def _combination_errors(config: Config) -> Iterator[str]:
         yield "ar.copy_fraction: there are no sentences to copy; set data.train"
 
 
+def _context_errors(config: Config) -> Iterator[str]:
+    """Where finished blocks stand as text, nothing can be differentiated through them."""
+    if config.denoiser.context == "latents":
+        return
+    if config.rollout.enabled or config.stage == "rollout":
+        yield (
+            "denoiser.context=text: stage 2 has no gradient through thoughts that were read as text; set rollout.enabled=false "
+            "and leave stage=rollout out"
+        )
+    if config.sample.verifier_scale:
+        yield (
+            f"sample.verifier_scale={config.sample.verifier_scale:g}: the verifier's gradient goes through latents, not through "
+            "text (denoiser.context=text); set it to 0"
+        )
+
+
+def reads_blocks(config: Config) -> str:
+    """The setting by which finished blocks are read as text before the next ones; empty where they are not."""
+    text = "denoiser.context=text" if config.denoiser.context == "text" else ""
+    return "sample.reencode=true" if config.sample.reencode else text
+
+
 def _asking_errors(config: Config) -> Iterator[str]:
     for name, scale in (("sample", config.sample.guidance_scale), ("rollout", config.rollout.guidance_scale)):
         if scale not in (None, 1) and config.denoiser.condition_dropout == 0:
@@ -308,10 +331,10 @@ def _asking_errors(config: Config) -> Iterator[str]:
                 f"denoiser.condition_dropout above 0 and retrain, or {name}.guidance_scale=1"
             )
     yield from _interval_errors("sample.guidance_interval", config.sample.guidance_interval)
-    if config.sample.reencode and config.sample.max_thought_tokens < config.data.max_block_tokens:
+    if reads_blocks(config) and config.sample.max_thought_tokens < config.data.max_block_tokens:
         yield (
-            f"sample.max_thought_tokens={config.sample.max_thought_tokens}: with sample.reencode a longer sentence would be cut "
-            f"short for all that follows; set it to data.max_block_tokens={config.data.max_block_tokens} at least"
+            f"sample.max_thought_tokens={config.sample.max_thought_tokens}: with {reads_blocks(config)} a longer sentence would "
+            f"be cut short for all that follows; set it to data.max_block_tokens={config.data.max_block_tokens} at least"
         )
     if config.sample.token_head_weight and not (config.denoiser.token_weight and config.denoiser.carry != "none"):
         yield (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from ladir.config import Config
-from ladir.config.checks import values
+from ladir.config.checks import reads_blocks, values
 
 #: policies of stage 3 that learn tokens alone
 _TOKENS = ("answer", "text")
@@ -16,7 +16,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("rollout.carry_gradient", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
     ("sample.restart_keeps_state", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
     ("sample.restart_*", "sample.restarts above 0", lambda c: c.sample.restarts > 0),
-    ("sample.token_head_weight", "sample.reencode=true", lambda c: c.sample.reencode),
+    ("sample.token_head_weight", "sample.reencode=true or denoiser.context=text", lambda c: bool(reads_blocks(c))),
     ("sample.spacing_power", "sample.spacing=power", lambda c: c.sample.spacing == "power"),
     ("sample.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),
     ("rollout.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),

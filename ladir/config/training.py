@@ -165,6 +165,13 @@ class DenoiserSettings:
         "share of noisy copies whose first pass stands at a random earlier time (more noise) of the same path, as in sampling; "
         "in the others at the same latents",
     )
+    context: str = setting(
+        "latents",
+        "as what finished blocks stand before the next ones and the answer; latents: as they are; text: as the tokens that the "
+        "VAE's decoder reads in them, so that numbers and names are copied from words (every block is read before the next, "
+        "sequences are longer, and there is no stage 2, whose gradient goes through latents)",
+        ("latents", "text"),
+    )
     time_token: bool = setting(
         False,
         "the mark before a noisy block carries the time t, too, for the latents to attend to; false: it is added to them alone",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -300,11 +301,21 @@ class DenoiserCollator:
         questions = [[*self.prefix, *record.question, *self.suffix] for record in records]
         latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
         bidirectional = self.settings.bidirectional_question
+        words = [record.blocks if self.settings.context == "text" else [] for record in records]
         templates = [
-            template(len(q), len(r.blocks), latents, draws, len(r.answer) if with_answer else None, span, bidirectional)
-            for q, r in zip(questions, records, strict=True)
+            template(
+                len(q),
+                len(r.blocks),
+                latents,
+                draws,
+                len(r.answer) if with_answer else None,
+                span,
+                bidirectional,
+                tuple(map(len, w)) if w else None,
+            )
+            for q, r, w in zip(questions, records, words, strict=True)
         ]
-        texts = [q + list(r.answer) if with_answer else q for q, r in zip(questions, records, strict=True)]
+        texts = [list(chain(q, *w, r.answer if with_answer else ())) for q, r, w in zip(questions, records, words, strict=True)]
         noise = self._noise(records, numbers, training)
         blocks = [with_room(len(r.blocks), span) for r in records]
         batch = _assemble(templates, texts, blocks, noise, (len(self.prefix), len(self.suffix)), self.pack_tokens)

@@ -155,8 +155,9 @@ class TokenChunk:
         return int(self.questions.lengths().max(initial=0))
 
     def sizes(self) -> np.ndarray[Any, Any]:
-        """Tokens of question and answer, and number of blocks, of every record [n, 2]."""
-        return np.stack([self.questions.lengths() + self.answers.lengths(), np.diff(self.blocks_of)], axis=1)
+        """Tokens of question and answer, number of blocks, and tokens of these, of every record [n, 3]."""
+        text = self.questions.lengths() + self.answers.lengths()
+        return np.stack([text, np.diff(self.blocks_of), np.diff(self.blocks.offsets[self.blocks_of])], axis=1)
 
     def num_blocks(self, i: int) -> int:
         """Blocks of the i-th record."""

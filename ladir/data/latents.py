@@ -134,8 +134,8 @@ class LatentStore:
         return text + chunk.num_blocks(place) * (self.latents_per_block + 2)
 
     def sizes(self) -> np.ndarray:
-        """Tokens of question and answer, and number of blocks, of every record [N, 2]."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *(chunk.sizes() for chunk in self._chunks.all)])
+        """Tokens of question and answer, number of blocks, and tokens of these, of every record [N, 3]."""
+        return np.concatenate([np.zeros((0, 3), np.int64), *(chunk.sizes() for chunk in self._chunks.all)])
 
     @property
     def most_blocks(self) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ladir.models.attention import WholePrefix, left_padded
+from ladir.models.attention import WholePrefix, causal, left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.prefix_attention import SharedPrefix
 
@@ -190,3 +190,19 @@ class Prefix:
         self.valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
         self.next_position = self.next_position + length
         return hidden
+
+    def append_text(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """Add ordinary text, causal, ``lengths`` [R] of the tokens [R, T, H], padding behind; the last hidden states [R, H].
+
+        Of rows that share nothing (:meth:`share`): padding stays in the cache, where nobody sees it.
+        """
+        assert self.shared is None
+        length, device = inputs.shape[1], inputs.device
+        real = torch.arange(length, device=device) < lengths[:, None]
+        among = causal(length, device) & real[:, None] | torch.eye(length, dtype=torch.bool, device=device)
+        visible = torch.cat([self.valid[:, None].expand(-1, length, -1), among], dim=2)
+        hidden = self.backbone(inputs, visible, self.positions(torch.arange(length, device=device)), self.cache)
+        self.valid = torch.cat([self.valid, real], dim=1)
+        self.padded = self.padded or not bool(real.all())
+        self.next_position = self.next_position + lengths
+        return hidden[torch.arange(len(self), device=device), lengths - 1]

@@ -27,12 +27,13 @@ from ladir.inference.sampler import (
     BlockSampler,
     FinishedTrajectories,
     KeptSteps,
+    Reader,
     StepHook,
     TrajectoryNoise,
     passes_per_span,
 )
 from ladir.inference.trajectory import Trajectory, check_questions
-from ladir.layout import Mark, block_length
+from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.positions import check_room, position_limit
@@ -44,23 +45,24 @@ from ladir.tokens import decode_text, encode_texts
 logger = logging.getLogger(__name__)
 
 
-class Reencoder:
-    """Reads finished blocks as text and encodes that again (``sample.reencode``); what it read stays in ``read``, by row and
-    block."""
+class BlockReader:
+    """Reads finished blocks as text, which stays in ``read``, by row and block; and encodes it again (``sample.reencode``)."""
 
-    def __init__(self, generator: TrajectoryGenerator, token_head_weight: float) -> None:
-        self.generator, self.weight = generator, token_head_weight
+    def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings) -> None:
+        self.generator, self.weight, self.encodes = generator, settings.token_head_weight, settings.reencode
         self.read: dict[tuple[int, int], list[int]] = {}
 
     def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
-        """Standardised latents [R, L, d] of the sentences ``z`` reads as; ``state`` [R, L, H]: of the last step."""
+        """``z``, or standardised latents [R, L, d] of the sentences it reads as; ``state`` [R, L, H]: of the last step."""
         of = self.generator
-        assert of.encoder is not None
         denoiser, most = of.denoiser, of.settings.max_thought_tokens
         head = denoiser.token_head if self.weight else None
         beside = None if head is None else TokenHeadReading(head, head.features(state), self.weight)
         texts = thought_ids(of.thought_decoder, of.eos, of.plain(z), most, beside)
         self.read.update({(row, block): ids for row, ids in zip(rows, texts, strict=True)})
+        if not self.encodes:
+            return z
+        assert of.encoder is not None
         return (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
 
 
@@ -151,10 +153,10 @@ class TrajectoryGenerator:
         prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
         traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
         value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
-        reencode = Reencoder(self, settings.token_head_weight) if settings.reencode else None
+        reader = self._reader(settings)
         kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
-        sampler = BlockSampler(self.denoiser, settings, noise, reward, reencode, self.graphs, kept, value)
-        on_block = self._block_hook(texts, watch.on_block, reencode) if watch.on_block is not None else None
+        sampler = BlockSampler(self.denoiser, settings, noise, reward, reader, self.graphs, kept, value)
+        on_block = self._block_hook(texts, watch.on_block, reader) if watch.on_block is not None else None
         flat: dict[int, Trajectory] = {}
         for group in sampler.sample(prefix, owner, self._step_hook(traces, watch), on_block):
             flat.update(self._finish(group, settings, noise, extras, watch))
@@ -162,9 +164,9 @@ class TrajectoryGenerator:
         if kept is not None:
             for row, trajectory in flat.items():
                 trajectory.steps = kept.of(row)
-        if reencode is not None:
+        if reader is not None:
             for row, trajectory in flat.items():
-                trajectory.thought_ids = [reencode.read[row, block] for block in range(len(trajectory.latents))]
+                trajectory.thought_ids = [reader.read[row, block] for block in range(len(trajectory.latents))]
         if thoughts and on_block is None:
             self.read_thoughts([flat[row] for row in range(len(part))])
         for (row, block), steps in sorted(traces.items()):
@@ -173,6 +175,14 @@ class TrajectoryGenerator:
         for (row, block), text in texts.items():
             flat[row].thoughts[block] = text
         return [flat[row] for row in range(len(part))]
+
+    def _reader(self, settings: SampleSettings) -> Reader | None:
+        """What reads finished blocks of one batch, where they are read."""
+        return BlockReader(self, settings) if self.reads_blocks(settings) else None
+
+    def reads_blocks(self, settings: SampleSettings) -> bool:
+        """Whether finished blocks are read as text before the next ones."""
+        return settings.reencode or self.denoiser.settings.context == "text"
 
     @torch.no_grad()
     def score(
@@ -225,8 +235,15 @@ class TrajectoryGenerator:
             latents = torch.stack([finished[row].latents for row in alike]).to(self.device)
             z, kept = (latents - self.denoiser.latent_mean) / self.denoiser.latent_std, torch.tensor(alike, device=self.device)
             behind = prefix.select(torch.cat([kept, kept + len(finished)]) if guided else kept)
-            drifts.update(zip(alike, sampler.drift(behind, alike, owner[kept], z).tolist(), strict=True))
+            sentences = [self._sentences(finished, alike, block) for block in range(length)]
+            drifts.update(zip(alike, sampler.drift(behind, alike, owner[kept], z, sentences).tolist(), strict=True))
         return [drifts[row] for row in range(len(finished))]
+
+    def _sentences(self, finished: Sequence[Trajectory], rows: Sequence[int], block: int) -> list[list[int]] | None:
+        """What a block of those ``rows`` was read as, where finished blocks stand as text."""
+        if self.denoiser.settings.context == "latents":
+            return None
+        return [ids[block] for row in rows if (ids := finished[row].thought_ids) is not None]
 
     def plain(self, z: Tensor) -> Tensor:
         """Standardised latents as the VAE knows them.  UnusableError where they are not finite."""
@@ -255,7 +272,8 @@ class TrajectoryGenerator:
                 f"question {-number} has {longest} tokens, too many for an LM of {limit} positions, of which a block and an "
                 f"answer take {rest + 1} or more; shorten it"
             )
-        room = with_room(settings.max_blocks, self.denoiser.settings.span) * block_length(self.denoiser.latents_per_block)
+        block = self.denoiser.longest_block(settings.max_thought_tokens)
+        room = with_room(settings.max_blocks, self.denoiser.settings.span) * block
         most = longest + len(self._frame) + room + 1 + settings.max_answer_tokens
         limits = f"max_blocks ({settings.max_blocks}) or max_answer_tokens ({settings.max_answer_tokens})"
         check_room(
@@ -285,7 +303,8 @@ class TrajectoryGenerator:
             inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
-        return prefix.share(owner)
+        # Behind a shared prefix rows are of one length; sentences are not.
+        return prefix.share(owner) if self.denoiser.settings.context == "latents" else prefix.select(owner)
 
     def _finish(
         self, group: FinishedTrajectories, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras, watch: Watch
@@ -352,9 +371,10 @@ class TrajectoryGenerator:
 
     def answering(self) -> list[nn.Module]:
         """The models that take part in answering under the settings; reading thoughts afterwards is not part of it."""
-        if not self.settings.reencode or self.encoder is None:
+        if not self.reads_blocks(self.settings):
             return [self.denoiser]
-        return [self.denoiser, self.thought_decoder.backbone, self.thought_decoder.from_latent, self.encoder]
+        encoder = [self.encoder] if self.settings.reencode and self.encoder is not None else []
+        return [self.denoiser, self.thought_decoder.backbone, self.thought_decoder.from_latent, *encoder]
 
     @property
     def _frame(self) -> Frame:
@@ -416,14 +436,14 @@ class TrajectoryGenerator:
         return hook
 
     def _block_hook(
-        self, texts: dict[tuple[int, int], str], on_block: Callable[[int, int, str], None], reencoder: Reencoder | None
+        self, texts: dict[tuple[int, int], str], on_block: Callable[[int, int, str], None], reader: Reader | None
     ) -> BlockHook:
         """Decodes every finished block of every trajectory that was not read already."""
 
         def read(rows: list[int], block: int, z: Tensor) -> list[str]:
-            if reencoder is None:
+            if reader is None:
                 return self.decode_latents(self.plain(z))
-            return [decode_text(self.tokenizer, reencoder.read[row, block]) for row in rows]
+            return [decode_text(self.tokenizer, reader.read[row, block]) for row in rows]
 
         def hook(rows: list[int], block: int, z: Tensor) -> None:
             for row, text in zip(rows, read(rows, block, z), strict=True):

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from ladir.config import SampleSettings
+from ladir.layout import block_length
 from ladir.models.denoiser import Denoiser
 
 #: of the free memory; the rest is for what is not counted here, and for what others take meanwhile
@@ -28,8 +29,9 @@ def trajectory_bytes(denoiser: Denoiser, settings: SampleSettings, question_toke
     config, itemsize = backbone.base.config.get_text_config(), backbone.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = denoiser.latents_per_block + 2
-    length = question_tokens + settings.max_blocks * block + 1 + settings.max_answer_tokens
+    block = block_length(denoiser.latents_per_block)
+    finished = denoiser.longest_block(settings.max_thought_tokens)
+    length = question_tokens + settings.max_blocks * finished + 1 + settings.max_answer_tokens
     cache = 2 * config.num_hidden_layers * heads * head * itemsize * length
     step = denoiser.settings.span * block * (config.num_attention_heads * length + 8 * config.hidden_size) * itemsize
     branches = 2 if settings.guidance_scale != 1 else 1

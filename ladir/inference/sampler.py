@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladir.config import SampleSettings
+from ladir.data.batches import pad_right
 from ladir.data.randomness import derive, generator
 from ladir.inference.cache import Prefix
 from ladir.inference.graphs import Graphs, can_capture
 from ladir.inference.guidance import BlockValue, Guidance, Reward, block_inputs, diversity_force, reward_gradient
-from ladir.layout import span_offsets
+from ladir.layout import Mark, span_offsets
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.denoiser import Denoiser
@@ -30,9 +32,15 @@ NOISE = -1
 #: called with (rows, block, the finished latents [R, L, d]) for every block that has become part of their chains
 BlockHook = Callable[[list[int], int, Tensor], None]
 
-#: what takes the place of finished blocks of clean latents [R, L, d], beside which is what their last step handed on
-#: [R, L, H]; with the rows and the number of the block
-Reencode = Callable[[list[int], int, Tensor, Tensor], Tensor]
+
+class Reader(Protocol):
+    """Reads finished blocks as text; ``read`` [row, block]: the token ids that it read last."""
+
+    read: dict[tuple[int, int], list[int]]
+
+    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
+        """What takes the place of the rows' finished latents ``z`` [R, L, d]; ``state`` [R, L, H]: what their last step handed
+        on."""
 
 
 def step_times(settings: SampleSettings) -> list[float]:
@@ -148,18 +156,18 @@ class BlockSampler:
         settings: SampleSettings,
         noise: TrajectoryNoise,
         reward: Reward | None = None,
-        reencode: Reencode | None = None,
+        reader: Reader | None = None,
         graphs: Graphs | None = None,
         kept: KeptSteps | None = None,
         value: BlockValue | None = None,
     ) -> None:
-        """``graphs``: steps are captured and replayed where they can be; ``kept``: steps that are random, and kept; ``value``:
-        what ``verifier_scale`` goes by."""
+        """``reader``: what finished blocks are read by, where they are (:func:`reads_blocks`); ``graphs``: steps are captured and
+        replayed where they can be; ``kept``: steps that are random, and kept; ``value``: what ``verifier_scale`` goes by."""
         self.denoiser = denoiser
         self.settings = settings
         self.noise = noise
         self.reward = reward
-        self.reencode = reencode
+        self.reader = reader
         self.value = value if settings.verifier_scale else None
         self.graphs = graphs if can_capture(denoiser) else None
         self.kept = kept
@@ -179,7 +187,7 @@ class BlockSampler:
             if block % size == 0:
                 span = self.sample_span(prefix, rows, owner, block, on_step)
             blocks.append(span[:, block % size])
-            states.append(append_block(self.denoiser, prefix, blocks[-1]))
+            states.append(append_block(self.denoiser, prefix, blocks[-1], self._sentences(rows, block)))
             if on_block is not None:
                 on_block(rows, block, blocks[-1])
             stop = self.denoiser.stop_logit(states[-1]) > 0
@@ -195,6 +203,13 @@ class BlockSampler:
             prefix = prefix.select(self._branches(keep, len(rows), len(prefix)))
             rows, owner, span = [rows[i] for i in keep.tolist()], owner[keep], span[keep]
             blocks, states = [b[keep] for b in blocks], [s[keep] for s in states]
+
+    def _sentences(self, rows: list[int], block: int) -> list[list[int]] | None:
+        """What the rows' finished blocks read as, where they stand as text before what follows."""
+        if self.denoiser.settings.context == "latents":
+            return None
+        assert self.reader is not None
+        return [self.reader.read[row, block] for row in rows]
 
     @staticmethod
     def _branches(keep: Tensor, rows: int, prefix_rows: int) -> Tensor:
@@ -225,15 +240,23 @@ class BlockSampler:
                 z, state = self._denoise(prefix, rows, owner, z, begun, restart_times(s), hook, first)
         return z
 
-    def drift(self, prefix: Prefix, rows: list[int], owner: Tensor, z: Tensor) -> Tensor:
+    def drift(
+        self,
+        prefix: Prefix,
+        rows: list[int],
+        owner: Tensor,
+        z: Tensor,
+        sentences: Sequence[list[list[int]] | None],
+    ) -> Tensor:
         """How far finished chains ``z`` [R, B, L, d] move when their blocks are noised to ``renoise_time`` and denoised again.
 
         Mean square [R, B] of the standardised latents' difference.  Chains that hold together are fixed points, others move
-        ("FRM", arXiv 2606.29150).  ``prefix``: behind the questions; the chains' blocks are added to it.
+        ("FRM", arXiv 2606.29150).  ``prefix``: behind the questions; the chains' blocks are added to it, as ``sentences`` [B][R]
+        where they stand as text.
         """
         size, moved = self.denoiser.settings.span, list[Tensor]()
         null = self.denoiser.null_state(z.new_zeros(len(prefix), size, *z.shape[2:]))
-        times = renoise_times(self.settings)
+        times, behind = renoise_times(self.settings), iter(sentences)
         for blocks in z.split(size, dim=1):
             span = F.pad(blocks, (0, 0, 0, 0, 0, size - blocks.shape[1]))  # zeros behind a chain's end, as in training
             noisy = flow.interpolate(span, self._noise(prefix, rows), torch.tensor(times[0]))
@@ -241,7 +264,7 @@ class BlockSampler:
                 again, _ = self._denoise(prefix, rows, owner, noisy, null, times, None)
             moved.append((again[:, : blocks.shape[1]] - blocks).square().mean((-2, -1)))
             for block in blocks.unbind(1):
-                append_block(self.denoiser, prefix, block)
+                append_block(self.denoiser, prefix, block, next(behind))
         return torch.cat(moved, dim=1)
 
     def _noise(self, prefix: Prefix, rows: list[int]) -> Tensor:
@@ -276,7 +299,7 @@ class BlockSampler:
             return self._velocity(prefix, z, times, state, visible, positions)
 
         velocity_at = eager if self.graphs is None else self.graphs.replayed(eager, len(passes))
-        # Nothing in the loop waits for the device or copies to it (``reencode`` apart); shapes are the same at every pass.
+        # Nothing in the loop waits for the device or copies to it (the reader apart); shapes are the same at every pass.
         for number, moving in enumerate(passes):
             velocity, state = velocity_at(z, now[number], state)
             force = diversity_force(z, groups) if s.diversity_scale else None
@@ -291,8 +314,8 @@ class BlockSampler:
                 blocks[block] = self._advance(before, bent, t, t_next, fresh[block][step])
                 if self.kept is not None and step in self.kept.steps:
                     self.kept.add(rows, before, blocks[block])
-                if step == steps - 1 and self.reencode is not None:
-                    blocks[block] = self.reencode(rows, first + block, blocks[block], state[: len(rows), block])
+                if step == steps - 1 and self.reader is not None:
+                    blocks[block] = self.reader(rows, first + block, blocks[block], state[: len(rows), block])
             z = torch.stack(blocks, 1)
             if on_step is not None:
                 for block, step, x0 in estimates:
@@ -358,10 +381,25 @@ class BlockSampler:
         return mean + deviation * fresh
 
 
-def append_block(denoiser: Denoiser, prefix: Prefix, z: Tensor) -> Tensor:
-    """Add finished blocks [R, L, d] to the cache of every branch; the conditional one's hidden states [R, H] at <EOT>."""
-    inputs = block_inputs(denoiser, z)
-    return prefix.append(inputs.repeat(len(prefix) // len(z), 1, 1))[: len(z), -1]
+def append_block(denoiser: Denoiser, prefix: Prefix, z: Tensor, sentences: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """Add finished blocks [R, L, d], or the ``sentences`` that they read as, to the cache of every branch; the conditional one's
+    hidden states [R, H] at <EOT>."""
+    branches = len(prefix) // len(z)
+    if sentences is None:
+        return prefix.append(block_inputs(denoiser, z).repeat(branches, 1, 1))[: len(z), -1]
+    inputs, lengths = sentence_inputs(denoiser, sentences)
+    return prefix.append_text(inputs.repeat(branches, 1, 1), lengths.repeat(branches))[: len(z)]
+
+
+def sentence_inputs(denoiser: Denoiser, sentences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Input vectors [R, T, H] of ``<BOT> tokens <EOT>`` of finished blocks that stand as text, padded behind; how many, [R]."""
+    device = denoiser.marks.weight.device
+    counts = torch.tensor([len(ids) for ids in sentences], device=device)
+    begin, end = (denoiser.mark(mark).expand(len(counts), 1, -1) for mark in (Mark.BOT, Mark.EOT))
+    words = denoiser.backbone.embed(pad_right(sentences, 0).to(device))
+    inputs = torch.cat([begin, words, end], dim=1)
+    is_end = torch.arange(inputs.shape[1], device=device) == counts[:, None] + 1
+    return torch.where(is_end[..., None], end, inputs), counts + len((Mark.BOT, Mark.EOT))
 
 
 def _numbered(on_step: StepHook | None, block: int, step: int) -> StepHook | None:

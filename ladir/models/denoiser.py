@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from ladir.config import DenoiserSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.data.packing import IGNORE
-from ladir.layout import Mark
+from ladir.layout import Mark, block_length
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.backbone import Backbone
@@ -166,6 +166,10 @@ class Denoiser(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """The objective's prediction, fp32 [..., d], from hidden states [..., H] at noisy latents."""
         return self.latent_out(hidden).float()
+
+    def longest_block(self, sentence: int) -> int:
+        """Tokens of a finished block, or of a noisy one where that is longer, if sentences have at most ``sentence``."""
+        return block_length(max(self.latents_per_block, sentence if self.settings.context == "text" else 0))
 
     @property
     def reads_tokens(self) -> bool:

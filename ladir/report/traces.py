@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
 from ladir.inference.decode import decode_thoughts
-from ladir.inference.sampler import NOISE, StepHook
+from ladir.inference.sampler import NOISE, Reader, StepHook
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
@@ -63,6 +64,18 @@ class TrajectoryTrace:
         return [block.texts[-1] for block in self.blocks]
 
 
+class GivenSentences:
+    """In place of a reader the sentences of records, a row each: what follows a block is generated as behind the record's own."""
+
+    def __init__(self, sentences: Sequence[Sequence[list[int]]]) -> None:
+        known = {(row, block): ids for row, blocks in enumerate(sentences) for block, ids in enumerate(blocks)}
+        self.read: dict[tuple[int, int], list[int]] = defaultdict(list, known)  # nothing behind a record's last block
+
+    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
+        """The latents as they are."""
+        return z
+
+
 class LatentRecorder(Reasoner):
     """A reasoner that keeps latents instead of decoding them: in place of a text stands the number under which they are kept.
 
@@ -71,23 +84,35 @@ class LatentRecorder(Reasoner):
 
     @classmethod
     def without_vae(
-        cls, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, frame: Frame
+        cls,
+        denoiser: Denoiser,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SampleSettings,
+        frame: Frame,
+        sentences: Sequence[Sequence[list[int]]],
     ) -> LatentRecorder:
         """One whose blocks stay as they were denoised, whatever the settings say: nobody asks its decoder.
 
-        ``frame``: what stands around a question.
+        ``frame``: what stands around a question; ``sentences`` of each question's record, which take the place of what would be
+        read where finished blocks stand as text.
         """
         placeholder = ThoughtDecoder(denoiser.backbone, denoiser.latent_in)
         asked = TrainedOn(frame=frame.to_save())
         plain = replace(settings, reencode=False, verifier_scale=0.0)
-        return cls(Reasoner(denoiser, placeholder, tokenizer, plain, trained_on=asked))
+        as_text = denoiser.settings.context == "text"
+        return cls(Reasoner(denoiser, placeholder, tokenizer, plain, trained_on=asked), sentences if as_text else None)
 
-    def __init__(self, reasoner: Reasoner) -> None:
+    def __init__(self, reasoner: Reasoner, sentences: Sequence[Sequence[list[int]]] | None = None) -> None:
+        """``sentences``: given ones for every question of :meth:`record` (:class:`GivenSentences`); None: blocks are read."""
         parts = (reasoner.denoiser, reasoner.thought_decoder, reasoner.tokenizer, reasoner.settings, reasoner.encoder)
         super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame), verifier=reasoner.verifier)
         self._kept: list[Tensor] = []
         self._noise_of: dict[str, str] = {}
         self._between: Between | None = None
+        self._given = sentences
+
+    def _reader(self, settings: SampleSettings) -> Reader | None:
+        return super()._reader(settings) if self._given is None else GivenSentences(self._given)
 
     def decode_latents(self, z: Tensor) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""
@@ -119,7 +144,11 @@ class LatentRecorder(Reasoner):
         ``between`` is called between two denoising steps, on ranks that think the same alike: what it raises ends them.
         """
         self._between = between
-        return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
+        found = self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
+        if self._given is not None:
+            for trajectory in (trajectory for one in found for trajectory in one):
+                trajectory.thought_ids = None  # they are not its own
+        return found
 
     def read(
         self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder, noise: bool = False

@@ -22,7 +22,7 @@ class Attempt:
     ``question`` and ``answer``: token ids (without <bos> and <eos>); ``latents`` fp32 [B, L, d], not standardised;
     ``optimality``: r in [0, 1] of the thoughts, None where their group says nothing; ``advantage`` of the answer;
     ``ended``: whether the answer ended by itself; ``steps`` [B, S, 2, L, d]: random denoising steps of every block, standardised,
-    from where to where, and ``times`` of each.
+    from where to where, and ``times`` of each.  ``sentences``: token ids that the blocks were read as, where they were.
     """
 
     question: list[int]
@@ -33,6 +33,7 @@ class Attempt:
     ended: bool = True
     steps: Tensor | None = None
     times: tuple[tuple[float, float], ...] = ()
+    sentences: list[list[int]] | None = None
 
     @property
     def teaches(self) -> bool:
@@ -142,8 +143,8 @@ def terms(settings: RlSettings) -> list[str]:
 
 
 def _record(attempt: Attempt) -> LatentRecord:
-    """An attempt as a record of the latent store; what its blocks read is not asked."""
-    blocks: list[list[int]] = [[] for _ in attempt.latents]
+    """An attempt as a record of the latent store; what its blocks read is known where they stand as text."""
+    blocks: list[list[int]] = [[] for _ in attempt.latents] if attempt.sentences is None else attempt.sentences
     return LatentRecord(attempt.question, blocks, attempt.answer, attempt.latents, torch.zeros_like(attempt.latents))
 
 

@@ -26,11 +26,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of thought: latents fp32 [B, L, d], not standardised, the answers that were written to it, and its random steps."""
+    """A line of thought: latents fp32 [B, L, d], not standardised, the answers that were written to it, its random steps, and
+    the token ids that its blocks were read as."""
 
     latents: Tensor
     answers: tuple[Answered, ...]
     steps: Tensor | None = None
+    sentences: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,17 @@ class Group:
         sure = optimality(thoughts, clip).tolist() if has_signal(thoughts) else [None] * len(self.lines)
         relative = advantages(rewards) if rewards.shape[1] > 1 else advantages(thoughts)[:, None]
         return [
-            Attempt(self.question, answer.ids, line.latents, good, float(advantage), answer.ended, line.steps, self.times)
+            Attempt(
+                self.question,
+                answer.ids,
+                line.latents,
+                good,
+                float(advantage),
+                answer.ended,
+                line.steps,
+                self.times,
+                line.sentences,
+            )
             for line, good, own in zip(self.lines, sure, relative, strict=True)
             for answer, advantage in zip(line.answers, own, strict=True)
         ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
+from ladir.config.checks import reads_blocks
 from ladir.data.judged import JudgedTrajectory, pack_judged, read_judged
 from ladir.data.questions import read_questions
 from ladir.data.randomness import derive, generator
@@ -93,10 +94,10 @@ def chosen_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: T
 def load_trained_reasoner(
     config: Config, denoiser: Path, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Reasoner:
-    """Who is asked: the models as they were trained, before they are exported.  The VAE is loaded where blocks are read again."""
+    """Who is asked: the models as they were trained, before they are exported.  The VAE is loaded where blocks are read."""
     model, _ = load_denoiser(denoiser, config.backbone, device)
     settings, known = replace(config.sample, verifier_scale=0.0), TrainedOn.of(load_settings(denoiser, "denoiser"))
-    if not settings.reencode:
+    if not settings.reencode and model.settings.context == "latents":
         return Reasoner(model, ThoughtDecoder(model.backbone, model.latent_in), tokenizer, settings, trained_on=known)
     vae = load_vae(vae_folder(denoiser, folder.model("vae")), config.backbone, device)
     return Reasoner(model, vae.thought_decoder, tokenizer, settings, vae, known)
@@ -166,6 +167,6 @@ def _facts(config: Config) -> Iterator[object]:
 def _digest(config: Config, denoiser: Path, records: Sequence[Record]) -> str:
     """Stands for everything that the judged trajectories are made of."""
     vae = RunFolder(config).model("vae")
-    models = [heads_fingerprint(denoiser), sha256(vae / "heads.safetensors") if config.sample.reencode else None]
+    models = [heads_fingerprint(denoiser), sha256(vae / "heads.safetensors") if reads_blocks(config) else None]
     questions = [record.question for record in records]
     return hashlib.sha256(json.dumps([*_facts(config), models, questions], default=str).encode()).hexdigest()[:16]

@@ -45,8 +45,11 @@ def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentS
     """What the denoiser reads of a record: question, blocks (whole spans of them), <SOA>, answer.  UnusableError as above."""
     span, block = config.denoiser.span, block_length(config.vae.latents_per_block)
     sizes = np.concatenate([store.sizes() for store in stores if store is not None])
-    room = -(-sizes[:, 1] // span) * span  # a chain's last span may reach beyond its end
-    lengths = len(frame) + sizes[:, 0] + room * block + 1
+    room = -(-sizes[:, 1] // span) * span * block  # a chain's last span may reach beyond its end
+    if config.denoiser.context == "text":
+        room = sizes[:, 2] + sizes[:, 1] * block_length(0) + span * block
+        block = block_length(max(config.vae.latents_per_block, config.sample.max_thought_tokens))
+    lengths = len(frame) + sizes[:, 0] + room + 1
     names = "data.max_question_tokens, data.max_blocks or data.max_answer_tokens, and encode again"
     check_positions(lm, lengths, "records with their blocks", _SHORTER.format(names=names))
     own = max(store.longest_question for store in stores if store is not None) + with_room(config.sample.max_blocks, span) * block

@@ -120,7 +120,7 @@ def denoiser_samples(
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
-        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample, frame)
+        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample, frame, [record.blocks for record in shown])
         recorded = recorder.record(questions, 1, config.run.seed, telemetry.give_way)
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
         telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
@@ -142,7 +142,9 @@ def denoiser_samples(
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
-        telemetry.text("samples", markdown_table((title, "reference", "thoughts and answer"), rows), step)
+        own = config.denoiser.context == "latents"
+        thoughts = "thoughts and answer" if own else "thoughts and answer, each behind the reference's thoughts"
+        telemetry.text("samples", markdown_table((title, "reference", thoughts), rows), step)
         give_way()
         drawn = max(range(len(traces)), key=lambda i: (_changes(traces[i]), recorder.movement(recorded[i][0])))
         _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)

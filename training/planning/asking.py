@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ladir.config import Config
+from ladir.config.checks import reads_blocks
 from ladir.inference.sampler import passes_per_span
+from ladir.layout import block_length
 from training.planning.models import DataSize
 
 #: a block's denoising steps are one CUDA graph, but for the first two
@@ -54,21 +56,24 @@ def answering(
     sample, mean = config.sample, data.mean
     branches = 2 if sample.guidance_scale != 1 else 1
     latents, span = config.vae.latents_per_block, config.denoiser.span
-    longest = data.longest.question + sample.max_blocks * (latents + 2) + sample.max_answer_tokens + 1
+    as_text = config.denoiser.context == "text"
+    finished = max(latents, sample.max_thought_tokens) if as_text else latents
+    longest = data.longest.question + sample.max_blocks * block_length(finished) + sample.max_answer_tokens + 1
     passes, blocks = passes_per_span(sample, span), mean.blocks
     spans = -(-max(blocks, span) // span)
-    thinking = max(blocks, span) * passes * (latents + 1) + blocks * (latents + 2)
+    thinking = max(blocks, span) * passes * (latents + 1) + blocks * block_length(mean.block if as_text else latents)
     row, tokens = 2 * branches * longest, thinking + answers * (mean.answer + 1)  # twice: rows that go on are copied
-    if sample.reencode:  # a block's text is written from a cache of its own, then read again
-        row += 2 * (latents + sample.max_thought_tokens)
-        tokens += blocks * (1 + sample.restarts) * 2 * (mean.block + latents)
+    if reads_blocks(config):  # a block's text is written from a cache of its own, and perhaps read again
+        times = 1 + int(sample.reencode)
+        row += times * (latents + sample.max_thought_tokens)
+        tokens += blocks * (1 + sample.restarts) * times * (mean.block + latents)
     rows = questions * lines
     launched = min(passes, _NOT_REPLAYED) if replayed else passes
     written = mean.block + 1  # passes that write a block as text, <eos> included
     real = 1 + spans * launched + blocks + mean.answer + 1
-    if sample.reencode:
-        real += spans * (1 + sample.restarts) * (written + 1)
-    unread = 0 if sample.reencode else rows * blocks
+    if reads_blocks(config):
+        real += spans * (1 + sample.restarts) * (written + int(sample.reencode))
+    unread = 0 if reads_blocks(config) else rows * blocks
     if reads:
         real += -(-unread // sample.thoughts_per_batch) * written
     read = min(sample.thoughts_per_batch, unread) * 2 * (latents + mean.block + 1)  # behind the answers, as text

@@ -24,8 +24,8 @@ from training.evaluation.answerers import Reading, Sampled
 
 @dataclass(frozen=True)
 class Tries:
-    """A question (token ids) with what it got: per line of thought its latents and random steps (at ``times``); all their
-    answers in turn, as token ids and as text."""
+    """A question (token ids) with what it got: per line of thought its latents, random steps (at ``times``) and what its blocks
+    were read as, where they were; all their answers in turn, as token ids and as text."""
 
     record: Record
     question: list[int]
@@ -34,6 +34,7 @@ class Tries:
     answers: list[list[int]]
     texts: list[Sampled]
     times: tuple[tuple[float, float], ...] = ()
+    sentences: list[list[list[int]] | None] | None = None
 
 
 class Sampler(Protocol):
@@ -69,6 +70,7 @@ class LatentSampler:
                 [ids for line in group for ids in line.answer_ids],
                 [text for line in group for text in self._texts(line)],
                 times,
+                [line.thought_ids for line in group],
             )
             for record, question, group in zip(records, encode_texts(self.reasoner.tokenizer, questions), groups, strict=True)
         ]
