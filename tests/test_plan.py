@@ -327,6 +327,21 @@ def test_the_8b_configurations_have_the_published_number_of_weights(name: str, n
     )
 
 
+@pytest.mark.parametrize("name", ["math", "countdown", "code"])
+def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_of_their_own(name: str) -> None:
+    config = load_config(f"configs/{name}_8b.yaml")
+    machine = Machine(gpus=8, gpus_per_node=8, gpu_bytes=80 * 2**30, reserve=3 * 2**30, flops=1e15, mfu=0.4)
+    assert Planner(config, machine).evaluate().fits
+    config.evaluate.greedy_questions_per_batch = 100_000
+    found = Planner(config, machine).evaluate()
+    setting, _, rows = found.remedy.partition("=")
+    assert not found.fits and setting == "evaluate.greedy_questions_per_batch"
+    config.evaluate.greedy_questions_per_batch = int(rows)
+    assert Planner(config, machine).evaluate().fits
+    config.evaluate.greedy_questions_per_batch += 1
+    assert not Planner(config, machine).evaluate().fits
+
+
 ARCHITECTURE = ["backbone.scratch={model_type: llama, vocab_size: 1000, hidden_size: 256, intermediate_size: 512, "
                 "num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4}"]  # fmt: skip
 SHORT = ["data.max_blocks=2", "plan.blocks=2", "rollout.num_steps=2"]  # a rollout is traced pass by pass

@@ -405,16 +405,19 @@ class Planner:
         ask = self.config.evaluate
         found = answering(self.config, self.data, self._lm, ask.questions_per_batch, ask.num_trajectories)
         asked = (ask.num_questions or 1000, ask.questions_per_batch, ask.num_trajectories)
-        found = greedy(found, ask.greedy_questions_per_batch)
-        return self._asking("evaluate", found, *asked, "evaluate.questions_per_batch", "evaluate.num_trajectories")
+        names = ("evaluate.questions_per_batch", "evaluate.num_trajectories")
+        sampled = self._asking("evaluate", found, *asked, *names)
+        both = self._asking("evaluate", greedy(found, ask.greedy_questions_per_batch), *asked, *names)
+        if not sampled.fits or both.fits:
+            return both
+        return replace(both, remedy=f"evaluate.greedy_questions_per_batch={self._most_rows(found)}")
 
     def _asking(
         self, phase: str, found: Answering, questions: int, batch: int, lines: int, batch_name: str, lines_name: str
     ) -> Prediction:
         """``questions`` asked in batches; the names are those of the settings that say how many rows a batch has."""
-        weights = self.element_bytes * self._lm.parameters * self._asked_models
-        capacity = self.machine.gpu_bytes - self.machine.reserve
-        most = int(max(0, (capacity - weights) // found.row_bytes))
+        weights, capacity = self._asked_weights, self.machine.gpu_bytes - self.machine.reserve
+        most = self._most_rows(found)
         return Prediction(
             phase=phase,
             holdings=Holdings(frozen=weights),
@@ -431,6 +434,16 @@ class Planner:
             epochs=None,
             remedy="" if weights + found.cache <= capacity else remedy(most, batch_name, lines, lines_name),
         )
+
+    def _most_rows(self, found: Answering) -> int:
+        """Rows whose keys and values fit beside the weights."""
+        free = self.machine.gpu_bytes - self.machine.reserve - self._asked_weights
+        return int(max(0, free // found.row_bytes))
+
+    @property
+    def _asked_weights(self) -> int:
+        """Bytes of the LMs that are in memory while questions are answered."""
+        return self.element_bytes * self._lm.parameters * self._asked_models
 
     @property
     def _asked_models(self) -> int:
