@@ -531,6 +531,14 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     assert judged.samples == config.verifier.num_questions and judged.fits
     assert judged.activations == answering(config, planner.data, planner._lm, 20, 8).cache
 
+    # Asked are trained parts: without a VAE where nothing is read, by its decoder alone, or by both, which may be one LM.
+    for decoder, rank, expected in (("trained", 0, (1, 2, 3)), ("frozen", 4, (1, 2, 2))):
+        config.vae.decoder, config.backbone.lora.rank = decoder, rank
+        ways = (("latents", False), ("text", False), ("text", True))
+        for (config.denoiser.context, config.sample.reencode), models in zip(ways, expected, strict=True):
+            assert planner._asked_models("verifier") == models
+    config.denoiser.context, config.sample.reencode, config.backbone.lora.rank = "latents", True, 0
+
     assert list(planner.left_out()) == []
     config.rl.policy = "text"
     assert [line for line in planner.left_out() if "rl.policy=text" in line]

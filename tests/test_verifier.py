@@ -33,8 +33,9 @@ from ladir.inference.guidance import BlockValue
 from ladir.inference.sampler import TrajectoryNoise, renoise_times
 from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import save_denoiser
-from ladir.models.store import heads_fingerprint
+from ladir.models.folders import save_denoiser, save_vae
+from ladir.models.pairing import TrainedOn
+from ladir.models.store import folder_fingerprint, heads_fingerprint
 from ladir.models.verifier import Renoise, Verifier, save_verifier
 from ladir.models.weights import save_tensors
 from ladir.reasoner import Reasoner
@@ -43,14 +44,14 @@ from ladir.tasks import countdown
 from ladir.tasks.verdict import Verdict
 from ladir.tokens import encode_text
 from tests.distributed import ProcessGroup
-from tests.test_evaluate import configure, evaluate_in
+from tests.test_evaluate import ALONE, configure, evaluate_in
 from tests.test_reasoner import CPU, QUESTIONS, PlainTrajectory, plain_velocity, standard, tiny_reasoner
-from tests.tiny import randomise, tiny_denoiser, tiny_lm
+from tests.tiny import randomise, tiny_denoiser, tiny_lm, tiny_vae
 from tests.toy_task import Judge
 from training import train_verifier
 from training.export import last_verifier
 from training.phases import judged
-from training.phases.judged import collect, judged_trajectories
+from training.phases.judged import collect, judged_trajectories, load_trained_reasoner, reading_vae
 from training.phases.verifier import split_by_question, verifier_phase
 from training.runtime.distributed import World
 from training.runtime.files import write_json
@@ -473,6 +474,38 @@ def test_what_teaches_nothing_or_is_missing_is_told(trained: Path, tmp_path: Pat
     save_tensors(pack_judged(items), tmp_path / "0.safetensors")
     with pytest.raises(UnusableError, match="of 4 judged trajectories 4 are right: there is nothing to tell apart"):
         verifier_phase(config, trained, tmp_path)
+
+
+def test_blocks_are_read_by_the_vae_that_the_denoiser_was_trained_on(tmp_path: Path) -> None:
+    """By what the denoiser was trained with, whatever the settings say; one that was trained anew is refused before what is
+    judged is removed."""
+    config = judging(tmp_path, f"data.train={tmp_path}/data/train.jsonl")
+    folder = RunFolder(config)
+    vae, denoiser = folder.model("vae"), folder.model("denoiser")
+    tiny_lm(seed=7, dtype=torch.float32).save_pretrained(tmp_path / "base")  # the VAE's frozen decoder
+    save_vae(tiny_vae(dtype=torch.float32), vae, base=str(tmp_path / "base"))
+    text = tiny_reasoner(dtype=torch.float32, context="text")
+    save_denoiser(text.denoiser, denoiser, trained_on=TrainedOn(vae=folder_fingerprint(vae)))
+    countdown.write(CountdownSettings(max_number=9, max_value=16, train=2, validation=1, test=1), 0, tmp_path / "data")
+    with open_run(config, "verifier", ALONE) as run:
+        assert reading_vae(run, denoiser) == vae
+        run.config.sample.reencode = False
+        reader = load_trained_reasoner(run.config, denoiser, vae, text.tokenizer, CPU)
+        assert reader.encoder is None and reader.reads_blocks(reader.settings)
+        text.settings = reader.settings
+        [[ours]], [[theirs]] = (entry.generate(QUESTIONS[:1], seed=3) for entry in (reader, text))
+        assert ours.thought_ids == theirs.thought_ids is not None
+        run.config.sample.reencode = True
+        assert load_trained_reasoner(run.config, denoiser, vae, text.tokenizer, CPU).encoder is not None
+        kept = run.folder.judged / "of-the-old-vae"
+        kept.mkdir(parents=True)
+        save_vae(tiny_vae(dtype=torch.float32, seed=8), vae, base=str(tmp_path / "base"))
+        with pytest.raises(UnusableError, match="was trained on the latents of another VAE"):
+            collect(run, denoiser)
+        assert kept.is_dir()
+        save_denoiser(tiny_reasoner(dtype=torch.float32).denoiser, denoiser, trained_on=TrainedOn(vae="another"))
+        run.config.sample.reencode = False
+        assert reading_vae(run, denoiser) is None  # nothing is read, whichever VAE lies there
 
 
 def test_rows_that_choose_by_scores_and_by_drift(trained: Path, tmp_path: Path) -> None:

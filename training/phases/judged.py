@@ -17,8 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config
-from ladir.config.checks import reads_blocks
+from ladir.config import Config, DenoiserSettings
 from ladir.data.judged import JudgedTrajectory, pack_judged, read_judged
 from ladir.data.questions import read_questions
 from ladir.data.randomness import derive, generator
@@ -26,9 +25,9 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, Extras
 from ladir.inference.trajectory import Trajectory
-from ladir.models.folders import load_denoiser, load_vae, vae_folder
-from ladir.models.pairing import TrainedOn
-from ladir.models.store import heads_fingerprint, load_settings
+from ladir.models.folders import load_denoiser, load_thought_decoder, load_vae, vae_folder
+from ladir.models.pairing import TrainedOn, check_vae
+from ladir.models.store import HEADS_FILE, folder_fingerprint, heads_fingerprint, load_settings, settings_of
 from ladir.models.vae import ThoughtDecoder
 from ladir.models.verifier import drift_features
 from ladir.models.weights import save_tensors
@@ -38,7 +37,7 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
 from training.runtime.files import sha256, write_json
-from training.runtime.run import Run, RunFolder
+from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +55,17 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     Batches that are written already are not asked again.  None when a signal asked to stop.
     """
     settings, tokenizer = run.config.verifier, load_tokenizer(run.config.backbone)
+    vae = reading_vae(run, denoiser)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
     records = chosen_questions(run.config, tokenizer, task)
-    folder = run.folder.judged / str(run.world.broadcast(_digest(run.config, denoiser, records) if run.world.is_main else None))
+    folder = run.folder.judged / run.world.on_main(lambda: _digest(run.config, denoiser, vae, records))
     if run.world.is_main:
         _clear(folder)
     run.world.barrier()
     starts = range(0, len(records), settings.questions_per_batch)
     left = run.world.broadcast([s for s in starts if not _part(folder, s).is_file()] if run.world.is_main else None)
     run.world.wait_at_most(_BATCH_MINUTES)
-    reasoner = load_trained_reasoner(run.config, denoiser, run.folder, tokenizer, run.world.device) if left else None
+    reasoner = load_trained_reasoner(run.config, denoiser, vae, tokenizer, run.world.device) if left else None
     for first in range(0, len(left), run.world.size):
         if run.stop_agreed():
             return None
@@ -91,16 +91,32 @@ def chosen_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: T
     return [distinct[i] for i in order[: config.verifier.num_questions]]
 
 
+def reading_vae(run: Run, denoiser: Path) -> Path | None:
+    """The VAE by which blocks of ``denoiser`` are read as text before the next ones; None where they are not.
+
+    UnusableError where the denoiser was trained on another one's latents, which is seen before anything is loaded or removed.
+    """
+    saved = load_settings(denoiser, "denoiser")
+    as_text = settings_of(DenoiserSettings, saved["settings"], denoiser).context == "text"
+    if not (as_text or run.config.sample.reencode):
+        return None
+    vae = vae_folder(denoiser, run.folder.model("vae"))
+    check_vae(TrainedOn.of(saved), run.world.on_main(lambda: folder_fingerprint(vae)), denoiser, vae)
+    return vae
+
+
 def load_trained_reasoner(
-    config: Config, denoiser: Path, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: Config, denoiser: Path, vae: Path | None, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Reasoner:
-    """Who is asked: the models as they were trained, before they are exported.  The VAE is loaded where blocks are read."""
+    """Who is asked: the models as they were trained, before they are exported; of the VAE what is needed to read blocks."""
     model, _ = load_denoiser(denoiser, config.backbone, device)
     settings, known = replace(config.sample, verifier_scale=0.0), TrainedOn.of(load_settings(denoiser, "denoiser"))
-    if not settings.reencode and model.settings.context == "latents":
+    if vae is None:
         return Reasoner(model, ThoughtDecoder(model.backbone, model.latent_in), tokenizer, settings, trained_on=known)
-    vae = load_vae(vae_folder(denoiser, folder.model("vae")), config.backbone, device)
-    return Reasoner(model, vae.thought_decoder, tokenizer, settings, vae, known)
+    if not settings.reencode:  # nobody asks the encoder
+        return Reasoner(model, load_thought_decoder(vae, config.backbone, device), tokenizer, settings, trained_on=known)
+    whole = load_vae(vae, config.backbone, device)  # with LoRA and a frozen decoder one LM for both
+    return Reasoner(model, whole.thought_decoder, tokenizer, settings, whole, known)
 
 
 def judged_trajectories(folder: Path) -> list[JudgedTrajectory]:
@@ -164,9 +180,8 @@ def _facts(config: Config) -> Iterator[object]:
     yield {name: evaluate[name] for name in _ABOUT_VERDICTS}
 
 
-def _digest(config: Config, denoiser: Path, records: Sequence[Record]) -> str:
-    """Stands for everything that the judged trajectories are made of."""
-    vae = RunFolder(config).model("vae")
-    models = [heads_fingerprint(denoiser), sha256(vae / "heads.safetensors") if reads_blocks(config) else None]
+def _digest(config: Config, denoiser: Path, vae: Path | None, records: Sequence[Record]) -> str:
+    """Stands for everything that the judged trajectories are made of; ``vae``: by which blocks are read."""
+    models = [heads_fingerprint(denoiser), None if vae is None else sha256(vae / HEADS_FILE)]
     questions = [record.question for record in records]
     return hashlib.sha256(json.dumps([*_facts(config), models, questions], default=str).encode()).hexdigest()[:16]

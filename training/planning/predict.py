@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ladir.config import Config, TrainSettings
+from ladir.config.checks import reads_blocks
 from ladir.inference.rollout import Rollout
 from ladir.models.backbone import DTYPES, choose_dtype
 from ladir.models.prefix_attention import has_plain_attention
@@ -410,14 +411,15 @@ class Planner:
         both = self._asking("evaluate", greedy(found, ask.greedy_questions_per_batch), *asked, *names)
         if not sampled.fits or both.fits:
             return both
-        return replace(both, remedy=f"evaluate.greedy_questions_per_batch={self._most_rows(found)}")
+        most = self._most_rows("evaluate", found)
+        return replace(both, remedy=f"evaluate.greedy_questions_per_batch={most}")
 
     def _asking(
         self, phase: str, found: Answering, questions: int, batch: int, lines: int, batch_name: str, lines_name: str
     ) -> Prediction:
         """``questions`` asked in batches; the names are those of the settings that say how many rows a batch has."""
-        weights, capacity = self._asked_weights, self.machine.gpu_bytes - self.machine.reserve
-        most = self._most_rows(found)
+        weights, capacity = self._asked_weights(phase), self.machine.gpu_bytes - self.machine.reserve
+        most = self._most_rows(phase, found)
         return Prediction(
             phase=phase,
             holdings=Holdings(frozen=weights),
@@ -435,21 +437,28 @@ class Planner:
             remedy="" if weights + found.cache <= capacity else remedy(most, batch_name, lines, lines_name),
         )
 
-    def _most_rows(self, found: Answering) -> int:
+    def _most_rows(self, phase: str, found: Answering) -> int:
         """Rows whose keys and values fit beside the weights."""
-        free = self.machine.gpu_bytes - self.machine.reserve - self._asked_weights
+        free = self.machine.gpu_bytes - self.machine.reserve - self._asked_weights(phase)
         return int(max(0, free // found.row_bytes))
 
-    @property
-    def _asked_weights(self) -> int:
+    def _asked_weights(self, phase: str) -> int:
         """Bytes of the LMs that are in memory while questions are answered."""
-        return self.element_bytes * self._lm.parameters * self._asked_models
+        return self.element_bytes * self._lm.parameters * self._asked_models(phase)
 
-    @property
-    def _asked_models(self) -> int:
-        """LMs in memory while questions are answered: the denoiser's, the VAE's decoder and, to encode again, its encoder."""
+    def _asked_models(self, phase: str) -> int:
+        """LMs in memory while questions are answered: the denoiser's, the VAE's decoder and, to encode again, its encoder.
+
+        An export's decoder may be the denoiser's LM without its adapters.  The verifier's phase asks trained parts, without a VAE
+        where no blocks are read; there encoder and decoder may be one LM.
+        """
         shares = self.config.backbone.lora.rank > 0 and self.config.vae.decoder == "frozen"
-        return (1 if shares else 2) + int(self.config.sample.reencode)
+        encoder = int(self.config.sample.reencode)
+        if phase == "evaluate":
+            return (1 if shares else 2) + encoder
+        if not reads_blocks(self.config):
+            return 1
+        return 2 + int(encoder and not shares)
 
     @cached_property
     def _lm(self) -> Architecture:
