@@ -34,9 +34,13 @@ run_phase() {
     finish "$entry" "$status"
 }
 
-# The Python of the cluster's user: VENV, else .venv of this project, else whatever is on the path.
+# The Python of the cluster's user: in CONTAINER, VENV, .venv of this project, or whatever is on the path.
 use_environment() {
     local venv=${VENV:-.venv}
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    read -r -a container <<<"${CONTAINER:-}"
+    read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+    ! has_image || return 0
     if [ -f "$venv/bin/activate" ]; then
         # shellcheck disable=SC1091
         source "$venv/bin/activate"
@@ -44,13 +48,28 @@ use_environment() {
         fail "VENV=$VENV is no virtual environment (no bin/activate in it)"
     fi
     command -v python >/dev/null || fail "no python: make the environment with 'make venv', or name yours in VENV"
-    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# Whether Python is in an image: of CONTAINER, or of Slurm's own containers (--container-image=... in SRUN_EXTRA).
+has_image() {
+    [ ${#container[@]} -gt 0 ] || [[ " ${SRUN_EXTRA:-}" == *" --container-"* ]]
+}
+
+# Runs a command of this job's first node where Python is.
+where_python_is() {
+    if [ ${#container[@]} -gt 0 ]; then
+        "${container[@]}" "$@"
+    elif has_image; then
+        srun --nodes=1 --ntasks=1 "${srun_extra[@]}" "$@"
+    else
+        "$@"
+    fi
 }
 
 # Checks the configuration without loading anything heavy; sets RUN_FOLDER and STOP_SIGNAL.
 read_settings() {
     local answer
-    answer=$(python slurm/settings.py "$@") || exit 2
+    answer=$(where_python_is python slurm/settings.py "$@") || exit 2
     { read -r RUN_FOLDER && read -r STOP_SIGNAL; } <<<"$answer"
     export RUN_FOLDER STOP_SIGNAL
 }
@@ -135,8 +154,7 @@ export_environment() {
 }
 
 start_step() {
-    local extra options
-    read -r -a extra <<<"${SRUN_EXTRA:-}"
+    local options
     options=(--kill-on-bad-exit=1 --wait=120 --nodes="$NODES" --unbuffered)
     if [ "$LAUNCHER" = srun ]; then
         options+=(--ntasks="$((NODES * PROCESSES))" --ntasks-per-node="$PROCESSES")
@@ -148,7 +166,8 @@ start_step() {
     else
         options+=(--ntasks="$NODES" --ntasks-per-node=1)
     fi
-    srun "${options[@]}" ${extra[@]+"${extra[@]}"} bash slurm/node.sh "training/$1.py" "${@:2}"
+    srun "${options[@]}" ${srun_extra[@]+"${srun_extra[@]}"} ${container[@]+"${container[@]}"} \
+        bash slurm/node.sh "training/$1.py" "${@:2}"
 }
 
 # Interrupted runs go back to the queue, and those that crashed, where another start may end otherwise.

@@ -31,10 +31,13 @@ asks_for_gpus() {
 asks_for_gpus ${options[@]+"${options[@]}"} ||
     fail "no GPU asked for: add --gres=gpu:N (or set PROCESSES_PER_NODE=N for a run without GPUs)"
 
-python=${VENV:-.venv}/bin/python
-[ -x "$python" ] || python=python3
+read -r -a python <<<"${CONTAINER:+$CONTAINER python}"
+if [ ${#python[@]} -eq 0 ]; then
+    python=("${VENV:-.venv}/bin/python")
+    [ -x "${python[0]}" ] || python=(python3)
+fi
 [[ ${PHASES-train} =~ [a-z] ]] || [ -z "$PHASES" ] || fail "PHASES names no phase"
-answer=$(PYTHONPATH="$LADIR_ROOT" "$python" slurm/settings.py --phases ${options[@]+"${options[@]}"} "$config" "$@") || exit 2
+answer=$(PYTHONPATH="$LADIR_ROOT" "${python[@]}" slurm/settings.py --phases ${options[@]+"${options[@]}"} "$config" "$@") || exit 2
 mapfile -t lines <<<"$answer"
 run_folder=${lines[0]} stop_signal=${lines[1]}
 phases=("${lines[@]:2}")
@@ -77,7 +80,7 @@ for phase in "${phases[@]}"; do
 done
 list=$(IFS=,; echo "${jobs[*]}")
 echo "watch        squeue --jobs=$list"
-printf 'status       %s -m ladir status %q --watch\n' "$python" "$run_folder"
+printf 'status       %s -m ladir status %q --watch\n' "${python[*]}" "$run_folder"
 printf 'logs         tail -F %q/logs/*.log\n' "$run_folder"
 printf 'tensorboard  tensorboard --logdir %q\n' "$run_folder/tensorboard"
 echo "stop it all  scancel ${jobs[*]}"

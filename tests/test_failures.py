@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_every_entry_point_says_in_one_line_that_a_package_is_not_installed() ->
     guard = "from __future__ import annotations\n\nif not __package__:  # started as a program\n    import preflight"
     assert len(ENTRIES) > 6
     assert [name for name, text in ENTRIES.items() if guard not in text] == ["gpu_check.py"]
+
+
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise() -> None:
+    """Every entry point begins with preflight, which must not bring PyTorch: that reads the setting when it is imported."""
+    begins = "import os, sys; sys.path.insert(0, 'training'); import preflight"
+    told = f"{begins}; print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)"
+    for given, expected in (({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None")):
+        bare = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+        environment = bare | given
+        done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+        assert done.stdout.split() == [expected, "False"]
 
 
 def test_a_missing_module_of_our_own_or_of_a_package_that_is_there_is_a_fault() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from ladir.config import Config
 from ladir.config.loader import load_config
 from tests.distributed import ProcessGroup
 from tests.toy_phase import ToyPhase, toy_config
+from training.runtime.allowance import Allowance
 from training.runtime.distributed import RankLostError, World
 from training.runtime.loop import NonFiniteError, train
 from training.runtime.run import Outcome, Run, RunConflict, open_run, relevant_settings
@@ -425,6 +427,40 @@ def test_an_error_while_one_rank_shows_samples_is_the_one_that_is_told(tmp_path:
         assert group.run(raise_in_validation, tmp_path) == ["ArithmeticError", "RankLostError"]
     finally:
         group.close()
+
+
+def shown_at(world: World, folder: Path, share: float) -> list[int]:
+    """Steps at which samples are shown that take far longer than a step."""
+    phase, shown = ToyPhase(), list[int]()
+
+    def show(model: object, telemetry: object, step: int) -> None:
+        assert not gc.isenabled()
+        shown.append(step)
+        if world.is_main:
+            time.sleep(0.3)
+
+    phase.on_validate = show  # type: ignore[attr-defined]
+    config = toy_config(folder, **toy_settings(max_steps=6, validate_every=1))
+    config.telemetry.samples_share = share
+    with open_run(config, "ar", world) as run:
+        train(run, phase)
+    assert gc.isenabled() and not gc.get_freeze_count()
+    return shown
+
+
+def test_samples_take_no_more_than_their_share_of_a_training(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    assert two_processes.run(shown_at, tmp_path / "little", 0.02) == [[1, 6]] * 2
+    assert two_processes.run(shown_at, tmp_path / "much", 1e6) == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_an_allowance_is_a_share_and_the_first_time_is_free() -> None:
+    allowance = Allowance(0.1)
+    assert allowance.covers(0.0)
+    allowance.took(2.0)
+    assert not allowance.covers(39.9) and allowance.covers(40.0)
+    resumed = Allowance(0.1)
+    resumed.load(allowance.state())
+    assert not resumed.covers(39.9) and resumed.covers(40.0)
 
 
 def fail_in_a_validation(world: World, folder: Path) -> Outcome:

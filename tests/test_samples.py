@@ -242,6 +242,26 @@ def test_where_thoughts_stand_as_text_samples_stand_behind_the_records_own(monke
     assert max(map(len, given)) > 1
 
 
+@pytest.mark.parametrize("free", [samples._READING_BYTES, samples._READING_BYTES - 1, None])
+def test_thoughts_are_decoded_on_the_gpu_where_there_is_room_and_else_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, tmp_path: Path
+) -> None:
+    loaded: list[tuple[str, str]] = []
+
+    def load(_: Path, settings: BackboneSettings, device: torch.device) -> str:
+        loaded.append((device.type, settings.dtype))
+        if free is None and device.type == "cuda":
+            raise torch.OutOfMemoryError("no room")
+        return device.type
+
+    monkeypatch.setattr(samples, "load_thought_decoder", load)
+    monkeypatch.setattr(samples, "free_bytes", lambda _: free)
+    settings = BackboneSettings(dtype="bfloat16")
+    on_gpu = free == samples._READING_BYTES
+    assert samples._decoder(settings, tmp_path, torch.device("cuda")) == ("cuda" if on_gpu else "cpu")
+    assert loaded == [("cuda", "bfloat16")] + ([] if on_gpu else [("cpu", "auto")])
+
+
 def write_puzzles(folder: Path) -> None:
     sizes = ["countdown.train=24", "countdown.validation=6", "countdown.test=4", "countdown.solutions_per_puzzle=1"]
     config = configure(folder, "puzzles", 3, 4, sizes)

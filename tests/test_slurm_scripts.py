@@ -181,6 +181,24 @@ def test_a_chain_that_cannot_run_on_what_is_asked_for_is_not_queued(tmp_path: Pa
     assert result.returncode == 0 and result.stdout.count("job 17") == 3
 
 
+def test_with_a_container_the_machine_that_submits_needs_no_python(tmp_path: Path) -> None:
+    """Its own is found first, and fails; the image's stands behind the command."""
+    image = tmp_path / "image"
+    image.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/ran\nexport PATH={Path(sys.executable).parent}:$PATH\nexec "$@"\n')
+    image.chmod(0o755)
+    for name in ("python", "python3"):
+        bare = tmp_path / "bin" / name
+        bare.parent.mkdir(exist_ok=True)
+        bare.write_text("#!/bin/sh\necho no packages here >&2\nexit 1\n")
+        bare.chmod(0o755)
+    run = ["--gres=gpu:8", "--cpus-per-task=64", "configs/gsm8k.yaml", f"run.folder={tmp_path}", "run.name=a"]
+    missing = f"{tmp_path}/none"
+    assert "no packages here" in submit(tmp_path, *run, VENV=missing).stderr
+    result = submit(tmp_path, *run, VENV=missing, CONTAINER=str(image), PHASES="train_vae")
+    assert result.returncode == 0 and f"status       {image} python -m ladir status" in result.stdout
+    assert (tmp_path / "ran").read_text().startswith("python slurm/settings.py --phases")
+
+
 CRASH = """
 source slurm/common.sh
 prepare() { mkdir -p "$RUN_FOLDER/slurm" "$RUN_FOLDER/checkpoints/vae"; mark=$(saved_so_far); }

@@ -6,6 +6,7 @@ project's, which may not be installed either.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,3 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # what is installed c
 from ladir.installation import tell_in_one_line
 
 tell_in_one_line()
+
+#: Segments that grow leave few holes between batches of different lengths.  PyTorch reads this when it is imported, under either
+#: name; what the user says comes first.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

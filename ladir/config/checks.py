@@ -161,6 +161,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("telemetry.status_every_seconds", _POSITIVE),
     ("telemetry.slow_rank_factor", Range(above=1)),
     ("telemetry.samples", _NOT_NEGATIVE),
+    ("telemetry.samples_share", _NOT_NEGATIVE),
     ("telemetry.peak_tflops", _POSITIVE),
     ("deepspeed.start_seconds", _POSITIVE),
     ("deepspeed.*timeout_minutes", _POSITIVE),

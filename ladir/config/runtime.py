@@ -35,6 +35,11 @@ class TelemetrySettings:
         "allocations before that are told with the code that made them, which costs a little time; 0: none",
     )
     samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
+    samples_share: float = setting(
+        0.02,
+        "share of a training's seconds that showing samples may take: a validation at which it would be more shows none, but for "
+        "the first and the last one; 0: these alone",
+    )
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for the MFU; not set: that of a large matrix product, measured at the start"
     )

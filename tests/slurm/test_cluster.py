@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -102,9 +104,13 @@ def test_the_chain_leaves_everything_in_the_run_folder(chain: dict[str, str], pr
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
 def test_a_chain_is_stopped_and_continues_under_each_launcher(launcher: str, chain: dict[str, str], project: Project) -> None:
-    """The VAE is stopped in training; encoding and evaluation while their processes are still starting (of one launcher)."""
+    """The VAE is stopped in training; encoding and evaluation while their processes are still starting (of one launcher).
+
+    One launcher finds Python behind a command, as in a container, and no environment is activated.
+    """
     phases = PHASES.split("; ") if launcher == "srun" else ["train_vae", "encode_latents"]
-    jobs = project.submit_chain(launcher, LAUNCHER=launcher, PHASES="; ".join(phases))
+    image = {"CONTAINER": f"env PATH={Path(sys.executable).parent}:{os.environ['PATH']}"} if launcher == "srun" else {}
+    jobs = project.submit_chain(launcher, LAUNCHER=launcher, PHASES="; ".join(phases), **image)
     assert list(jobs) == [phase.split()[0] for phase in phases]
     for phase, job in jobs.items():
         if phase == "train_vae":

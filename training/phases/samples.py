@@ -6,7 +6,9 @@ All ranks run the models, on the same samples, since sharded weights need every 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence, Sized
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +16,13 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config
+from ladir.config import BackboneSettings, Config
 from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
 from ladir.inference.decode import decode_thoughts
+from ladir.inference.memory import free_bytes
 from ladir.models.ar import ArModel
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
@@ -30,6 +33,8 @@ from ladir.tokens import decode_text
 from training.runtime.alone import GiveWay
 from training.runtime.telemetry import Telemetry
 
+logger = logging.getLogger(__name__)
+
 SamplesT = TypeVar("SamplesT", bound=Sized)
 
 #: shows samples of a model under training: (model, telemetry, step)
@@ -37,6 +42,9 @@ Show = Callable[[object, Telemetry, int], None]
 
 #: held-out sentences whose latents are drawn as histograms
 _HISTOGRAM_SENTENCES = 256
+
+#: what reading samples takes of a GPU's memory beside the decoder's weights, and more
+_READING_BYTES = 2 << 30
 
 #: blocks of one question, and steps of each, that are drawn
 _DRAWN_BLOCKS, _DRAWN_STEPS = 4, 10
@@ -131,9 +139,7 @@ def denoiser_samples(
     def read(
         recorder: LatentRecorder, recorded: list[list[Trajectory]], telemetry: Telemetry, step: int, give_way: GiveWay
     ) -> None:
-        # An LM of any size decodes on the CPU, in the dtype that suits this one: few steps are read.
-        on_cpu = replace(config.backbone, dtype="auto", attention="auto")
-        decoder = load_thought_decoder(vae, on_cpu, torch.device("cpu"))
+        decoder = _decoder(config.backbone, vae, recorder.device)
         traces: list[TrajectoryTrace] = []
         for one in recorded:
             give_way()  # the training is saved first
@@ -150,6 +156,19 @@ def denoiser_samples(
         _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)
 
     return show
+
+
+def _decoder(settings: BackboneSettings, vae: Path, device: torch.device) -> ThoughtDecoder:
+    """The VAE's decoder on ``device``; on the CPU, in the dtype that suits that, where the training leaves no room beside it."""
+    if device.type == "cuda":
+        with suppress(torch.OutOfMemoryError):
+            decoder = load_thought_decoder(vae, settings, device)
+            if free_bytes(device) >= _READING_BYTES:
+                return decoder
+            del decoder
+        torch.cuda.empty_cache()
+        logger.info("%s has no room for the decoder of %s: samples are read on the CPU, which takes longer", device, vae)
+    return load_thought_decoder(vae, replace(settings, dtype="auto", attention="auto"), torch.device("cpu"))
 
 
 def _changes(trace: TrajectoryTrace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from training.runtime.allowance import Allowance
 from training.runtime.best import Best
 from training.runtime.run import Run
 from training.runtime.schedule import Progress
@@ -22,16 +23,18 @@ class Cadence:
         self.saved_step = self.validated_step = 0  # what step 0 would save follows from the seed
         self._saved_seconds = 0.0
         self.best = Best(run.settings)
+        self.samples = Allowance(run.config.telemetry.samples_share)
         self.fraction()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"validated": self.validated_step, "best": self.best.state()}
+        return {"validated": self.validated_step, "best": self.best.state(), "shown": self.samples.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """The training stands where a checkpoint with this ``state`` left it."""
         self.validated_step = state["validated"]
         self.best.load(state.get("best", {}))
+        self.samples.load(state.get("shown", {}))
         self.saved()
 
     def fraction(self) -> float:
@@ -81,6 +84,11 @@ class Cadence:
     def validation_due(self) -> bool:
         """Whether this step is validated; the last one is in any case."""
         return self._by_step(self._settings.validate_every) and not self.over()
+
+    def samples_due(self) -> bool:
+        """Whether the validation of this step shows samples: the first one and the last, and the others while that takes no more
+        than its share of the training."""
+        return self.over() or self.samples.covers(self._progress.seconds)
 
     def to_catch_up(self) -> bool:
         """Whether a validation is due before the first step of this start: one that a stop left out, or, where a figure of it

@@ -22,6 +22,7 @@ from training.runtime.best import keep_as_finished, remove_others
 from training.runtime.cadence import Cadence
 from training.runtime.checkpoint import Writing
 from training.runtime.clock import Clock
+from training.runtime.collection import collect, collected_when_asked
 from training.runtime.distributed import is_lost_rank
 from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
@@ -39,7 +40,7 @@ from training.runtime.step_batches import StepBatch, StepBatchLoader
 from training.runtime.telemetry import Telemetry
 from training.runtime.topology import section_of
 from training.runtime.utilisation import as_written, counted_flops, measured_peak
-from training.runtime.validation import validate
+from training.runtime.validation import show_samples, validate
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def train(run: Run, phase: Phase) -> Outcome:
 def _loop(trainer: Trainer, settings: TrainSettings) -> Outcome:
     """One turn is one optimizer step."""
     cadence = trainer.cadence
-    with trainer.telemetry(), trainer.step_batches() as step_batches:
+    with trainer.telemetry(), trainer.step_batches() as step_batches, collected_when_asked():
         trainer.catch_up()
         for step_batch in step_batches:
             stop = trainer.all_reduce_counts(step_batch)
@@ -296,6 +297,7 @@ class Trainer:
         self._unlogged = (lr, gradient_norm)
         if self.cadence.log_due():
             self._log()
+            collect()
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.cadence.snapshot_due():
             self._record_model("unfinished", step)
@@ -354,7 +356,7 @@ class Trainer:
         """Validate now, off the clock; False where a signal asked to stop in between: it is then made up for."""
         most, stopped = self.settings.validation_batches * self.settings.global_batch, self.cadence.stop_agreed
         with self._off_the_clock("validation"):
-            values = validate(self.engine, self.phase, most, self.micro, self._telemetry, self.progress.step, stopped)
+            values = validate(self.engine, self.phase, most, self.micro, self._show, stopped)
         if values is None:
             return False
         self.cadence.validated()
@@ -363,6 +365,11 @@ class Trainer:
             self.metrics.update({f"validation/{name}": value for name, value in values.items()})
             self._choose(values)
         return True
+
+    def _show(self) -> None:
+        """Show samples, where they are due."""
+        if self.cadence.samples_due():
+            self.cadence.samples.took(show_samples(self.engine, self.phase, self._telemetry, self.progress.step))
 
     def _choose(self, values: dict[str, float]) -> None:
         """Keep the model where its validation is the best so far and that was asked for; an untrained one is none."""

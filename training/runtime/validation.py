@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,18 +18,30 @@ from training.runtime.telemetry import Telemetry
 
 
 def validate(
-    engine: Engine, phase: Phase, most: int, micro: int, telemetry: Telemetry, step: int, stopped: Callable[[], bool]
+    engine: Engine, phase: Phase, most: int, micro: int, show: Callable[[], None], stopped: Callable[[], bool]
 ) -> dict[str, float] | None:
     """Mean loss per term over the first ``most`` validation samples, on all ranks alike; empty without such.
 
-    Sample n has number n, so the noise is the same each time.  Then the phase's ``on_validate``, where it has one: what that
-    shows need not be held out.  ``stopped`` (collective) is asked between micro batches; None where it breaks off.
+    Sample n has number n, so the noise is the same each time.  Then ``show`` is called, which may have samples of its own.
+    ``stopped`` (collective) is asked between micro batches; None where it breaks off.
     """
     with engine.averaged_weights():
         averages = {} if phase.validation is None else _averages(engine, phase, phase.validation, most, micro, stopped)
         if averages is not None and not stopped():
-            _phase_hook(engine, phase, telemetry, step)
+            show()
     return averages
+
+
+@torch.no_grad()
+def show_samples(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -> float:
+    """The phase's ``on_validate``, where it has one; the seconds it took on rank 0, which alone writes (collective)."""
+    start = time.perf_counter()
+    if isinstance(phase, ValidationHook):
+        engine.model.eval()
+        with suppress(BrokenOff):  # by a stop: the samples go without
+            phase.on_validate(engine.model, telemetry, step)
+    seconds: float = engine.world.broadcast(time.perf_counter() - start)
+    return seconds
 
 
 def _averages(
@@ -64,12 +77,3 @@ def share(num_samples: int, micro: int, world: World) -> list[tuple[MicroBatch, 
     rounds = -(-len(parts) // world.size)
     mine = [number * world.size + world.rank for number in range(rounds)]
     return [((parts[n], parts[n]), True) if n < len(parts) else ((parts[0], parts[0]), False) for n in mine]
-
-
-@torch.no_grad()
-def _phase_hook(engine: Engine, phase: Phase, telemetry: Telemetry, step: int) -> None:
-    if isinstance(phase, ValidationHook):
-        engine.model.eval()
-        with suppress(BrokenOff):  # by a stop: the samples go without
-            phase.on_validate(engine.model, telemetry, step)
-        engine.world.barrier()  # rank 0 alone writes
