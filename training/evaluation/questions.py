@@ -32,7 +32,7 @@ def choose_questions(run: Run, task: Task) -> Asked | None:
 
     None where a signal asked to stop.
     """
-    found = read_split(run.config, task)
+    found = run.world.first_on_node(lambda: read_split(run.config, task))
     gold = check_gold(run, task, found.asked)
     if gold is None:
         return None

@@ -57,7 +57,7 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     settings, tokenizer = run.config.verifier, load_tokenizer(run.config.backbone)
     vae = reading_vae(run, denoiser)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
-    records = chosen_questions(run.config, tokenizer, task)
+    records = run.world.first_on_node(lambda: chosen_questions(run.config, tokenizer, task))
     folder = run.folder.judged / run.world.on_main(lambda: _digest(run.config, denoiser, vae, records))
     if run.world.is_main:
         _clear(folder)

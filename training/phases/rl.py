@@ -69,7 +69,8 @@ def rl_phase(config: Config, world: World) -> RlPhase:
     before = Earlier.of(config, world, tokenizer, store, source, stage=3)
     frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
-    records, reward = rl_questions(config, tokenizer, task), reward_function(settings)
+    records = world.first_on_node(lambda: rl_questions(config, tokenizer, task))
+    reward = reward_function(settings)
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
     old, _ = load_denoiser(source, config.backbone, world.device)

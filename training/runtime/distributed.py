@@ -133,6 +133,19 @@ class World:
             raise error
         return cast(T, result)
 
+    def first_on_node(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, on every rank, one process of each node before the others: what it fetches from the Hub they find.
+
+        An error is every rank's own.
+        """
+        if self.local_rank > 0:
+            self.barrier()
+            return work()
+        try:
+            return work()
+        finally:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
