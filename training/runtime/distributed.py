@@ -134,7 +134,7 @@ class World:
         return cast(T, result)
 
     def first_on_node(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns, on every rank, one process of each node before the others: what it fetches from the Hub they find.
+        """What ``work`` returns on every rank; one of each node goes first: what it fetches from the Hub, the others find.
 
         An error is every rank's own.
         """
