@@ -158,6 +158,13 @@ def program_texts() -> str:
     return "\n".join(found)
 
 
+def test_every_submission_that_is_shown_asks_for_cpus() -> None:
+    """A job has one by default, which the scripts refuse for several processes."""
+    shown = [*PAGES, *sorted((ROOT / "configs").glob("*.yaml"))]
+    submissions = [line for file in shown for line in file.read_text(encoding="utf-8").splitlines() if "--gres=gpu" in line]
+    assert len(submissions) > 4 and [line for line in submissions if "--cpus-per-task" not in line] == []
+
+
 def test_errors_of_the_faq_are_those_that_the_program_prints() -> None:
     texts = program_texts()
     shown = re.findall(r"\*\*`([^`]+)`\*\*", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"))
