@@ -557,6 +557,28 @@ def test_asking_launches_every_pass_that_is_not_replayed() -> None:
     assert passes() == 1 + 2 * 2 + 4 + 8 and passes(replayed=False) == 1 + 2 * 5 + 4 + 8
     config.sample.thoughts_per_batch = 40  # 64 blocks: two batches
     assert passes(reads=True) - passes() == 2 * 7
-    config.sample.reencode, config.sample.restarts = True, 1  # as they are finished, each time, and read again
-    config.sample.restart_steps = 3
-    assert passes(reads=True) == passes() == 1 + 2 * 2 + 4 + 8 + 2 * 2 * 8
+    plain, config.sample.restarts, config.sample.restart_steps = passes(), 1, 3
+    config.denoiser.context = "text"  # as they are finished at last, those of a span together
+    assert passes(reads=True) == passes() == plain + 2 * 7
+    config.denoiser.context, config.sample.reencode = "latents", True  # each time, and read again
+    assert passes(reads=True) == passes() == plain + 2 * 2 * 8
+    config.sample.lag = 1  # one after another
+    assert passes() == plain + 4 * 2 * 8
+
+
+def test_what_is_read_or_answered_is_not_guided() -> None:
+    """Guidance doubles questions and thinking, not what is written of a block and behind the last one."""
+    config = tiny_config()
+    config.plan.samples = 1000
+    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+
+    def flops(guidance: float, context: str) -> float:
+        config.sample.guidance_scale, config.denoiser.context = guidance, context
+        return answering(config, planner.data, planner._lm, 2, 8).flops
+
+    mean, written = planner.data.mean, 2 * planner._lm.parameters * 8
+    reading = mean.blocks * (mean.block + 2)
+    plain, guided = flops(1.0, "latents"), flops(3.0, "latents")
+    assert guided == pytest.approx(2 * plain - written * (mean.answer + 1))
+    plain, guided = flops(1.0, "text"), flops(3.0, "text")
+    assert guided == pytest.approx(2 * plain - written * (mean.answer + 1 + reading))

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.errors import UnusableError
-from ladir.inference import memory
+from ladir.inference import generation, memory
 from ladir.inference.ar import complete
-from ladir.inference.decode import TokenHeadReading, choose_tokens
+from ladir.inference.decode import TokenHeadReading, choose_tokens, thought_ids
 from ladir.inference.generation import BlockReader
 from ladir.inference.guidance import diversity_force, reward_gradient
 from ladir.inference.sampler import NOISE, BlockSampler, TrajectoryNoise, passes_per_span, step_times
@@ -359,6 +359,7 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"context": "text", "max_thought_tokens": 1, "answer_temperature": 0.0},
         {"context": "text", "guidance_scale": 2.0, "carry": "hidden", "token_head_weight": 0.7, "restarts": 1},
         {"context": "text", "span": 2, "lag": 1, "sampler": "sde", "diversity_scale": 0.5, "max_blocks": 4},
+        {"context": "text", "span": 2, "lag": 0, "carry": "hidden", "token_head_weight": 0.7, "num_steps": 2, "reencode": True},
         {"context": "text", "reencode": True, "bidirectional_question": True},
         {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "guidance_rescale": 0.7, "carry": "hidden", "span": 2, "lag": 1},
     ],
@@ -366,6 +367,34 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
 )
 def test_every_control_equals_its_obvious_version(controls: dict[str, Any]) -> None:
     assert_cached_is_plain(tiny_reasoner(**controls), QUESTIONS[:2], 3)
+
+
+@pytest.mark.parametrize(
+    ("controls", "readings"),
+    [
+        ({}, [2, 2, 2]),
+        ({"restarts": 2}, [2, 2, 2]),  # what a restart leaves no trace of is not read
+        ({"restarts": 2, "reencode": True}, [2] * 9),
+        ({"span": 3, "lag": 0, "restarts": 1}, [6]),  # what ends together is read together
+        ({"span": 3, "lag": 0, "restarts": 1, "reencode": True}, [6, 6]),
+        ({"span": 3, "lag": 1}, [2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_blocks_are_read_no_more_often_than_they_count(
+    controls: dict[str, Any], readings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasoner, read = tiny_reasoner(context="text", max_answer_tokens=1, **controls), list[int]()
+    with torch.no_grad():
+        reasoner.denoiser.stop_head.bias.fill_(-1e4)  # three blocks each
+
+    def counted(decoder: ThoughtDecoder, eos: int, z: Tensor, *how: Any) -> list[list[int]]:
+        read.append(len(z))
+        return thought_ids(decoder, eos, z, *how)
+
+    monkeypatch.setattr(generation, "thought_ids", counted)
+    reasoner.generate(QUESTIONS[:1], 2)
+    assert read == readings
 
 
 @pytest.mark.parametrize("objective", ["x0", "epsilon", "v"])
@@ -892,7 +921,7 @@ def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
 def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
     reasoner = tiny_reasoner()
     with pytest.raises(UnusableError, match="did not stay finite"):
-        BlockReader(reasoner, reasoner.settings)([0], 0, torch.full((1, 2, 3), torch.inf), torch.zeros(1, 2, 0))
+        BlockReader(reasoner, reasoner.settings)([0], [0], torch.full((1, 1, 2, 3), torch.inf), torch.zeros(1, 1, 2, 0))
     reasoner.encoder = None
     with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
         reasoner.generate(QUESTIONS, reencode=True)

@@ -52,18 +52,19 @@ class BlockReader:
         self.generator, self.weight, self.encodes = generator, settings.token_head_weight, settings.reencode
         self.read: dict[tuple[int, int], list[int]] = {}
 
-    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
-        """``z``, or standardised latents [R, L, d] of the sentences it reads as; ``state`` [R, L, H]: of the last step."""
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
+        """``z`` [R, E, L, d], or standardised latents of the sentences it reads as; ``state`` [R, E, L, H]: of the last step."""
         of = self.generator
         denoiser, most = of.denoiser, of.settings.max_thought_tokens
         head = denoiser.token_head if self.weight else None
-        beside = None if head is None else TokenHeadReading(head, head.features(state), self.weight)
-        texts = thought_ids(of.thought_decoder, of.eos, of.plain(z), most, beside)
-        self.read.update({(row, block): ids for row, ids in zip(rows, texts, strict=True)})
+        beside = None if head is None else TokenHeadReading(head, head.features(state.flatten(0, 1)), self.weight)
+        texts = thought_ids(of.thought_decoder, of.eos, of.plain(z).flatten(0, 1), most, beside)
+        self.read.update(zip(itertools.product(rows, blocks), texts, strict=True))
         if not self.encodes:
             return z
         assert of.encoder is not None
-        return (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
+        again = (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
+        return again.unflatten(0, z.shape[:2])
 
 
 class TrajectoryGenerator:

@@ -34,13 +34,15 @@ BlockHook = Callable[[list[int], int, Tensor], None]
 
 
 class Reader(Protocol):
-    """Reads finished blocks as text; ``read`` [row, block]: the token ids that it read last."""
+    """Reads finished blocks as text; ``read`` [row, block]: the token ids that it read last; ``encodes``: what it read takes the
+    place of the latents, so that what follows depends on every reading, not on the last one alone."""
 
     read: dict[tuple[int, int], list[int]]
+    encodes: bool
 
-    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
-        """What takes the place of the rows' finished latents ``z`` [R, L, d]; ``state`` [R, L, H]: what their last step handed
-        on."""
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
+        """What takes the place of ``blocks`` of the rows, which end together: their finished latents ``z`` [R, E, L, d];
+        ``state`` [R, E, L, H]: what their last step handed on."""
 
 
 def step_times(settings: SampleSettings) -> list[float]:
@@ -231,14 +233,19 @@ class BlockSampler:
                 on_step(rows, number, NOISE, block)
         null = self.denoiser.null_state(z.repeat(len(prefix) // len(z), 1, 1, 1))
         with prefix.cache.read_only():
-            z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), _numbered(on_step, first, 0), first)
+            hook, reader = _numbered(on_step, first, 0), self._reader_before(s.restarts)
+            z, state = self._denoise(prefix, rows, owner, z, null, step_times(s), hook, reader, first)
             for restart in range(s.restarts):
                 noise = s.initial_noise * self._noise(prefix, rows)
                 z = flow.interpolate(z, noise, torch.tensor(s.restart_time))
                 hook = _numbered(on_step, first, s.num_steps + restart * s.restart_steps)
-                begun = state if s.restart_keeps_state else null
-                z, state = self._denoise(prefix, rows, owner, z, begun, restart_times(s), hook, first)
+                begun, reader = state if s.restart_keeps_state else null, self._reader_before(s.restarts - restart - 1)
+                z, state = self._denoise(prefix, rows, owner, z, begun, restart_times(s), hook, reader, first)
         return z
+
+    def _reader_before(self, restarts: int) -> Reader | None:
+        """What reads the blocks of a round before so many ``restarts``: nothing where the next round leaves no trace of it."""
+        return self.reader if not restarts or (self.reader is not None and self.reader.encodes) else None
 
     def drift(
         self,
@@ -281,12 +288,13 @@ class BlockSampler:
         state: Tensor,
         times: Sequence[float],
         on_step: StepHook | None,
+        reader: Reader | None = None,
         first: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Noisy latents [R, J, L, d] from the first of the ``times`` to the last, a block ``lag`` passes after the one before.
 
-        ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.  ``first``: the
-        number of the span's first block.
+        ``state``: what the first pass is handed, a row for every branch; the last one's stands beside the result.  ``reader``:
+        what blocks are read by as they end; ``first``: the number of the span's first block.
         """
         s, span, steps = self.settings, z.shape[1], len(times) - 1
         now, passes = torch.tensor(staggered(times, span, s.lag), device=z.device), step_schedule(steps, span, s.lag)
@@ -314,8 +322,12 @@ class BlockSampler:
                 blocks[block] = self._advance(before, bent, t, t_next, fresh[block][step])
                 if self.kept is not None and step in self.kept.steps:
                     self.kept.add(rows, before, blocks[block])
-                if step == steps - 1 and self.reader is not None:
-                    blocks[block] = self.reader(rows, first + block, blocks[block], state[: len(rows), block])
+            ended = [block for block, step in moving if step == steps - 1]
+            if ended and reader is not None:
+                finished, numbers = torch.stack([blocks[block] for block in ended], 1), [first + block for block in ended]
+                read = reader(rows, numbers, finished, state[: len(rows), ended])
+                for block, latents in zip(ended, read.unbind(1), strict=True):
+                    blocks[block] = latents
             z = torch.stack(blocks, 1)
             if on_step is not None:
                 for block, step, x0 in estimates:

@@ -67,11 +67,13 @@ class TrajectoryTrace:
 class GivenSentences:
     """In place of a reader the sentences of records, a row each: what follows a block is generated as behind the record's own."""
 
+    encodes = False
+
     def __init__(self, sentences: Sequence[Sequence[list[int]]]) -> None:
         known = {(row, block): ids for row, blocks in enumerate(sentences) for block, ids in enumerate(blocks)}
         self.read: dict[tuple[int, int], list[int]] = defaultdict(list, known)  # nothing behind a record's last block
 
-    def __call__(self, rows: list[int], block: int, z: Tensor, state: Tensor) -> Tensor:
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
         """The latents as they are."""
         return z
 

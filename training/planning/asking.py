@@ -62,17 +62,19 @@ def answering(
     passes, blocks = passes_per_span(sample, span), mean.blocks
     spans = -(-max(blocks, span) // span)
     thinking = max(blocks, span) * passes * (latents + 1) + blocks * block_length(mean.block if as_text else latents)
-    row, tokens = 2 * branches * longest, thinking + answers * (mean.answer + 1)  # twice: rows that go on are copied
+    row, alone = 2 * branches * longest, answers * (mean.answer + 1)  # twice: rows that go on are copied
+    together = 1 if sample.lag else span  # blocks of a line that end in the same pass
+    rounds = 1 + sample.restarts if sample.reencode else 1  # in which blocks are read
     if reads_blocks(config):  # a block's text is written from a cache of its own, and perhaps read again
         times = 1 + int(sample.reencode)
-        row += times * (latents + sample.max_thought_tokens)
-        tokens += blocks * (1 + sample.restarts) * times * (mean.block + latents)
+        row += together * times * (latents + sample.max_thought_tokens)
+        alone += blocks * rounds * times * (mean.block + latents)
     rows = questions * lines
     launched = min(passes, _NOT_REPLAYED) if replayed else passes
     written = mean.block + 1  # passes that write a block as text, <eos> included
     real = 1 + spans * launched + blocks + mean.answer + 1
     if reads_blocks(config):
-        real += spans * (1 + sample.restarts) * (written + int(sample.reencode))
+        real += spans * span // together * rounds * (written + int(sample.reencode))
     unread = 0 if reads_blocks(config) else rows * blocks
     if reads:
         real += -(-unread // sample.thoughts_per_batch) * written
@@ -81,8 +83,8 @@ def answering(
         passes=passes,
         row_bytes=row * lm.cache_bytes,
         cache=max(rows * answers * row, read) * lm.cache_bytes,
-        row_tokens=tokens,
-        flops=2 * lm.parameters * (mean.question + lines * branches * tokens),
+        row_tokens=thinking + alone,
+        flops=2 * lm.parameters * (branches * mean.question + lines * (branches * thinking + alone)),
         real_passes=real,
     )
 
