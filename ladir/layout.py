@@ -179,7 +179,6 @@ def span_offsets(span: int, latents: int) -> np.ndarray:
     return (np.arange(span)[:, None] * block_length(latents) + np.arange(latents + 1)).ravel()
 
 
-@lru_cache(maxsize=4096)
 def template(
     question: int,
     blocks: int,
@@ -188,7 +187,7 @@ def template(
     answer: int | None,
     span: int = 1,
     bidirectional_question: bool = False,
-    sentences: tuple[int, ...] | None = None,
+    sentences: Sequence[int] | None = None,
 ) -> Template:
     """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies of each span.
 
@@ -197,6 +196,22 @@ def template(
     as latents.  Text tokens are indexed question first, then sentences, then answer.  ``bidirectional_question``: the question's
     tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
     """
+    if sentences is None:  # records of one shape are many
+        return _known_template(question, blocks, latents, draws, answer, span, bidirectional_question)
+    return _template(question, blocks, latents, draws, answer, span, bidirectional_question, sentences)
+
+
+def _template(
+    question: int,
+    blocks: int,
+    latents: int,
+    draws: int,
+    answer: int | None,
+    span: int,
+    bidirectional_question: bool,
+    sentences: Sequence[int] | None = None,
+) -> Template:
+    """:func:`template`, made anew."""
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
     starts = question + np.cumsum([0, *(block_length(n) for n in sentences or [latents] * blocks)])
@@ -223,6 +238,9 @@ def template(
         answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
         question_length=question,
     )
+
+
+_known_template = lru_cache(maxsize=4096)(_template)
 
 
 def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray, index: np.ndarray) -> np.ndarray:

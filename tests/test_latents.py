@@ -12,11 +12,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ladir.config.loader import load_config
 from ladir.data.columns import TOKENS, list_column, token_columns
 from ladir.data.latent_parts import is_whole, join_parts, write_latents, write_part
 from ladir.data.latents import LatentForm, LatentStore
 from ladir.errors import UnusableError
 from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm
+from training.phases import denoiser as phase
+from training.runtime.distributed import World
+from training.runtime.run import RunFolder
 
 DIM, PER_BLOCK = 3, 2
 FORM = LatentForm(DIM, PER_BLOCK)
@@ -262,11 +266,24 @@ def test_a_link_to_a_store_stays_one(tmp_path: Path) -> None:
 
 
 def test_the_longest_chain_is_known(tmp_path: Path) -> None:
-    store = write(tmp_path / "latents", 7)
+    store, as_text = write(tmp_path / "latents", 7), LatentStore.open(tmp_path / "latents", as_text=True)
     for index, record in enumerate(store):
         assert store.num_blocks(index) == len(record.blocks)
         assert store.length(index) == len(record.question) + len(record.answer) + len(record.blocks) * (PER_BLOCK + 2)
+        words = sum(len(block) + 2 for block in record.blocks)
+        assert as_text.length(index) == len(record.question) + len(record.answer) + words
     assert store.most_blocks == max(len(store[i].blocks) for i in range(7))
+
+
+@pytest.mark.parametrize("context", ["latents", "text"])
+def test_ranks_share_records_by_what_the_denoiser_reads(context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [f"denoiser.context={context}", "rollout.enabled=false", "data.validation=held-out.jsonl"]
+    config = load_config(None, [f"run.folder={tmp_path}", *settings])
+    for name in ("train", "validation"):
+        write(RunFolder(config).latents / name, 3)
+    monkeypatch.setattr(phase, "folder_fingerprint", lambda vae: "vae-1")
+    found = phase.stored_latents(config, RunFolder(config), World(0, 1, 0, torch.device("cpu")))
+    assert [store is not None and store.as_text for store in found] == [context == "text"] * 2
 
 
 def test_the_denoiser_s_losses_on_half_the_bytes_are_the_same_to_a_fraction_of_the_noise(tmp_path: Path) -> None:

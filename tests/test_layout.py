@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ladir.data.batches import DenoiserCollator
 from ladir.data.latents import LatentRecord
-from ladir.layout import Layout, Mark, Source, template
+from ladir.layout import Layout, Mark, Source, _known_template, template
 from tests.tiny import tiny_denoiser, tiny_lm
 
 SHAPE = st.tuples(
@@ -86,6 +86,14 @@ def test_visibility_is_the_written_out_rule(shape: Shape) -> None:
     batch = Layout(*(torch.from_numpy(a)[None] for a in (layout.position, layout.limit, layout.copy)))
     rule = [[sees(viewer, other, *shape[-2:]) for other in expected] for viewer in expected]
     assert batch.visible()[0].tolist() == rule
+
+
+def test_what_never_comes_again_is_not_kept() -> None:
+    """Templates of records whose finished blocks stand as text, each with sentences of lengths of its own."""
+    assert template(3, 2, 2, 1, 4) is template(3, 2, 2, 1, 4)
+    before = _known_template.cache_info()
+    template(3, 2, 2, 1, 4, sentences=[5, 6])
+    assert _known_template.cache_info() == before
 
 
 @settings(max_examples=60, deadline=None)

@@ -311,7 +311,7 @@ class DenoiserCollator:
                 len(r.answer) if with_answer else None,
                 span,
                 bidirectional,
-                tuple(map(len, w)) if w else None,
+                [len(sentence) for sentence in w] if w else None,
             )
             for q, r, w in zip(questions, records, words, strict=True)
         ]

@@ -163,6 +163,11 @@ class TokenChunk:
         """Blocks of the i-th record."""
         return int(self.blocks_of[i + 1] - self.blocks_of[i])
 
+    def block_tokens(self, i: int) -> int:
+        """Tokens of the i-th record's blocks, all together."""
+        first, end = self.blocks_of[i], self.blocks_of[i + 1]
+        return int(self.blocks.offsets[end] - self.blocks.offsets[first])
+
     def tokens(self, i: int) -> TokenRecord:
         """The i-th record."""
         return TokenRecord(

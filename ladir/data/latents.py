@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ladir.data.columns import Chunks, Lists, TokenChunk, TokenRecord, mapped_batches
 from ladir.errors import UnusableError
+from ladir.layout import block_length
 
 STATS = "stats.json"
 _OLD_ARROW = "latents.arrow"
@@ -77,11 +78,12 @@ class Stats:
 class LatentStore:
     """A folder of latents, opened with :meth:`open`.
 
-    ``mean`` and ``std`` [d] (float32) standardise the latents; they are taken over all ``mu``.
+    ``mean`` and ``std`` [d] (float32) standardise the latents; they are taken over all ``mu``.  ``as_text``: the denoiser reads
+    finished blocks as text, by which :meth:`length` goes.
     """
 
-    def __init__(self, folder: Path, stats: Stats, batches: list[pa.RecordBatch]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, stats: Stats, batches: list[pa.RecordBatch], as_text: bool = False) -> None:
+        self.folder, self.as_text = folder, as_text
         self.fingerprint, self.form = stats.fingerprint, stats.form
         self.latent_dim = stats.latent_dim
         self.latents_per_block = stats.latents_per_block
@@ -91,7 +93,7 @@ class LatentStore:
         self._chunks = Chunks(_Chunk(batch, stats.form) for batch in batches)
 
     @staticmethod
-    def open(folder: str | os.PathLike[str]) -> LatentStore:
+    def open(folder: str | os.PathLike[str], as_text: bool = False) -> LatentStore:
         """Open a store.  Raises FileNotFoundError where there is none, UnusableError where it is torn."""
         path = Path(folder)
         if not (path / STATS).is_file():
@@ -103,7 +105,7 @@ class LatentStore:
         batches = [batch for part in stats.parts for batch in _part_batches(path, part)]
         if (count := sum(batch.num_rows for batch in batches)) != stats.num_records:
             raise UnusableError(f"{path}: {count} records instead of {stats.num_records}; {_REMEDY}")
-        return LatentStore(path, stats, batches)
+        return LatentStore(path, stats, batches, as_text)
 
     def check_fingerprint(self, expected: str) -> None:
         """Raise UnusableError unless the latents were made by the VAE with this fingerprint."""
@@ -128,10 +130,12 @@ class LatentStore:
         return chunk.num_blocks(place)
 
     def length(self, index: int) -> int:
-        """Tokens of a record as the denoiser reads it: question, marks and latents, answer."""
+        """Tokens of a record as the denoiser reads it: question, marks and latents or words, answer."""
         chunk, place = self._chunks.find(index)
-        text = chunk.questions.length(place) + chunk.answers.length(place)
-        return text + chunk.num_blocks(place) * (self.latents_per_block + 2)
+        text, blocks = chunk.questions.length(place) + chunk.answers.length(place), chunk.num_blocks(place)
+        if self.as_text:
+            return text + chunk.block_tokens(place) + blocks * block_length(0)
+        return text + blocks * block_length(self.latents_per_block)
 
     def sizes(self) -> np.ndarray:
         """Tokens of question and answer, number of blocks, and tokens of these, of every record [N, 3]."""

@@ -63,7 +63,8 @@ def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase, frame: Fr
 
 def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
     """The latents of training and validation records (None where there are none), made by the run's own VAE."""
-    store = LatentStore.open(folder.latents / "train")
+    as_text = config.denoiser.context == "text"
+    store = LatentStore.open(folder.latents / "train", as_text)
     store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
     _check_blocks(config, store)
     if config.denoiser.sample_latents and not store.form.logvar:
@@ -76,7 +77,7 @@ def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[Lat
     if not (folder.latents / "validation").is_dir():
         logger.warning("%s: not encoded: training goes without validation", folder.latents / "validation")
         return store, None
-    held_out = LatentStore.open(folder.latents / "validation")
+    held_out = LatentStore.open(folder.latents / "validation", as_text)
     held_out.check_fingerprint(store.fingerprint)
     return store, held_out
 
