@@ -14,9 +14,11 @@ from ladir.errors import UnusableError
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, read_results, write_results
 from ladir.models.card import CARD_FILE, CardFacts, model_card
+from ladir.models.folders import save_denoiser
 from ladir.reasoner import Reasoner
 from tests.hub import model_hub
 from tests.test_reasoner import QUESTIONS, assert_same, tiny_reasoner
+from tests.tiny import tiny_denoiser, tiny_lm
 from training.runtime.cards import card_facts, write_results_card
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder
@@ -52,6 +54,13 @@ def test_a_card_says_what_is_known_and_has_the_hubs_fields(export: Path) -> None
     assert "test.jsonl" in card.text and "/home" not in card.text
     assert "adapters" not in card.text
     assert "no licence is stated" in model_card(export, CardFacts(base="/data/lm")).lower()
+
+
+def test_the_card_says_what_stands_for_a_finished_block(tmp_path: Path) -> None:
+    told = {"latents": "Every block can be read as text.", "text": "its words are what later blocks and the answer see"}
+    for context, words in told.items():
+        save_denoiser(tiny_denoiser(tiny_lm(), context=context), tmp_path / context)
+        assert [entry for entry in told.values() if entry in model_card(tmp_path / context, CardFacts())] == [words]
 
 
 def test_an_export_goes_to_the_hub_and_comes_back_with_its_card(

@@ -48,9 +48,10 @@ def collated(vae: Vae, denoiser: Denoiser, found: list[TokenRecord]) -> JointBat
     return joint_collator(vae, denoiser)(items[:], list(range(len(items))))
 
 
-@pytest.mark.parametrize("span", [1, 2])
-def test_the_losses_are_the_vaes_and_the_denoisers_on_the_latents_of_now(span: int) -> None:
-    vae, denoiser, found = tiny_vae(bos=(4,), separator=(5,)), tiny_denoiser(tiny_lm(), span=span, draws=2), records(3)
+@pytest.mark.parametrize(("span", "context"), [(1, "latents"), (2, "latents"), (1, "text")])
+def test_the_losses_are_the_vaes_and_the_denoisers_on_the_latents_of_now(span: int, context: str) -> None:
+    vae, found = tiny_vae(bos=(4,), separator=(5,)), records(3)
+    denoiser = tiny_denoiser(tiny_lm(), span=span, draws=2, context=context)
     losses = Joint(vae, denoiser)(collated(vae, denoiser, found))
     with torch.no_grad():
         latents = []
@@ -80,6 +81,15 @@ def test_the_flows_target_is_detached_and_what_reads_clean_blocks_is_not() -> No
     assert encoder_gradient(2, "flow") > 0.0  # behind the first block
     assert encoder_gradient(1, "answer") > 0.0
     assert encoder_gradient(1, "stop") > 0.0
+
+
+def test_where_finished_blocks_are_text_no_gradient_is_made_ready_for_the_encoder() -> None:
+    vae, denoiser = tiny_vae(), tiny_denoiser(tiny_lm(), context="text")
+    found = Joint(vae, denoiser)(collated(vae, denoiser, records(2, 2)))
+    (found["flow"] + found["answer"] + found["stop"]).backward()
+    assert [name for name, p in vae.named_parameters() if p.grad is not None] == []
+    found["reconstruction"].backward()
+    assert all(bool(g.any()) for name, g in gradients(vae).items() if name.startswith("encoder.lm.model.layers"))
 
 
 def test_both_lie_in_one_folder_and_are_exported_together(tmp_path: Path) -> None:

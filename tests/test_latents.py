@@ -273,6 +273,12 @@ def test_the_longest_chain_is_known(tmp_path: Path) -> None:
         words = sum(len(block) + 2 for block in record.blocks)
         assert as_text.length(index) == len(record.question) + len(record.answer) + words
     assert store.most_blocks == max(len(store[i].blocks) for i in range(7))
+    for span in (1, 2, 4):
+        sizes = []
+        for record in store:
+            words, last = [len(block) for block in record.blocks], (len(record.blocks) - 1) // span * span
+            sizes.append([len(record.question), len(record.answer), len(words), sum(words), sum(words[last:])])
+        assert store.sizes(span).tolist() == sizes
 
 
 @pytest.mark.parametrize("context", ["latents", "text"])

@@ -19,6 +19,7 @@ from ladir.config.loader import load_config
 from ladir.data.prompts import Frame
 from ladir.data.token_lists import GroundedSentence
 from ladir.errors import UnusableError
+from ladir.layout import template
 from ladir.models.architectures import has_position_table
 from ladir.models.backbone import Backbone
 from ladir.models.folders import save_lm
@@ -50,10 +51,10 @@ def test_whether_positions_are_a_table_is_found_out(kind: str) -> None:
 class Stored:
     """Latents, as far as lengths go."""
 
-    rows: list[tuple[int, int]]
+    rows: list[tuple[int, ...]]
     longest_question: int = 5
 
-    def sizes(self) -> np.ndarray:
+    def sizes(self, span: int) -> np.ndarray:
         return np.array(self.rows)
 
 
@@ -64,7 +65,7 @@ def check(phase: str, lm: PretrainedConfig, settings: Sequence[str] = ()) -> Non
     elif phase == "grounded":
         check_sentences(config, lm, [GroundedSentence([1] * 3, [1] * 16, [1] * 9), [1] * 2], marks=1)
     else:
-        stores: Any = [Stored([(10, 2), (11, 2), (3, 3)]), None]
+        stores: Any = [Stored([(6, 4, 2, 9, 4), (6, 5, 2, 9, 4), (2, 1, 3, 12, 4)]), None]
         check_records(config, lm, stores, FRAME)
 
 
@@ -90,6 +91,24 @@ def test_samples_that_are_too_long_are_counted_and_the_setting_is_named(
     caplog.clear()
     check(phase, lm_config("gpt2", 99), settings)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("span", [1, 2])
+def test_records_as_text_are_as_long_as_their_layout(span: int, caplog: pytest.LogCaptureFixture) -> None:
+    """No longer: one that just fits is not refused."""
+    settings = ["denoiser.context=text", f"denoiser.span={span}", "sample.lag=0", "rollout.enabled=false"]
+    config = load_config(None, ["vae.latents_per_block=4", "sample.max_blocks=1", "sample.max_answer_tokens=1", *settings])
+    config.sample.max_thought_tokens = 2
+    for question, sentences, answer in ((5, (3, 2, 6), 4), (5, (3, 2, 1), 0), (1, (2,), 5), (4, (9, 1), 1)):
+        layout = template(question + len(FRAME), len(sentences), 4, 1, answer, span, sentences=sentences)
+        last = (len(sentences) - 1) // span * span
+        stores: Any = [Stored([(question, answer, len(sentences), sum(sentences), sum(sentences[last:]))], longest_question=1)]
+        longest = int(layout.position.max()) + 1
+        check_records(config, lm_config("llama", longest), stores, FRAME)
+        assert not caplog.messages
+        check_records(config, lm_config("llama", longest - 1), stores, FRAME)
+        assert f"the longest takes {longest}" in caplog.text
+        caplog.clear()
 
 
 def test_what_the_model_may_make_of_itself_has_positions_too() -> None:

@@ -21,6 +21,7 @@ from ladir.config import BackboneSettings, LoraSettings, SampleSettings, VaeSett
 from ladir.errors import UnusableError
 from ladir.inference import generation, memory
 from ladir.inference.ar import complete
+from ladir.inference.asking import Ask
 from ladir.inference.decode import TokenHeadReading, choose_tokens, thought_ids
 from ladir.inference.generation import BlockReader
 from ladir.inference.guidance import diversity_force, reward_gradient
@@ -71,12 +72,14 @@ def tiny_reasoner(
     time_token: bool = False,
     context: str = "latents",
     dtype: torch.dtype = torch.float64,
+    sliding_window: int | None = None,
     **controls: Any,
 ) -> Reasoner:
     settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
     settings |= {"time_token": time_token, "context": context}
     settings["token_weight"] = 0.5
-    denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention), **settings))
+    window = {"sliding_window": sliding_window} if sliding_window else {}
+    denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention, **window), **settings))
     vae = tiny_vae(kind, dtype=dtype)
     return Reasoner(denoiser, vae.thought_decoder, tokenizer(), replace(SETTINGS, **controls), vae)
 
@@ -397,6 +400,52 @@ def test_blocks_are_read_no_more_often_than_they_count(
     assert read == readings
 
 
+def cut_unevenly(ids: list[int]) -> list[int]:
+    """So much of a sentence that those of a batch have 0 to 5 tokens."""
+    return ids[: (7 * ids[0] + ids[-1] + 1) % 6] if ids else ids
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"guidance_scale": 2.0, "span": 2, "lag": 1, "num_steps": 2},
+        {"kind": "mistral", "attention": "sdpa", "sliding_window": 4, "num_steps": 2},
+    ],
+    ids=["guided-span", "sliding-window"],
+)
+def test_sentences_of_all_lengths_stand_beside_one_another(controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding then stands in the middle of the cache, where nobody may see it, and nobody may count it."""
+    plain, fast = plain_thought, thought_ids
+    monkeypatch.setitem(globals(), "plain_thought", lambda *how: cut_unevenly(plain(*how)))
+    monkeypatch.setattr(generation, "thought_ids", lambda *how: [cut_unevenly(ids) for ids in fast(*how)])
+    found = assert_cached_is_plain(tiny_reasoner(context="text", **controls), QUESTIONS[:2], 3)
+    lengths = [tuple(map(len, trajectory.thought_ids or [])) for trajectory in found]
+    assert len({length for entry in lengths for length in entry}) > 3 and 0 in {n for entry in lengths for n in entry}
+
+
+def test_sentences_that_reach_the_limit_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and again where they are more."""
+    reasoner = tiny_reasoner(context="text", max_thought_tokens=2)
+    found = list(itertools.chain(*reasoner.generate(QUESTIONS[:1], 2)))
+    read = [ids for trajectory in found for ids in trajectory.thought_ids or []]
+    long = sum(len(ids) == 2 for ids in read)
+    assert long and [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{long} of {len(read)} blocks that were read as text reached the limit of 2 tokens" in caplog.text
+    assert "set a higher sample.max_thought_tokens" in caplog.text
+    reasoner.generate(QUESTIONS[:1], 2)
+    assert len(caplog.records) == 1
+    reasoner.generate(QUESTIONS, 2)
+    assert len(caplog.records) == 2
+
+
+def test_the_drift_of_thoughts_that_nobody_read_is_refused() -> None:
+    reasoner = tiny_reasoner(context="text")
+    found = reasoner.generate(QUESTIONS[:1])
+    found[0][0].thought_ids = None
+    with pytest.raises(UnusableError, match=r"a trajectory without thought_ids: .*denoiser.context=text"):
+        reasoner.measure_drift([Ask(QUESTIONS[0])], found)
+
+
 @pytest.mark.parametrize("objective", ["x0", "epsilon", "v"])
 def test_every_objective_samples_alike_with_and_without_cache(objective: str) -> None:
     assert_cached_is_plain(tiny_reasoner(objective=objective, initial_noise=0.1), QUESTIONS, 1)
@@ -542,6 +591,9 @@ def test_as_many_trajectories_are_taken_as_memory_holds(monkeypatch: pytest.Monk
     assert 2 * max(found) < size < 40 * max(found)
     guided = replace(reasoner.settings, guidance_scale=2.0)
     assert memory.trajectory_bytes(reasoner.denoiser, guided, longest) > 1.5 * size
+    text = tiny_denoiser(tiny_lm(), context="text")  # a sentence goes through the LM at once
+    sizes = [memory.trajectory_bytes(text, replace(guided, max_blocks=1, max_thought_tokens=n), longest) for n in (30, 60, 90)]
+    assert sizes[2] - sizes[1] > sizes[1] - sizes[0] > 0
     for free, rows in ((2 * size, 1), (8 * size, 4), (0, 1)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         assert memory.trajectories_that_fit(reasoner.denoiser, reasoner.settings, longest, CPU) == rows

@@ -240,6 +240,10 @@ def test_where_thoughts_stand_as_text_samples_stand_behind_the_records_own(monke
     assert torch.equal(first, given[0]) and torch.equal(other[0], given[1][0])
     assert len(given[1]) == 1 or not torch.equal(other[1], given[1][1])
     assert max(map(len, given)) > 1
+    recorder = LatentRecorder.without_vae(denoiser, tokenizer(), settings, Frame(), [[[5]], [[6]]])
+    for questions, count in ((["a b", "c"], 2), (["a b"], 1)):  # whose sentences would they be
+        with pytest.raises(ValueError, match="the sentences of 2 records were given"):
+            recorder.record(questions, count, 0)
 
 
 @pytest.mark.parametrize("free", [samples._READING_BYTES, samples._READING_BYTES - 1, None])

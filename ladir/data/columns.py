@@ -154,10 +154,14 @@ class TokenChunk:
         """Tokens of the longest question."""
         return int(self.questions.lengths().max(initial=0))
 
-    def sizes(self) -> np.ndarray[Any, Any]:
-        """Tokens of question and answer, number of blocks, and tokens of these, of every record [n, 3]."""
-        text = self.questions.lengths() + self.answers.lengths()
-        return np.stack([text, np.diff(self.blocks_of), np.diff(self.blocks.offsets[self.blocks_of])], axis=1)
+    def sizes(self, span: int) -> np.ndarray[Any, Any]:
+        """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
+        [n, 5]."""
+        first, end = self.blocks_of[:-1], self.blocks_of[1:]
+        last = first + (np.maximum(end - first, 1) - 1) // span * span
+        begins, begins_last, ends = (self.blocks.offsets[at] for at in (first, last, end))
+        texts = (self.questions.lengths(), self.answers.lengths())
+        return np.stack([*texts, end - first, ends - begins, ends - begins_last], axis=1)
 
     def num_blocks(self, i: int) -> int:
         """Blocks of the i-th record."""

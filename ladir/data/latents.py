@@ -137,9 +137,10 @@ class LatentStore:
             return text + chunk.block_tokens(place) + blocks * block_length(0)
         return text + blocks * block_length(self.latents_per_block)
 
-    def sizes(self) -> np.ndarray:
-        """Tokens of question and answer, number of blocks, and tokens of these, of every record [N, 3]."""
-        return np.concatenate([np.zeros((0, 3), np.int64), *(chunk.sizes() for chunk in self._chunks.all)])
+    def sizes(self, span: int) -> np.ndarray:
+        """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
+        [N, 5]."""
+        return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self._chunks.all)])
 
     @property
     def most_blocks(self) -> int:

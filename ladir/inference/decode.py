@@ -120,6 +120,14 @@ class TokenHeadReading:
         return steered
 
 
+def thought_limit(decoder: ThoughtDecoder, latents: int, max_tokens: int) -> int:
+    """The most tokens that are read of a block of ``latents``.
+
+    Where a table of positions ends, so does every sentence that the VAE was trained on.
+    """
+    return room_left(decoder.backbone.base.config, decoder.marks + latents, max_tokens)
+
+
 @torch.no_grad()
 def thought_ids(
     decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int, beside: TokenHeadReading | None = None
@@ -128,9 +136,8 @@ def thought_ids(
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
-        # Where a table of positions ends, so does every sentence that the VAE was trained on.
-        room = room_left(lm.base.config, inputs.shape[1], max_tokens)
-        return decode(prefix, hidden, eos_id, room, steer=None if beside is None else beside.steer(eos_id))
+        most = thought_limit(decoder, z.shape[1], max_tokens)
+        return decode(prefix, hidden, eos_id, most, steer=None if beside is None else beside.steer(eos_id))
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:

@@ -17,7 +17,7 @@ from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import TokenHeadReading, TokenHook, decode, decode_thoughts, encode_read, thought_ids
+from ladir.inference.decode import TokenHeadReading, TokenHook, decode, decode_thoughts, encode_read, thought_ids, thought_limit
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import BlockValue, Reward
 from ladir.inference.memory import trajectories_that_fit
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 class BlockReader:
     """Reads finished blocks as text, which stays in ``read``, by row and block; and encodes it again (``sample.reencode``)."""
+
+    own = True
 
     def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings) -> None:
         self.generator, self.weight, self.encodes = generator, settings.token_head_weight, settings.reencode
@@ -89,7 +91,7 @@ class TrajectoryGenerator:
         self.card = card
         self.encoder, self.verifier = encoder, verifier
         self.trained_on = trained_on or TrainedOn()
-        self._longest_told = 0
+        self._longest_told, self._cut_told = 0, 0
         self.denoiser = denoiser.eval()
         self.thought_decoder = thought_decoder
         self.tokenizer = tokenizer
@@ -126,6 +128,7 @@ class TrajectoryGenerator:
 
         found = iter(in_batches(rows, self._size_of_batch(asks, settings, batch_size), batch_size == "auto", one_batch))
         groups = [list(itertools.islice(found, ask.num_trajectories)) for ask in asks]
+        self._tell_of_long_sentences([trajectory for group in groups for trajectory in group])
         if scores:
             self.score(asks, groups, settings, batch_size)
         return groups
@@ -165,7 +168,7 @@ class TrajectoryGenerator:
         if kept is not None:
             for row, trajectory in flat.items():
                 trajectory.steps = kept.of(row)
-        if reader is not None:
+        if reader is not None and reader.own:
             for row, trajectory in flat.items():
                 trajectory.thought_ids = [reader.read[row, block] for block in range(len(trajectory.latents))]
         if thoughts and on_block is None:
@@ -176,6 +179,23 @@ class TrajectoryGenerator:
         for (row, block), text in texts.items():
             flat[row].thoughts[block] = text
         return [flat[row] for row in range(len(part))]
+
+    def _tell_of_long_sentences(self, found: Sequence[Trajectory]) -> None:
+        """Warns where blocks were read up to the limit, of more than it warned of before: what follows took them for whole."""
+        read = [ids for trajectory in found for ids in trajectory.thought_ids or []]
+        if not read:
+            return
+        most = thought_limit(self.thought_decoder, self.denoiser.latents_per_block, self.settings.max_thought_tokens)
+        long = sum(len(ids) >= most for ids in read)
+        if long > self._cut_told:
+            self._cut_told = long
+            logger.warning(
+                "%d of %d blocks that were read as text reached the limit of %d tokens: longer ones were cut, and what follows "
+                "took them for whole; set a higher sample.max_thought_tokens, unless the model never ends its sentences",
+                long,
+                len(read),
+                most,
+            )
 
     def _reader(self, settings: SampleSettings) -> Reader | None:
         """What reads finished blocks of one batch, where they are read."""
@@ -244,7 +264,7 @@ class TrajectoryGenerator:
         """What a block of those ``rows`` was read as, where finished blocks stand as text."""
         if self.denoiser.settings.context == "latents":
             return None
-        return [ids[block] for row in rows if (ids := finished[row].thought_ids) is not None]
+        return [_read_of(finished[row])[block] for row in rows]
 
     def plain(self, z: Tensor) -> Tensor:
         """Standardised latents as the VAE knows them.  UnusableError where they are not finite."""
@@ -396,7 +416,8 @@ class TrajectoryGenerator:
     def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
         """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time.
 
-        Blocks that were encoded again (``reencode``) have been read then; what was read is what their chain went on from.
+        Blocks that were read as they were finished (``reencode``, or text as the context) are not read again: what was read is
+        what their chain went on from.
         """
         places = []
         for entry in trajectories:
@@ -452,3 +473,13 @@ class TrajectoryGenerator:
                 on_block(row, block, text)
 
         return hook
+
+
+def _read_of(trajectory: Trajectory) -> list[list[int]]:
+    """What the blocks of a trajectory were read as.  UnusableError where nothing is known of that."""
+    if trajectory.thought_ids is None:
+        raise UnusableError(
+            "a trajectory without thought_ids: how far it drifts depends on what its blocks were read as, since this model's "
+            "finished thoughts stand as text (denoiser.context=text); give trajectories as the model made them"
+        )
+    return trajectory.thought_ids

@@ -24,7 +24,7 @@ def trajectories_that_fit(denoiser: Denoiser, settings: SampleSettings, question
 
 def trajectory_bytes(denoiser: Denoiser, settings: SampleSettings, question_tokens: int) -> int:
     """Memory of a trajectory of the longest chain and answer, behind a question that it does not share: keys and values, a
-    step's activations in one layer, and the tables of the vocabulary's size by which a token is drawn."""
+    pass's activations in one layer, and the tables of the vocabulary's size by which a token is drawn."""
     backbone = denoiser.backbone
     config, itemsize = backbone.base.config.get_text_config(), backbone.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -33,7 +33,8 @@ def trajectory_bytes(denoiser: Denoiser, settings: SampleSettings, question_toke
     finished = denoiser.longest_block(settings.max_thought_tokens)
     length = question_tokens + settings.max_blocks * finished + 1 + settings.max_answer_tokens
     cache = 2 * config.num_hidden_layers * heads * head * itemsize * length
-    step = denoiser.settings.span * block * (config.num_attention_heads * length + 8 * config.hidden_size) * itemsize
+    width = max(denoiser.settings.span * block, finished)  # of a denoising step, or of a sentence that is added
+    step = width * (config.num_attention_heads * length + 8 * config.hidden_size) * itemsize
     branches = 2 if settings.guidance_scale != 1 else 1
     return branches * (_COPIES * cache + step) + _TABLES * 4 * backbone.vocab_size
 

@@ -35,10 +35,12 @@ BlockHook = Callable[[list[int], int, Tensor], None]
 
 class Reader(Protocol):
     """Reads finished blocks as text; ``read`` [row, block]: the token ids that it read last; ``encodes``: what it read takes the
-    place of the latents, so that what follows depends on every reading, not on the last one alone."""
+    place of the latents, so that what follows depends on every reading, not on the last one alone; ``own``: it is what the blocks
+    say, not what was given in its place."""
 
     read: dict[tuple[int, int], list[int]]
     encodes: bool
+    own: bool
 
     def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
         """What takes the place of ``blocks`` of the rows, which end together: their finished latents ``z`` [R, E, L, d];

@@ -17,7 +17,8 @@ class Trajectory:
 
     ``thoughts``: text per block; ``latents`` fp32 [B, L, d] (not standardised); ``num_steps``: forward passes that denoised them;
     ``stopped``: whether the stop head ended it (else the limit on blocks did); ``trace``: text per block and step, if asked.
-    ``thought_ids``: token ids of the blocks as they were read to be encoded again, if they were (``reencode``).
+    ``thought_ids``: token ids of the blocks as they were read for what follows, if they were (``reencode``, or where finished
+    blocks stand as text).
     ``answer_ids``: token ids of its answers, the first of which is ``answer``; ``steps``: those that were kept, if asked
     (:meth:`KeptSteps.of`).
     ``score``: the probability that the answer is right, by the verifier, ``logit`` what it says of the hidden state at <SOA>;

@@ -46,7 +46,7 @@ def model_card(folder: Path, facts: CardFacts) -> str:
     parts = [
         f"---\n{_metadata(facts).to_yaml()}\n---\n",
         f"# {facts.name}\n",
-        _METHOD,
+        _METHOD.format(read=_READ[load_settings(folder, "denoiser")["settings"].get("context", "latents")]),
         _asking(folder.name),
         _PLAIN.format(adapters=_ADAPTERS if (folder / ADAPTER_CONFIG_NAME).is_file() else ""),
         _trained(facts),
@@ -82,8 +82,14 @@ def _shown(name: str) -> str:
 _METHOD = """This language model reasons in continuous thoughts (LaDiR, *latent diffusion reasoner*,
 [arXiv:2510.04573](https://arxiv.org/abs/2510.04573)): a VAE turns each sentence of a chain of thought into a block of latent
 tokens; the language model forms such blocks out of noise by flow matching, one after another, and then writes the answer from
-question and blocks. Every block can be read as text.
+question and blocks. {read}
 """
+
+#: by what stands for a finished block (``denoiser.context``)
+_READ = {
+    "latents": "Every block can be read as text.",
+    "text": "A finished block is read as text by the VAE, and its words are what later blocks and the answer see.",
+}
 
 
 def _asking(name: str) -> str:

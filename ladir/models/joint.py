@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ladir.data.joint import JointBatch
@@ -32,8 +33,11 @@ class Joint(nn.Module):
         """Summed losses of :class:`~ladir.models.vae.Vae` and :class:`~ladir.models.denoiser.Denoiser`.
 
         What the flow is to reach, and what is noised, is detached: an encoder that could move it would make it easy to reach and
-        empty.  The clean blocks that later ones, stop and answer see are not: what is useful there reaches the encoder.
+        empty.  The clean blocks that later ones, stop and answer see are not: what is useful there reaches the encoder.  Where
+        finished blocks stand as text nothing is, and no gradient is made ready for it.
         """
-        z = self.latents(batch)
-        losses = self.denoiser(replace(batch.teacher, z0=z.detach(), context=z))
+        as_text = self.denoiser.settings.context == "text"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not as_text):
+            z = self.latents(batch)
+        losses = self.denoiser(replace(batch.teacher, z0=z.detach(), context=None if as_text else z))
         return {**self.vae(batch.vae), **losses}

@@ -67,7 +67,7 @@ class TrajectoryTrace:
 class GivenSentences:
     """In place of a reader the sentences of records, a row each: what follows a block is generated as behind the record's own."""
 
-    encodes = False
+    encodes, own = False, False
 
     def __init__(self, sentences: Sequence[Sequence[list[int]]]) -> None:
         known = {(row, block): ids for row, blocks in enumerate(sentences) for block, ids in enumerate(blocks)}
@@ -144,13 +144,15 @@ class LatentRecorder(Reasoner):
         """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable.
 
         ``between`` is called between two denoising steps, on ranks that think the same alike: what it raises ends them.
+        ValueError where sentences were given, and not for just these trajectories.
         """
+        if self._given is not None and (num_trajectories != 1 or len(questions) != len(self._given)):
+            raise ValueError(
+                f"the sentences of {len(self._given)} records were given, for a question with one trajectory each, not for "
+                f"{len(questions)} questions with {num_trajectories} trajectories each"
+            )
         self._between = between
-        found = self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
-        if self._given is not None:
-            for trajectory in (trajectory for one in found for trajectory in one):
-                trajectory.thought_ids = None  # they are not its own
-        return found
+        return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
 
     def read(
         self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder, noise: bool = False
@@ -168,7 +170,7 @@ class LatentRecorder(Reasoner):
         def block_trace(trajectory: Trajectory, block: int) -> BlockTrace:
             steps = trajectory.trace[block]
             start, shown = self._noise_of[steps[0]], [texts[number] for number in steps]
-            if trajectory.thought_ids is not None:  # as it was read to be encoded again, by the token head as well
+            if trajectory.thought_ids is not None:  # as it was read for what follows, by the token head as well
                 shown[-1] = decode_text(self.tokenizer, trajectory.thought_ids[block])
             latents = self._standardised([start, *steps])
             return BlockTrace(latents[1:], shown, latents[0], texts.get(start, ""))

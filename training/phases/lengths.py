@@ -44,17 +44,28 @@ def _grounded(sentence: list[int] | GroundedSentence, most: int, marks: int) -> 
 def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentStore | None], frame: Frame) -> None:
     """What the denoiser reads of a record: question, blocks (whole spans of them), <SOA>, answer.  UnusableError as above."""
     span, block = config.denoiser.span, block_length(config.vae.latents_per_block)
-    sizes = np.concatenate([store.sizes() for store in stores if store is not None])
-    room = -(-sizes[:, 1] // span) * span * block  # a chain's last span may reach beyond its end
+    sizes = np.concatenate([store.sizes(span) for store in stores if store is not None])
+    question, answer, blocks, *_ = sizes.T
+    behind = -(-blocks // span) * span * block + 1 + answer  # a chain's last span may reach beyond its end
     if config.denoiser.context == "text":
-        room = sizes[:, 2] + sizes[:, 1] * block_length(0) + span * block
+        behind = _behind_question(sizes, span, block)
         block = block_length(max(config.vae.latents_per_block, config.sample.max_thought_tokens))
-    lengths = len(frame) + sizes[:, 0] + room + 1
+    lengths = len(frame) + question + behind
     names = "data.max_question_tokens, data.max_blocks or data.max_answer_tokens, and encode again"
     check_positions(lm, lengths, "records with their blocks", _SHORTER.format(names=names))
     own = max(store.longest_question for store in stores if store is not None) + with_room(config.sample.max_blocks, span) * block
     most = len(frame) + own + 1 + config.sample.max_answer_tokens
     check_room(lm, most, "the model's own thoughts and answer", "set a lower sample.max_blocks or sample.max_answer_tokens")
+
+
+def _behind_question(sizes: np.ndarray, span: int, block: int) -> np.ndarray:
+    """Positions [N] behind a question where finished blocks stand as text, of records with :meth:`LatentStore.sizes`: up to the
+    answer's end, or to that of the last span's noisy copies, ``block`` tokens a block, which begin where the span does."""
+    _, answer, blocks, words, of_last = sizes.T
+    before_last = np.maximum(blocks - 1, 0) // span * span
+    clean = words + blocks * block_length(0) + 1 + answer
+    noisy = words - of_last + before_last * block_length(0) + span * block - 1  # no <EOT> has a noisy copy
+    return np.maximum(clean, noisy)
 
 
 def check_chains(
