@@ -167,3 +167,14 @@ def test_a_question_with_two_answers_is_not_judged_by_the_last(row: dict[str, An
 def test_an_instruction_without_a_marked_answer_is_asked_whole(tmp_path: Path) -> None:
     (record,) = read(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "3, 4", "output": "7.", "final_answer": 7}).asked
     assert (record.question, record.answer) == ("Add.\n3, 4", "7")
+
+
+def test_questions_of_several_files_are_asked_as_data_train_names_them(tmp_path: Path) -> None:
+    """Stage 3 and the verifier ask those of data.train, which may be a list or a pattern."""
+    files = [tmp_path / f"part-{number}.jsonl" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_text(json.dumps({"input": f"a {number}", "output": "b. #### c"}) + "\n")
+    for named in ([str(file) for file in files], str(tmp_path / "part-*.jsonl")):
+        assert [record.question for record in read_questions(named, DataSettings(), TOKENIZER).asked] == ["a 0", "a 1"]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        read_questions(str(tmp_path / "other-*.jsonl"), DataSettings(), TOKENIZER)

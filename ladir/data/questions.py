@@ -28,6 +28,7 @@ from ladir.data.records import (
     record_of,
     text_of,
 )
+from ladir.data.rows import data_files
 from ladir.errors import UnusableError
 from ladir.tokens import encode_stream
 
@@ -50,21 +51,24 @@ class QuestionSet:
 
 
 def read_questions(
-    path: str,
+    named: str | Sequence[str],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     check: Callable[[Record], None] = lambda record: None,
     most: int | None = None,
 ) -> QuestionSet:
-    """The first ``most`` questions of a file (all, if not given), as records without blocks; their answer may be empty.
+    """The first ``most`` questions (all, if not given) of one file or several, ``named`` as in ``data.train``.
+
+    They are records without blocks; their answer may be empty.
 
     Left out are lines without a question, questions longer than ``data.max_question_tokens``, and those that ``check`` refuses:
     it raises UnusableError where a record lacks what answers are judged by.  Where it refuses every one the first of these errors
     is raised; BadRecords where there are any and ``data.on_bad_record=error``, or where nothing is left to ask.
     """
-    entries = [question_of(source, load, settings) for source, load in file_rows(path, settings.stream_hub)]
+    rows = (row for file in data_files(named) for row in file_rows(file, settings.stream_hub))
+    entries = [question_of(source, load, settings) for source, load in rows]
     if not entries:
-        raise UnusableError(f"{path}: no records in it; write one JSON object per line")
+        raise UnusableError(f"{named}: no records in it; write one JSON object per line")
     entries = list(_judgeable(entries, check))
     entries = list(_of_fit_length(entries, tokenizer, settings))
     refuse_or_list([entry for entry in entries if isinstance(entry, BadRecord)], len(entries), settings)

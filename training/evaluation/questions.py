@@ -12,6 +12,7 @@ from ladir.tasks import Task
 from ladir.tokens import load_tokenizer
 from training.evaluation.gold import GoldCheck, check_gold
 from training.evaluation.readiness import question_file
+from training.runtime.hub import fetched_once
 from training.runtime.run import Run
 
 
@@ -32,7 +33,7 @@ def choose_questions(run: Run, task: Task) -> Asked | None:
 
     None where a signal asked to stop.
     """
-    found = run.world.first_on_node(lambda: read_split(run.config, task))
+    found = fetched_once(run.world, question_file(run.config), lambda: read_split(run.config, task))
     gold = check_gold(run, task, found.asked)
     if gold is None:
         return None

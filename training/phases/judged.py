@@ -37,6 +37,7 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
 from training.runtime.files import sha256, write_json
+from training.runtime.hub import fetched_once
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     settings, tokenizer = run.config.verifier, load_tokenizer(run.config.backbone)
     vae = reading_vae(run, denoiser)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
-    records = run.world.first_on_node(lambda: chosen_questions(run.config, tokenizer, task))
+    named = settings.questions or run.config.data.train
+    records = fetched_once(run.world, named, lambda: chosen_questions(run.config, named, tokenizer, task))
     folder = run.folder.judged / run.world.on_main(lambda: _digest(run.config, denoiser, vae, records))
     if run.world.is_main:
         _clear(folder)
@@ -80,12 +82,13 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     return folder
 
 
-def chosen_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
-    """The questions that are asked, each once, drawn from the file in an order of their own."""
-    path = config.verifier.questions or config.data.train
-    if path is None:
+def chosen_questions(
+    config: Config, named: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> list[Record]:
+    """The questions that are asked, each once, drawn from what is ``named`` in an order of their own."""
+    if named is None:
         raise UnusableError("verifier.questions is not set, nor data.train: name the questions to ask")
-    asked = read_questions(path, config.data, tokenizer, task.check).asked
+    asked = read_questions(named, config.data, tokenizer, task.check).asked
     distinct = list({record.question: record for record in asked}.values())
     order = generator(derive(config.run.seed, "verifier/questions"), 0).permutation(len(distinct))
     return [distinct[i] for i in order[: config.verifier.num_questions]]

@@ -37,6 +37,7 @@ from training.reinforcement.samplers import LatentSampler
 from training.reinforcement.steps import OwnSteps
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
+from training.runtime.hub import fetched_once
 from training.runtime.phase import Underway
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
@@ -69,7 +70,7 @@ def rl_phase(config: Config, world: World) -> RlPhase:
     before = Earlier.of(config, world, tokenizer, store, source, stage=3)
     frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
-    records = world.first_on_node(lambda: rl_questions(config, tokenizer, task))
+    records = rl_questions(config, world, tokenizer, task)
     reward = reward_function(settings)
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
@@ -122,15 +123,15 @@ def rl_weights(config: Config) -> dict[str, float]:
     return {**{name: own[name] for name in terms(config.rl)}, **(stage_1 if anchor else {})}
 
 
-def rl_questions(config: Config, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
+def rl_questions(config: Config, world: World, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
     """The questions that are asked, each once, whatever solutions are known."""
-    path = config.rl.questions or config.data.train
-    if path is None:
+    named = config.rl.questions or config.data.train
+    if named is None:
         raise UnusableError("there are no questions to ask: set rl.questions or data.train")
-    records = read_questions(path, config.data, tokenizer, task.check).asked
+    records = fetched_once(world, named, lambda: read_questions(named, config.data, tokenizer, task.check).asked)
     different = list({record.question: record for record in records}.values())
     if len(different) < config.rl.prompts:
-        raise UnusableError(f"rl.prompts={config.rl.prompts}: {path} has only {len(different)} different questions; ask fewer")
+        raise UnusableError(f"rl.prompts={config.rl.prompts}: {named} has only {len(different)} different questions; ask fewer")
     return different
 
 
