@@ -68,7 +68,7 @@ def train(run: Run, phase: Phase) -> Outcome:
 def _loop(trainer: Trainer, settings: TrainSettings) -> Outcome:
     """One turn is one optimizer step."""
     cadence = trainer.cadence
-    with trainer.telemetry(), trainer.step_batches() as step_batches, collected_when_asked():
+    with collected_when_asked(), trainer.telemetry(), trainer.step_batches() as step_batches:  # the clock starts behind the first
         trainer.catch_up()
         for step_batch in step_batches:
             stop = trainer.all_reduce_counts(step_batch)
