@@ -174,6 +174,12 @@ def block_length(latents: int) -> int:
     return latents + 2
 
 
+def longest_block(latents: int, sentence: int, context: str) -> int:
+    """Tokens of a finished block as it stands in ``context`` (``denoiser.context``), or of a noisy one where that is longer, if
+    sentences have at most ``sentence`` tokens."""
+    return block_length(max(latents, sentence) if context == "text" else latents)
+
+
 def span_offsets(span: int, latents: int) -> np.ndarray:
     """Positions of a noisy copy's tokens [J * (L + 1)], from the start of its first block on: <EOT>s have no noisy copy."""
     return (np.arange(span)[:, None] * block_length(latents) + np.arange(latents + 1)).ravel()

@@ -19,7 +19,7 @@ from ladir.installation import tell_in_one_line
 
 tell_in_one_line()
 
-#: Segments that grow leave few holes between batches of different lengths.  PyTorch reads this when it is imported, under either
-#: name; what the user says comes first.
+# Segments that grow leave few holes between batches of different lengths.  PyTorch reads this when it is imported, under either
+# name; what the user says comes first.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -34,7 +34,7 @@ class TelemetrySettings:
         "where a GPU's memory runs out in a training, memory/<phase> says what lay in it (pytorch.org/memory_viz); this many "
         "allocations before that are told with the code that made them, which costs a little time; 0: none",
     )
-    samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at every validation; 0: none")
+    samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at validations; 0: none")
     samples_share: float = setting(
         0.02,
         "share of a training's seconds that showing samples may take: a validation at which it would be more shows none, but for "

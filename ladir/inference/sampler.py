@@ -165,7 +165,7 @@ class BlockSampler:
         kept: KeptSteps | None = None,
         value: BlockValue | None = None,
     ) -> None:
-        """``reader``: what finished blocks are read by, where they are (:func:`reads_blocks`); ``graphs``: steps are captured and
+        """``reader``: what finished blocks are read by, where they are; ``graphs``: steps are captured and
         replayed where they can be; ``kept``: steps that are random, and kept; ``value``: what ``verifier_scale`` goes by."""
         self.denoiser = denoiser
         self.settings = settings

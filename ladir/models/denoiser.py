@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from ladir.config import DenoiserSettings
 from ladir.data.batches import DenoiserBatch
 from ladir.data.packing import IGNORE
-from ladir.layout import Mark, block_length
+from ladir.layout import Mark, longest_block
 from ladir.models import flow
 from ladir.models.attention import Visibility
 from ladir.models.backbone import Backbone
@@ -168,8 +168,8 @@ class Denoiser(nn.Module):
         return self.latent_out(hidden).float()
 
     def longest_block(self, sentence: int) -> int:
-        """Tokens of a finished block, or of a noisy one where that is longer, if sentences have at most ``sentence``."""
-        return block_length(max(self.latents_per_block, sentence if self.settings.context == "text" else 0))
+        """:func:`~ladir.layout.longest_block` of this model, if sentences have at most ``sentence`` tokens."""
+        return longest_block(self.latents_per_block, sentence, self.settings.context)
 
     @property
     def reads_tokens(self) -> bool:

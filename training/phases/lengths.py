@@ -13,7 +13,7 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame
 from ladir.data.token_lists import GroundedSentence, lengths_of
 from ladir.data.token_store import TokenStore
-from ladir.layout import block_length
+from ladir.layout import block_length, longest_block
 from ladir.models.positions import check_positions, check_room
 from ladir.spans import with_room
 
@@ -49,11 +49,12 @@ def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentS
     behind = -(-blocks // span) * span * block + 1 + answer  # a chain's last span may reach beyond its end
     if config.denoiser.context == "text":
         behind = _behind_question(sizes, span, block)
-        block = block_length(max(config.vae.latents_per_block, config.sample.max_thought_tokens))
     lengths = len(frame) + question + behind
     names = "data.max_question_tokens, data.max_blocks or data.max_answer_tokens, and encode again"
     check_positions(lm, lengths, "records with their blocks", _SHORTER.format(names=names))
-    own = max(store.longest_question for store in stores if store is not None) + with_room(config.sample.max_blocks, span) * block
+    finished = longest_block(config.vae.latents_per_block, config.sample.max_thought_tokens, config.denoiser.context)
+    room = with_room(config.sample.max_blocks, span) * finished
+    own = max(store.longest_question for store in stores if store is not None) + room
     most = len(frame) + own + 1 + config.sample.max_answer_tokens
     check_room(lm, most, "the model's own thoughts and answer", "set a lower sample.max_blocks or sample.max_answer_tokens")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ladir.config import Config
 from ladir.config.checks import reads_blocks
 from ladir.inference.sampler import passes_per_span
-from ladir.layout import block_length
+from ladir.layout import block_length, longest_block
 from training.planning.models import DataSize
 
 #: a block's denoising steps are one CUDA graph, but for the first two
@@ -57,8 +57,8 @@ def answering(
     branches = 2 if sample.guidance_scale != 1 else 1
     latents, span = config.vae.latents_per_block, config.denoiser.span
     as_text = config.denoiser.context == "text"
-    finished = max(latents, sample.max_thought_tokens) if as_text else latents
-    longest = data.longest.question + sample.max_blocks * block_length(finished) + sample.max_answer_tokens + 1
+    finished = longest_block(latents, sample.max_thought_tokens, config.denoiser.context)
+    longest = data.longest.question + sample.max_blocks * finished + sample.max_answer_tokens + 1
     passes, blocks = passes_per_span(sample, span), mean.blocks
     spans = -(-max(blocks, span) // span)
     thinking = max(blocks, span) * passes * (latents + 1) + blocks * block_length(mean.block if as_text else latents)

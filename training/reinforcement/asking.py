@@ -83,7 +83,7 @@ class Asker:
             for ids, verdict, reward in zip(asked.answers, verdicts, rewards, strict=True)
         ]
         own = [tuple(answers[place : place + count]) for place in range(0, len(answers), count)]
-        lines = tuple(map(Line, asked.latents, own, asked.steps, asked.sentences or [None] * len(asked.latents)))
+        lines = tuple(map(Line, asked.latents, own, asked.steps, asked.sentences))
         return Group(asked.record.question, asked.question, lines, asked.times)
 
 

@@ -30,11 +30,11 @@ class Tries:
     record: Record
     question: list[int]
     latents: list[Tensor]
-    steps: list[Tensor | None]
+    steps: Sequence[Tensor | None]
+    sentences: Sequence[list[list[int]] | None]
     answers: list[list[int]]
     texts: list[Sampled]
     times: tuple[tuple[float, float], ...] = ()
-    sentences: list[list[list[int]] | None] | None = None
 
 
 class Sampler(Protocol):
@@ -67,10 +67,10 @@ class LatentSampler:
                 question,
                 [line.latents for line in group],
                 [line.steps for line in group],
+                [line.thought_ids for line in group],
                 [ids for line in group for ids in line.answer_ids],
                 [text for line in group for text in self._texts(line)],
                 times,
-                [line.thought_ids for line in group],
             )
             for record, question, group in zip(records, encode_texts(self.reasoner.tokenizer, questions), groups, strict=True)
         ]
@@ -106,8 +106,9 @@ class TextSampler:
             seed,
             bidirectional_question=self.reading.bidirectional,
         )
+        none = [None] * group
         return [
-            Tries(record, prompt, [torch.zeros(0)] * group, [None] * group, answers, [self._sampled(ids) for ids in answers])
+            Tries(record, prompt, [torch.zeros(0)] * group, none, none, answers, [self._sampled(ids) for ids in answers])
             for record, prompt, answers in zip(records, prompts, found, strict=True)
         ]
 

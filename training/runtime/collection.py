@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collected_when_asked() -> Iterator[None]:
-    """Inside, cycles are collected by :func:`collect` alone; what is there already is never looked at again."""
+    """Inside, cycles are collected where ``gc.collect`` is called; what is there already is never looked at again."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -23,8 +23,3 @@ def collected_when_asked() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def collect() -> None:
-    """Free the cycles that have come up since."""
-    gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import math
@@ -22,7 +23,7 @@ from training.runtime.best import keep_as_finished, remove_others
 from training.runtime.cadence import Cadence
 from training.runtime.checkpoint import Writing
 from training.runtime.clock import Clock
-from training.runtime.collection import collect, collected_when_asked
+from training.runtime.collection import collected_when_asked
 from training.runtime.distributed import is_lost_rank
 from training.runtime.ending import finished_before, tell_trained
 from training.runtime.engine import Engine
@@ -297,7 +298,7 @@ class Trainer:
         self._unlogged = (lr, gradient_norm)
         if self.cadence.log_due():
             self._log()
-            collect()
+            gc.collect()  # on all ranks at the same step
         # Before the checkpoint: a run killed in between makes this step again, and the snapshot with it.
         if self.cadence.snapshot_due():
             self._record_model("unfinished", step)
