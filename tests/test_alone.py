@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from ladir.errors import UnusableError
 from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.toy_phase import ToyPhase, toy_config
@@ -48,29 +47,6 @@ def work_alone(world: World, signalled: int | None) -> tuple[Any, Any, bool]:
 def test_rank_0_works_alone_and_any_rank_can_break_it_off(two_processes: ProcessGroup, signalled: int | None) -> None:
     first = "done" if signalled is None else None
     assert two_processes.run(work_alone, signalled) == [(first, "done", True), (first, "done", False)]
-
-
-def read_in_turn(world: World, file: Path, broken: bool) -> str:
-    """Every rank notes that it was there; the first one, where it is ``broken``, fails for that."""
-
-    def work() -> str:
-        before = file.read_text() if file.exists() else ""
-        if world.local_rank > 0:
-            time.sleep(0.2)  # the first one would have the time to come later
-        file.write_text(f"{before}{world.rank}")
-        if broken and world.is_main:
-            raise UnusableError("nothing there")
-        return before
-
-    try:
-        return world.first_on_node(work)
-    except UnusableError as error:
-        return str(error)
-
-
-def test_one_process_of_a_node_fetches_before_the_others(two_processes: ProcessGroup, tmp_path: Path) -> None:
-    assert two_processes.run(read_in_turn, tmp_path / "whole", False) == ["", "0"]
-    assert two_processes.run(read_in_turn, tmp_path / "broken", True) == ["nothing there", "0"]
 
 
 class SamplingPhase(ToyPhase):

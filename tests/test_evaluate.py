@@ -23,6 +23,7 @@ from ladir.config import Config, CountdownSettings, EvaluateSettings, SampleSett
 from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
+from ladir.data.question_store import Questions
 from ladir.data.records import BadRecords, Record
 from ladir.errors import UnusableError
 from ladir.evaluation.metrics import summarise
@@ -41,9 +42,9 @@ from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.evaluation import asking, table
 from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers
 from training.evaluation.answers import AnswerLog, cut
-from training.evaluation.questions import read_split
 from training.evaluation.stages import evaluate
 from training.evaluation.table import tell_of_limits, tell_of_undecided
+from training.phases.tokens import Tokens
 from training.runtime.distributed import World
 from training.runtime.files import write_json
 from training.runtime.run import Outcome, RunFolder, open_run
@@ -414,11 +415,16 @@ def test_batches_cover_every_question_once_and_evenly(count: int, size: int, ran
     assert len(batches) % ranks == 0 or len(batches) == count
 
 
+def countdown_questions(config: Config) -> Questions:
+    """Those that an evaluation asks."""
+    return Tokens(config, ALONE, load_tokenizer(config.backbone)).questions(config.data.test, get_task("countdown"))
+
+
 def test_the_baseline_reads_questions_as_its_folder_says(models: Path, tmp_path: Path) -> None:
     config = configure(models, tmp_path)
     folder, tokenizer = RunFolder(config), load_tokenizer(config.backbone)
     backbone = Backbone(tiny_lm(dtype=torch.float32, seed=3))
-    records = read_split(config, get_task("countdown")).asked[:3]
+    records = countdown_questions(config)[:3]
     prompts, keys = [prompt_ids(tokenizer, record.question) for record in records], [record.question for record in records]
     found: dict[bool, list[ChainText]] = {}
     for bidirectional in (False, True):
@@ -456,7 +462,7 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     config = configure(models, tmp_path)
     reasoner = Reasoner.from_pretrained(folder.export, "cpu", denoiser=folder.model("denoiser-7"))
     reasoner.settings = config.sample
-    asked = read_split(config, get_task("countdown")).asked
+    asked = countdown_questions(config)
     expected = reasoner.generate([record.question for record in asked[:2]], 10, seed=config.run.seed)
     found = read_questions(folder.path / "generations-7.jsonl")["ladir"]
     assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]
@@ -479,7 +485,7 @@ def test_all_that_is_missing_is_told_at_once_before_anything_is_read(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_to_load(monkeypatch)
-    monkeypatch.setattr("training.evaluation.questions.read_questions", lambda *_: pytest.fail("read questions"))
+    monkeypatch.setattr("training.evaluation.questions.read_split", lambda *_: pytest.fail("read questions"))
     run = RunFolder(configure(models, tmp_path))
     run.path.mkdir(parents=True)
     (run.path / "export").mkdir()

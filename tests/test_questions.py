@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ladir.config import DataSettings
-from ladir.data.questions import QuestionSet, read_questions
+from ladir.data import tokenizing
+from ladir.data.question_store import Questions, QuestionStore, write_questions
 from ladir.data.records import BadRecords, Record, read_records
+from ladir.data.rows import data_files
+from ladir.data.token_store import Store
 from ladir.errors import UnusableError
 from ladir.tasks import get_task
 from ladir.tokens import build_word_tokenizer
@@ -27,8 +35,23 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, **settings: Any) -> QuestionSet:
-    return read_questions(write(path, *rows), DataSettings(**settings), TOKENIZER, get_task(task).check, most)
+def stored(
+    folder: Path,
+    named: str | Sequence[str],
+    settings: DataSettings,
+    check: Callable[[Record], None] = lambda record: None,
+    processes: int = 1,
+) -> Questions:
+    files = data_files(named)
+    write_questions(folder, files, settings, TOKENIZER, processes, check=check)
+    store = QuestionStore(Store(folder, files))
+    store.refuse(settings)
+    return Questions.of(store)
+
+
+def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, **settings: Any) -> Questions:
+    named = write(path, *rows)
+    return stored(path.with_suffix(".store"), named, DataSettings(**settings), get_task(task).check).first(most)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +81,7 @@ def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, *
     ],
 )
 def test_a_question_with_an_answer_is_asked_in_every_form(row: dict[str, Any], answer: str, tmp_path: Path) -> None:
-    (record,) = read(tmp_path / "a.jsonl", row).asked
+    (record,) = read(tmp_path / "a.jsonl", row)
     assert (record.question, record.answer, record.blocks, record.source) == ("q", answer, (), f"{tmp_path}/a.jsonl:1")
 
 
@@ -74,7 +97,7 @@ def test_a_question_with_an_answer_is_asked_in_every_form(row: dict[str, Any], a
     ],
 )
 def test_a_program_is_asked_for_where_there_are_tests(row: dict[str, Any], tmp_path: Path) -> None:
-    (record,) = read(tmp_path / "a.jsonl", row, task="code").asked
+    (record,) = read(tmp_path / "a.jsonl", row, task="code")
     assert record.question.startswith("q") and (record.answer != "") == (row.get("canonical_solution") is not None)
     assert "assert" in record.reference["tests"]
 
@@ -88,8 +111,8 @@ def test_other_trainings_names_leave_a_set_readable(tmp_path: Path) -> None:
         "answer_prefixes": ["The answer is"],
     }
     rows = ({"question": "q", "answer": "7"}, {"query": "q", "answer": "7"}, {"query": "q", "response": "The answer is: 7"})
-    assert [record.answer for record in read(tmp_path / "a.jsonl", *rows, **names).asked] == ["7", "7", "7"]
-    chain = read(tmp_path / "b.jsonl", {"question": "q", "answer": "7"}, input_field="question", output_field="answer").asked
+    assert [record.answer for record in read(tmp_path / "a.jsonl", *rows, **names)] == ["7", "7", "7"]
+    chain = read(tmp_path / "b.jsonl", {"question": "q", "answer": "7"}, input_field="question", output_field="answer")
     assert [record.answer for record in chain] == ["7"]
 
 
@@ -116,10 +139,10 @@ def test_what_cannot_be_asked_is_refused_or_left_out_and_counted(
         read(tmp_path / "a.jsonl", *rows, **limit)
     with caplog.at_level(logging.WARNING):
         found = read(tmp_path / "a.jsonl", *rows, on_bad_record="skip", **limit)
-    assert [record.answer for record in found.asked] == ["1", "2"]
-    assert len(found.left_out) == 1 and f"a.jsonl:2: {reason}" in caplog.text
+    assert [record.answer for record in found] == ["1", "2"]
+    assert len(found.passed_over) == 1 and f"a.jsonl:2: {reason}" in caplog.text
     first = read(tmp_path / "a.jsonl", *rows, most=1, on_bad_record="skip", **limit)
-    assert ([record.answer for record in first.asked], first.left_out) == (["1"], [])
+    assert ([record.answer for record in first], first.passed_over) == (["1"], [])
 
 
 def test_a_file_of_another_task_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -139,9 +162,9 @@ def test_no_line_is_lost_and_what_is_trained_on_is_asked_with_the_same_answer(
 ) -> None:
     path, settings = write(tmp_path_factory.getbasetemp() / "any.jsonl", {"input": "q", "answer": "1"}, *rows), DataSettings()
     settings.on_bad_record = "skip"
-    found = read_questions(path, settings, TOKENIZER)
-    assert len(found.asked) + len(found.left_out) == 1 + len(rows)
-    asked = {record.source: record for record in found.asked}
+    found = stored(Path(path).with_suffix(".store"), path, settings)
+    assert len(found) + len(found.passed_over) == len(found.store) == 1 + len(rows)
+    asked = {record.source: record for record in found}
 
     def bare(record: Record) -> tuple[Any, ...]:
         return record.question, record.answer, record.reference
@@ -165,7 +188,7 @@ def test_a_question_with_two_answers_is_not_judged_by_the_last(row: dict[str, An
 
 
 def test_an_instruction_without_a_marked_answer_is_asked_whole(tmp_path: Path) -> None:
-    (record,) = read(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "3, 4", "output": "7.", "final_answer": 7}).asked
+    (record,) = read(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "3, 4", "output": "7.", "final_answer": 7})
     assert (record.question, record.answer) == ("Add.\n3, 4", "7")
 
 
@@ -175,6 +198,43 @@ def test_questions_of_several_files_are_asked_as_data_train_names_them(tmp_path:
     for number, file in enumerate(files):
         file.write_text(json.dumps({"input": f"a {number}", "output": "b. #### c"}) + "\n")
     for named in ([str(file) for file in files], str(tmp_path / "part-*.jsonl")):
-        assert [record.question for record in read_questions(named, DataSettings(), TOKENIZER).asked] == ["a 0", "a 1"]
+        assert [record.question for record in stored(tmp_path / "store", named, DataSettings())] == ["a 0", "a 1"]
     with pytest.raises(FileNotFoundError, match="no file matches"):
-        read_questions(str(tmp_path / "other-*.jsonl"), DataSettings(), TOKENIZER)
+        stored(tmp_path / "store", str(tmp_path / "other-*.jsonl"), DataSettings())
+
+
+def test_a_store_of_questions_is_the_same_by_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "_ROWS", 3)
+    rows = [
+        {"input": f"q {i % 4}", "answer": str(i), "more": [i, None, {"x": 0.5}]} if i % 5 else {"input": 7} for i in range(20)
+    ]
+    file, settings = write(tmp_path / "a.jsonl", *rows), DataSettings(on_bad_record="skip", max_question_tokens=3)
+    stores = [stored(tmp_path / f"by-{n}", file, settings, get_task("maths").check, n) for n in (1, 2)]
+    for name in ("tokens.arrow", "index.json", "bad.jsonl"):
+        assert (tmp_path / "by-1" / name).read_bytes() == (tmp_path / "by-2" / name).read_bytes()
+    found = stores[0]
+    assert [record.reference["more"] for record in found] == [[i, None, {"x": 0.5}] for i in range(20) if i % 5]
+    assert [bad.source for bad in found.passed_over] == [f"{file}:{i + 1}" for i in range(0, 20, 5)]
+    assert [bad.source for bad in found.first(5).passed_over] == [f"{file}:1", f"{file}:6"]
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9))
+def test_of_a_question_that_stands_there_again_the_last_line_is_asked(
+    tmp_path_factory: pytest.TempPathFactory, questions: list[str]
+) -> None:
+    rows = [{"input": question, "answer": str(place)} for place, question in enumerate(questions)]
+    file = write(tmp_path_factory.getbasetemp() / "again.jsonl", *rows)
+    found = stored(Path(file).with_suffix(".store"), file, DataSettings())
+    assert list(found.distinct()) == list({record.question: record for record in found}.values())
+    assert [record.answer for record in found.distinct().chosen([0])] == [
+        str(len(questions) - 1 - questions[::-1].index(questions[0]))
+    ]
+
+
+def test_what_is_no_json_is_judged_as_it_is_kept(tmp_path: Path) -> None:
+    """A Parquet file has dates and decimals; the task looks at what a store gives back."""
+    table = pa.table({"input": ["q"], "answer": ["7"], "day": [date(2026, 1, 2)], "size": [Decimal("1.50")], "raw": [b"\xff"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    looked_at: list[Record] = []
+    (record,) = stored(tmp_path / "store", str(tmp_path / "a.parquet"), DataSettings(), looked_at.append)
+    assert looked_at == [record] and record.reference["day"] == "2026-01-02" and record.reference["size"] == "1.50"

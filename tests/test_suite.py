@@ -104,7 +104,7 @@ def test_files_that_are_missing_are_named_before_anything_is_read(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.evaluation.asking.load_answerers", lambda *_: pytest.fail("loaded a model"))
-    monkeypatch.setattr("training.evaluation.questions.read_questions", lambda *_: pytest.fail("read questions"))
+    monkeypatch.setattr("training.evaluation.questions.read_split", lambda *_: pytest.fail("read questions"))
     with pytest.raises(FileNotFoundError) as told:
         evaluate_in(models, tmp_path, "evaluate.suite=code4", f"evaluate.suite_folder={tmp_path}", "evaluate.methods=[ladir]")
     lines = str(told.value).splitlines()

@@ -32,6 +32,7 @@ from ladir.data.token_lists import Joined, TokenLists
 from ladir.data.token_store import Store, TokenStore, store_key, stored_chains, stored_sentences
 from ladir.data.tokenizing import in_order, write_chains, write_records, write_sentences
 from ladir.errors import UnusableError
+from ladir.tasks import get_task
 from ladir.tokens import build_word_tokenizer, encode_text, tokenization_fingerprint
 from tests.distributed import ProcessGroup
 from tests.tiny import tiny_lm
@@ -173,6 +174,24 @@ def test_a_store_is_made_once_by_content_and_settings(
     assert list(opened()) == list(first) and len(made) == 9
     Path(files[1]).write_bytes(gzip.compress(b"\n".join(rows(13, 3))))
     assert len(list(Tokens(configure(tmp_path), ALONE, WORDS).records(files[:2]) or [])) == len(first) - 1
+
+
+def test_questions_are_read_once_for_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"input": "a", "answer": "1"}\n{"input": "b"}\n{"input": "c", "tests": "assert True"}\n')
+    read = Tokens(configure(tmp_path), ALONE, WORDS)
+    with caplog.at_level(logging.WARNING):
+        first = list(read.questions(str(file), get_task("maths")))
+    assert [record.question for record in first] == ["a"] and caplog.text.count("2 of 3 records are left out") == 1
+    assert [record.question for record in read.questions(str(file), get_task("code"))] == ["c"]
+    with pytest.raises(UnusableError, match=r"a\.jsonl:1: not a Countdown record"):
+        read.questions(str(file), get_task("countdown"))
+    monkeypatch.setattr("ladir.data.question_store.question_of", lambda *_: pytest.fail("read again"))
+    assert list(read.questions([str(file)], get_task("maths"))) == first
+    with pytest.raises(BadRecords, match="2 of 3 records cannot be used"):
+        Tokens(configure(tmp_path, "data.on_bad_record=error"), ALONE, WORDS).questions(str(file), get_task("maths"))
 
 
 def test_the_tokenizer_s_rules_are_part_of_what_a_store_depends_on() -> None:

@@ -14,7 +14,6 @@ if not __package__:  # started as a program
     import preflight  # noqa: F401
 
 from collections.abc import Sequence
-from functools import partial
 
 from training.phases.rl import rl_phase
 from training.phases.rl_text import rl_text_phase
@@ -28,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "ar-rl" if config.rl.policy == "text" else "rl", trains=True) as run:
         if finished_before(run) is None:
-            build = partial(rl_text_phase, stop=run.stop) if run.phase == "ar-rl" else rl_phase
-            train(run, build(run.config, run.world))
+            build = rl_text_phase if run.phase == "ar-rl" else rl_phase
+            train(run, build(run.config, run.world, run.stop))
 
 
 if __name__ == "__main__":

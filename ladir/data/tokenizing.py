@@ -1,4 +1,4 @@
-"""Reading, checking, splitting and tokenizing records into a token store, by many processes.
+"""Reading, checking, splitting and tokenizing records into a store, by many processes.
 
 The rows of the files are handed out in chunks; what becomes of them is written in their order, whatever the number of processes.
 """
@@ -40,7 +40,7 @@ CHAINS = pa.schema([("prompt", IDS), ("completion", IDS)])
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Some rows of one file."""
 
     file: int
@@ -48,7 +48,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """What became of some rows."""
 
     batch: pa.RecordBatch
@@ -69,10 +69,10 @@ def write_records(
     for a file that cannot be read as a whole; bad records are listed in the store.
     """
 
-    def made(part: _Rows) -> _Made:
+    def made(part: Rows) -> Made:
         return _records(part, settings, tokenizer)
 
-    _write(folder, "records", RECORDS, in_order(made, _parts(files, settings.stream_hub), processes), give_way)
+    write_parts(folder, "records", RECORDS, made, files, settings.stream_hub, processes, give_way)
 
 
 def write_sentences(
@@ -85,13 +85,13 @@ def write_sentences(
 ) -> None:
     """The same of files of ``{"text": sentence}``."""
 
-    def made(part: _Rows) -> _Made:
+    def made(part: Rows) -> Made:
         found = sentences_of(part.rows)
         usable, bad = check_sentences(found, tokenizer, settings)
         batch = pa.RecordBatch.from_arrays([list_column(usable, np.int32)], schema=SENTENCES)
-        return _Made(batch, _listed(part.file, bad, len(found.bad)))
+        return Made(batch, _listed(part.file, bad, len(found.bad)))
 
-    _write(folder, "sentences", SENTENCES, in_order(made, _parts(files, settings.stream_hub), processes), give_way)
+    write_parts(folder, "sentences", SENTENCES, made, files, settings.stream_hub, processes, give_way)
 
 
 def write_chains(
@@ -104,39 +104,53 @@ def write_chains(
 ) -> None:
     """Questions and chains as the plain text that an autoregressive LM reads (:mod:`ladir.data.prompts`), of stored records."""
 
-    def made(places: range) -> _Made:
+    def made(places: range) -> Made:
         pairs = list(chain_pairs(tokenizer, [records.text(i) for i in places], answer_prefix))
         columns = [list_column([pair[side] for pair in pairs], np.int32) for side in (0, 1)]
-        return _Made(pa.RecordBatch.from_arrays(columns, schema=CHAINS), [])
+        return Made(pa.RecordBatch.from_arrays(columns, schema=CHAINS), [])
 
     size = len(records)
     places = (range(start, min(start + _ROWS, size)) for start in range(0, size, _ROWS))
     _write(folder, "chains", CHAINS, in_order(made, places, processes), give_way)
 
 
-def _write(folder: Path, kind: str, schema: pa.Schema, parts: Iterator[_Made], give_way: Callable[[], None] | None) -> None:
+def write_parts(
+    folder: Path,
+    kind: str,
+    schema: pa.Schema,
+    make: Callable[[Rows], Made],
+    files: Sequence[str],
+    stream: bool,
+    processes: int,
+    give_way: Callable[[], None] | None,
+) -> None:
+    """A store of what ``make`` makes of the rows of ``files``, in their order."""
+    _write(folder, kind, schema, in_order(make, _parts(files, stream), processes), give_way)
+
+
+def _write(folder: Path, kind: str, schema: pa.Schema, parts: Iterator[Made], give_way: Callable[[], None] | None) -> None:
     with new_store(folder, kind, schema) as store:
         _fill(store, parts, give_way)
 
 
-def _fill(store: StoreWriter, parts: Iterator[_Made], give_way: Callable[[], None] | None) -> None:
+def _fill(store: StoreWriter, parts: Iterator[Made], give_way: Callable[[], None] | None) -> None:
     for part in parts:
         if give_way is not None:
             give_way()
         store.add(part.batch, part.bad)
 
 
-def _parts(files: Sequence[str], stream: bool) -> Iterator[_Rows]:
+def _parts(files: Sequence[str], stream: bool) -> Iterator[Rows]:
     """The rows of all files, some at a time."""
     for number, file in enumerate(files):
         rows, total = file_rows(file, stream), 0
         while some := list(itertools.islice(rows, _ROWS)):
             total += len(some)
-            yield _Rows(number, some)
+            yield Rows(number, some)
         refuse_empty(file, total)
 
 
-def _records(part: _Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> _Made:
+def _records(part: Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Made:
     read = records_of(part.rows, settings)
     usable, bad = check_records(read, tokenizer, settings)
     records = list(usable)
@@ -148,7 +162,7 @@ def _records(part: _Rows, settings: DataSettings, tokenizer: PreTrainedTokenizer
         "place": pa.array([place_of(one.record.source) for one in records], pa.string()),
     }
     batch = pa.RecordBatch.from_arrays([columns[name] for name in RECORDS.names], schema=RECORDS)
-    return _Made(batch, _listed(part.file, bad, len(read.bad)))
+    return Made(batch, _listed(part.file, bad, len(read.bad)))
 
 
 def _listed(file: int, bad: Sequence[BadRecord], unread: int) -> list[Bad]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config, DenoiserSettings
 from ladir.data.judged import JudgedTrajectory, pack_judged, read_judged
-from ladir.data.questions import read_questions
+from ladir.data.question_store import Questions
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record
 from ladir.errors import UnusableError
@@ -36,8 +36,8 @@ from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
+from training.phases.tokens import Tokens
 from training.runtime.files import sha256, write_json
-from training.runtime.hub import fetched_once
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     vae = reading_vae(run, denoiser)
     task = get_task(run.config.evaluate.task, run.config.evaluate)
     named = settings.questions or run.config.data.train
-    records = fetched_once(run.world, named, lambda: chosen_questions(run.config, named, tokenizer, task))
+    records = chosen_questions(Tokens(run.config, run.world, tokenizer, run.stop), named, task)
     folder = run.folder.judged / run.world.on_main(lambda: _digest(run.config, denoiser, vae, records))
     if run.world.is_main:
         _clear(folder)
@@ -82,16 +82,13 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     return folder
 
 
-def chosen_questions(
-    config: Config, named: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, task: Task
-) -> list[Record]:
+def chosen_questions(tokens: Tokens, named: str | Sequence[str] | None, task: Task) -> Questions:
     """The questions that are asked, each once, drawn from what is ``named`` in an order of their own."""
     if named is None:
         raise UnusableError("verifier.questions is not set, nor data.train: name the questions to ask")
-    asked = read_questions(named, config.data, tokenizer, task.check).asked
-    distinct = list({record.question: record for record in asked}.values())
+    distinct, config = tokens.questions(named, task).distinct(), tokens.config
     order = generator(derive(config.run.seed, "verifier/questions"), 0).permutation(len(distinct))
-    return [distinct[i] for i in order[: config.verifier.num_questions]]
+    return distinct.chosen(order[: config.verifier.num_questions])
 
 
 def reading_vae(run: Run, denoiser: Path) -> Path | None:

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import Config
 from ladir.data.batches import DenoiserBatch, DenoiserCollator
 from ladir.data.latents import LatentStore
-from ladir.data.questions import read_questions
+from ladir.data.question_store import Questions
 from ladir.data.randomness import derive
-from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser
@@ -32,13 +31,14 @@ from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
 from training.phases.earlier import Earlier
 from training.phases.samples import Show, markdown_table
+from training.phases.tokens import Tokens
 from training.reinforcement.asking import Asker
 from training.reinforcement.samplers import LatentSampler
 from training.reinforcement.steps import OwnSteps
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
-from training.runtime.hub import fetched_once
 from training.runtime.phase import Underway
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.stages import last_denoiser
@@ -61,7 +61,7 @@ class RlPhase(TrainingPhase):
         return self.steps(training)
 
 
-def rl_phase(config: Config, world: World) -> RlPhase:
+def rl_phase(config: Config, world: World, stop: StopRequest | None = None) -> RlPhase:
     """Stage 3, from the denoiser of the last stage before it.  UnusableError where that is missing or was made otherwise."""
     settings, folder = config.rl, RunFolder(config)
     tokenizer = load_tokenizer(config.backbone)
@@ -70,7 +70,7 @@ def rl_phase(config: Config, world: World) -> RlPhase:
     before = Earlier.of(config, world, tokenizer, store, source, stage=3)
     frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
-    records = rl_questions(config, world, tokenizer, task)
+    records = rl_questions(Tokens(config, world, tokenizer, stop), task)
     reward = reward_function(settings)
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
@@ -123,15 +123,15 @@ def rl_weights(config: Config) -> dict[str, float]:
     return {**{name: own[name] for name in terms(config.rl)}, **(stage_1 if anchor else {})}
 
 
-def rl_questions(config: Config, world: World, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
+def rl_questions(tokens: Tokens, task: Task) -> Questions:
     """The questions that are asked, each once, whatever solutions are known."""
-    named = config.rl.questions or config.data.train
+    settings = tokens.config.rl
+    named = settings.questions or tokens.config.data.train
     if named is None:
         raise UnusableError("there are no questions to ask: set rl.questions or data.train")
-    records = fetched_once(world, named, lambda: read_questions(named, config.data, tokenizer, task.check).asked)
-    different = list({record.question: record for record in records}.values())
-    if len(different) < config.rl.prompts:
-        raise UnusableError(f"rl.prompts={config.rl.prompts}: {named} has only {len(different)} different questions; ask fewer")
+    different = tokens.questions(named, task).distinct()
+    if len(different) < settings.prompts:
+        raise UnusableError(f"rl.prompts={settings.prompts}: {named} has only {len(different)} different questions; ask fewer")
     return different
 
 

@@ -7,17 +7,21 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
 from ladir.data.encode import refuse_or_list
+from ladir.data.question_store import Questions, QuestionStore, write_questions
 from ladir.data.rows import data_files
 from ladir.data.token_lists import TokenPairs
 from ladir.data.token_store import Store, TokenStore, open_or_make, store_key, stored_chains, stored_sentences
 from ladir.data.tokenizing import write_chains, write_records, write_sentences
+from ladir.tasks import Task
 from ladir.tokens import tokenization_fingerprint
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
@@ -48,13 +52,22 @@ class Tokens:
 
         Bad ones are refused or counted as ``data.on_bad_record`` says.
         """
-        store = self._open("records", named, write_records)
+        store = self._told_of(self._open("records", named, write_records))
         return None if store is None else TokenStore(store)
 
     def sentences(self, named: str | None) -> Sequence[list[int]]:
         """The sentences of a file of such, as token ids."""
-        store = self._open("sentences", named, write_sentences)
+        store = self._told_of(self._open("sentences", named, write_sentences))
         return [] if store is None else stored_sentences(store)
+
+    def questions(self, named: str | Sequence[str], task: Task) -> Questions:
+        """The questions that ``task`` can judge, of what a setting names; the other lines as above."""
+        opened = self._open("questions", named, partial(write_questions, check=task.check), task.name)
+        assert opened is not None
+        store = QuestionStore(opened)
+        if self._tells(int(np.count_nonzero(store.kinds)), len(store)):
+            store.refuse(self.config.data)
+        return Questions.of(store)
 
     def chains(self, records: TokenStore) -> TokenPairs:
         """(prompt ids, completion ids) of every record, as an autoregressive LM reads it."""
@@ -71,20 +84,28 @@ class Tokens:
         kind: str,
         named: str | Sequence[str] | None,
         write: Callable[..., None],
+        *others: str,
     ) -> Store | None:
-        """The store of what a setting names, with its bad records told."""
+        """The store of what a setting names; ``others``: what it depends on beside files, settings of the data and tokenizer."""
         files = self.world.on_main(lambda: data_files(named))
         if not files:
             return None
-        key = self._alone(lambda give_way: self._key(kind, files, give_way))
+        key = self._alone(lambda give_way: self._key(kind, files, others, give_way))
 
         def make(folder: Path, give_way: GiveWay) -> None:
             write(folder, files, self.config.data, self.tokenizer, self._processes, give_way)
 
-        store = self._made(kind, key, files, make)
-        if store.num_bad and (self.world.is_main or self.config.data.on_bad_record == "error" or store.num_bad == store.total):
+        return self._made(kind, key, files, make)
+
+    def _told_of(self, store: Store | None) -> Store | None:
+        """The store, with its bad records told."""
+        if store is not None and self._tells(store.num_bad, store.total):
             refuse_or_list(store.bad(), store.total, self.config.data)
         return store
+
+    def _tells(self, bad: int, total: int) -> bool:
+        """Whether this rank has something to tell of bad records: all raise an error, and one of them lists what is left out."""
+        return bad > 0 and (self.world.is_main or self.config.data.on_bad_record == "error" or bad == total)
 
     def _alone(self, work: Callable[[GiveWay], T]) -> T:
         """What ``work`` returns on rank 0, on every rank."""
@@ -93,8 +114,8 @@ class Tokens:
             raise BrokenOff
         return found
 
-    def _key(self, kind: str, files: Sequence[str], give_way: GiveWay) -> str:
-        return store_key(kind, digests(files, give_way), self.config.data, tokenization_fingerprint(self.tokenizer))
+    def _key(self, kind: str, files: Sequence[str], others: Sequence[str], give_way: GiveWay) -> str:
+        return store_key(kind, digests(files, give_way), self.config.data, tokenization_fingerprint(self.tokenizer), *others)
 
     def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path, GiveWay], None]) -> Store:
         folder = RunFolder(self.config).tokens / f"{kind}-{key}"

@@ -133,19 +133,6 @@ class World:
             raise error
         return cast(T, result)
 
-    def first_on_node(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on every rank; one of each node goes first: what it fetches from the Hub, the others find.
-
-        An error is every rank's own.
-        """
-        if self.local_rank > 0:
-            self.barrier()
-            return work()
-        try:
-            return work()
-        finally:
-            self.barrier()
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

@@ -1,0 +1,199 @@
+"""Questions in a store: every line of some files as the question on it, or as why it is not asked.
+
+They are read, tokenized and looked through by the task once, by many processes (:func:`write_questions`); all ranks map them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ladir.config import DataSettings
+from ladir.data.columns import Chunks
+from ladir.data.encode import length_problem, refuse_or_list
+from ladir.data.questions import question_of
+from ladir.data.records import BadRecord, Record
+from ladir.data.token_lists import MadeWhenRead
+from ladir.data.token_store import Store, place_of
+from ladir.data.tokenizing import Made, Rows, write_parts
+from ladir.errors import UnusableError
+from ladir.tokens import encode_stream
+
+#: a line as JSON, its file's number, its place there, its :class:`Kind`, a digest of its question (0: it has none)
+QUESTIONS = pa.schema(
+    [("line", pa.string()), ("file", pa.int32()), ("place", pa.string()), ("kind", pa.int8()), ("digest", pa.int64())]
+)
+
+
+class Kind(IntEnum):
+    """What becomes of a line."""
+
+    ASKED = 0
+    UNREAD = 1
+    """It has no question, or says two answers."""
+    UNJUDGEABLE = 2
+    """The task finds nothing to judge answers by."""
+    UNFIT = 3
+    """Its question has no token, or more than ``data.max_question_tokens``."""
+
+
+def write_questions(
+    folder: Path,
+    files: Sequence[str],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int,
+    give_way: Callable[[], None] | None = None,
+    *,
+    check: Callable[[Record], None],
+) -> None:
+    """The lines of ``files`` as a store of :class:`QuestionStore`; otherwise as :func:`ladir.data.tokenizing.write_records`.
+
+    ``check`` raises UnusableError where a record lacks what answers are judged by.
+    """
+
+    def made(part: Rows) -> Made:
+        read = [question_of(source, load, settings) for source, load in part.rows]
+        entries = list(map(_as_kept, read))
+        lengths = encode_stream(tokenizer, (entry.question for entry in entries if isinstance(entry, Record)))
+        lines = [_line(entry, lengths, settings, check) for entry in entries]
+        columns = {
+            "line": [line for line, _ in lines],
+            "file": [part.file] * len(lines),
+            "place": [place_of(entry.source) for entry in entries],
+            "kind": [kind for _, kind in lines],
+            "digest": [_digest(entry.question) if isinstance(entry, Record) else 0 for entry in entries],
+        }
+        return Made(pa.RecordBatch.from_pydict(columns, schema=QUESTIONS), [])
+
+    write_parts(folder, "questions", QUESTIONS, made, files, settings.stream_hub, processes, give_way)
+
+
+def _as_kept(entry: Record | BadRecord) -> Record | BadRecord:
+    """The entry as it is read out of a store: the task looks at nothing else."""
+    if isinstance(entry, BadRecord):
+        return entry
+    question, answer, reference = json.loads(_written(entry))
+    return Record(question, (), answer, entry.source, reference)
+
+
+def _written(record: Record) -> str:
+    """What is no JSON (dates of a Parquet file, pictures) as its text."""
+    return json.dumps([record.question, record.answer, record.reference], default=str)
+
+
+def _line(
+    entry: Record | BadRecord, lengths: Iterator[Sequence[int]], settings: DataSettings, check: Callable[[Record], None]
+) -> tuple[str, Kind]:
+    """A line of the store; ``lengths`` gives the next question's token ids."""
+    if isinstance(entry, BadRecord):
+        return json.dumps([entry.reason, entry.remedy]), Kind.UNREAD
+    tokens = len(next(lengths))
+    try:
+        check(entry)
+    except UnusableError as error:
+        reason, _, remedy = str(error).removeprefix(f"{entry.source}: ").partition("; ")
+        return json.dumps([reason, remedy or "correct it"]), Kind.UNJUDGEABLE
+    problem = length_problem("question", tokens, "data.max_question_tokens", settings.max_question_tokens)
+    return (_written(entry), Kind.ASKED) if problem is None else (json.dumps(problem), Kind.UNFIT)
+
+
+def _digest(question: str) -> int:
+    """64 bits, by which questions are told apart: two of ten million have the same by a chance of one in 400,000."""
+    return int.from_bytes(blake2b(question.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class QuestionStore(MadeWhenRead[Record | BadRecord]):
+    """Every line of some files, in their order."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._chunks = Chunks(store.batches)
+        self.kinds = self._numbers("kind")
+        """The :class:`Kind` of every line [n]."""
+
+    def _numbers(self, column: str) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.zeros(0, np.int64), *(batch.column(column).to_numpy() for batch in self.store.batches)])
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def _at(self, place: int) -> Record | BadRecord:
+        batch, i = self._chunks.find(place)
+        source = self.store.source(batch.column("file")[i].as_py(), batch.column("place")[i].as_py())
+        line = json.loads(batch.column("line")[i].as_py())
+        if self.kinds[place] != Kind.ASKED:
+            return BadRecord(source, *line)
+        question, answer, reference = line
+        return Record(question, (), answer, source, reference)
+
+    @property
+    def digests(self) -> np.ndarray[Any, Any]:
+        """Of every line's question [n]."""
+        return self._numbers("digest")
+
+    def left_out(self, end: int | None = None) -> list[BadRecord]:
+        """The lines before ``end`` (all, if not given) that are not asked."""
+        return [line for place in np.flatnonzero(self.kinds[:end]) if isinstance(line := self[int(place)], BadRecord)]
+
+    def refuse(self, settings: DataSettings) -> None:
+        """Raise or list in the log what cannot be asked.
+
+        Where the task refuses every question, UnusableError with its first reason; BadRecords where a line cannot be asked and
+        ``data.on_bad_record=error``, or where nothing is left to ask.
+        """
+        unjudgeable = np.flatnonzero(self.kinds == Kind.UNJUDGEABLE)
+        if len(unjudgeable) and np.isin(self.kinds, (Kind.UNREAD, Kind.UNJUDGEABLE)).all():
+            raise UnusableError(str(self[int(unjudgeable[0])]))
+        refuse_or_list(self.left_out(), len(self), settings)
+
+
+@dataclass(frozen=True)
+class Questions(MadeWhenRead[Record]):
+    """Questions that are asked, as records without blocks: ``places`` in a store, each read when it is asked for."""
+
+    store: QuestionStore
+    places: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, store: QuestionStore) -> Questions:
+        """All that can be asked."""
+        return cls(store, np.flatnonzero(store.kinds == Kind.ASKED))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _at(self, place: int) -> Record:
+        line = self.store[int(self.places[place])]
+        assert isinstance(line, Record)
+        return line
+
+    def chosen(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Questions:
+        """Those at some places of this sequence."""
+        return Questions(self.store, self.places[numbers])
+
+    def first(self, most: int | None) -> Questions:
+        """The first ``most``; all, if not given."""
+        return Questions(self.store, self.places[:most])
+
+    def distinct(self) -> Questions:
+        """Each question once, where it first stands, with what its last line says of it."""
+        digests = self.store.digests[self.places]
+        _, first = np.unique(digests, return_index=True)
+        _, last = np.unique(digests[::-1], return_index=True)
+        return self.chosen((len(digests) - 1 - last)[np.argsort(first)])
+
+    @property
+    def passed_over(self) -> list[BadRecord]:
+        """The lines that are not asked, as far as the last of these; all of them where it is the last that could be asked."""
+        last = self.store.kinds[self.places[-1] + 1 :] if len(self) else self.store.kinds
+        return self.store.left_out(int(self.places[-1]) if (last == Kind.ASKED).any() else None)
