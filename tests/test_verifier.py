@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -431,12 +431,23 @@ def judging(folder: Path, *overrides: str) -> Config:
     return configure(folder, folder, "telemetry.loggers=[]", *given, *overrides)
 
 
+def stopped_behind(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and this process is asked to stop when it is done."""
+
+    def chosen(*arguments: Any) -> Any:
+        found = choose(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return found
+
+    return chosen
+
+
 def train_in(world: World, folder: Path, overrides: Sequence[str] = (), stop: bool = False) -> dict[str, Any] | None:
     """Collect and train with :class:`Parity`; None where it was asked to stop in between."""
     with pytest.MonkeyPatch.context() as patch, open_run(judging(folder, *overrides), "verifier", world) as run:
         patch.setattr(judged, "get_task", lambda name, settings: Parity())
         if stop and world.rank == world.size - 1:
-            os.kill(os.getpid(), signal.SIGUSR2)
+            patch.setattr(judged, "chosen_questions", stopped_behind(judged.chosen_questions))
         denoiser = train_verifier.judged_denoiser(run.config, run.folder)
         found = collect(run, denoiser)
         if found is None:
