@@ -22,6 +22,9 @@ SCRATCH = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "nu
     [
         ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
         ({"avx2": True, "avx512_bf16": True}, "bfloat16"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bfloat16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "float32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
         ({"amx_bf16": True}, "bfloat16"),
         ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
         ({}, "float32"),

@@ -47,7 +47,7 @@ class BackboneSettings:
     tokenizer: str | None = setting(None, "tokenizer folder or Hub id; not set: backbone.name_or_path")
     dtype: str = setting(
         "auto",
-        "dtype of weights and activations; auto: bfloat16 where the device multiplies it in hardware, else float32",
+        "dtype of weights and activations; auto: bfloat16 where the device multiplies it faster, else float32",
         ("auto", "bfloat16", "float32"),
     )
     attention: str = setting(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 #: what a CPU that multiplies bfloat16 says it can do (x86 and Arm); others emulate it, more than ten times slower than float32
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+#: on Intel's these instructions alone, as a virtual machine without AMX has them, are half as fast as float32 (docs/log.md)
+_SLOW_ON_INTEL = "avx512_bf16"
 
 #: every n-th layer is recomputed, by ``backbone.activation_checkpointing``
 _RECOMPUTED_LAYERS = {"full": 1, "selective": 2}
 
 
 def choose_dtype(setting: str, device_type: str) -> str:
-    """``backbone.dtype``, with ``auto`` settled: bfloat16 where the device multiplies it in hardware, else float32."""
+    """``backbone.dtype``, with ``auto`` settled: bfloat16 where the device multiplies it faster, else float32."""
     if setting != "auto":
         return setting
-    able = device_type != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in _CPU_BFLOAT16)
-    return "bfloat16" if able else "float32"
+    return "bfloat16" if device_type != "cpu" or _multiplies_bfloat16(torch.cpu.get_capabilities()) else "float32"
+
+
+def _multiplies_bfloat16(cpu: Mapping[str, Any]) -> bool:
+    """Whether a CPU of these capabilities is faster with bfloat16."""
+    slow = _SLOW_ON_INTEL if str(cpu.get("cpu_name")).startswith("Intel") else None
+    return any(cpu.get(name) for name in _CPU_BFLOAT16 if name != slow)
 
 
 def is_split(parameter: nn.Parameter) -> bool:
