@@ -29,6 +29,8 @@ from ladir.spans import num_spans
 CLEAN = -1
 PAD = -2
 
+_NOWHERE = np.empty(0, np.int64)
+
 
 class Mark(IntEnum):
     """Learned vectors that are no vocabulary entries; NULL replaces a hidden question's embeddings."""
@@ -152,7 +154,8 @@ class Template:
     """Layout of one record, as int64 arrays of length T, with the places where losses are read off.
 
     ``question`` marks the question's tokens, ``noisy`` the noisy latents in the order [block, draw, latent], ``ends`` the
-    clean <EOT>s, ``answer`` the tokens whose next token is the answer's (from <SOA> on).
+    clean <EOT>s, ``answer`` the tokens whose next token is the answer's (from <SOA> on), ``words`` those whose next token is one
+    of a sentence that stands as text, or its end (from its <BOT> on).
     """
 
     position: np.ndarray
@@ -163,6 +166,7 @@ class Template:
     noisy: np.ndarray
     ends: np.ndarray
     answer: np.ndarray
+    words: np.ndarray
     question_length: int
 
     def __len__(self) -> int:
@@ -221,13 +225,13 @@ def _template(
     spans = num_spans(blocks, span)
     clean_blocks = blocks if answer is not None else (spans - 1) * span
     starts = question + np.cumsum([0, *(block_length(n) for n in sentences or [latents] * blocks)])
-    words = question + np.cumsum([0, *(sentences or [0] * blocks)])
+    first_words = question + np.cumsum([0, *(sentences or [0] * blocks)])
     parts = [_text(question, start=0, first_index=0, seen=question if bidirectional_question else 0)]
     for b in range(clean_blocks):
-        block = _clean_block(starts[b], b, latents) if sentences is None else _sentence(starts[b], sentences[b], words[b])
+        block = _clean_block(starts[b], b, latents) if sentences is None else _sentence(starts[b], sentences[b], first_words[b])
         parts.append(block)
     if answer is not None:
-        parts.append(_answer(starts[blocks], words[blocks], answer))
+        parts.append(_answer(starts[blocks], first_words[blocks], answer))
     firsts = range(0, blocks, span)
     parts += [_noisy_span(starts[first], first, m, latents, draws, span) for first in firsts for m in range(draws)]
     position, limit, copy, source, index = np.concatenate(parts, axis=1)
@@ -241,7 +245,8 @@ def _template(
         index=index,
         noisy=noisy[np.argsort(index[noisy])],
         ends=starts[1 : clean_blocks + 1] - 1,
-        answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else np.empty(0, np.int64),
+        answer=np.arange(clean_end, clean_end + answer + 1) if answer is not None else _NOWHERE,
+        words=np.concatenate([_NOWHERE, *(starts[b] + np.arange(n + 1) for b, n in enumerate((sentences or [])[:clean_blocks]))]),
         question_length=question,
     )
 

@@ -116,6 +116,7 @@ class Reasoner(TrajectoryGenerator):
         num_answers: int = 1,
         random_steps: RandomSteps | None = None,
         token_head_weight: float | None = None,
+        lm_weight: float | None = None,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
 
@@ -206,6 +207,10 @@ class Reasoner(TrajectoryGenerator):
             problems.append(
                 "token_head_weight: the head has a say where finished blocks are read as text, which they are with reencode=True "
                 "or by a model trained with denoiser.context=text; set that, or use 0"
+            )
+        if settings.lm_weight and not self.denoiser.settings.lm_weight:
+            problems.append(
+                f"lm_weight={settings.lm_weight}: the LM of this model was not trained on sentences (denoiser.lm_weight); use 0"
             )
         if settings.verifier_scale and self.denoiser.settings.context == "text":
             problems.append(

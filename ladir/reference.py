@@ -118,6 +118,7 @@ def reference_losses(
     """Summed losses of a batch, as :class:`Denoiser` gives them: the sum of all :func:`reference_passes`."""
     zero = torch.zeros((), dtype=denoiser.dtype)
     losses = {"flow": zero, "answer": zero, "stop": zero, **({"token": zero} if denoiser.token_head else {})}
+    losses |= {"lm": zero} if denoiser.settings.lm_weight else {}
     for part in reference_passes(denoiser, records, batch, hidden, frame):
         losses.update({name: losses[name] + value for name, value in part.items()})
     return losses
@@ -126,12 +127,12 @@ def reference_losses(
 def reference_passes(
     denoiser: Denoiser, records: Sequence[LatentRecord], batch: DenoiserBatch, hidden: Sequence[bool], frame: Frame | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Losses of one forward per span and draw for the flow, then of one per record for answer and stop.
+    """Losses of one forward per span and draw for the flow, then of one per record for answer and stop, and one for sentences.
 
     Nothing is shared between them: a caller may go backward after each.  ``hidden``: whose question is hidden; only the numbers
-    drawn (``z0``, ``eps``, ``t``) and the answers' labels are taken from the batch.
+    drawn (``z0``, ``eps``, ``t``) and the labels of answers and sentences are taken from the batch.
     """
-    first = label = 0
+    first = label = word = 0
     span = denoiser.settings.span
     for record, is_hidden in zip(records, hidden, strict=True):
         for start in range(0, len(record.blocks), span):
@@ -144,6 +145,12 @@ def reference_passes(
             label += len(labels)
             before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
             yield _answer_and_stop(denoiser, before, ends, record, labels)
+        if denoiser.settings.lm_weight:
+            standing = len(record.blocks) if len(batch.answer_labels) else start
+            before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + standing])
+            count = sum(len(sentence) + 1 for sentence in record.blocks[:standing])
+            yield {"lm": _sentences_loss(denoiser, before, ends, record, batch.word_labels[word : word + count])}
+            word += count
         first += start + span
     assert first == len(batch.z0)
 
@@ -205,6 +212,18 @@ def _answer_and_stop(
         last = torch.full_like(logit, float(block == count - 1))
         stop_loss = stop_loss + F.binary_cross_entropy_with_logits(logit, last)
     return {"answer": F.cross_entropy(logits, labels, reduction="sum"), "stop": stop_loss}
+
+
+def _sentences_loss(denoiser: Denoiser, before: list[Tensor], ends: list[int], record: LatentRecord, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token of the sentences before the blocks' ``ends``, and of each one's end."""
+    hidden, loss = plain_forward(denoiser.backbone, before), torch.zeros((), dtype=denoiser.dtype, device=labels.device)
+    rest = labels
+    for end, sentence in zip(ends, record.blocks, strict=False):
+        mine, rest = rest.split([len(sentence) + 1, len(rest) - len(sentence) - 1])
+        assert mine[:-1].tolist() == list(sentence)
+        logits = denoiser.backbone.logits(hidden[end - len(sentence) - 1 : end]).float()
+        loss = loss + F.cross_entropy(logits, mine, reduction="sum")
+    return loss
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from tests.tiny import (
 
 # Norms, softmax and losses are computed in float32 whatever the weights: equality is to float32's rounding.
 TOLERANCE = 1e-5
-WEIGHTS = {"flow": 5.0, "answer": 0.7, "stop": 1.3, "token": 0.5}
+WEIGHTS = {"flow": 5.0, "answer": 0.7, "stop": 1.3, "token": 0.5, "lm": 0.6}
 OBJECTIVES = ("velocity", "x0", "epsilon", "v")
 
 
@@ -119,6 +119,7 @@ def test_random_layouts_equal_the_reference(
     context: str,
 ) -> None:
     reads: dict[str, Any] = {"bidirectional_question": bidirectional_question, "context": context}
+    reads["lm_weight"] = 0.5 if context == "text" else 0.0
     denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, answer_every=2, span=span, token_weight=0.5, **reads)
     records = random_records(count, seed=seed, latents=latents)
     first = (seed % 100) * 16 + (0 if answer else 8)

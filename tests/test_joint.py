@@ -51,7 +51,7 @@ def collated(vae: Vae, denoiser: Denoiser, found: list[TokenRecord]) -> JointBat
 @pytest.mark.parametrize(("span", "context"), [(1, "latents"), (2, "latents"), (1, "text")])
 def test_the_losses_are_the_vaes_and_the_denoisers_on_the_latents_of_now(span: int, context: str) -> None:
     vae, found = tiny_vae(bos=(4,), separator=(5,)), records(3)
-    denoiser = tiny_denoiser(tiny_lm(), span=span, draws=2, context=context)
+    denoiser = tiny_denoiser(tiny_lm(), span=span, draws=2, context=context, lm_weight=float(context == "text"))
     losses = Joint(vae, denoiser)(collated(vae, denoiser, found))
     with torch.no_grad():
         latents = []
@@ -62,7 +62,7 @@ def test_the_losses_are_the_vaes_and_the_denoisers_on_the_latents_of_now(span: i
         numbers = [4 * n + b for n, record in enumerate(found) for b in range(len(record.blocks))]
         sentences = joint_collator(vae, denoiser).vae([block for record in found for block in record.blocks], numbers)
         alone = vae(sentences)
-    for name in ("flow", "answer", "stop"):
+    for name in ("flow", "answer", "stop", *(["lm"] if context == "text" else [])):
         assert float(losses[name].detach()) == pytest.approx(float(staged[name]), rel=1e-5)
     for name in ("reconstruction", "kl"):
         assert float(losses[name].detach()) == pytest.approx(float(alone[name]), rel=1e-5)

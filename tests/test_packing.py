@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,8 @@ def assert_boundaries(layout: Layout) -> None:
 def denoiser_and_batches(
     budget: int, seed: int, kind: str = "llama", count: int = 5
 ) -> tuple[Denoiser, DenoiserBatch, DenoiserBatch]:
-    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5, bidirectional_question=seed % 2 == 1)  # every second one
+    reads: dict[str, Any] = {"context": "text", "lm_weight": 0.5} if seed % 3 == 1 else {}
+    denoiser = tiny_denoiser(tiny_lm(kind), draws=2, token_weight=0.5, bidirectional_question=seed % 2 == 1, **reads)
     records = random_records(count, seed=seed)
     collate = collator(denoiser, prefix=(3,), condition_dropout=0.3)
     return denoiser, replace(collate, pack_tokens=budget)(records, list(range(count))), collate(records, list(range(count)))
@@ -151,9 +153,9 @@ def test_a_packed_denoiser_batch_has_the_same_losses_and_gradients(seed: int, bu
 def test_only_the_places_of_tokens_differ() -> None:
     _, packed, plain = denoiser_and_batches(60, seed=1)
     assert packed.layout.copy.numel() < plain.layout.copy.numel() and len(packed.layout.copy) < 5
-    for name in ("text_ids", "z0", "eps", "t", "stop_labels", "answer_labels", "block_tokens"):
+    for name in ("text_ids", "z0", "eps", "t", "stop_labels", "answer_labels", "word_labels", "block_tokens"):
         assert torch.equal(getattr(packed, name), getattr(plain, name))
-    for name in ("noisy_at", "end_at", "answer_at"):
+    for name in ("noisy_at", "end_at", "answer_at", "words_at"):
         taken, wanted = (batch.table_index.flatten()[getattr(batch, name)] for batch in (packed, plain))
         assert torch.equal(taken, wanted)
 

@@ -564,6 +564,8 @@ def test_asking_launches_every_pass_that_is_not_replayed() -> None:
     assert passes(reads=True) == passes() == plain + 2 * 2 * 8
     config.sample.lag = 1  # one after another
     assert passes() == plain + 4 * 2 * 8
+    config.sample.lag, config.sample.lm_weight = 0, 1.0  # so they are as well where the LM expects what is written
+    assert passes() == plain + 4 * 2 * (2 * 7 + 1)
 
 
 def test_what_is_read_or_answered_is_not_guided() -> None:
@@ -582,3 +584,5 @@ def test_what_is_read_or_answered_is_not_guided() -> None:
     assert guided == pytest.approx(2 * plain - written * (mean.answer + 1))
     plain, guided = flops(1.0, "text"), flops(3.0, "text")
     assert guided == pytest.approx(2 * plain - written * (mean.answer + 1 + reading))
+    config.sample.lm_weight = 1.0
+    assert flops(3.0, "text") == pytest.approx(guided + written * mean.blocks * (mean.block + 1))

@@ -77,7 +77,7 @@ def tiny_reasoner(
 ) -> Reasoner:
     settings = {"objective": objective, "span": span, "bidirectional_question": bidirectional_question, "carry": carry}
     settings |= {"time_token": time_token, "context": context}
-    settings["token_weight"] = 0.5
+    settings |= {"token_weight": 0.5, "lm_weight": 0.5 if context == "text" else 0.0}
     window = {"sliding_window": sliding_window} if sliding_window else {}
     denoiser = undecided(tiny_denoiser(tiny_lm(kind, dtype=dtype, attention=attention, **window), **settings))
     vae = tiny_vae(kind, dtype=dtype)
@@ -178,7 +178,9 @@ def plain_span(
                         paths[i][block].append(z - t * bent)
                         z = plain_step(s, z, bent, t, t_next, fresh[i][block, min(step, inner[1])])
                         if step == steps - 1:
-                            read[i][block] = plain_read(reasoner, z, carried[i][block])  # type: ignore[index]
+                            spoken = [group for text in read[i][:block] for group in sentence_groups(d, text)]
+                            groups = [*question_groups(d, ids, hidden=False), *before[i], *spoken]
+                            read[i][block] = plain_read(reasoner, z, carried[i][block], groups)  # type: ignore[index]
                             z = plain_reencoded(reasoner, read[i][block]) if s.reencode else z
                         moved[i][block] = z
             zs = moved
@@ -199,12 +201,12 @@ def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Te
     return guided
 
 
-def plain_read(reasoner: Reasoner, z: Tensor, state: Tensor) -> list[int]:
-    """One block, read alone; ``state`` [L, H]: hidden states of its last step."""
+def plain_read(reasoner: Reasoner, z: Tensor, state: Tensor, groups: list[Tensor]) -> list[int]:
+    """One block, read alone; ``state`` [L, H]: hidden states of its last step; ``groups``: what stands before it."""
     d, s = reasoner.denoiser, reasoner.settings
     latents = z * d.latent_std + d.latent_mean
-    if s.token_head_weight:
-        return plain_fused_thought(reasoner, latents, state)
+    if s.token_head_weight or s.lm_weight:
+        return plain_fused_thought(reasoner, latents, state, groups)
     return plain_thought(reasoner.thought_decoder, latents, s.max_thought_tokens)
 
 
@@ -216,17 +218,21 @@ def plain_reencoded(reasoner: Reasoner, ids: list[int]) -> Tensor:
     return (mean[0] - d.latent_mean) / d.latent_std
 
 
-def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor) -> list[int]:
-    """The likeliest token of two readers, one after another, the whole sequence each time; one of them alone knows the end."""
-    s, decoder, head = reasoner.settings, reasoner.thought_decoder, reasoner.denoiser.token_head
+def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor, groups: list[Tensor]) -> list[int]:
+    """The likeliest token of several readers, one after another, the whole sequence each time; the head knows no end."""
+    d, s, decoder, head = reasoner.denoiser, reasoner.settings, reasoner.thought_decoder, reasoner.denoiser.token_head
     assert head is not None
     said = head(state[None, None], head.positions)[0, 0].softmax(-1)
     ids: list[int] = []
     while len(ids) < s.max_thought_tokens:
         own = teacher_forced(decoder, z[None], [ids])[-1].softmax(-1)
+        if s.lm_weight:
+            words = [d.backbone.embed(torch.tensor([token])) for token in ids]
+            expected = plain_forward(d.backbone, [*groups, d.marks.weight[Mark.BOT][None], *words])[-1]
+            own = own * d.backbone.logits(expected).softmax(-1) ** s.lm_weight
         if own.argmax() == EOS:
             break
-        if len(ids) < len(said):
+        if s.token_head_weight and len(ids) < len(said):
             own = own * said[len(ids)] ** s.token_head_weight
             own[EOS] = 0.0
         ids.append(int(own.argmax()))
@@ -364,6 +370,9 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"context": "text", "span": 2, "lag": 1, "sampler": "sde", "diversity_scale": 0.5, "max_blocks": 4},
         {"context": "text", "span": 2, "lag": 0, "carry": "hidden", "token_head_weight": 0.7, "num_steps": 2, "reencode": True},
         {"context": "text", "reencode": True, "bidirectional_question": True},
+        {"context": "text", "lm_weight": 1.0, "guidance_scale": 2.0, "restarts": 1},
+        {"context": "text", "lm_weight": 0.6, "carry": "hidden", "token_head_weight": 0.7, "span": 2, "lag": 0, "reencode": True},
+        {"context": "text", "lm_weight": 3.0, "span": 3, "lag": 1, "max_blocks": 4, "bidirectional_question": True},
         {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "guidance_rescale": 0.7, "carry": "hidden", "span": 2, "lag": 1},
     ],
     ids=lambda controls: "-".join(controls),
@@ -591,6 +600,8 @@ def test_as_many_trajectories_are_taken_as_memory_holds(monkeypatch: pytest.Monk
     assert 2 * max(found) < size < 40 * max(found)
     guided = replace(reasoner.settings, guidance_scale=2.0)
     assert memory.trajectory_bytes(reasoner.denoiser, guided, longest) > 1.5 * size
+    along = replace(reasoner.settings, lm_weight=1.0)  # a second copy is read along
+    assert memory.trajectory_bytes(reasoner.denoiser, along, longest) > size + 2 * max(found)
     text = tiny_denoiser(tiny_lm(), context="text")  # a sentence goes through the LM at once
     sizes = [memory.trajectory_bytes(text, replace(guided, max_blocks=1, max_thought_tokens=n), longest) for n in (30, 60, 90)]
     assert sizes[2] - sizes[1] > sizes[1] - sizes[0] > 0
@@ -878,7 +889,9 @@ def test_controls_that_the_models_reading_does_not_allow_are_refused() -> None:
         tiny_reasoner(context="text").generate(QUESTIONS, verifier_scale=1.0)
     with pytest.raises(UnusableError, match=r"token_head_weight: the head has a say where .* reencode=True"):
         tiny_reasoner(carry="hidden").generate(QUESTIONS, token_head_weight=1.0)
-    tiny_reasoner(carry="hidden", context="text").generate(QUESTIONS, token_head_weight=1.0)
+    tiny_reasoner(carry="hidden", context="text").generate(QUESTIONS, token_head_weight=1.0, lm_weight=1.0)
+    with pytest.raises(UnusableError, match=r"lm_weight=1.0: the LM of this model was not trained on sentences"):
+        tiny_reasoner().generate(QUESTIONS, lm_weight=1.0)
 
 
 def test_several_bad_controls_are_named_at_once_and_questions_must_not_be_empty() -> None:
@@ -1139,14 +1152,14 @@ class Trained:
     base: Path
 
 
-def trained(folder: Path, denoiser_lora: bool, vae_lora: bool, decoder: str, kind: str = "llama") -> Trained:
+def trained(folder: Path, denoiser_lora: bool, vae_lora: bool, decoder: str, kind: str = "llama", **reads: Any) -> Trained:
     base = folder / "base"
     tiny_lm(kind, seed=7, dtype=torch.float32).save_pretrained(str(base))
     plain = BackboneSettings(name_or_path=str(base), dtype="float32", attention="eager")
     adapted = replace(plain, lora=LORA)
     vae_settings = VaeSettings(latent_dim=3, latents_per_block=2, decoder=decoder)
     vae = new_vae(vae_settings, adapted if vae_lora else plain, "cpu", bos=[3])
-    model = tiny_denoiser(tiny_lm(kind, dtype=torch.float32))
+    model = tiny_denoiser(tiny_lm(kind, dtype=torch.float32), **reads)
     denoiser = Denoiser(
         build_backbone(adapted if denoiser_lora else plain, "cpu"), model.settings, 2, model.latent_mean, model.latent_std
     )
@@ -1178,13 +1191,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize(("reencode", "lm_weight"), [(False, 0.0), (True, 0.0), (False, 2.0)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant: str, reencode: bool) -> None:
-    parts = trained(tmp_path, *VARIANTS[variant])
+def test_an_export_answers_as_the_models_it_was_made_of(tmp_path: Path, variant: str, reencode: bool, lm_weight: float) -> None:
+    parts = trained(tmp_path, *VARIANTS[variant], **({"context": "text", "lm_weight": 1.0} if lm_weight else {}))
     save_denoiser(parts.denoiser, tmp_path / "denoiser")
     save_vae(parts.vae, tmp_path / "vae", base=str(parts.base))
-    settings = replace(SETTINGS, reencode=reencode)
+    settings = replace(SETTINGS, reencode=reencode, lm_weight=lm_weight)
     reasoner = Reasoner(parts.denoiser, parts.vae.thought_decoder, tokenizer(), settings, parts.vae if reencode else None)
     assert len({t.answer for g in reasoner.generate(QUESTIONS, 2) for t in g}) > 1
     assert any(t.thoughts != [""] * len(t.thoughts) for g in reasoner.generate(QUESTIONS, 2) for t in g)

@@ -168,7 +168,7 @@ def attempts(count: int, seed: int) -> list[Attempt]:
 
 
 def test_attempts_stand_as_the_text_that_was_read() -> None:
-    denoiser, records = tiny_denoiser(tiny_lm(), context="text", condition_dropout=0.0), random_records(3, seed=8)
+    denoiser, records = tiny_denoiser(tiny_lm(), context="text", lm_weight=1.0, condition_dropout=0.0), random_records(3, seed=8)
     answered = (Answered([5], Trajectory("x", True, "x"), 1.0, True),)
     for record in records:
         line = Line(record.mu, answered, sentences=record.blocks)
@@ -178,6 +178,7 @@ def test_attempts_stand_as_the_text_that_was_read() -> None:
     known = collator(denoiser)(records, [0, 1, 2], True, True)
     assert torch.equal(batch.text_ids, known.text_ids) and torch.equal(batch.table_index, known.table_index)
     assert torch.equal(batch.layout.visible(), known.layout.visible())
+    assert len(known.word_labels) and not len(batch.word_labels)  # nobody says that it is right
 
 
 def judged(settings: RlSettings, denoiser: Denoiser) -> JudgedCollator:

@@ -29,6 +29,7 @@ CONTROLS = (
     "restart_keeps_state",
     "reencode",
     "token_head_weight",
+    "lm_weight",
     "max_blocks",
     "max_answer_tokens",
     "answer_temperature",
@@ -76,6 +77,7 @@ def add_controls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-head-weight", type=float, help="say of the denoiser's token head in that reading; 0: the VAE's decoder alone"
     )
+    parser.add_argument("--lm-weight", type=float, help="say of what the LM expects to be written next in that reading; 0: none")
     parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
     parser.add_argument("--max-answer-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument("--answer-temperature", type=float, help="temperature of the answer's tokens; 0: greedy")

@@ -305,6 +305,11 @@ def _combination_errors(config: Config) -> Iterator[str]:
 def _context_errors(config: Config) -> Iterator[str]:
     """Where finished blocks stand as text, nothing can be differentiated through them."""
     if config.denoiser.context == "latents":
+        if config.denoiser.lm_weight:
+            yield (
+                f"denoiser.lm_weight={config.denoiser.lm_weight:g}: no sentence stands as text whose tokens could be predicted; "
+                "set denoiser.context=text, or 0"
+            )
         return
     if config.rollout.enabled or config.stage == "rollout":
         yield (
@@ -341,6 +346,11 @@ def _asking_errors(config: Config) -> Iterator[str]:
         yield (
             f"sample.token_head_weight={config.sample.token_head_weight:g}: needs a denoiser that was trained with a token head "
             "(denoiser.token_weight above 0) and a carried state (denoiser.carry=hidden), which the head reads"
+        )
+    if config.sample.lm_weight and not config.denoiser.lm_weight:
+        yield (
+            f"sample.lm_weight={config.sample.lm_weight:g}: needs a denoiser whose LM was trained on sentences, too; set "
+            "denoiser.lm_weight above 0 (and denoiser.context=text), or 0 here"
         )
     if config.evaluate.voters is not None and config.evaluate.voters > config.evaluate.num_trajectories:
         yield (

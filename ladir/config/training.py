@@ -180,6 +180,11 @@ class DenoiserSettings:
     answer_weight: float = setting(1.0, "weight of the answer's cross-entropy")
     stop_weight: float = setting(1.0, "weight of the stop head's cross-entropy")
     token_weight: float = setting(0.0, "weight of the auxiliary token head; 0: no such head")
+    lm_weight: float = setting(
+        0.0,
+        "weight of the cross-entropy of finished sentences' own tokens, each behind those before it (denoiser.context=text): the "
+        "LM goes on being one, and can have a say where blocks are read (sample.lm_weight); 0: none",
+    )
     token_focus: float = setting(
         0.0,
         "exponent gamma of the token head's focal loss: a token's cross-entropy counts (1 - p) ** gamma, p being its "

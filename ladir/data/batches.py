@@ -20,7 +20,7 @@ from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows,
 from ladir.data.randomness import Streams, derive, generator
 from ladir.data.token_lists import GroundedSentence
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
-from ladir.spans import with_room
+from ladir.spans import num_spans, with_room
 
 if TYPE_CHECKING:
     from ladir.data.latents import LatentRecord
@@ -251,6 +251,8 @@ class DenoiserBatch(TensorBatch):
     answer_at: Tensor
     answer_labels: Tensor
     block_tokens: Tensor  # [K, P] labels of the auxiliary token head, IGNORE-padded; P may be 0
+    words_at: Tensor  # where the next tokens of sentences that stand as text are predicted; none without denoiser.lm_weight
+    word_labels: Tensor
     context: Tensor | None = None  # [K, L, d], what the clean stream holds where it is not z0
     carry_t: Tensor | None = None  # [K, M], times of the first pass, which supplies the carried state; None: there is none
 
@@ -324,21 +326,35 @@ class DenoiserCollator:
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
             batch["end_at"] = batch["end_at"][:0]
+        spoken = self._spoken(words, with_answer)
+        if not spoken:
+            batch["words_at"] = batch["words_at"][:0]
         return DenoiserBatch(
             counts={
                 "flow": float((noise.t > 0).sum() * noise.z0[0].size),
                 "answer": float(sum(map(len, answers))),
                 "stop": float(sum(map(len, stops))),
                 **self._token_counts(block_tokens, noise.t),
+                **({"lm": float(sum(map(len, spoken)))} if self.settings.lm_weight else {}),
             },
             num_tokens=sum(map(len, templates)),
             sample_ids=list(numbers),
             answer_labels=flat_ids(answers),
+            word_labels=flat_ids(spoken),
             stop_labels=flat_ids(stops),
             block_tokens=block_tokens,
             carry_t=torch.from_numpy(noise.carry_t) if self._has_first_pass(step, training) else None,
             **batch,
         )
+
+    def _spoken(self, words: Sequence[Sequence[Sequence[int]]], with_answer: bool) -> list[list[int]]:
+        """The sentences that stand as text with the <eos> behind each, where their tokens are predicted; without the answer a
+        record's last span does not stand there."""
+        if not self.settings.lm_weight:
+            return []
+        span = self.settings.span
+        standing = [w if with_answer else w[: (num_spans(len(w), span) - 1) * span] for w in words]
+        return [[*sentence, self.eos_id] for sentences in standing for sentence in sentences]
 
     def _has_first_pass(self, step: int, training: bool) -> bool:
         """Whether a first pass supplies the carried state: all micro batches and ranks of a step alike; always in validation."""
@@ -475,6 +491,7 @@ _PLACES: dict[str, Callable[[Template], np.ndarray]] = {
     "noisy": lambda layout: layout.noisy,
     "end": lambda layout: layout.ends,
     "answer": lambda layout: layout.answer,
+    "words": lambda layout: layout.words,
 }
 
 

@@ -18,8 +18,9 @@ from ladir.tokens import decode_text
 #: called after every step with (rows that have not ended, the token that each of them got)
 TokenHook = Callable[[list[int], list[int]], None]
 
-#: logits [r, V] of the rows [r] that have not ended, and the number of the token, to other logits
-Steer = Callable[[Tensor, Tensor, int], Tensor]
+#: logits [r, V] of the rows [r] that have not ended, the number of the token, and the tokens [r] before it (none before the
+#: first), to other logits
+Steer = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 #: a smaller temperature is no number in fp32; its choice is greedy as well
 _COLDEST = float(torch.finfo(torch.float32).tiny)
@@ -70,11 +71,11 @@ def decode(
     """
     backbone = prefix.backbone
     texts: list[list[int]] = [[] for _ in range(len(prefix))]
-    rows = torch.arange(len(prefix), device=hidden.device)
+    rows, tokens = torch.arange(len(prefix), device=hidden.device), None
     for step in range(max_tokens):
         draw = uniform[rows, step] if uniform is not None else None
         logits = backbone.logits(hidden)
-        tokens = choose_tokens(logits if steer is None else steer(logits, rows, step), temperature, draw, top_p)
+        tokens = choose_tokens(logits if steer is None else steer(logits, rows, step, tokens), temperature, draw, top_p)
         alive = tokens != eos_id
         going, new = rows[alive].tolist(), tokens[alive].tolist()
         for row, token in zip(going, new, strict=True):
@@ -108,7 +109,7 @@ class TokenHeadReading:
         was never shown an end: a sentence ends where the decoder alone would end it.
         """
 
-        def steered(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        def steered(logits: Tensor, rows: Tensor, step: int, before: Tensor | None) -> Tensor:
             if step >= self.features.shape[1]:
                 return logits
             both = logits.float().log_softmax(-1)
@@ -120,6 +121,46 @@ class TokenHeadReading:
         return steered
 
 
+class LmReading:
+    """What the denoiser's LM expects of sentences, each behind the question and the sentences before it; and its ``weight``.
+
+    It has not seen the blocks that are read: it knows what may be written next, the decoder what the block says.
+    """
+
+    def __init__(self, prefix: Prefix, begin: Tensor, weight: float) -> None:
+        """``prefix``: what stands before the sentences, which grows; ``begin`` [H]: the mark behind which each begins."""
+        self._prefix, self.weight = prefix, weight
+        self._rows = torch.arange(len(prefix), device=begin.device)
+        self._hidden = prefix.append(begin.expand(len(prefix), 1, -1))[:, 0]
+
+    def steer(self, logits: Tensor, rows: Tensor, step: int, before: Tensor | None) -> Tensor:
+        """The decoder's distribution times the LM's to the power of its weight, up to a factor (a product of experts)."""
+        with self._prefix.backbone.adapter_on():  # the decoder may be the same LM without them
+            if before is not None:
+                self._go_on(rows, before)
+            expected = self._prefix.backbone.logits(self._hidden).float().log_softmax(-1)
+        return logits.float().log_softmax(-1) + self.weight * expected
+
+    def _go_on(self, rows: Tensor, tokens: Tensor) -> None:
+        """Read the last ``tokens`` [r] of the ``rows`` [r] that have not ended."""
+        if len(rows) < len(self._rows):
+            self._prefix, self._rows = self._prefix.select(torch.isin(self._rows, rows).nonzero()[:, 0]), rows
+        self._hidden = self._prefix.append(self._prefix.backbone.embed(tokens)[:, None])[:, 0]
+
+
+def steered_by(*steers: Steer) -> Steer | None:
+    """One after another; None where there is none."""
+    if not steers:
+        return None
+
+    def steered(logits: Tensor, rows: Tensor, step: int, before: Tensor | None) -> Tensor:
+        for steer in steers:
+            logits = steer(logits, rows, step, before)
+        return logits
+
+    return steered
+
+
 def thought_limit(decoder: ThoughtDecoder, latents: int, max_tokens: int) -> int:
     """The most tokens that are read of a block of ``latents``.
 
@@ -129,15 +170,14 @@ def thought_limit(decoder: ThoughtDecoder, latents: int, max_tokens: int) -> int
 
 
 @torch.no_grad()
-def thought_ids(
-    decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int, beside: TokenHeadReading | None = None
-) -> list[list[int]]:
-    """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them."""
+def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int, steer: Steer | None = None) -> list[list[int]]:
+    """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them; ``steer``
+    changes what they are chosen by."""
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
         most = thought_limit(decoder, z.shape[1], max_tokens)
-        return decode(prefix, hidden, eos_id, most, steer=None if beside is None else beside.steer(eos_id))
+        return decode(prefix, hidden, eos_id, most, steer=steer)
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -17,7 +17,18 @@ from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import TokenHeadReading, TokenHook, decode, decode_thoughts, encode_read, thought_ids, thought_limit
+from ladir.inference.decode import (
+    LmReading,
+    Steer,
+    TokenHeadReading,
+    TokenHook,
+    decode,
+    decode_thoughts,
+    encode_read,
+    steered_by,
+    thought_ids,
+    thought_limit,
+)
 from ladir.inference.graphs import Graphs
 from ladir.inference.guidance import BlockValue, Reward
 from ladir.inference.memory import trajectories_that_fit
@@ -31,6 +42,7 @@ from ladir.inference.sampler import (
     StepHook,
     TrajectoryNoise,
     passes_per_span,
+    sentence_inputs,
 )
 from ladir.inference.trajectory import Trajectory, check_questions
 from ladir.layout import Mark
@@ -51,21 +63,47 @@ class BlockReader:
     own = True
 
     def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings) -> None:
-        self.generator, self.weight, self.encodes = generator, settings.token_head_weight, settings.reencode
+        self.generator, self.settings, self.encodes = generator, settings, settings.reencode
         self.read: dict[tuple[int, int], list[int]] = {}
 
-    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor, prefix: Prefix) -> Tensor:
         """``z`` [R, E, L, d], or standardised latents of the sentences it reads as; ``state`` [R, E, L, H]: of the last step."""
+        # What the LM expects depends on the sentences before: then one block after another.
+        together = [[place] for place in range(len(blocks))] if self.settings.lm_weight else [[*range(len(blocks))]]
+        for places in together:
+            numbers = [blocks[place] for place in places]
+            steer = steered_by(*self._beside(rows, numbers[0], state[:, places].flatten(0, 1), prefix))
+            texts = self._texts(z[:, places].flatten(0, 1), steer)
+            self.read.update(zip(itertools.product(rows, numbers), texts, strict=True))
+        return self._encoded([self.read[place] for place in itertools.product(rows, blocks)], z) if self.encodes else z
+
+    def _texts(self, z: Tensor, steer: Steer | None) -> list[list[int]]:
         of = self.generator
-        denoiser, most = of.denoiser, of.settings.max_thought_tokens
-        head = denoiser.token_head if self.weight else None
-        beside = None if head is None else TokenHeadReading(head, head.features(state.flatten(0, 1)), self.weight)
-        texts = thought_ids(of.thought_decoder, of.eos, of.plain(z).flatten(0, 1), most, beside)
-        self.read.update(zip(itertools.product(rows, blocks), texts, strict=True))
-        if not self.encodes:
-            return z
-        assert of.encoder is not None
-        again = (encode_read(of.encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
+        return thought_ids(of.thought_decoder, of.eos, of.plain(z), of.settings.max_thought_tokens, steer)
+
+    def _beside(self, rows: list[int], block: int, state: Tensor, prefix: Prefix) -> Iterator[Steer]:
+        """Who has a say beside the decoder."""
+        of, denoiser = self.generator, self.generator.denoiser
+        if self.settings.lm_weight:
+            before = self._before(rows, block, prefix)
+            yield LmReading(before, denoiser.mark(Mark.BOT), self.settings.lm_weight).steer
+        if self.settings.token_head_weight and (head := denoiser.token_head) is not None:
+            yield TokenHeadReading(head, head.features(state), self.settings.token_head_weight).steer(of.eos)
+
+    def _before(self, rows: list[int], block: int, prefix: Prefix) -> Prefix:
+        """A copy of what stands before ``block`` of the rows, with the question: ``prefix``, and what was read of its span."""
+        denoiser = self.generator.denoiser
+        copied = prefix.select(torch.arange(len(rows), device=prefix.valid.device))
+        for earlier in range(block // denoiser.settings.span * denoiser.settings.span, block):
+            inputs, lengths = sentence_inputs(denoiser, [self.read[row, earlier] for row in rows])
+            copied.append_text(inputs, lengths)
+        return copied
+
+    def _encoded(self, texts: list[list[int]], z: Tensor) -> Tensor:
+        """Standardised latents of the sentences that the blocks ``z`` [R, E, L, d] read as."""
+        denoiser, encoder = self.generator.denoiser, self.generator.encoder
+        assert encoder is not None
+        again = (encode_read(encoder, texts) - denoiser.latent_mean) / denoiser.latent_std
         return again.unflatten(0, z.shape[:2])
 
 

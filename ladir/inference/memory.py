@@ -36,7 +36,8 @@ def trajectory_bytes(denoiser: Denoiser, settings: SampleSettings, question_toke
     width = max(denoiser.settings.span * block, finished)  # of a denoising step, or of a sentence that is added
     step = width * (config.num_attention_heads * length + 8 * config.hidden_size) * itemsize
     branches = 2 if settings.guidance_scale != 1 else 1
-    return branches * (_COPIES * cache + step) + _TABLES * 4 * backbone.vocab_size
+    reading = _COPIES * cache if settings.lm_weight else 0  # the LM writes along from a copy
+    return branches * (_COPIES * cache + step) + reading + _TABLES * 4 * backbone.vocab_size
 
 
 def free_bytes(device: torch.device) -> int:

@@ -42,9 +42,9 @@ class Reader(Protocol):
     encodes: bool
     own: bool
 
-    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor, prefix: Prefix) -> Tensor:
         """What takes the place of ``blocks`` of the rows, which end together: their finished latents ``z`` [R, E, L, d];
-        ``state`` [R, E, L, H]: what their last step handed on."""
+        ``state`` [R, E, L, H]: what their last step handed on; ``prefix``: what stands before their span, of all branches."""
 
 
 def step_times(settings: SampleSettings) -> list[float]:
@@ -327,7 +327,7 @@ class BlockSampler:
             ended = [block for block, step in moving if step == steps - 1]
             if ended and reader is not None:
                 finished, numbers = torch.stack([blocks[block] for block in ended], 1), [first + block for block in ended]
-                read = reader(rows, numbers, finished, state[: len(rows), ended])
+                read = reader(rows, numbers, finished, state[: len(rows), ended], prefix)
                 for block, latents in zip(ended, read.unbind(1), strict=True):
                     blocks[block] = latents
             z = torch.stack(blocks, 1)

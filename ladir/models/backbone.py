@@ -207,6 +207,21 @@ class Backbone(nn.Module):
         finally:
             self._adapter_is_off = before
 
+    @contextmanager
+    def adapter_on(self) -> Iterator[None]:
+        """The weights with their adapters again, inside :meth:`adapter_off` as well."""
+        if not self._adapter_is_off:
+            yield
+            return
+        tuner: Any = self.lm.base_model
+        self._adapter_is_off = False
+        tuner.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            tuner.disable_adapter_layers()
+            self._adapter_is_off = True
+
     def embedding_std(self) -> float:
         """Standard deviation of what :meth:`embed` gives: the scale of new input vectors.
 

@@ -193,7 +193,8 @@ class Denoiser(nn.Module):
         return self.predict(noisy), self.next_state(noisy)
 
     def forward(self, batch: DenoiserBatch) -> dict[str, Tensor]:
-        """Summed losses: ``flow`` over latent elements, ``answer`` and ``token`` over label tokens, ``stop`` over decisions."""
+        """Summed losses: ``flow`` over latent elements, ``answer``, ``token`` and ``lm`` over label tokens, ``stop`` over
+        decisions."""
         return self.losses(batch, *self.read(batch))
 
     def losses(self, batch: DenoiserBatch, hidden: Tensor, noisy: Tensor) -> dict[str, Tensor]:
@@ -201,11 +202,13 @@ class Denoiser(nn.Module):
         flow_loss = (self.predict(noisy) - self.wanted(batch)).square().sum((-2, -1)) * (batch.t > 0)
         losses = {
             "flow": flow_loss.sum(),
-            **self._answer_loss(hidden, batch),
+            **self._text_loss("answer", hidden[batch.answer_at], batch.answer_labels),
             **self._stop_loss(hidden, batch),
         }
         if self.token_head is not None:
             losses["token"] = self._token_loss(noisy, batch)
+        if self.settings.lm_weight:
+            losses |= self._text_loss("lm", hidden[batch.words_at], batch.word_labels)
         return {**losses, **flow_by_time(flow_loss, batch.t, batch.z0[0].numel())}
 
     def read(self, batch: DenoiserBatch) -> tuple[Tensor, Tensor]:
@@ -259,10 +262,11 @@ class Denoiser(nn.Module):
             inputs = inputs.flatten(0, 1).index_add(0, begins, time).view_as(inputs)
         return inputs
 
-    def _answer_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
-        """Cross-entropy summed over the answer's labels, and its metric; only labelled positions go through the LM head."""
-        losses, right = self.backbone.label_losses(hidden[batch.answer_at], batch.answer_labels)
-        return {"answer": losses.sum(), **accuracy("answer", right)}
+    def _text_loss(self, name: str, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy summed over the labels [n] of the tokens behind ``hidden`` [n, H], and its metric; only these go through
+        the LM head."""
+        losses, right = self.backbone.label_losses(hidden, labels)
+        return {name: losses.sum(), **accuracy(name, right)}
 
     def _stop_loss(self, hidden: Tensor, batch: DenoiserBatch) -> dict[str, Tensor]:
         """Of the decisions behind clean blocks, and its metric."""

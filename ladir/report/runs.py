@@ -16,11 +16,12 @@ from ladir.evaluation.results import QuestionResult, read_questions, read_result
 PHASES = ("base", "vae", "denoiser", "rollout", "rl", "verifier", "ar", "ar-rl")
 REINFORCED = ("rl", "ar-rl")
 LOSSES = (
-    "loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "stop", "nft", "steps", "answers", "verifier", "value",
+    "loss", "reconstruction", "kl", "flow", "answer", "rollout", "token", "lm", "stop", "nft", "steps", "answers", "verifier",
+    "value",
 )  # fmt: skip
 RATES = (
-    "exact", "token_accuracy", "answer_accuracy", "rollout_token_accuracy", "stop_accuracy", "verifier_accuracy", "reward",
-    "signal",
+    "exact", "token_accuracy", "answer_accuracy", "lm_accuracy", "rollout_token_accuracy", "stop_accuracy", "verifier_accuracy",
+    "reward", "signal",
 )  # fmt: skip
 
 #: steps and values of one metric, by phase and name

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
+from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode_thoughts
 from ladir.inference.sampler import NOISE, Reader, StepHook
 from ladir.models.denoiser import Denoiser
@@ -73,7 +74,7 @@ class GivenSentences:
         known = {(row, block): ids for row, blocks in enumerate(sentences) for block, ids in enumerate(blocks)}
         self.read: dict[tuple[int, int], list[int]] = defaultdict(list, known)  # nothing behind a record's last block
 
-    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor) -> Tensor:
+    def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor, prefix: Prefix) -> Tensor:
         """The latents as they are."""
         return z
 

@@ -84,7 +84,7 @@ class JudgedCollator:
     @classmethod
     def of(cls, teacher: DenoiserCollator, rl: RlSettings, seed: int) -> JudgedCollator:
         """Of stage 1's collator: no question is hidden, latents are what they are, and nobody says what a block reads."""
-        settings = replace(teacher.settings, condition_dropout=0.0, sample_latents=False, token_weight=0.0)
+        settings = replace(teacher.settings, condition_dropout=0.0, sample_latents=False, token_weight=0.0, lm_weight=0.0)
         if rl.algorithm == "flow_grpo":  # a noisy copy for every step, at its own time
             settings = replace(settings, draws=rl.random_steps, timesteps="uniform")
         return cls(replace(teacher, settings=settings, seed=seed, samples_per_step=attempts_of(rl)), rl)

@@ -111,4 +111,5 @@ def denoiser_collator(
 def denoiser_weights(settings: DenoiserSettings) -> dict[str, float]:
     """Weights of the loss terms of teacher forcing."""
     weights = {"flow": settings.flow_weight, "answer": settings.answer_weight, "stop": settings.stop_weight}
-    return {**weights, "token": settings.token_weight} if settings.token_weight else weights
+    optional = {"token": settings.token_weight, "lm": settings.lm_weight}
+    return weights | {name: weight for name, weight in optional.items() if weight}

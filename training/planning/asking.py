@@ -63,18 +63,19 @@ def answering(
     spans = -(-max(blocks, span) // span)
     thinking = max(blocks, span) * passes * (latents + 1) + blocks * block_length(mean.block if as_text else latents)
     row, alone = 2 * branches * longest, answers * (mean.answer + 1)  # twice: rows that go on are copied
-    together = 1 if sample.lag else span  # blocks of a line that end in the same pass
+    by_lm = int(sample.lm_weight > 0)  # a second LM then writes along, from a copy of the line's cache
+    together = 1 if sample.lag or by_lm else span  # blocks of a line that are read at once
     rounds = 1 + sample.restarts if sample.reencode else 1  # in which blocks are read
     if reads_blocks(config):  # a block's text is written from a cache of its own, and perhaps read again
         times = 1 + int(sample.reencode)
-        row += together * times * (latents + sample.max_thought_tokens)
-        alone += blocks * rounds * times * (mean.block + latents)
+        row += together * times * (latents + sample.max_thought_tokens) + by_lm * 2 * longest
+        alone += blocks * rounds * (times * (mean.block + latents) + by_lm * (mean.block + 1))
     rows = questions * lines
     launched = min(passes, _NOT_REPLAYED) if replayed else passes
     written = mean.block + 1  # passes that write a block as text, <eos> included
     real = 1 + spans * launched + blocks + mean.answer + 1
     if reads_blocks(config):
-        real += spans * span // together * rounds * (written + int(sample.reencode))
+        real += spans * span // together * rounds * (written * (1 + by_lm) + int(sample.reencode))
     unread = 0 if reads_blocks(config) else rows * blocks
     if reads:
         real += -(-unread // sample.thoughts_per_batch) * written

@@ -88,6 +88,7 @@ _DENOISER: tuple[_Chart, ...] = (
     ("stop", LOSSES, "stop"),
     ("right tokens", QUALITY, "(answer|token|rollout_token)_accuracy"),
     ("right stops", QUALITY, "stop_accuracy"),
+    ("right words of finished thoughts", QUALITY, "lm_accuracy"),
 )
 _ROLLOUT: tuple[_Chart, ...] = (
     *_DENOISER,
