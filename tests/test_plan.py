@@ -565,7 +565,7 @@ def test_asking_launches_every_pass_that_is_not_replayed() -> None:
     config.sample.lag = 1  # one after another
     assert passes() == plain + 4 * 2 * 8
     config.sample.lag, config.sample.lm_weight = 0, 1.0  # so they are as well where the LM expects what is written
-    assert passes() == plain + 4 * 2 * (2 * 7 + 1)
+    assert passes() == plain + 4 * 2 * (2 * 7 + 1) + 2 * 2  # and each span's first sentence again
 
 
 def test_what_is_read_or_answered_is_not_guided() -> None:

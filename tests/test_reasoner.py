@@ -417,6 +417,23 @@ def cut_unevenly(ids: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     "controls",
     [
+        {"lm_weight": 0.7, "guidance_scale": 2.0, "span": 2, "lag": 0, "num_steps": 2},
+        {"lm_weight": 2.0, "kind": "mistral", "attention": "sdpa", "sliding_window": 4, "num_steps": 2},
+    ],
+    ids=["guided-span", "sliding-window"],
+)
+def test_the_lm_writes_along_with_sentences_of_all_lengths(controls: dict[str, Any]) -> None:
+    """Rows then end one after another, in two caches."""
+    reasoner = tiny_reasoner(context="text", max_thought_tokens=9, **controls)
+    with torch.no_grad():  # an end is now the likeliest token, now the least likely one
+        reasoner.thought_decoder.backbone.base.get_output_embeddings().weight[EOS] *= 4
+    found = assert_cached_is_plain(reasoner, QUESTIONS[:2], 3)
+    assert len({len(ids) for trajectory in found for ids in trajectory.thought_ids or []}) > 3
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
         {"guidance_scale": 2.0, "span": 2, "lag": 1, "num_steps": 2},
         {"kind": "mistral", "attention": "sdpa", "sliding_window": 4, "num_steps": 2},
     ],
@@ -971,9 +988,9 @@ def test_the_decoder_alone_ends_a_sentence() -> None:
         head.up.bias.copy_(torch.tensor([0.1, 0.9, 1e-9]).log())
     steer = TokenHeadReading(head, torch.zeros(3, 2, 2), 1.0).steer(2)
     own = torch.tensor([[0.5, 0.1, 0.4], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]).log()
-    assert steer(own, torch.arange(3), 0).argmax(-1).tolist() == [1, 2, 2]
-    assert steer(own, torch.arange(3), 1)[:, 2].tolist() == [-math.inf, math.inf, math.inf]
-    assert torch.equal(steer(own, torch.arange(3), 2), own)  # beyond the head's positions
+    assert steer(own, torch.arange(3), 0, None).argmax(-1).tolist() == [1, 2, 2]
+    assert steer(own, torch.arange(3), 1, None)[:, 2].tolist() == [-math.inf, math.inf, math.inf]
+    assert torch.equal(steer(own, torch.arange(3), 2, None), own)  # beyond the head's positions
 
 
 def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
@@ -985,8 +1002,9 @@ def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
 
 def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
     reasoner = tiny_reasoner()
+    prefix = reasoner._question_prefix(QUESTIONS[:1], torch.zeros(1, dtype=torch.int64), guided=False)
     with pytest.raises(UnusableError, match="did not stay finite"):
-        BlockReader(reasoner, reasoner.settings)([0], [0], torch.full((1, 1, 2, 3), torch.inf), torch.zeros(1, 1, 2, 0))
+        BlockReader(reasoner, reasoner.settings)([0], [0], torch.full((1, 1, 2, 3), torch.inf), torch.zeros(1, 1, 2, 0), prefix)
     reasoner.encoder = None
     with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
         reasoner.generate(QUESTIONS, reencode=True)

@@ -68,12 +68,12 @@ class SampleSettings:
     token_head_weight: float = setting(
         0.0,
         "weight of the denoiser's token head beside the VAE's decoder where a finished block is read as text (reencode, or "
-        "denoiser.context=text): a product of both, and the sentence ends where the decoder alone would end it; 0: it alone",
+        "denoiser.context=text): a product of both, and the sentence ends where it would without the head; 0: without",
     )
     lm_weight: float = setting(
         0.0,
         "weight of what the denoiser's LM expects to be written next (denoiser.lm_weight) beside the VAE's decoder where a "
-        "finished block is read as text: a product of both; 0: none",
+        "finished block is read as text: a product of both, which also ends the sentence; 0: none",
     )
     max_blocks: int = setting(32, "blocks after which the answer is forced; below data.max_blocks long chains are cut short")
     max_answer_tokens: int = setting(128, "longest answer, in tokens; below data.max_answer_tokens long ones are cut short")

@@ -347,13 +347,13 @@ class DenoiserCollator:
             **batch,
         )
 
-    def _spoken(self, words: Sequence[Sequence[Sequence[int]]], with_answer: bool) -> list[list[int]]:
+    def _spoken(self, texts: Sequence[Sequence[Sequence[int]]], with_answer: bool) -> list[list[int]]:
         """The sentences that stand as text with the <eos> behind each, where their tokens are predicted; without the answer a
         record's last span does not stand there."""
         if not self.settings.lm_weight:
             return []
         span = self.settings.span
-        standing = [w if with_answer else w[: (num_spans(len(w), span) - 1) * span] for w in words]
+        standing = [of_one if with_answer else of_one[: (num_spans(len(of_one), span) - 1) * span] for of_one in texts]
         return [[*sentence, self.eos_id] for sentences in standing for sentence in sentences]
 
     def _has_first_pass(self, step: int, training: bool) -> bool:

@@ -103,10 +103,10 @@ class TokenHeadReading:
     weight: float
 
     def steer(self, eos_id: int) -> Steer:
-        """The decoder's distribution times the head's to the power of its weight, up to a factor, over all tokens but <eos>.
+        """The reader's distribution times the head's to the power of its weight, up to a factor, over all tokens but <eos>.
 
-        A product of experts (Hinton 2002): the decoder knows how a sentence goes on, the head which numbers are in it.  The head
-        was never shown an end: a sentence ends where the decoder alone would end it.
+        A product of experts (Hinton 2002): the reader knows how a sentence goes on, the head which numbers are in it.  The head
+        was never shown an end: a sentence ends where the reader alone would end it.
         """
 
         def steered(logits: Tensor, rows: Tensor, step: int, before: Tensor | None) -> Tensor:
@@ -134,7 +134,8 @@ class LmReading:
         self._hidden = prefix.append(begin.expand(len(prefix), 1, -1))[:, 0]
 
     def steer(self, logits: Tensor, rows: Tensor, step: int, before: Tensor | None) -> Tensor:
-        """The decoder's distribution times the LM's to the power of its weight, up to a factor (a product of experts)."""
+        """The decoder's distribution times the LM's to the power of its weight, up to a factor (a product of experts); both know
+        ends."""
         with self._prefix.backbone.adapter_on():  # the decoder may be the same LM without them
             if before is not None:
                 self._go_on(rows, before)

@@ -75,6 +75,7 @@ class BlockReader:
             steer = steered_by(*self._beside(rows, numbers[0], state[:, places].flatten(0, 1), prefix))
             texts = self._texts(z[:, places].flatten(0, 1), steer)
             self.read.update(zip(itertools.product(rows, numbers), texts, strict=True))
+            del steer  # with the cache that the LM wrote along from: the next one is made
         return self._encoded([self.read[place] for place in itertools.product(rows, blocks)], z) if self.encodes else z
 
     def _texts(self, z: Tensor, steer: Steer | None) -> list[list[int]]:

@@ -171,7 +171,7 @@ class LatentRecorder(Reasoner):
         def block_trace(trajectory: Trajectory, block: int) -> BlockTrace:
             steps = trajectory.trace[block]
             start, shown = self._noise_of[steps[0]], [texts[number] for number in steps]
-            if trajectory.thought_ids is not None:  # as it was read for what follows, by the token head as well
+            if trajectory.thought_ids is not None:  # as it was read for what follows, by token head and LM as well
                 shown[-1] = decode_text(self.tokenizer, trajectory.thought_ids[block])
             latents = self._standardised([start, *steps])
             return BlockTrace(latents[1:], shown, latents[0], texts.get(start, ""))

@@ -86,7 +86,8 @@ def one_pass(bench: Bench, draws: int) -> Row:
 def loss_weights(config: Config) -> dict[str, float]:
     """Weights of the denoiser's loss terms."""
     s = config.denoiser
-    return {"flow": s.flow_weight, "answer": s.answer_weight, "stop": s.stop_weight, "token": s.token_weight}
+    optional = {"token": s.token_weight, "lm": s.lm_weight}
+    return {"flow": s.flow_weight, "answer": s.answer_weight, "stop": s.stop_weight, **optional}
 
 
 def labelled_logits(bench: Bench) -> list[Row]:

@@ -69,13 +69,15 @@ def answering(
     if reads_blocks(config):  # a block's text is written from a cache of its own, and perhaps read again
         times = 1 + int(sample.reencode)
         row += together * times * (latents + sample.max_thought_tokens) + by_lm * 2 * longest
-        alone += blocks * rounds * (times * (mean.block + latents) + by_lm * (mean.block + 1))
+        earlier = (span - 1) * block_length(mean.block) // 2  # sentences of a block's own span, which the LM reads again
+        alone += blocks * rounds * (times * (mean.block + latents) + by_lm * (mean.block + 1 + earlier))
     rows = questions * lines
     launched = min(passes, _NOT_REPLAYED) if replayed else passes
     written = mean.block + 1  # passes that write a block as text, <eos> included
     real = 1 + spans * launched + blocks + mean.answer + 1
     if reads_blocks(config):
         real += spans * span // together * rounds * (written * (1 + by_lm) + int(sample.reencode))
+        real += by_lm * spans * rounds * span * (span - 1) // 2
     unread = 0 if reads_blocks(config) else rows * blocks
     if reads:
         real += -(-unread // sample.thoughts_per_batch) * written

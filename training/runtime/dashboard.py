@@ -84,7 +84,7 @@ _DENOISER: tuple[_Chart, ...] = (
     _TOTAL,
     ("flow", LOSSES, "flow"),
     ("flow by t", LOSSES, "flow_t.*"),
-    ("cross-entropy of answers and thoughts' tokens", LOSSES, "(answer|token|rollout)"),
+    ("cross-entropy of answers and thoughts' tokens", LOSSES, "(answer|token|rollout|lm)"),
     ("stop", LOSSES, "stop"),
     ("right tokens", QUALITY, "(answer|token|rollout_token)_accuracy"),
     ("right stops", QUALITY, "stop_accuracy"),
