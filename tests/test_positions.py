@@ -16,8 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ladir.config import SampleSettings
 from ladir.config.loader import load_config
+from ladir.data.grounding import GroundedSentences
 from ladir.data.prompts import Frame
-from ladir.data.token_lists import GroundedSentence
 from ladir.errors import UnusableError
 from ladir.layout import template
 from ladir.models.architectures import has_position_table
@@ -58,12 +58,22 @@ class Stored:
         return np.array(self.rows)
 
 
+class Grounded(GroundedSentences):
+    """A sentence with its prompt and what follows, as far as lengths go."""
+
+    def __init__(self) -> None:
+        pass
+
+    def sizes(self) -> np.ndarray:
+        return np.array([[3, 16, 9]])
+
+
 def check(phase: str, lm: PretrainedConfig, settings: Sequence[str] = ()) -> None:
     config = load_config(None, ["vae.latents_per_block=2", "sample.max_blocks=2", "sample.max_answer_tokens=3", *settings])
     if phase == "vae":
-        check_sentences(config, lm, [[1] * 17, [1] * 18, [1] * 2], marks=1)
+        check_sentences(config, lm, 1, [[1] * 17, [1] * 18], [[1] * 2])
     elif phase == "grounded":
-        check_sentences(config, lm, [GroundedSentence([1] * 3, [1] * 16, [1] * 9), [1] * 2], marks=1)
+        check_sentences(config, lm, 1, Grounded(), [[1] * 2])
     else:
         stores: Any = [Stored([(6, 4, 2, 9, 4), (6, 5, 2, 9, 4), (2, 1, 3, 12, 4)]), None]
         check_records(config, lm, stores, FRAME)

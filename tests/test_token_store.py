@@ -190,6 +190,9 @@ def test_questions_are_read_once_for_a_task(
         read.questions(str(file), get_task("countdown"))
     monkeypatch.setattr("ladir.data.question_store.question_of", lambda *_: pytest.fail("read again"))
     assert list(read.questions([str(file)], get_task("maths"))) == first
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="read again"):
+        patch.setattr(tokens, "code_digest", lambda *_: "a task that was mended")
+        read.questions(str(file), get_task("maths"))
     with pytest.raises(BadRecords, match="2 of 3 records cannot be used"):
         Tokens(configure(tmp_path, "data.on_bad_record=error"), ALONE, WORDS).questions(str(file), get_task("maths"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ladir.config import BackboneSettings, DenoiserSettings, LoraSettings, SampleSettings, VaeSettings
+from ladir.config import BackboneSettings, DataSettings, DenoiserSettings, LoraSettings, SampleSettings, VaeSettings
 from ladir.data.batches import VaeBatch, VaeCollator, flat_ids
-from ladir.data.columns import TokenRecord
 from ladir.data.grounding import GroundedSentences
 from ladir.data.prompts import Frame
 from ladir.data.token_lists import GroundedSentence
+from ladir.data.token_store import Store, TokenStore
+from ladir.data.tokenizing import write_records
 from ladir.errors import UnusableError
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import decode, thought_ids
@@ -146,13 +148,17 @@ def test_what_follows_is_learned_from_question_and_latents_alone(lora: LoraSetti
     assert float(same["reconstruction"].detach()) == float(found["reconstruction"].detach()) and "grounded" not in same
 
 
-def test_what_follows_a_sentence_is_the_rest_of_its_chain_and_the_answer() -> None:
+def test_what_follows_a_sentence_is_the_rest_of_its_chain_and_the_answer(tmp_path: Path) -> None:
     words = build_word_tokenizer(["q", "a", "b", "c", "#", "7", "\n"])
 
-    def record(*blocks: str) -> TokenRecord:
-        return TokenRecord(encode_text(words, "q"), [encode_text(words, text) for text in blocks], encode_text(words, "7"))
+    def stored(*records: Sequence[str]) -> TokenStore:
+        lines = [{"input": "q", "output": "\n".join([*blocks, "#### 7"])} for blocks in records]
+        file = tmp_path / f"{len(records)}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_records(file.with_suffix(".store"), [str(file)], DataSettings(), words, 1)
+        return TokenStore(Store(file.with_suffix(".store"), [str(file)]))
 
-    items = GroundedSentences([record("a", "b a", "c"), record("c")], words, "#", Frame())
+    items = GroundedSentences(stored(["a", "b a", "c"], ["c"]), words, "#", Frame())
     texts = [[words.decode(ids) for ids in (item.sentence, item.prompt, item.follows)] for item in items]
     assert texts == [
         ["a", "q\n", "b a\nc\n# 7"],
@@ -163,8 +169,10 @@ def test_what_follows_a_sentence_is_the_rest_of_its_chain_and_the_answer() -> No
     assert items.length(0) == 2 * 1 + 2 + len(items[0].follows)
     assert [item.sentence for item in items.of(1)] == [encode_text(words, "c")] and len(items.of(0)) == 3
     chat = Frame((3,), (4,), is_chat=True)
-    [framed] = GroundedSentences([record("a")], words, "#", chat)
-    assert framed.prompt == chat.around(encode_text(words, "q"))
+    framed = GroundedSentences(stored(["a"]), words, "#", chat)
+    assert framed[0].prompt == chat.around(encode_text(words, "q"))
+    for some in (items, framed):
+        assert some.sizes().tolist() == [[len(item.sentence), len(item.prompt), len(item.follows)] for item in some]
 
 
 def _greedy(decoder: ThoughtDecoder, read: list[Tensor], count: int) -> list[int]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ladir.data.prompts import Frame
-from ladir.data.token_lists import GroundedSentence, MadeWhenRead
+from ladir.data.token_lists import GroundedSentence, MadeWhenRead, lengths_of
 from ladir.tokens import encode_text
 
 if TYPE_CHECKING:
-    from ladir.data.columns import TokenRecord
+    from ladir.data.token_store import TokenStore
 
 
 class GroundedSentences(MadeWhenRead[GroundedSentence]):
@@ -23,15 +21,25 @@ class GroundedSentences(MadeWhenRead[GroundedSentence]):
     The blocks before it are hidden: whatever of them the rest needs must be in its latents.
     """
 
-    def __init__(
-        self, records: Sequence[TokenRecord], tokenizer: PreTrainedTokenizerBase, answer_prefix: str, frame: Frame
-    ) -> None:
+    def __init__(self, records: TokenStore, tokenizer: PreTrainedTokenizerBase, answer_prefix: str, frame: Frame) -> None:
         self._records, self._frame = records, frame
         self._newline, self._mark = encode_text(tokenizer, "\n"), encode_text(tokenizer, f"{answer_prefix} ")
-        self._first = [0, *accumulate(len(record.blocks) for record in records)]
+        self._behind = frame.behind if frame.is_chat else self._newline
+        self._around = len(frame.before) + len(self._behind)
+        self._first = np.concatenate([[0], records.sizes(1)[:, 2].cumsum()])
 
     def __len__(self) -> int:
-        return self._first[-1]
+        return int(self._first[-1])
+
+    def sizes(self) -> np.ndarray[Any, Any]:
+        """Tokens of a sentence, of its prompt, and of what follows, of every one [n, 3]; none of them is read."""
+        question, answer, counts, *_ = self._records.sizes(1).T
+        sentence = lengths_of(self._records.blocks)
+        lines = np.concatenate([[0], (sentence + len(self._newline)).cumsum()])
+        later = lines[self._first[1:]].repeat(counts) - lines[1:]
+        return np.stack(
+            [sentence, (question + self._around).repeat(counts), later + (len(self._mark) + answer).repeat(counts)], 1
+        )
 
     def of(self, record: int) -> list[GroundedSentence]:
         """The blocks of a record."""
@@ -43,11 +51,10 @@ class GroundedSentences(MadeWhenRead[GroundedSentence]):
         return 2 * len(item.sentence) + len(item.prompt) + len(item.follows)
 
     def _at(self, place: int) -> GroundedSentence:
-        number = bisect_right(self._first, place) - 1
-        record, block = self._records[number], place - self._first[number]
+        number = int(self._first.searchsorted(place, side="right")) - 1
+        record, block = self._records[number], place - int(self._first[number])
         follows: list[int] = []
         for later in record.blocks[block + 1 :]:
             follows += [*later, *self._newline]
-        before = [*self._frame.before, *record.question]
-        prompt = [*before, *(self._frame.behind if self._frame.is_chat else self._newline)]
+        prompt = [*self._frame.before, *record.question, *self._behind]
         return GroundedSentence(record.blocks[block], prompt, [*follows, *self._mark, *record.answer])

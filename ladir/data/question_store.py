@@ -30,7 +30,7 @@ from ladir.tokens import encode_stream
 
 #: a line as JSON, its file's number, its place there, its :class:`Kind`, a digest of its question (0: it has none)
 QUESTIONS = pa.schema(
-    [("line", pa.string()), ("file", pa.int32()), ("place", pa.string()), ("kind", pa.int8()), ("digest", pa.int64())]
+    [("line", pa.large_string()), ("file", pa.int32()), ("place", pa.string()), ("kind", pa.int8()), ("digest", pa.int64())]
 )
 
 
@@ -63,9 +63,10 @@ def write_questions(
 
     def made(part: Rows) -> Made:
         read = [question_of(source, load, settings) for source, load in part.rows]
-        entries = list(map(_as_kept, read))
+        texts = [_written(entry) for entry in read]
+        entries = list(map(_as_kept, read, texts))
         lengths = encode_stream(tokenizer, (entry.question for entry in entries if isinstance(entry, Record)))
-        lines = [_line(entry, lengths, settings, check) for entry in entries]
+        lines = [_line(entry, text, lengths, settings, check) for entry, text in zip(entries, texts, strict=True)]
         columns = {
             "line": [line for line, _ in lines],
             "file": [part.file] * len(lines),
@@ -78,25 +79,31 @@ def write_questions(
     write_parts(folder, "questions", QUESTIONS, made, files, settings.stream_hub, processes, give_way)
 
 
-def _as_kept(entry: Record | BadRecord) -> Record | BadRecord:
-    """The entry as it is read out of a store: the task looks at nothing else."""
+def _written(entry: Record | BadRecord) -> str:
+    """The line of the store; what is no JSON (dates of a Parquet file, pictures) as its text."""
+    if isinstance(entry, BadRecord):
+        return json.dumps([entry.reason, entry.remedy])
+    return json.dumps([entry.question, entry.answer, entry.reference], default=str)
+
+
+def _as_kept(entry: Record | BadRecord, line: str) -> Record | BadRecord:
+    """The entry as it is read out of its ``line`` again: the task looks at nothing else."""
     if isinstance(entry, BadRecord):
         return entry
-    question, answer, reference = json.loads(_written(entry))
+    question, answer, reference = json.loads(line)
     return Record(question, (), answer, entry.source, reference)
 
 
-def _written(record: Record) -> str:
-    """What is no JSON (dates of a Parquet file, pictures) as its text."""
-    return json.dumps([record.question, record.answer, record.reference], default=str)
-
-
 def _line(
-    entry: Record | BadRecord, lengths: Iterator[Sequence[int]], settings: DataSettings, check: Callable[[Record], None]
+    entry: Record | BadRecord,
+    line: str,
+    lengths: Iterator[Sequence[int]],
+    settings: DataSettings,
+    check: Callable[[Record], None],
 ) -> tuple[str, Kind]:
-    """A line of the store; ``lengths`` gives the next question's token ids."""
+    """What becomes of an entry: its ``line``, or why it is not asked; ``lengths`` gives the next question's token ids."""
     if isinstance(entry, BadRecord):
-        return json.dumps([entry.reason, entry.remedy]), Kind.UNREAD
+        return line, Kind.UNREAD
     tokens = len(next(lengths))
     try:
         check(entry)
@@ -104,7 +111,7 @@ def _line(
         reason, _, remedy = str(error).removeprefix(f"{entry.source}: ").partition("; ")
         return json.dumps([reason, remedy or "correct it"]), Kind.UNJUDGEABLE
     problem = length_problem("question", tokens, "data.max_question_tokens", settings.max_question_tokens)
-    return (_written(entry), Kind.ASKED) if problem is None else (json.dumps(problem), Kind.UNFIT)
+    return (line, Kind.ASKED) if problem is None else (json.dumps(problem), Kind.UNFIT)
 
 
 def _digest(question: str) -> int:

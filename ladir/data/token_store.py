@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ladir.config import DataSettings
@@ -161,6 +162,10 @@ class TokenStore(MadeWhenRead[TokenRecord]):
     def _at(self, place: int) -> TokenRecord:
         chunk, i = self._chunks.find(place)
         return chunk.tokens(i)
+
+    def sizes(self, span: int) -> np.ndarray[Any, Any]:
+        """As :meth:`ladir.data.latents.LatentStore.sizes`, [N, 5]."""
+        return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self._chunks.all)])
 
     @property
     def longest_question(self) -> int:

@@ -19,7 +19,7 @@ from ladir.errors import UnusableError
 from ladir.tasks import Task
 from training.evaluation.judging import judges_of
 from training.runtime.alone import GiveWay
-from training.runtime.files import read_json, write_json
+from training.runtime.files import code_digest, read_json, write_json
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 
@@ -116,9 +116,7 @@ def _start(text: str) -> str:
 def _checker(settings: EvaluateSettings) -> str:
     """What a verdict depends on beside the record: the task, its limits and its program."""
     limits = [settings.task, settings.check_seconds, settings.check_memory_mb, settings.isolation]
-    digest = hashlib.sha256(json.dumps(limits).encode())
-    for file in sorted(Path(ladir.tasks.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
+    digest = hashlib.sha256(json.dumps([*limits, code_digest(ladir.tasks)]).encode())
     return f"{settings.task}-{digest.hexdigest()[:16]}"
 
 

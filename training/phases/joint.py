@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config
-from ladir.data.columns import TokenRecord
 from ladir.data.grounding import GroundedSentences
 from ladir.data.joint import JointCollator, JointRecords
 from ladir.data.prompts import Frame
@@ -109,9 +108,9 @@ class _Peeked:
 
 
 def _records(config: Config, tokens: Tokens, named: str | Sequence[str] | None, frame: Frame) -> JointRecords:
-    records: Sequence[TokenRecord] = tokens.records(named) or []
-    if config.vae.objective == "reconstruct":
-        return JointRecords(records, None)
+    records = tokens.records(named)
+    if records is None or config.vae.objective == "reconstruct":
+        return JointRecords(records or [], None)
     return JointRecords(records, GroundedSentences(records, tokens.tokenizer, config.data.answer_prefixes[0], frame))
 
 

@@ -209,7 +209,7 @@ def encode(run: Run) -> bool:
 
 def _check_lengths(run: Run, vae: Vae, records: TokenStore) -> None:
     """The LM of the VAE has positions for every block."""
-    check_sentences(run.config, vae.encoder.base.config, records.blocks, vae.thought_decoder.marks)
+    check_sentences(run.config, vae.encoder.base.config, vae.thought_decoder.marks, records.blocks)
 
 
 def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | None:

@@ -9,9 +9,10 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from ladir.config import Config
+from ladir.data.grounding import GroundedSentences
 from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame
-from ladir.data.token_lists import GroundedSentence, lengths_of
+from ladir.data.token_lists import lengths_of
 from ladir.data.token_store import TokenStore
 from ladir.layout import block_length, longest_block
 from ladir.models.positions import check_positions, check_room
@@ -21,24 +22,22 @@ _COMPLETION = "set a lower evaluate.ar_max_tokens, or leave long questions out (
 _SHORTER = "leave long ones out (data.on_bad_record=skip with a lower {names})"
 
 
-def check_sentences(config: Config, lm: PretrainedConfig, sentences: Sequence[Any], marks: int) -> None:
-    """What the VAE reads of a sentence: its latents, the sentence, and ``marks`` tokens around them; with its question and what
-    follows where the decoder learns that.  UnusableError where the LM has no positions for it."""
-    vae = config.vae
-    if vae.objective == "reconstruct":
-        lengths = marks + lengths_of(sentences) + vae.latents_per_block
-        names = "data.max_block_tokens"
-    else:
-        read = (_grounded(sentence, vae.grounded_tokens, marks) for sentence in sentences)
-        lengths = np.fromiter(read, np.int64, len(sentences)) + vae.latents_per_block
+def check_sentences(config: Config, lm: PretrainedConfig, marks: int, *sets: Sequence[Any]) -> None:
+    """What the VAE reads of the sentences of some ``sets``: its latents, the sentence, and ``marks`` tokens around them; with its
+    question and what follows where the decoder learns that.  UnusableError where the LM has no positions for it."""
+    vae, names = config.vae, "data.max_block_tokens"
+    if vae.objective == "grounded":
         names = "data.max_block_tokens or data.max_question_tokens, or set a lower vae.grounded_tokens"
-    check_positions(lm, lengths, "sentences with their latents", _SHORTER.format(names=names))
+    read = np.concatenate([_read_of(sentences, vae.grounded_tokens, marks) for sentences in sets])
+    check_positions(lm, read + vae.latents_per_block, "sentences with their latents", _SHORTER.format(names=names))
 
 
-def _grounded(sentence: list[int] | GroundedSentence, most: int, marks: int) -> int:
-    if not isinstance(sentence, GroundedSentence):
-        return marks + len(sentence)
-    return max(marks + len(sentence.sentence), len(sentence.prompt) + min(len(sentence.follows), most))
+def _read_of(sentences: Sequence[Any], most: int, marks: int) -> np.ndarray:
+    """Tokens [n] that are read of some sentences beside their latents."""
+    if not isinstance(sentences, GroundedSentences):
+        return marks + lengths_of(sentences)
+    alone, prompt, follows = sentences.sizes().T
+    return np.maximum(marks + alone, prompt + np.minimum(follows, most))
 
 
 def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentStore | None], frame: Frame) -> None:

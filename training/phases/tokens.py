@@ -14,7 +14,9 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+import ladir.tasks
 from ladir.config import Config
+from ladir.data import answers, blocks, formats, question_store, questions, records, rows
 from ladir.data.encode import refuse_or_list
 from ladir.data.question_store import Questions, QuestionStore, write_questions
 from ladir.data.rows import data_files
@@ -25,7 +27,7 @@ from ladir.tasks import Task
 from ladir.tokens import tokenization_fingerprint
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
-from training.runtime.files import digests, locked
+from training.runtime.files import code_digest, digests, locked
 from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.run import RunFolder
 
@@ -61,8 +63,12 @@ class Tokens:
         return [] if store is None else stored_sentences(store)
 
     def questions(self, named: str | Sequence[str], task: Task) -> Questions:
-        """The questions that ``task`` can judge, of what a setting names; the other lines as above."""
-        opened = self._open("questions", named, partial(write_questions, check=task.check), task.name)
+        """The questions that ``task`` can judge, of what a setting names; the other lines as above.
+
+        They are read anew where a newer version of the code may read or judge them otherwise.
+        """
+        code = code_digest(ladir.tasks, answers, blocks, formats, question_store, questions, records, rows)
+        opened = self._open("questions", named, partial(write_questions, check=task.check), task.name, code)
         assert opened is not None
         store = QuestionStore(opened)
         if self._tells(int(np.count_nonzero(store.kinds)), len(store)):

@@ -35,10 +35,10 @@ def vae_phase(config: Config, world: World, stop: StopRequest | None = None) -> 
     trained, held_out = tokens.records(config.data.train), tokens.records(config.data.validation)
     alone = tokens.sentences(config.data.sentences)
     frame = Frame.of(tokenizer, config.data.chat_template)
-    items = Joined(sentences_of(config, tokenizer, trained, frame), alone)
-    validation = sentences_of(config, tokenizer, held_out, frame)
+    sentences, validation = (sentences_of(config, tokenizer, records, frame) for records in (trained, held_out))
+    items = Joined(sentences, alone)
     bos, separator = bos_ids(tokenizer), encode_text(tokenizer, config.vae.separator)
-    check_sentences(config, lm, Joined(items, validation), len(bos) + len(separator))
+    check_sentences(config, lm, len(bos) + len(separator), sentences, alone, validation)
     with sharded_init(config, config.vae.train, world):  # last: what is wrong with the records is told before it is loaded
         model = new_vae(config.vae, config.backbone, world.device.type, bos, separator)
     collator = vae_collator(config, tokenizer, config.vae.train, "vae", model)

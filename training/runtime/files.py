@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
@@ -133,6 +134,16 @@ def sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
             digest.update(piece)
             if give_way is not None:
                 give_way()
+    return digest.hexdigest()
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """Stands for the source of some modules, of a package's with all in it."""
+    digest = hashlib.sha256()
+    for module in modules:
+        path = Path(str(module.__file__))
+        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
