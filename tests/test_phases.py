@@ -59,8 +59,8 @@ VARIANTS = {
     "hpz": ["deepspeed.config=tests/data/zero3_hpz.json"],
     "full-parts": [
         "denoiser.token_weight=0.5",
-        "denoiser.answer_every=2",
         "denoiser.context=text",
+        "denoiser.lm_weight=0.5",
         "rollout.enabled=false",
         "backbone.logits_parts=3",
     ],

@@ -396,7 +396,13 @@ def test_what_a_plan_lacks_is_named(capsys: pytest.CaptureFixture[str], tmp_path
     assert main(["--gpus", "2", "--gpu-memory", "80", "plan.samples=10", f"backbone.name_or_path={tmp_path}/none"]) == 2
     assert "backbone.scratch" in capsys.readouterr().err
     assert main(["--gpus", "3", "--gpu-memory", "80", *SMALL]) == 2
-    assert "global_batch=128" in capsys.readouterr().err
+    assert "vae.train.global_batch=128" in capsys.readouterr().err
+    hpz = "deepspeed.config=ds_configs/zero3_hpz.json"
+    assert main(["--gpus", "4", "--gpu-memory", "80", *SMALL, hpz]) == 2
+    assert "4 processes are no whole number of such groups" in capsys.readouterr().err
+    (tmp_path / "ds.json").write_text('{"sequence_parallel_size": 2}')
+    assert main(["--gpus", "2", "--gpu-memory", "80", *SMALL, f"deepspeed.config={tmp_path}/ds.json"]) == 2
+    assert "sequence_parallel_size" in capsys.readouterr().err
     (tmp_path / "train.jsonl").write_text("{}\n")
     tokenizer = build_word_tokenizer(["a"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")

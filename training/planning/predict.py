@@ -34,9 +34,9 @@ from training.planning.memory import (
 from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
 from training.planning.prediction import Iteration, Machine, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
-from training.runtime.ds_config import read_ds_config
+from training.runtime.ds_config import check_ds_config, read_ds_config
 from training.runtime.sampler import DataOrder, micro_batch_size
-from training.runtime.topology import deepspeed_file, train_settings
+from training.runtime.topology import check_topology, deepspeed_file, train_settings
 
 #: what splits least, where there are several GPUs
 _LIGHTEST = "ds_configs/zero2.json"
@@ -85,6 +85,8 @@ class Planner:
     def training(self, phase: str) -> Prediction:
         """A training phase, with the remedy where it does not fit."""
         train, backbone = self.train_settings(phase), self.config.backbone
+        check_ds_config(backbone, deepspeed_file(self.config, phase))
+        check_topology(self.config, phase, self.machine.gpus)  # as submit.sh and the phase itself ask
         micro = micro_batch_size(train.global_batch, self.machine.gpus, train.micro_batch)
         found = self._attempt(phase, self.config, micro)
         if not found.fits:
