@@ -125,12 +125,14 @@ count_restarts() {
     echo "$idle_restarts $mark" >"$file"
 }
 
-# Stands for what the run has saved: newest checkpoints, token stores, parts of latents, answers, finished phases.
+# Stands for what the run has saved: newest checkpoints, stores of tokens and questions, parts of latents, judged trajectories,
+# answers (asked ones, and records' own that are accepted), finished phases.
 saved_so_far() {
     {
         cat "$RUN_FOLDER"/checkpoints/*/latest || true
         ls "$RUN_FOLDER"/tokens/*/index.json "$RUN_FOLDER"/latents/*.parts-*/*.json "$RUN_FOLDER"/outcome-*.json || true
-        wc -c "$RUN_FOLDER"/evaluation/*/*/*.jsonl || true
+        find "$RUN_FOLDER/judged" -name '*.safetensors' | sort || true # too many, perhaps, for a command line
+        wc -c "$RUN_FOLDER"/evaluation/*/*/*.jsonl "$RUN_FOLDER/gold.json" || true
     } 2>/dev/null | cksum | tr ' ' -
 }
 

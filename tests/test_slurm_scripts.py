@@ -245,6 +245,36 @@ def test_what_may_end_otherwise_goes_back_to_the_queue_and_what_must_be_mended_d
     assert not (tmp_path / "slurm" / "failed-nodes").exists()
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "checkpoints/vae/latest",
+        "tokens/records-1/index.json",
+        "tokens/questions-1/index.json",
+        "latents/train.parts-1/000000001.json",
+        "judged/1/000000002.safetensors",
+        "evaluation/answers/1/ladir.00000.jsonl",
+        "gold.json",
+        "outcome-vae.json",
+    ],
+)
+def test_whatever_a_phase_keeps_for_the_next_start_is_progress_and_what_is_half_written_is_not(file: str, tmp_path: Path) -> None:
+    def mark() -> str:
+        command, environment = "source slurm/common.sh; saved_so_far", {**os.environ, "RUN_FOLDER": str(tmp_path)}
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout
+
+    before = mark()
+    for other in ("judged/1/000000002.writing", "tokens/.questions-1.x/index.json", "status.json"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("1")
+    assert mark() == before
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("1")
+    assert mark() != before and mark() == mark()
+
+
 def test_a_node_that_failed_twice_is_left_out_by_the_job_and_by_those_of_its_chain_that_wait(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "jobs").write_text("7 train_vae\n8 encode_latents\n")
