@@ -210,6 +210,26 @@ def test_the_next_command_on_a_cluster(run_of: Run, monkeypatch: pytest.MonkeyPa
     assert ending.next_command(run_of) == "encode_latents, which is queued"
 
 
+@pytest.mark.parametrize(
+    ("launcher", "known", "asked"),
+    [
+        ("torchrun", {"SLURM_CPUS_PER_TASK": "64", "SRUN_CPUS_PER_TASK": "64"}, "--gres=gpu:8 --cpus-per-task=64 "),
+        ("torchrun", {"SLURM_CPUS_PER_TASK": "64"}, "--gres=gpu:8 --cpus-per-task=64 "),
+        ("srun", {"SLURM_CPUS_PER_TASK": "8", "SRUN_CPUS_PER_TASK": "64"}, "--gres=gpu:8 --cpus-per-task=64 "),
+        ("srun", {"SLURM_CPUS_PER_TASK": "8"}, "--gres=gpu:8 "),
+    ],
+)
+def test_the_next_command_asks_for_the_cpus_that_this_job_asked_for(
+    launcher: str, known: dict[str, str], asked: str, run_of: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a rank's share of them, which a step of srun's own ranks is told; for none where the job asked for none."""
+    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"INTERRUPTED_MARK": "mark", "SLURM_GPUS_ON_NODE": "8", "LAUNCHER": launcher, **known}.items():
+        monkeypatch.setenv(name, value)
+    assert f"{asked}slurm/encode_latents.sbatch" in ending.next_command(run_of)
+
+
 def test_a_training_ends_with_one_line(run_of: Run, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         metrics = {"loss": 3.0, "validation/loss": 0.51234, "validation/token_accuracy": 1.0}

@@ -79,7 +79,17 @@ def _submitting(step: Step) -> list[str]:
     options = {"nodes": "SLURM_JOB_NUM_NODES", "partition": "SLURM_JOB_PARTITION"}
     given = [f"--{option}={os.environ[name]}" for option, name in options.items() if name in os.environ]
     gpus = [f"--gres=gpu:{count}"] if (count := os.environ.get("SLURM_GPUS_ON_NODE")) else []
-    return ["sbatch", *given, *gpus, f"slurm/{step.entry}.sbatch"]
+    cpus = [f"--cpus-per-task={count}"] if (count := _cpus_asked_for()) else []
+    return ["sbatch", *given, *gpus, *cpus, f"slurm/{step.entry}.sbatch"]
+
+
+def _cpus_asked_for() -> str:
+    """What sbatch was told of the CPUs of a node, empty where nothing: many sites then give one, with which a job ends at once.
+
+    The batch scripts pass it on to srun.  The other variable is a rank's share where srun starts the ranks itself.
+    """
+    own = "" if os.environ.get("LAUNCHER") == "srun" else os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return os.environ.get("SRUN_CPUS_PER_TASK", own)
 
 
 def started_by(script: str) -> list[str]:
