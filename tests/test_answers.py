@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
+from ladir.tasks.verdict import Verdict
 from tests.distributed import ProcessGroup
 from tests.toy_task import Judge
 from training.evaluation import asking
-from training.evaluation.answerers import Answers, Sampled
+from training.evaluation.answerers import Answerer, Answers, Sampled
 from training.evaluation.answers import AnswerLog
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.gold import GoldCheck
@@ -45,7 +47,7 @@ def open_run(config: Config) -> Run:
 
 
 class Model:
-    """Answers in a way that tells questions apart; asks the run to stop during its ``stop_in``-th batch."""
+    """Answers in a way that tells questions apart; asks the run to stop during its ``stop_in``-th batch, which is then lost."""
 
     def __init__(self, run: Run, stop_in: int = 0) -> None:
         self.run, self.stop_in = run, stop_in
@@ -117,7 +119,7 @@ def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
 
     config = configure(tmp_path / "stopped")
     first = open_run(config)
-    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=3))
     second = open_run(config)
     model = Model(second)
     log = AnswerLog(second, RECORDS)
@@ -129,10 +131,67 @@ def test_a_stopped_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
     assert not (second.folder.path / "evaluation").exists()
 
 
+class Stopping(Judge):
+    """Accepts every answer; at the ``last``-th the run is asked to stop."""
+
+    def __init__(self, run: Run, last: int) -> None:
+        self.run, self.last, self.judged = run, last, 0
+
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        self.judged += 1
+        if self.judged == self.last:
+            self.run.stop.requested = True
+        return super().verdict(answer, record)
+
+
+def test_a_stop_is_obeyed_between_two_verdicts(tmp_path: Path) -> None:
+    run = open_run(configure(tmp_path))
+    log, task = AnswerLog(run, RECORDS), Stopping(run, last=2)  # the first of the second batch
+    assert not ask(run, log, task, "ladir", RECORDS, Model(run))
+    assert task.judged == 2 and log.done("ladir") == {0}
+
+
+def stop_by_another(world: World, folder: Path) -> tuple[bool, set[int]]:
+    """The second rank is asked to stop while the first is in the middle of a batch that has no end; what is kept then."""
+    run, begun = Run(configure(folder), "evaluate", world), folder / "begun"
+    log = AnswerLog(run, RECORDS[:2])
+
+    def load(*about: Any) -> list[dict[str, Answerer]]:
+        give_way: Callable[[], None] = about[-1]
+
+        def endless(records: Sequence[Record]) -> Answers:
+            for _ in range(6000):
+                give_way()
+                time.sleep(0.01)
+            raise AssertionError("nobody said that the other one was asked to stop")
+
+        def answer(records: Sequence[Record]) -> Answers:
+            if world.is_main:
+                begun.touch()
+            while not begun.exists():
+                time.sleep(0.01)
+            run.stop.requested = not world.is_main
+            return endless(records)
+
+        return [{"ladir": answer}]
+
+    benchmark = Benchmark("", run, TASK, Asked(RECORDS[:2], [], GoldCheck(0, {}, 0.0), 2), log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "load_answerers", load)
+        return asking.ask(run, [benchmark], ["ladir"]) is None, log.done("ladir")
+
+
+@pytest.mark.distributed
+def test_a_rank_in_the_middle_of_a_batch_hears_that_another_was_asked_to_stop(
+    two_processes: ProcessGroup, tmp_path: Path
+) -> None:
+    assert two_processes.run(stop_by_another, tmp_path) == [(True, set())] * 2
+
+
 def test_a_line_torn_by_a_kill_costs_only_its_batch(tmp_path: Path) -> None:
     config = configure(tmp_path)
     first = open_run(config)
-    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=3))
     file = next((first.folder.path / "evaluation").rglob("*.jsonl"))
     file.write_bytes(file.read_bytes()[:-20])
     second = open_run(config)
@@ -145,7 +204,7 @@ def test_a_line_torn_by_a_kill_costs_only_its_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["method", "settings", "model", "questions"])
 def test_answers_of_other_settings_models_and_methods_are_not_used(change: str, tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=3))
     overrides = ["sample.num_steps=3"] if change == "settings" else []
     second = open_run(configure(tmp_path, *overrides))
     if change == "model":
@@ -159,7 +218,7 @@ def test_answers_of_other_settings_models_and_methods_are_not_used(change: str, 
 
 def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=3))
     second = open_run(configure(tmp_path, "evaluate.methods=[ladir,ladir-majority]", "evaluate.voters=10", "evaluate.judges=2"))
     assert AnswerLog(second, RECORDS).done("ladir") == {0, 1, 2}
 
@@ -167,7 +226,7 @@ def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:
 def test_a_table_is_not_made_of_a_part_of_the_answers(tmp_path: Path) -> None:
     run = open_run(configure(tmp_path))
     log = AnswerLog(run, RECORDS)
-    assert not ask(run, log, TASK, "ladir", RECORDS, Model(run, stop_in=2))
+    assert not ask(run, log, TASK, "ladir", RECORDS, Model(run, stop_in=3))
     with pytest.raises(UnusableError, match=r"3 of 7 answers of ladir .* start the same command again"):
         log.read("ladir")
 
@@ -175,7 +234,7 @@ def test_a_table_is_not_made_of_a_part_of_the_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["evaluate.name=more-steps", "evaluate.snapshot=100"])
 def test_an_evaluation_by_another_name_leaves_the_answers_of_a_stopped_one(other: str, tmp_path: Path) -> None:
     first = open_run(configure(tmp_path))
-    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=2))
+    assert not ask(first, AnswerLog(first, RECORDS), TASK, "ladir", RECORDS, Model(first, stop_in=3))
     second = open_run(configure(tmp_path, other, "sample.num_steps=3"))
     log = AnswerLog(second, RECORDS)
     assert ask(second, log, TASK, "ladir", RECORDS, Model(second))

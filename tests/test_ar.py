@@ -83,17 +83,22 @@ def test_prompts_that_join_as_others_end_are_answered_as_in_batches(
     prompts, keys = [list(range(2, 3 + n % 7)) for n in range(12)], [f"question {n}" for n in range(12)]
     rows: list[int] = []
     backbone.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    seen: list[list[int]] = [[] for _ in range(24)]
+
+    def see(going: list[int], tokens: list[int]) -> None:
+        for row, token in zip(going, tokens, strict=True):
+            seen[row].append(token)
 
     def asked(first: int, end: int, most_rows: int | None) -> list[list[list[int]]]:
         part = slice(first, end)
-        return complete(
-            backbone, prompts[part], keys[part], 2, 1, most, temperature, 5, bidirectional, top_p=0.98, most_rows=most_rows
-        )
+        hook, about = see if most_rows else None, (backbone, prompts[part], keys[part], 2, 1, most, temperature, 5, bidirectional)
+        return complete(*about, top_p=0.98, most_rows=most_rows, on_tokens=hook)
 
     batches = [texts for first in range(0, 12, 3) for texts in asked(first, first + 3, None)]
     in_batches, rows[:] = len(rows), []
     assert asked(0, 12, 6) == batches
     assert max(rows) <= 6
+    assert seen == [text for texts in batches for text in texts]  # whoever looks on sees every token come
     if most == 100:
         lengths = [len(text) for texts in batches for text in texts]
         assert max(lengths) > 10 * min(lengths) and len(rows) < 0.7 * in_batches

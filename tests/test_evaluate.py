@@ -289,6 +289,78 @@ def test_one_of_two_processes_is_killed_and_both_start_again(
     assert len(asked(tmp_path)) - before == 2  # of the batch that was torn; all others the first one had answered meanwhile
 
 
+class Signalled:
+    """Sends this process a signal at the ``at``-th pass through an LM of those that answer in one way (``at`` 0: never)."""
+
+    def __init__(self, sampling: str, at: int, patch: pytest.MonkeyPatch) -> None:
+        self.at, self.passes, self._counts = at, 0, False
+        load, forward = asking.load_answerers, Backbone.forward
+
+        def passed(backbone: Backbone, *about: Any, **named: Any) -> torch.Tensor:
+            self.passes += self._counts
+            if self._counts and self.passes == self.at:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return forward(backbone, *about, **named)
+
+        def counted(answerer: Answerer) -> Answerer:
+            def answer(records: Sequence[Record]) -> Answers:
+                self._counts = True
+                try:
+                    return answerer(records)
+                finally:
+                    self._counts = False
+
+            return answer
+
+        def load_counted(*about: Any) -> list[dict[str, Answerer]]:
+            own = {sampling}
+            return [{name: counted(real) if name in own else real for name, real in all_.items()} for all_ in load(*about)]
+
+        patch.setattr(asking, "load_answerers", load_counted)
+        patch.setattr(Backbone, "forward", passed)
+
+
+def evaluate_signalled(world: World, models: Path, folder: Path, sampling: str, at: int) -> int:
+    """Evaluate until the ``at``-th pass of this rank; the passes that were made in that way of asking."""
+    with pytest.MonkeyPatch.context() as patch:
+        signalled = Signalled(sampling, at, patch)
+        note_questions(folder, patch)
+        evaluate_in(models, folder, world=world)
+        return signalled.passes
+
+
+#: of a portion's passes, the one at which a stop comes: a denoising step or token, and one of the last
+STOPS = [("ladir", 4), ("ladir", 13), ("ar", 3), ("ar-greedy", 5)]
+
+
+@pytest.mark.parametrize(("sampling", "at"), STOPS)
+def test_a_stop_in_the_middle_of_a_batch_is_obeyed_before_its_end(
+    sampling: str, at: int, models: Path, whole: Path, tmp_path: Path, one_process: ProcessGroup
+) -> None:
+    """At the next step or token; the batch is asked again, in whole, and the table is that of an undisturbed run."""
+    (before,) = one_process.run(evaluate_signalled, models, tmp_path, sampling, at)
+    assert at <= before <= at + 1 and not (tmp_path / "tiny" / "results.json").exists()
+    lost = asked(tmp_path)[-2:]
+    (passes,) = one_process.run(evaluate_signalled, models, tmp_path, sampling, 0)
+    assert before < passes / 4  # of four batches
+    assert outcome(tmp_path) == outcome(whole)
+    assert sorted(asked(tmp_path)) == sorted([*asked(whole), *lost])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sampling", "at"), STOPS[::2])
+def test_two_processes_stop_in_the_middle_of_a_batch_and_go_on(
+    sampling: str, at: int, models: Path, whole: Path, tmp_path: Path, two_processes: ProcessGroup
+) -> None:
+    passes = two_processes.run(evaluate_signalled, models, tmp_path, sampling, at)
+    assert max(passes) >= at and all(made <= at + 1 for made in passes)
+    assert not (tmp_path / "tiny" / "results.json").exists()
+    two_processes.run(evaluate_signalled, models, tmp_path, sampling, 0)
+    assert outcome(tmp_path) == outcome(whole)
+    again = len(asked(tmp_path)) - len(asked(whole))
+    assert again in (2, 4)  # of a rank's batch, or of both'
+
+
 #: what the baseline is to say
 TAUGHT = {
     "sum": "3 + 4 = 7\n#### 7",

@@ -63,6 +63,14 @@ def test_what_a_checker_raises_is_raised_and_ends_the_rest() -> None:
     assert len(calls) < 50
 
 
+@pytest.mark.parametrize("judges", [1, 2])
+def test_judging_ends_between_two_answers_where_a_stop_comes(judges: int) -> None:
+    task = Asked()
+    with pytest.raises(BrokenOff):
+        judge_samples(task, judges, RECORDS, [samples(*map(str, range(50))), []], task.give_way)
+    assert 2 <= task.asked <= 2 + judges - 1
+
+
 def test_programs_that_run_together_have_their_processes_to_themselves() -> None:
     limits = Limits(seconds=30.0)
     try:

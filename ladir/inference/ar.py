@@ -59,14 +59,15 @@ def complete(
 
     ``keys`` name the prompts for the random numbers; ``bidirectional_question``: their tokens see each other, as the model was
     trained; ``top_p``: tokens are of the nucleus.  With more than ``most_rows`` samples prompts join as others' completions end;
-    else the prompt's cache is computed once and shared by its samples, and ``on_tokens`` sees tokens come.
+    else the prompt's cache is computed once and shared by its samples.  ``on_tokens`` sees tokens come, rows in the order of the
+    prompts.
     """
     longest = max(map(len, prompts))
     check_room(backbone.base.config, longest + max_tokens, f"a prompt of {longest} tokens with its completion", _SHORTER)
     writing = Writing(eos_id, max_tokens, temperature, top_p, bidirectional_question)
     noise = TrajectoryNoise(seed, [(key, i) for key in keys for i in range(num_samples)])
     if most_rows is not None and len(prompts) * num_samples > most_rows:
-        texts = _Queue(backbone, writing, prompts, num_samples, most_rows, noise).written()
+        texts = _Queue(backbone, writing, prompts, num_samples, most_rows, noise, on_tokens).written()
     else:
         prefix, hidden = writing.read(backbone, prompts)
         owner = torch.arange(len(prompts), device=hidden.device).repeat_interleave(num_samples)
@@ -89,8 +90,10 @@ class _Queue:
         num_samples: int,
         most_rows: int,
         noise: TrajectoryNoise,
+        on_tokens: TokenHook | None = None,
     ) -> None:
         self._backbone, self._writing, self._prompts, self._noise = backbone, writing, prompts, noise
+        self._on_tokens = on_tokens
         self._samples, self._most = num_samples, max(most_rows, num_samples)
         self._texts: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
         self._asked = 0
@@ -131,12 +134,15 @@ class _Queue:
         lengths = torch.tensor([len(self._texts[row]) for row in self._rows], device=self._hidden.device)
         drawn = self._uniform.gather(1, lengths[:, None])[:, 0]
         tokens = choose_tokens(self._backbone.logits(self._hidden), w.temperature, drawn, w.top_p)
-        going = []
+        going, written = [], list[tuple[int, int]]()
         for place, (row, token) in enumerate(zip(self._rows, tokens.tolist(), strict=True)):
             if token != w.eos_id:
                 self._texts[row].append(token)
+                written.append((row, token))
                 if len(self._texts[row]) < w.max_tokens:
                     going.append(place)
+        if self._on_tokens is not None:
+            self._on_tokens([row for row, _ in written], [token for _, token in written])
         if len(going) < len(self._rows):
             keep = torch.tensor(going, dtype=torch.int64, device=tokens.device)
             self._rows, self._uniform, tokens = [self._rows[place] for place in going], self._uniform[keep], tokens[keep]

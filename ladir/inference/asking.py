@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ladir.inference.decode import Between
 from ladir.inference.sampler import TrajectoryNoise
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ class Extras:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told of trajectories, by number, while they form; ``between_steps`` is called after every denoising step and every
-    token of answers: what it raises ends everything."""
+    """What is told of trajectories, by number, while they form; ``between_steps`` is called after every denoising step, every
+    token of answers and every batch of thoughts that is read: what it raises ends everything."""
 
     on_step: TraceHook | None = None
     on_block: BlockTextHook | None = None
     on_answer: AnswerHook | None = None
-    between_steps: Callable[[], None] | None = None
+    between_steps: Between | None = None
 
     def of_batch(self, first: int) -> Watch:
         """The same for a batch whose trajectories begin with number ``first``."""

@@ -22,6 +22,9 @@ TokenHook = Callable[[list[int], list[int]], None]
 #: first), to other logits
 Steer = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
+#: called again and again in the middle of longer work; what it raises ends that
+Between = Callable[[], None]
+
 #: a smaller temperature is no number in fp32; its choice is greedy as well
 _COLDEST = float(torch.finfo(torch.float32).tiny)
 
@@ -89,6 +92,11 @@ def decode(
             prefix, rows, tokens = prefix.select(keep), rows[keep], tokens[keep]
         hidden = prefix.append(backbone.embed(tokens)[:, None])[:, 0]
     return texts
+
+
+def between_tokens(between: Between | None) -> TokenHook | None:
+    """A hook that looks at no token: ``between`` is called after each."""
+    return None if between is None else lambda going, tokens: between()
 
 
 @dataclass(frozen=True)
@@ -171,14 +179,21 @@ def thought_limit(decoder: ThoughtDecoder, latents: int, max_tokens: int) -> int
 
 
 @torch.no_grad()
-def thought_ids(decoder: ThoughtDecoder, eos_id: int, z: Tensor, max_tokens: int, steer: Steer | None = None) -> list[list[int]]:
+def thought_ids(
+    decoder: ThoughtDecoder,
+    eos_id: int,
+    z: Tensor,
+    max_tokens: int,
+    steer: Steer | None = None,
+    between: Between | None = None,
+) -> list[list[int]]:
     """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them; ``steer``
-    changes what they are chosen by."""
+    changes what they are chosen by, ``between`` is called after every token."""
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
         most = thought_limit(decoder, z.shape[1], max_tokens)
-        return decode(prefix, hidden, eos_id, most, steer=steer)
+        return decode(prefix, hidden, eos_id, most, on_tokens=between_tokens(between), steer=steer)
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:

@@ -18,10 +18,12 @@ from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, BatchSize, Extras, Rows, TraceHook, Watch, in_batches
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import (
+    Between,
     LmReading,
     Steer,
     TokenHeadReading,
     TokenHook,
+    between_tokens,
     decode,
     decode_thoughts,
     encode_read,
@@ -62,8 +64,9 @@ class BlockReader:
 
     own = True
 
-    def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings) -> None:
-        self.generator, self.settings, self.encodes = generator, settings, settings.reencode
+    def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings, between: Between | None = None) -> None:
+        """``between`` is called after every token."""
+        self.generator, self.settings, self.encodes, self._between = generator, settings, settings.reencode, between
         self.read: dict[tuple[int, int], list[int]] = {}
 
     def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor, prefix: Prefix) -> Tensor:
@@ -80,7 +83,7 @@ class BlockReader:
 
     def _texts(self, z: Tensor, steer: Steer | None) -> list[list[int]]:
         of = self.generator
-        return thought_ids(of.thought_decoder, of.eos, of.plain(z), of.settings.max_thought_tokens, steer)
+        return thought_ids(of.thought_decoder, of.eos, of.plain(z), of.settings.max_thought_tokens, steer, self._between)
 
     def _beside(self, rows: list[int], block: int, state: Tensor, prefix: Prefix) -> Iterator[Steer]:
         """Who has a say beside the decoder."""
@@ -169,7 +172,7 @@ class TrajectoryGenerator:
         groups = [list(itertools.islice(found, ask.num_trajectories)) for ask in asks]
         self._tell_of_long_sentences([trajectory for group in groups for trajectory in group])
         if scores:
-            self.score(asks, groups, settings, batch_size)
+            self.score(asks, groups, settings, batch_size, watch.between_steps)
         return groups
 
     def _size_of_batch(self, asks: Sequence[Ask], settings: SampleSettings, batch_size: BatchSize) -> int | None:
@@ -196,7 +199,7 @@ class TrajectoryGenerator:
         prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
         traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
         value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
-        reader = self._reader(settings)
+        reader = self._reader(settings, watch.between_steps)
         kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
         sampler = BlockSampler(self.denoiser, settings, noise, reward, reader, self.graphs, kept, value)
         on_block = self._block_hook(texts, watch.on_block, reader) if watch.on_block is not None else None
@@ -211,7 +214,7 @@ class TrajectoryGenerator:
             for row, trajectory in flat.items():
                 trajectory.thought_ids = [reader.read[row, block] for block in range(len(trajectory.latents))]
         if thoughts and on_block is None:
-            self.read_thoughts([flat[row] for row in range(len(part))])
+            self.read_thoughts([flat[row] for row in range(len(part))], watch.between_steps)
         for (row, block), steps in sorted(traces.items()):
             if block < len(flat[row].thoughts):  # a span may reach beyond the last block
                 flat[row].trace.append(steps)
@@ -236,9 +239,9 @@ class TrajectoryGenerator:
                 most,
             )
 
-    def _reader(self, settings: SampleSettings) -> Reader | None:
-        """What reads finished blocks of one batch, where they are read."""
-        return BlockReader(self, settings) if self.reads_blocks(settings) else None
+    def _reader(self, settings: SampleSettings, between: Between | None) -> Reader | None:
+        """What reads finished blocks of one batch, where they are read; ``between`` is called after every token."""
+        return BlockReader(self, settings, between) if self.reads_blocks(settings) else None
 
     def reads_blocks(self, settings: SampleSettings) -> bool:
         """Whether finished blocks are read as text before the next ones."""
@@ -251,15 +254,16 @@ class TrajectoryGenerator:
         found: Sequence[Sequence[Trajectory]],
         settings: SampleSettings,
         batch_size: BatchSize = None,
+        between_steps: Between | None = None,
     ) -> None:
         """Fill in the ``score`` of finished trajectories, where there is a verifier; one that goes by drifts measures them first,
-        as in its training."""
+        as in its training (``between_steps``: as there)."""
         if self.verifier is None:
             return
         flat = [trajectory for group in found for trajectory in group]
         logits = torch.tensor([trajectory.logit for trajectory in flat])
         if (renoise := self.verifier.renoise) is not None:
-            self.measure_drift(asks, found, replace(settings, **asdict(renoise)), batch_size)
+            self.measure_drift(asks, found, replace(settings, **asdict(renoise)), batch_size, between_steps)
             features = torch.stack([drift_features(trajectory.drifts or []) for trajectory in flat])
             logits = logits + self.verifier.drift_logit(features.to(self.device)).cpu()
         for trajectory, score in zip(flat, logits.sigmoid().tolist(), strict=True):
@@ -272,19 +276,31 @@ class TrajectoryGenerator:
         found: Sequence[Sequence[Trajectory]],
         settings: SampleSettings | None = None,
         batch_size: BatchSize = None,
+        between_steps: Between | None = None,
     ) -> None:
-        """Fill in the ``drifts`` of finished trajectories: how far they move when they are noised and denoised again."""
+        """Fill in the ``drifts`` of finished trajectories: how far they move when they are noised and denoised again.
+
+        ``between_steps`` is called after every denoising step, and may raise.
+        """
         plain = replace(settings or self.settings, sampler="ode", diversity_scale=0.0, verifier_scale=0.0)
         rows, flat = Rows(asks, together=False), [trajectory for group in found for trajectory in group]
+        on_step = self._step_hook({}, Watch(between_steps=between_steps))
 
         def one_batch(part: range) -> list[list[float]]:
-            return self._drifts(rows, part, plain, flat[part.start : part.stop])
+            return self._drifts(rows, part, plain, flat[part.start : part.stop], on_step)
 
         size = self._size_of_batch(asks, plain, batch_size)
         for trajectory, drifts in zip(flat, in_batches(rows, size, batch_size == "auto", one_batch), strict=True):
             trajectory.drifts = drifts
 
-    def _drifts(self, rows: Rows, part: range, settings: SampleSettings, finished: Sequence[Trajectory]) -> list[list[float]]:
+    def _drifts(
+        self,
+        rows: Rows,
+        part: range,
+        settings: SampleSettings,
+        finished: Sequence[Trajectory],
+        on_step: StepHook | None,
+    ) -> list[list[float]]:
         """The drifts of ``finished`` trajectories, which are ``part`` of all rows; those of one length go together."""
         owner, guided = rows.owner(part).to(self.device), settings.guidance_scale != 1.0
         prefix = self._question_prefix(rows.questions(part), owner, guided)
@@ -296,7 +312,8 @@ class TrajectoryGenerator:
             z, kept = (latents - self.denoiser.latent_mean) / self.denoiser.latent_std, torch.tensor(alike, device=self.device)
             behind = prefix.select(torch.cat([kept, kept + len(finished)]) if guided else kept)
             sentences = [self._sentences(finished, alike, block) for block in range(length)]
-            drifts.update(zip(alike, sampler.drift(behind, alike, owner[kept], z, sentences).tolist(), strict=True))
+            moved = sampler.drift(behind, alike, owner[kept], z, sentences, on_step)
+            drifts.update(zip(alike, moved.tolist(), strict=True))
         return [drifts[row] for row in range(len(finished))]
 
     def _sentences(self, finished: Sequence[Trajectory], rows: Sequence[int], block: int) -> list[list[int]] | None:
@@ -373,7 +390,7 @@ class TrajectoryGenerator:
         hidden = group.prefix.append(self.denoiser.mark(Mark.SOA).expand(len(group.rows), 1, -1))[:, 0]
         logits = None if self.verifier is None else self.verifier.logit(hidden).tolist()
         seen = torch.cat([group.states, hidden[:, None]], dim=1).cpu() if extras.states else None
-        answers = self._answers(group, hidden, settings, noise, extras.num_answers, self._token_hook(group.rows, watch))
+        answers = self._answers(group, hidden, settings, noise, extras.num_answers, watch)
         latents = self.plain(group.latents)
         blocks, span = latents.shape[1], self.denoiser.settings.span
         return {
@@ -397,18 +414,19 @@ class TrajectoryGenerator:
         settings: SampleSettings,
         noise: TrajectoryNoise,
         count: int,
-        on_tokens: TokenHook | None,
+        watch: Watch,
     ) -> list[list[list[int]]]:
         """``count`` answers of every trajectory of a group, as token ids; ``hidden`` [n, H]: its states at <SOA>.
 
-        ``on_tokens`` sees the first ones come.
+        ``watch`` is told of the first ones.
         """
+        first, others = self._token_hook(group.rows, watch), between_tokens(watch.between_steps)
         limit = settings.max_answer_tokens
         uniform = noise.uniform(group.rows, count * limit).to(self.device)
         everyone = torch.arange(len(group.rows), device=self.device)
         prefixes = (group.prefix.select(everyone) if later else group.prefix for later in range(count - 1, -1, -1))
         return [
-            decode(prefix, hidden, self.eos, limit, settings.answer_temperature, own, on_tokens=None if later else on_tokens)
+            decode(prefix, hidden, self.eos, limit, settings.answer_temperature, own, on_tokens=others if later else first)
             for later, (prefix, own) in enumerate(zip(prefixes, uniform.split(limit, dim=1), strict=True))
         ]
 
@@ -452,8 +470,10 @@ class TrajectoryGenerator:
         """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
         return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
 
-    def read_thoughts(self, trajectories: Sequence[Trajectory]) -> None:
+    def read_thoughts(self, trajectories: Sequence[Trajectory], between: Between | None = None) -> None:
         """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time.
+
+        ``between`` is called before each batch, and may raise.
 
         Blocks that were read as they were finished (``reencode``, or text as the context) are not read again: what was read is
         what their chain went on from.
@@ -466,6 +486,8 @@ class TrajectoryGenerator:
                 entry.thoughts = [decode_text(self.tokenizer, ids) for ids in entry.thought_ids]
         size = self.settings.thoughts_per_batch
         for part in (places[first : first + size] for first in range(0, len(places), size)):
+            if between is not None:
+                between()
             texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
             for (entry, block), text in zip(part, texts, strict=True):
                 entry.thoughts[block] = text

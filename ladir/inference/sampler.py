@@ -256,12 +256,13 @@ class BlockSampler:
         owner: Tensor,
         z: Tensor,
         sentences: Sequence[list[list[int]] | None],
+        on_step: StepHook | None = None,
     ) -> Tensor:
         """How far finished chains ``z`` [R, B, L, d] move when their blocks are noised to ``renoise_time`` and denoised again.
 
         Mean square [R, B] of the standardised latents' difference.  Chains that hold together are fixed points, others move
         ("FRM", arXiv 2606.29150).  ``prefix``: behind the questions; the chains' blocks are added to it, as ``sentences`` [B][R]
-        where they stand as text.
+        where they stand as text; ``on_step`` is called after each step.
         """
         size, moved = self.denoiser.settings.span, list[Tensor]()
         null = self.denoiser.null_state(z.new_zeros(len(prefix), size, *z.shape[2:]))
@@ -270,7 +271,7 @@ class BlockSampler:
             span = F.pad(blocks, (0, 0, 0, 0, 0, size - blocks.shape[1]))  # zeros behind a chain's end, as in training
             noisy = flow.interpolate(span, self._noise(prefix, rows), torch.tensor(times[0]))
             with prefix.cache.read_only():
-                again, _ = self._denoise(prefix, rows, owner, noisy, null, times, None)
+                again, _ = self._denoise(prefix, rows, owner, noisy, null, times, on_step)
             moved.append((again[:, : blocks.shape[1]] - blocks).square().mean((-2, -1)))
             for block in blocks.unbind(1):
                 append_block(self.denoiser, prefix, block, next(behind))

@@ -14,16 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
 from ladir.inference.cache import Prefix
-from ladir.inference.decode import decode_thoughts
+from ladir.inference.decode import Between, decode_thoughts
 from ladir.inference.sampler import NOISE, Reader, StepHook
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner, TraceHook, Trajectory
 from ladir.tokens import decode_text
-
-#: called between two denoising steps, which it may end by raising
-Between = Callable[[], None]
 
 #: blocks decoded at a time: an 8B LM's keys and values of so many short texts are about half a GiB in bfloat16
 _ROWS = 64
@@ -114,8 +111,8 @@ class LatentRecorder(Reasoner):
         self._between: Between | None = None
         self._given = sentences
 
-    def _reader(self, settings: SampleSettings) -> Reader | None:
-        return super()._reader(settings) if self._given is None else GivenSentences(self._given)
+    def _reader(self, settings: SampleSettings, between: Between | None) -> Reader | None:
+        return super()._reader(settings, between) if self._given is None else GivenSentences(self._given)
 
     def decode_latents(self, z: Tensor) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""

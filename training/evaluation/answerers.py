@@ -14,8 +14,9 @@ from ladir.config import Config
 from ladir.data.prompts import Frame, parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
-from ladir.inference.asking import Ask
+from ladir.inference.asking import Ask, Watch
 from ladir.inference.cost import Cost, count_cost
+from ladir.inference.decode import Between, between_tokens
 from ladir.models.backbone import Backbone
 from ladir.models.folders import load_backbone, question_frame, reads_questions_both_ways
 from ladir.models.verifier import belongs_to
@@ -64,16 +65,19 @@ Answerer = Callable[[Sequence[Record]], Answers]
 
 
 def load_answerers(
-    configs: Sequence[Config], model: str, samplings: Sequence[str], device: torch.device
+    configs: Sequence[Config], model: str, samplings: Sequence[str], device: torch.device, give_way: Between | None = None
 ) -> list[dict[str, Answerer]]:
-    """Load one model; how it answers in each of ``samplings``, under the settings of each data set."""
+    """Load one model; how it answers in each of ``samplings``, under the settings of each data set.
+
+    ``give_way`` is called while it answers, after every step and token, and may raise.
+    """
     config, folder = configs[0], RunFolder(configs[0])
     if model.startswith("ar"):
-        return ar_answerers(configs, folder, samplings, device, stage_of(model))
+        return ar_answerers(configs, folder, samplings, device, stage_of(model), give_way)
     denoiser = stage_folder(folder, stage_of(model), config.evaluate.snapshot)
     verifier = verifier_of(folder, denoiser)
     reasoner = Reasoner.from_pretrained(folder.export, device, config.backbone.attention, denoiser=denoiser, verifier=verifier)
-    return [{sampling: ladir_answerer(config, reasoner, sampling) for sampling in samplings} for config in configs]
+    return [{sampling: ladir_answerer(config, reasoner, sampling, give_way) for sampling in samplings} for config in configs]
 
 
 def verifier_of(folder: RunFolder, denoiser: Path | None) -> Path | None:
@@ -82,8 +86,8 @@ def verifier_of(folder: RunFolder, denoiser: Path | None) -> Path | None:
     return found if found.is_dir() and belongs_to(found, denoiser or folder.export) else None
 
 
-def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answerer:
-    """LaDiR as the settings say, or in one of its variants."""
+def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str, give_way: Between | None = None) -> Answerer:
+    """LaDiR as the settings say, or in one of its variants; ``give_way`` is called again and again, and may raise."""
     own = dict(VARIANTS.get(sampling, {}))
     number = own.pop("num_trajectories", config.evaluate.num_trajectories)
     stable = f"{sampling}-stable" in config.evaluate.methods
@@ -93,14 +97,14 @@ def ladir_answerer(config: Config, reasoner: Reasoner, sampling: str) -> Answere
         settings = reasoner.settings_with(**own)
         asks = [Ask(record.question, number, config.run.seed) for record in records]
         with count_cost(*reasoner.answering()) as cost, reasoner.graphs.counted(cost):
-            groups = reasoner.answer(asks, settings, thoughts=False, scores=False)
+            groups = reasoner.answer(asks, settings, Watch(between_steps=give_way), thoughts=False, scores=False)
         with count_cost(reasoner.denoiser) as scoring, reasoner.graphs.counted(scoring):
-            reasoner.score(asks, groups, settings)
+            reasoner.score(asks, groups, settings, between_steps=give_way)
         with count_cost(reasoner.denoiser) as drifting, reasoner.graphs.counted(drifting):
             if stable:
-                reasoner.measure_drift(asks, groups, settings)
+                reasoner.measure_drift(asks, groups, settings, between_steps=give_way)
         with count_cost(reasoner.thought_decoder.backbone, reasoner.thought_decoder.from_latent) as reading:
-            reasoner.read_thoughts([trajectory for group in groups for trajectory in group])
+            reasoner.read_thoughts([trajectory for group in groups for trajectory in group], give_way)
         return Answers([list(map(_sampled, group)) for group in groups], cost, reading, scoring, drifting)
 
     return answer
@@ -126,26 +130,36 @@ class Reading:
 
 
 def ar_answerers(
-    configs: Sequence[Config], folder: RunFolder, samplings: Sequence[str], device: torch.device, phase: str = "ar"
+    configs: Sequence[Config],
+    folder: RunFolder,
+    samplings: Sequence[str],
+    device: torch.device,
+    phase: str = "ar",
+    give_way: Between | None = None,
 ) -> list[dict[str, Answerer]]:
     """The autoregressive baseline that ``phase`` trained: samples (``ar``) and one greedy answer (``ar-greedy``).
 
-    One each under every data set's settings.
+    One each under every data set's settings; ``give_way`` is called after every token, and may raise.
     """
     settings, snapshot = configs[0].backbone, configs[0].evaluate.snapshot
     model = folder.model(folder.snapshot(phase, snapshot))
     backbone = load_backbone(model, settings, device).to(device).eval()
     tokenizer, reading = load_tokenizer(settings), Reading.of(model)
     return [
-        {sampling: ar_answerer(config, tokenizer, backbone, reading, sampling == "ar-greedy") for sampling in samplings}
+        {sampling: ar_answerer(config, tokenizer, backbone, reading, sampling == "ar-greedy", give_way) for sampling in samplings}
         for config in configs
     ]
 
 
 def ar_answerer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, reading: Reading, greedy: bool
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    reading: Reading,
+    greedy: bool,
+    give_way: Between | None = None,
 ) -> Answerer:
-    """The baseline as the settings say."""
+    """The baseline as the settings say; ``give_way`` is called after every token, and may raise."""
     samples, temperature = (1, 0.0) if greedy else (config.evaluate.num_trajectories, config.evaluate.ar_temperature)
     size = config.evaluate.greedy_questions_per_batch if greedy else config.evaluate.questions_per_batch
 
@@ -163,6 +177,7 @@ def ar_answerer(
                 bidirectional_question=reading.bidirectional,
                 top_p=config.evaluate.ar_top_p,
                 most_rows=size * samples,
+                on_tokens=between_tokens(give_way),
             )
         return Answers([[sampled_of(ids) for ids in group] for group in texts], cost)
 

@@ -17,6 +17,8 @@ from training.evaluation.answers import Answered, cut
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
 from training.evaluation.rows import GREEDY, model_of
+from training.runtime.alone import GiveWay
+from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 from training.runtime.status import Pace
 from training.runtime.tickets import Tickets
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 _BATCH_MINUTES = 24 * 60
 #: as many portions of several batches every rank has at least, so that none waits long for another's last
 _PORTIONS = 4
+#: within a portion, seconds between two looks at whether another rank was asked to stop
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def portions(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]
 class Models:
     """One model in memory at a time, and how it answers the questions of every data set."""
 
-    def __init__(self, run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> None:
-        self._run, self._samplings = run, samplings
+    def __init__(self, run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str], give_way: GiveWay) -> None:
+        """``give_way`` is called while they answer, after every step and token, and may raise."""
+        self._run, self._samplings, self._give_way = run, samplings, give_way
         self._configs = [benchmark.run.config for benchmark in benchmarks]
         self._model = ""
         self._answerers: Sequence[Mapping[str, Answerer]] = ()
@@ -72,7 +77,8 @@ class Models:
             self._run.status.say(f"loading the model behind {portion.sampling}")
             self._answerers = ()  # lets the other one go before this one comes
             own = [sampling for sampling in self._samplings if model_of(sampling) == model]
-            self._answerers, self._model = load_answerers(self._configs, model, own, self._run.world.device), model
+            self._answerers = load_answerers(self._configs, model, own, self._run.world.device, self._give_way)
+            self._model = model
         return self._answerers[portion.benchmark][portion.sampling]
 
 
@@ -85,16 +91,20 @@ class Busy:
 
 
 def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> Busy | None:
-    """Add all answers to the logs; None when a signal asked to stop (what is answered is kept)."""
-    left, models, tickets = portions(run, benchmarks, samplings), Models(run, benchmarks, samplings), Tickets(run.world)
+    """Add all answers to the logs; None when a signal asked to stop: portions that are done are kept, those under way are not."""
+    left, stop = portions(run, benchmarks, samplings), _Stop(run, tickets := Tickets(run.world))
+    models = Models(run, benchmarks, samplings, stop.give_way)
     judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0
-    while not _asked_to_stop(run, tickets) and (number := tickets.take()) < len(left):
+    while not stop.asked() and (number := tickets.take()) < len(left):
         begun, portion = time.perf_counter(), left[number]
         told.taken(number)
         benchmark, answerer = benchmarks[portion.benchmark], models.answerer(portion)
         records = [benchmark.asked.records[i] for i in portion.batch]
-        answered = _answer(benchmark.task, judges, records, answerer, run.world.rank)
+        try:
+            answered = _answer(benchmark.task, judges, records, answerer, run.world.rank, stop.give_way)
+        except BrokenOff:
+            break  # what is answered again is answered in the same company
         benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))
         busy += time.perf_counter() - begun
     run.status.say("waits for the last batches of the other ranks" if run.world.size > 1 else None)
@@ -104,12 +114,26 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
     return _busy(run, busy, time.perf_counter() - start)
 
 
-def _asked_to_stop(run: Run, tickets: Tickets) -> bool:
-    """Whether any rank was; the others learn it here, when they are done with what they are at."""
-    run.stop.announce()
-    if run.stop.requested:
-        tickets.close()
-    return tickets.closed
+class _Stop:
+    """Whether any rank was asked to stop.  Each looks for itself: they meet nowhere before the queue's end, where all agree."""
+
+    def __init__(self, run: Run, tickets: Tickets) -> None:
+        self._run, self._tickets, self._looked = run, tickets, -math.inf
+
+    def asked(self) -> bool:
+        """Whether any was; that this one was is told to the others."""
+        self._run.stop.announce()
+        if self._run.stop.requested:
+            self._tickets.close()
+        return self._tickets.closed
+
+    def give_way(self) -> None:
+        """Raise BrokenOff where any was; called so often that the others are asked after now and then only."""
+        now = time.monotonic()
+        if self._run.stop.requested or now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            if self.asked():
+                raise BrokenOff
 
 
 def _busy(run: Run, busy: float, seconds: float) -> Busy:
@@ -147,11 +171,13 @@ class _Progress:
             logger.info("evaluate %3.0f%%%s %s: question %d of %d", 100 * done, eta, name, first, count)
 
 
-def _answer(task: Task, judges: int, records: Sequence[Record], answerer: Answerer, rank: int) -> list[Answered]:
+def _answer(
+    task: Task, judges: int, records: Sequence[Record], answerer: Answerer, rank: int, give_way: GiveWay
+) -> list[Answered]:
     """A batch of questions, answered and judged."""
     start, count = time.perf_counter(), len(records)
     answers = answerer(records)
-    judged = judge_samples(task, judges, records, answers.samples)
+    judged = judge_samples(task, judges, records, answers.samples, give_way)
     costs = {name: getattr(answers, name).share(count) for name in ("cost", "reading", "scoring", "drifting")}
     elapsed = (time.perf_counter() - start) / count
     return [

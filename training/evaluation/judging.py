@@ -14,6 +14,7 @@ from ladir.data.records import Record
 from ladir.evaluation.results import Trajectory, judge
 from ladir.tasks import Task
 from training.evaluation.answerers import Sampled
+from training.runtime.alone import GiveWay
 
 
 def judges_of(config: Config, ranks: int) -> int:
@@ -28,9 +29,16 @@ def judges_of(config: Config, ranks: int) -> int:
 
 
 def judge_samples(
-    task: Task, judges: int, records: Sequence[Record], samples: Sequence[Sequence[Sampled]]
+    task: Task,
+    judges: int,
+    records: Sequence[Record],
+    samples: Sequence[Sequence[Sampled]],
+    give_way: GiveWay | None = None,
 ) -> list[tuple[Trajectory, ...]]:
-    """Verdicts on every record's samples, ``judges`` at a time; a record's same sample twice is judged once."""
+    """Verdicts on every record's samples, ``judges`` at a time; a record's same sample twice is judged once.
+
+    ``give_way`` is called, by every judge, before each verdict: what it raises ends the rest.
+    """
 
     def facts(number: int, sample: Sampled) -> tuple[int, str, tuple[str, ...], bool]:
         return number, sample.answer, sample.thoughts, sample.stopped
@@ -38,6 +46,8 @@ def judge_samples(
     asked = list(dict.fromkeys(facts(number, sample) for number, group in enumerate(samples) for sample in group))
 
     def verdict(key: tuple[int, str, tuple[str, ...], bool]) -> Trajectory:
+        if give_way is not None:
+            give_way()
         number, answer, thoughts, stopped = key
         return judge(task, records[number], answer, thoughts, stopped)
 
