@@ -151,6 +151,34 @@ def test_finished_blocks_are_told_as_they_come_and_whoever_watches_may_end_it() 
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize(
+    "controls",
+    [{}, {"span": 2}, {"reencode": True}, {"guidance_scale": 2.0}, {"context": "text", "span": 2, "lm_weight": 0.5}],
+    ids=str,
+)
+def test_whoever_watches_is_asked_between_any_few_passes(controls: dict[str, Any]) -> None:
+    """Of steps, blocks that are read, every answer, scores by drifts, and thoughts that are read afterwards."""
+    reasoner = with_verifier(Renoise(0.7, 3), max_blocks=4, thoughts_per_batch=1, **controls)
+    asks, settings, gaps, tokens = [Ask(q, 3) for q in QUESTIONS], reasoner.settings, [0], reasoner.settings.max_thought_tokens
+
+    def between() -> None:
+        gaps.append(0)
+
+    def passed(*about: Any) -> None:
+        gaps[-1] += 1
+
+    for lm in (reasoner.denoiser.backbone, reasoner.thought_decoder.backbone):
+        lm.register_forward_pre_hook(passed)
+    found = reasoner.answer(asks, settings, Watch(between_steps=between), thoughts=False, extras=Extras(num_answers=2))
+    assert max(gaps) <= 5 and sum(gaps) > 50
+    gaps[:] = [0]
+    reasoner.measure_drift(asks, found, between_steps=between)
+    assert max(gaps) <= 5 and sum(gaps) > 10
+    gaps[:] = [0]
+    reasoner.read_thoughts([trajectory for group in found for trajectory in group], between)
+    assert max(gaps) <= tokens + 1  # of a batch
+
+
 # --- its gradient ------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +503,38 @@ def test_trajectories_are_judged_and_learned_alike_on_any_number_of_ranks_and_af
         assert found is not None and found["parts"] == alone["parts"]
         assert [entry[:2] for entry in found["kept"]] == [entry[:2] for entry in alone["kept"]]
         assert found["metrics"]["validation/verifier"] == pytest.approx(alone["metrics"]["validation/verifier"], rel=1e-3)
+
+
+def collect_signalled(world: World, folder: Path, patch_in: str) -> list[str] | None:
+    """Collect until the last rank gets a signal in the middle of its first batch; what is kept of it, None where it went on."""
+    with pytest.MonkeyPatch.context() as patch, open_run(judging(folder), "verifier", world) as run:
+        patch.setattr(judged, "get_task", lambda name, settings: Parity())
+        owner, name = {"asked": (Reasoner, "answer"), "judged": (judged, "judge_samples")}[patch_in]
+        real = getattr(owner, name)
+
+        def signalled(*about: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return real(*about, **named)
+
+        if world.rank == world.size - 1:
+            patch.setattr(owner, name, signalled)
+        found = collect(run, train_verifier.judged_denoiser(run.config, run.folder))
+        return None if found is not None else sorted(file.name for file in run.folder.judged.glob("*/*.safetensors"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("doing", ["asked", "judged"])
+def test_a_stop_leaves_the_batch_under_way_undone(
+    doing: str, trained: Path, two_processes: ProcessGroup, one_process: ProcessGroup, tmp_path: Path
+) -> None:
+    """The other rank's is kept: it got no signal.  The next start, of one process, judges the rest."""
+    for name in ("tiny/models/denoiser", "tiny/export", "data"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(trained / name)
+    assert two_processes.run(collect_signalled, tmp_path, doing) == [["000000000.safetensors"]] * 2
+    (found,) = one_process.run(train_in, tmp_path)
+    assert found is not None and len(found["parts"]) > 1
+    assert len(found["kept"]) == 3 * len({number for number, *_ in found["kept"]})
 
 
 def test_what_teaches_nothing_or_is_missing_is_told(trained: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ladir.data.question_store import Questions
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record
 from ladir.errors import UnusableError
-from ladir.inference.asking import Ask, Extras
+from ladir.inference.asking import Ask, Extras, Watch
 from ladir.inference.trajectory import Trajectory
 from ladir.models.folders import load_denoiser, load_thought_decoder, load_vae, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
@@ -37,7 +38,8 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
 from training.phases.tokens import Tokens
-from training.runtime.files import sha256, write_json
+from training.runtime.files import read_json, sha256, write_json
+from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ _BATCH_MINUTES = 24 * 60
 def collect(run: Run, denoiser: Path) -> Path | None:
     """Judge trajectories of ``denoiser`` on all ranks, batch by batch; the folder that holds them all.
 
-    Batches that are written already are not asked again.  None when a signal asked to stop.
+    Batches that are written already are not asked again.  None when a signal asked to stop: every rank then leaves the batch that
+    it is at undone.
     """
     settings, tokenizer = run.config.verifier, load_tokenizer(run.config.backbone)
     vae = reading_vae(run, denoiser)
@@ -74,11 +77,14 @@ def collect(run: Run, denoiser: Path) -> Path | None:
         for start in left[first + run.world.rank :][:1]:
             assert reasoner is not None
             asked = range(start, min(start + settings.questions_per_batch, len(records)))
-            _ask_and_judge(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
-    run.world.barrier()
+            with suppress(BrokenOff):  # all ranks meet behind it
+                _ask_and_judge(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
+    if run.stop_agreed():
+        return None
     run.world.wait_at_most(run.config.deepspeed.timeout_minutes)
-    if run.world.is_main and left:
-        write_json(run.folder.judged / "seconds.json", {folder.name: _seconds(folder) / run.world.size})
+    told = run.folder.judged / "seconds.json"
+    if run.world.is_main and (left or folder.name not in read_json(told)):  # a stop may have come behind the last batch
+        write_json(told, {folder.name: _seconds(folder) / run.world.size})
     return folder
 
 
@@ -125,15 +131,17 @@ def judged_trajectories(folder: Path) -> list[JudgedTrajectory]:
 
 
 def _ask_and_judge(part: Path, run: Run, reasoner: Reasoner, task: Task, records: dict[int, Record]) -> None:
-    """Ask and judge one batch of questions, by number; the file appears whole."""
+    """Ask and judge one batch of questions, by number; the file appears whole.  BrokenOff where this rank is asked to stop."""
     start, seed = time.perf_counter(), derive(run.config.run.seed, "verifier")
     asks = [Ask(record.question, run.config.verifier.num_trajectories, seed) for record in records.values()]
-    found = reasoner.answer(asks, reasoner.settings, thoughts=False, extras=Extras(states=True))
+    give_way = run.stop.give_way
+    watch, extras = Watch(between_steps=give_way), Extras(states=True)
+    found = reasoner.answer(asks, reasoner.settings, watch, thoughts=False, extras=extras)
     if run.config.verifier.drift:
-        reasoner.measure_drift(asks, found)
+        reasoner.measure_drift(asks, found, between_steps=give_way)
     samples = [[Sampled(trajectory.answer, ()) for trajectory in group] for group in found]
     judges = judges_of(run.config, run.world.size)
-    verdicts = judge_samples(task, judges, list(records.values()), samples)
+    verdicts = judge_samples(task, judges, list(records.values()), samples, give_way)
     judged = [
         JudgedTrajectory(trajectory.states, verdict.correct, number, _drift_of(trajectory))
         for number, group, judged_group in zip(records, found, verdicts, strict=True)

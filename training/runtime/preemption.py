@@ -65,3 +65,9 @@ class StopRequest:
         if self._received is not None:
             logger.info("%s received: stopping after this step", self._received.name)
             self._received = None
+
+    def give_way(self) -> None:
+        """Raise BrokenOff where this process was asked to stop: within work that no other rank waits for step by step."""
+        self.announce()
+        if self.requested:
+            raise BrokenOff
