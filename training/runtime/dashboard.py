@@ -86,9 +86,8 @@ _DENOISER: tuple[_Chart, ...] = (
     ("flow by t", LOSSES, "flow_t.*"),
     ("cross-entropy of answers and thoughts' tokens", LOSSES, "(answer|token|rollout|lm)"),
     ("stop", LOSSES, "stop"),
-    ("right tokens", QUALITY, "(answer|token|rollout_token)_accuracy"),
+    ("right tokens", QUALITY, "(answer|token|lm|rollout_token)_accuracy"),
     ("right stops", QUALITY, "stop_accuracy"),
-    ("right words of finished thoughts", QUALITY, "lm_accuracy"),
 )
 _ROLLOUT: tuple[_Chart, ...] = (
     *_DENOISER,
