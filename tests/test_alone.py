@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ladir.models.folders import save_denoiser
+from ladir.models.store import folder_fingerprint
 from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, run_with, toy_settings
+from tests.tiny import tiny_denoiser, tiny_lm
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.loop import train
-from training.runtime.preemption import StopRequest
+from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.run import Outcome, open_run
+from training.runtime.stages import fingerprint
 
 
 def work_alone(world: World, signalled: int | None) -> tuple[Any, Any, bool]:
@@ -76,3 +81,14 @@ def test_a_stop_is_obeyed_between_two_passes_of_sampling(two_processes: ProcessG
     two_processes.run(run_with, tmp_path / "parts", 3, "float32", settings)
     two_processes.run(run_with, tmp_path / "whole", 3, "float32", settings)
     assert_identical(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_stop_is_obeyed_while_a_models_weights_are_hashed(tmp_path: Path) -> None:
+    save_denoiser(tiny_denoiser(tiny_lm()), tmp_path / "denoiser")
+    stop = StopRequest("USR2")
+    world, model = World(0, 1, 0, torch.device("cpu")), tmp_path / "denoiser"
+    found = {fingerprint(world, asked, model, "denoiser") for asked in (stop, None)}
+    assert found == {folder_fingerprint(model, "denoiser")}
+    stop.requested = True
+    with pytest.raises(BrokenOff):
+        fingerprint(world, stop, model, "denoiser")

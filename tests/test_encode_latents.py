@@ -50,7 +50,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
     stored = SimpleNamespace(records=lambda named: made)
     monkeypatch.setattr(encode_latents, "Tokens", lambda config, world, tokenizer, stop: stored)
-    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "vae")
+    monkeypatch.setattr(encode_latents, "fingerprint", lambda *of: "vae")
     monkeypatch.setattr(encode_latents, "_check_lengths", lambda *arguments: None)
     monkeypatch.setattr(encode_latents, "load_tokenizer", lambda backbone: TOKENIZER)
     return made
@@ -106,7 +106,7 @@ def test_the_seconds_of_a_stopped_encoding_add_up(tmp_path: Path, monkeypatch: p
     assert seconds(tmp_path / "stopped") == whole
     assert encode(tmp_path / "stopped", monkeypatch)[1].batches == 0
     assert seconds(tmp_path / "stopped") == whole
-    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "another")
+    monkeypatch.setattr(encode_latents, "fingerprint", lambda *of: "another")
     encode(tmp_path / "stopped", monkeypatch)
     assert seconds(tmp_path / "stopped") == whole  # of the latents that are there now
 
@@ -140,7 +140,7 @@ def test_an_encoding_under_way_starts_over_when_the_vae_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]
 ) -> None:
     assert not encode(tmp_path, monkeypatch, stop_in=4)[0]
-    monkeypatch.setattr(encode_latents, "folder_fingerprint", lambda folder: "another")
+    monkeypatch.setattr(encode_latents, "fingerprint", lambda *of: "another")
     finished, vae, store = encode(tmp_path, monkeypatch)
     assert finished
     assert vae.sentences == sum(len(record.blocks) for record in records)

@@ -287,7 +287,7 @@ def test_ranks_share_records_by_what_the_denoiser_reads(context: str, tmp_path: 
     config = load_config(None, [f"run.folder={tmp_path}", *settings])
     for name in ("train", "validation"):
         write(RunFolder(config).latents / name, 3)
-    monkeypatch.setattr(phase, "folder_fingerprint", lambda vae: "vae-1")
+    monkeypatch.setattr(phase, "fingerprint", lambda *of: "vae-1")
     found = phase.stored_latents(config, RunFolder(config), World(0, 1, 0, torch.device("cpu")))
     assert [store is not None and store.as_text for store in found] == [context == "text"] * 2
 

@@ -15,7 +15,6 @@ if not __package__:  # started as a program
     import preflight  # noqa: F401
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ladir.config import Config
 from training.phases.base import TrainingPhase
@@ -26,17 +25,17 @@ from training.runtime.distributed import World, run_as_program
 from training.runtime.ending import finished_before
 from training.runtime.job import job
 from training.runtime.loop import train
+from training.runtime.preemption import StopRequest
 
-Build = Callable[[Config, World], TrainingPhase]
+Build = Callable[[Config, World, StopRequest], TrainingPhase]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "rollout" if config.stage == "rollout" else "denoiser", trains=True) as run:
         if finished_before(run) is None:
-            joint = partial(joint_phase, stop=run.stop)
-            build: dict[str, Build] = {"teacher": denoiser_phase, "joint": joint, "rollout": rollout_phase}
-            train(run, build[run.config.stage](run.config, run.world))
+            build: dict[str, Build] = {"teacher": denoiser_phase, "joint": joint_phase, "rollout": rollout_phase}
+            train(run, build[run.config.stage](run.config, run.world, run.stop))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from ladir.config import Config
 from training.phases.judged import collect
 from training.phases.verifier import verifier_phase
+from training.runtime.alone import GiveWay, unbroken
 from training.runtime.distributed import run_as_program
 from training.runtime.ending import finished_before
 from training.runtime.job import job
@@ -31,10 +32,10 @@ from training.runtime.stages import last_denoiser
 logger = logging.getLogger(__name__)
 
 
-def judged_denoiser(config: Config, folder: RunFolder) -> Path:
+def judged_denoiser(config: Config, folder: RunFolder, give_way: GiveWay = lambda: None) -> Path:
     """The denoiser whose trajectories are judged.  FileNotFoundError where it was not trained."""
     stage = config.verifier.stage
-    found = last_denoiser(folder) if stage == "last" else folder.model(stage)
+    found = last_denoiser(folder, give_way=give_way) if stage == "last" else folder.model(stage)
     if not found.is_dir():
         raise FileNotFoundError(f"{found} is not there: run training/train_denoiser.py first (verifier.stage={stage})")
     return found
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     with job(argv, __doc__ or "", lambda config: "verifier", trains=True) as run:
         if finished_before(run) is None:
-            denoiser = judged_denoiser(run.config, run.folder)
+            denoiser = unbroken(run.world, run.stop, lambda give_way: judged_denoiser(run.config, run.folder, give_way))
             judged = collect(run, denoiser)
             if judged is None:
                 run.interrupt()

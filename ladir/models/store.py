@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -263,9 +263,12 @@ def _belongs_to_lm(name: str) -> bool:
     return ".lm." in name
 
 
-def folder_fingerprint(folder: str | Path, kind: str = "vae") -> str:
-    """A hash (16 hex digits) of the weight files in a model folder and of its base's name, not its weights; loads no model."""
-    return _fingerprint(folder, load_settings(folder, kind).get("base"))
+def folder_fingerprint(folder: str | Path, kind: str = "vae", give_way: Callable[[], None] = lambda: None) -> str:
+    """A hash (16 hex digits) of the weight files in a model folder and of its base's name, not its weights; loads no model.
+
+    ``give_way`` is called before every file: they may be large.
+    """
+    return _fingerprint(folder, load_settings(folder, kind).get("base"), give_way)
 
 
 def weights_fingerprint(folder: str | Path) -> str:
@@ -279,9 +282,10 @@ def heads_fingerprint(folder: str | Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
-def _fingerprint(folder: str | Path, base: str | None) -> str:
+def _fingerprint(folder: str | Path, base: str | None, give_way: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256(json.dumps(base).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):
+        give_way()
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

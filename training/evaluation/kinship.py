@@ -11,6 +11,7 @@ from ladir.models.folders import denoiser_stage, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import folder_fingerprint, load_settings
 from training.evaluation.rows import model_of, sampling_of, stage_of
+from training.runtime.alone import GiveWay, unbroken
 from training.runtime.files import read_json
 from training.runtime.run import Run, RunFolder
 from training.runtime.stages import stage_folder
@@ -20,31 +21,31 @@ def check_export(run: Run, methods: Sequence[str]) -> None:
     """UnusableError, on all ranks, where the export was made of other models, or a denoiser trained on another VAE's latents."""
     models = dict.fromkeys(model_of(sampling_of(method)[0]) for method in methods)
     asked = [model for model in models if not model.startswith("ar")]
-    if problem := run.world.broadcast(_problem(run, asked) if run.world.is_main and asked else None):
+    if problem := unbroken(run.world, run.stop, lambda give_way: _problem(run, asked, give_way) if asked else ""):
         raise UnusableError(problem)
 
 
-def _problem(run: Run, models: Sequence[str]) -> str | None:
+def _problem(run: Run, models: Sequence[str], give_way: GiveWay) -> str:
     snapshot = run.config.evaluate.snapshot
     try:
-        _check_is_current(run.folder)
+        _check_is_current(run.folder, give_way)
         vae = run.folder.export / DECODER_FOLDER
         others = [stage_folder(run.folder, stage_of(model), snapshot) for model in models]
         for other in [folder for folder in others if folder is not None]:
             _check_pair(other, vae)
     except UnusableError as error:
         return str(error)
-    return None
+    return ""
 
 
-def _check_is_current(folder: RunFolder) -> None:
+def _check_is_current(folder: RunFolder, give_way: GiveWay) -> None:
     """UnusableError where a model was trained anew since it was exported; what has no record of it is not looked at."""
     made_of = read_json(folder.inputs("export"))
     denoiser = folder.model(denoiser_stage(folder.export))
     vae = vae_folder(denoiser, folder.model("vae"))
     kept = [(vae, "vae", made_of.get("vae")), (denoiser, "denoiser", made_of.get("denoiser", [None, None])[1])]
     for model, kind, before in kept:
-        if before is not None and model.is_dir() and folder_fingerprint(model, kind) != before:
+        if before is not None and model.is_dir() and folder_fingerprint(model, kind, give_way) != before:
             raise UnusableError(
                 f"{folder.export} was made before {model} was trained anew: run training/export.py, then the same command again"
             )

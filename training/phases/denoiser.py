@@ -17,24 +17,25 @@ from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, save_denoiser
 from ladir.models.loading import build_backbone, check_lm
 from ladir.models.pairing import TrainedOn
-from ladir.models.store import folder_fingerprint
 from ladir.tokens import load_tokenizer, tokenizer_fingerprint
 from training.phases.base import Samples, TrainingPhase
 from training.phases.lengths import check_records
 from training.phases.samples import denoiser_samples
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
+from training.runtime.stages import fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-def denoiser_phase(config: Config, world: World) -> TrainingPhase:
+def denoiser_phase(config: Config, world: World, stop: StopRequest | None = None) -> TrainingPhase:
     """The denoiser on the stored latents, started from the base LM and the VAE's maps."""
     tokenizer = load_tokenizer(config.backbone)
     lm = check_lm(config.backbone, tokenizer)
     folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
-    store, validation = stored_latents(config, folder, world)
+    store, validation = stored_latents(config, folder, world, stop)
     check_records(config, lm, [store, validation], frame)
     vae = folder.model("vae")
     with sharded_init(config, config.denoiser.train, world):
@@ -57,15 +58,17 @@ def denoiser_phase(config: Config, world: World) -> TrainingPhase:
 
 def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> TrainedOn:
     """What is kept with a denoiser, to tell what belongs to it and how it is asked."""
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    return TrainedOn(store.fingerprint, fingerprint, longest_question=store.longest_question, frame=frame.to_save())
+    words = tokenizer_fingerprint(tokenizer)
+    return TrainedOn(store.fingerprint, words, longest_question=store.longest_question, frame=frame.to_save())
 
 
-def stored_latents(config: Config, folder: RunFolder, world: World) -> tuple[LatentStore, LatentStore | None]:
+def stored_latents(
+    config: Config, folder: RunFolder, world: World, stop: StopRequest | None = None
+) -> tuple[LatentStore, LatentStore | None]:
     """The latents of training and validation records (None where there are none), made by the run's own VAE."""
     as_text = config.denoiser.context == "text"
     store = LatentStore.open(folder.latents / "train", as_text)
-    store.check_fingerprint(world.broadcast(folder_fingerprint(folder.model("vae")) if world.is_main else None))
+    store.check_fingerprint(fingerprint(world, stop, folder.model("vae"), "vae"))
     _check_blocks(config, store)
     if config.denoiser.sample_latents and not store.form.logvar:
         raise UnusableError(

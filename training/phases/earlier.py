@@ -13,9 +13,11 @@ from ladir.data.prompts import Frame
 from ladir.errors import UnusableError
 from ladir.models.folders import vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
-from ladir.models.store import folder_fingerprint, load_settings
+from ladir.models.store import load_settings
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
+from training.runtime.stages import fingerprint
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,14 @@ class Earlier:
 
     @classmethod
     def of(
-        cls, config: Config, world: World, tokenizer: PreTrainedTokenizerBase, store: LatentStore, source: Path, stage: int
+        cls,
+        config: Config,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        store: LatentStore,
+        source: Path,
+        stage: int,
+        stop: StopRequest | None = None,
     ) -> Earlier:
         """For stage number ``stage`` on the latents in ``store``.  UnusableError where it was made from others."""
         if vae_folder(source, source) != source:
@@ -42,5 +51,5 @@ class Earlier:
         check_vae(before, store.fingerprint, source, RunFolder(config).model("vae"))
         # Stage 1's, whose template may have written its day.
         frame = Frame.saved(before.frame) if before.frame else Frame.of(tokenizer, config.data.chat_template)
-        origin = world.broadcast(folder_fingerprint(source, "denoiser") if world.is_main else None)
+        origin = fingerprint(world, stop, source, "denoiser")
         return cls(source, before, frame, origin)

@@ -40,7 +40,7 @@ def joint_phase(config: Config, world: World, stop: StopRequest | None = None) -
     tokenizer = load_tokenizer(config.backbone)
     lm = check_lm(config.backbone, tokenizer)
     folder, frame = RunFolder(config), Frame.of(tokenizer, config.data.chat_template)
-    store, encoded = stored_latents(config, folder, world)
+    store, encoded = stored_latents(config, folder, world, stop)
     check_records(config, lm, [store, encoded], frame)
     tokens = Tokens(config, world, tokenizer, stop)
     records, held_out = (_records(config, tokens, named, frame) for named in (config.data.train, config.data.validation))

@@ -28,7 +28,7 @@ from ladir.inference.asking import Ask, Extras, Watch
 from ladir.inference.trajectory import Trajectory
 from ladir.models.folders import load_denoiser, load_thought_decoder, load_vae, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
-from ladir.models.store import HEADS_FILE, folder_fingerprint, heads_fingerprint, load_settings, settings_of
+from ladir.models.store import HEADS_FILE, heads_fingerprint, load_settings, settings_of
 from ladir.models.vae import ThoughtDecoder
 from ladir.models.verifier import drift_features
 from ladir.models.weights import save_tensors
@@ -41,6 +41,7 @@ from training.phases.tokens import Tokens
 from training.runtime.files import read_json, sha256, write_json
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
+from training.runtime.stages import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def reading_vae(run: Run, denoiser: Path) -> Path | None:
     if not (as_text or run.config.sample.reencode):
         return None
     vae = vae_folder(denoiser, run.folder.model("vae"))
-    check_vae(TrainedOn.of(saved), run.world.on_main(lambda: folder_fingerprint(vae)), denoiser, vae)
+    check_vae(TrainedOn.of(saved), fingerprint(run.world, run.stop, vae, "vae"), denoiser, vae)
     return vae
 
 

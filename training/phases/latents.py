@@ -26,7 +26,6 @@ from ladir.data.token_store import TokenStore
 from ladir.errors import UnusableError
 from ladir.models.folders import load_thought_decoder, load_vae
 from ladir.models.probe import latent_report
-from ladir.models.store import folder_fingerprint
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.lengths import check_sentences
@@ -35,6 +34,7 @@ from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
 from training.runtime.files import digests, read_json, write_json
 from training.runtime.run import Outcome, Run, RunFolder
+from training.runtime.stages import fingerprint
 from training.runtime.status import Pace
 from training.runtime.telemetry import Telemetry
 
@@ -190,7 +190,7 @@ def encode(run: Run) -> bool:
     for file in (file for named in files.values() for file in data_files(named)):
         check_path(file)  # before a model is loaded
     vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
-    mark = run.world.broadcast(folder_fingerprint(run.folder.model("vae")) if run.world.is_main else "")
+    mark = fingerprint(run.world, run.stop, run.folder.model("vae"), "vae")
     watch = Stopwatch(run.folder.latents, mark)
     for name, named in files.items():
         if named is not None and not encode_split(run, vae, tokenizer, name, named, watch):

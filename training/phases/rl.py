@@ -35,6 +35,7 @@ from training.phases.tokens import Tokens
 from training.reinforcement.asking import Asker
 from training.reinforcement.samplers import LatentSampler
 from training.reinforcement.steps import OwnSteps
+from training.runtime.alone import unbroken
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
 from training.runtime.phase import Underway
@@ -65,9 +66,9 @@ def rl_phase(config: Config, world: World, stop: StopRequest | None = None) -> R
     """Stage 3, from the denoiser of the last stage before it.  UnusableError where that is missing or was made otherwise."""
     settings, folder = config.rl, RunFolder(config)
     tokenizer = load_tokenizer(config.backbone)
-    store, validation = stored_latents(config, folder, world)
-    source = Path(world.broadcast(str(last_denoiser(folder, before="rl")) if world.is_main else None))
-    before = Earlier.of(config, world, tokenizer, store, source, stage=3)
+    store, validation = stored_latents(config, folder, world, stop)
+    source = unbroken(world, stop, lambda give_way: last_denoiser(folder, "rl", give_way))
+    before = Earlier.of(config, world, tokenizer, store, source, stage=3, stop=stop)
     frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
     records = rl_questions(Tokens(config, world, tokenizer, stop), task)

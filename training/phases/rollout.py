@@ -18,18 +18,19 @@ from training.phases.denoiser import denoiser_collator, denoiser_weights, stored
 from training.phases.earlier import Earlier
 from training.phases.samples import Show, denoiser_samples
 from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.telemetry import Telemetry
 
 
-def rollout_phase(config: Config, world: World) -> TrainingPhase:
+def rollout_phase(config: Config, world: World, stop: StopRequest | None = None) -> TrainingPhase:
     """Stage 2, from the denoiser of stage 1 on the same latents.  UnusableError where that is missing or was made otherwise."""
     settings = config.rollout
     tokenizer = load_tokenizer(config.backbone)
     folder = RunFolder(config)
-    store, validation = stored_latents(config, folder, world)
-    stage_1 = Earlier.of(config, world, tokenizer, store, folder.model("denoiser"), stage=2)
+    store, validation = stored_latents(config, folder, world, stop)
+    stage_1 = Earlier.of(config, world, tokenizer, store, folder.model("denoiser"), stage=2, stop=stop)
     frame = stage_1.frame
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(stage_1.folder, config.backbone, config.denoiser, world.device.type)

@@ -25,10 +25,10 @@ from ladir.data.token_store import Store, TokenStore, open_or_make, store_key, s
 from ladir.data.tokenizing import write_chains, write_records, write_sentences
 from ladir.tasks import Task
 from ladir.tokens import tokenization_fingerprint
-from training.runtime.alone import GiveWay, alone
+from training.runtime.alone import GiveWay, unbroken
 from training.runtime.distributed import World
 from training.runtime.files import code_digest, digests, locked
-from training.runtime.preemption import BrokenOff, StopRequest
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ class Tokens:
 
     def _alone(self, work: Callable[[GiveWay], T]) -> T:
         """What ``work`` returns on rank 0, on every rank."""
-        found = alone(self.world, self.stop or StopRequest(self.config.deepspeed.stop_signal), work)
-        if found is None:
-            raise BrokenOff
-        return found
+        return unbroken(self.world, self.stop, work)
 
     def _key(self, kind: str, files: Sequence[str], others: Sequence[str], give_way: GiveWay) -> str:
         return store_key(kind, digests(files, give_way), self.config.data, tokenization_fingerprint(self.tokenizer), *others)

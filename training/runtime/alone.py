@@ -43,6 +43,14 @@ def alone(world: World, stop: StopRequest, work: Callable[[GiveWay], T]) -> T | 
     return world.on_main(whole)
 
 
+def unbroken(world: World, stop: StopRequest | None, work: Callable[[GiveWay], T]) -> T:
+    """:func:`alone`; BrokenOff on every rank where it was broken off.  ``stop`` None: nobody asks."""
+    found = alone(world, stop or StopRequest("TERM"), work)
+    if found is None:
+        raise BrokenOff
+    return found
+
+
 class _Post:
     """Words between the ranks through the job's key-value store."""
 

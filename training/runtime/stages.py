@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ladir.errors import UnusableError
 from ladir.models.folders import denoiser_stage
 from ladir.models.store import folder_fingerprint, load_settings
+from training.runtime.alone import unbroken
+from training.runtime.distributed import World
+from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
+
+
+def fingerprint(world: World, stop: StopRequest | None, model: Path, kind: str) -> str:
+    """:func:`~ladir.models.store.folder_fingerprint` of a model, by rank 0 for all: it reads every weight (collective).
+
+    Raises BrokenOff, on all ranks, where any was asked to stop meanwhile.
+    """
+    return unbroken(world, stop, lambda give_way: folder_fingerprint(model, kind, give_way))
+
 
 #: the phases that train the denoiser, in their order
 STAGES = ("denoiser", "rollout", "rl")
 
 
-def last_denoiser(folder: RunFolder, before: str | None = None) -> Path:
+def last_denoiser(folder: RunFolder, before: str | None = None, give_way: Callable[[], None] = lambda: None) -> Path:
     """The denoiser of the last stage that was trained (of those before ``before``).
 
-    UnusableError where that stage started from another model than those of the present earlier stages.
+    UnusableError where that stage started from another model than those of the present earlier stages.  ``give_way`` is called
+    before every file of weights that is read for that.
     """
     stages = STAGES if before is None else STAGES[: STAGES.index(before)]
     there = [stage for stage in stages if folder.model(stage).is_dir()]
@@ -24,7 +38,7 @@ def last_denoiser(folder: RunFolder, before: str | None = None) -> Path:
         return folder.model(there[0] if there else stages[0])
     *earlier, last = there
     origin = load_settings(folder.model(last), "denoiser")["origin"]
-    if "denoiser" in there and origin not in [folder_fingerprint(folder.model(stage), "denoiser") for stage in earlier]:
+    if "denoiser" in there and origin not in [folder_fingerprint(folder.model(stage), "denoiser", give_way) for stage in earlier]:
         model, known = folder.model(last), " or ".join(str(folder.model(stage)) for stage in earlier)
         raise UnusableError(
             f"{model} was trained from another denoiser than {known}: delete {model}, {folder.checkpoints(last)} and "
