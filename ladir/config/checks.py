@@ -303,7 +303,7 @@ def _combination_errors(config: Config) -> Iterator[str]:
 
 
 def _context_errors(config: Config) -> Iterator[str]:
-    """Where finished blocks stand as text, nothing can be differentiated through them."""
+    """What does not go with finished blocks as latents, or as text, through which nothing can be differentiated."""
     if config.denoiser.context == "latents":
         if config.denoiser.lm_weight:
             yield (

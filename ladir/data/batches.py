@@ -20,7 +20,7 @@ from ladir.data.packing import IGNORE, Places, Rows, decoder_rows, encoder_rows,
 from ladir.data.randomness import Streams, derive, generator
 from ladir.data.token_lists import GroundedSentence
 from ladir.layout import PAD, Layout, Mark, Source, Template, template
-from ladir.spans import num_spans, with_room
+from ladir.spans import with_room
 
 if TYPE_CHECKING:
     from ladir.data.latents import LatentRecord
@@ -326,7 +326,7 @@ class DenoiserCollator:
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
             batch["end_at"] = batch["end_at"][:0]
-        spoken = self._spoken(words, with_answer)
+        spoken = self._spoken(templates, words)
         if not spoken:
             batch["words_at"] = batch["words_at"][:0]
         return DenoiserBatch(
@@ -347,13 +347,11 @@ class DenoiserCollator:
             **batch,
         )
 
-    def _spoken(self, texts: Sequence[Sequence[Sequence[int]]], with_answer: bool) -> list[list[int]]:
-        """The sentences that stand as text with the <eos> behind each, where their tokens are predicted; without the answer a
-        record's last span does not stand there."""
+    def _spoken(self, templates: Sequence[Template], texts: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+        """The sentences that stand as text with the <eos> behind each, where their tokens are predicted: a clean block each."""
         if not self.settings.lm_weight:
             return []
-        span = self.settings.span
-        standing = [of_one if with_answer else of_one[: (num_spans(len(of_one), span) - 1) * span] for of_one in texts]
+        standing = [of_one[: len(layout.ends)] for layout, of_one in zip(templates, texts, strict=True)]
         return [[*sentence, self.eos_id] for sentences in standing for sentence in sentences]
 
     def _has_first_pass(self, step: int, training: bool) -> bool:

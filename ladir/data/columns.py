@@ -179,3 +179,8 @@ class TokenChunk:
             [self.blocks[b].tolist() for b in range(self.blocks_of[i], self.blocks_of[i + 1])],
             self.answers[i].tolist(),
         )
+
+
+def sizes_of(chunks: Iterable[TokenChunk], span: int) -> np.ndarray[Any, Any]:
+    """:meth:`TokenChunk.sizes` of all their records [N, 5]."""
+    return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in chunks)])

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ladir.data.columns import Chunks, Lists, TokenChunk, TokenRecord, mapped_batches
+from ladir.data.columns import Chunks, Lists, TokenChunk, TokenRecord, mapped_batches, sizes_of
 from ladir.errors import UnusableError
 from ladir.layout import block_length
 
@@ -140,7 +140,7 @@ class LatentStore:
     def sizes(self, span: int) -> np.ndarray:
         """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
         [N, 5]."""
-        return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self._chunks.all)])
+        return sizes_of(self._chunks.all, span)
 
     @property
     def most_blocks(self) -> int:

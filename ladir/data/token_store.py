@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ladir.config import DataSettings
-from ladir.data.columns import Chunks, StoredLists, TokenChunk, TokenRecord, mapped_batches
+from ladir.data.columns import Chunks, StoredLists, TokenChunk, TokenRecord, mapped_batches, sizes_of
 from ladir.data.records import BadRecord, Record
 from ladir.data.token_lists import MadeWhenRead, TokenPairs
 from ladir.errors import UnusableError
@@ -165,7 +165,7 @@ class TokenStore(MadeWhenRead[TokenRecord]):
 
     def sizes(self, span: int) -> np.ndarray[Any, Any]:
         """As :meth:`ladir.data.latents.LatentStore.sizes`, [N, 5]."""
-        return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self._chunks.all)])
+        return sizes_of(self._chunks.all, span)
 
     @property
     def longest_question(self) -> int:

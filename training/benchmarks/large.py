@@ -15,8 +15,8 @@ from torch import Tensor
 from ladir.config import Config
 from training.benchmarks.setup import Bench
 from training.benchmarks.sizes import Size
-from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.zero import total_loss
+from training.phases.denoiser import denoiser_weights
 from training.planning.memory import Zero, holdings, weights_of
 from training.planning.models import meta_model, micro_batch, new_model
 from training.planning.predict import Planner
@@ -113,7 +113,7 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     engine = Engine(model, train, config.backbone.dtype, config.deepspeed, world)
     vocabulary = config.backbone.scratch["vocab_size"]
     batch = micro_batch(config, case.phase, size.lengths, case.micro_batch, vocabulary, device)
-    weights = loss_weights(config) if case.phase == "denoiser" else {"reconstruction": 1.0, "kl": config.vae.beta}
+    weights = denoiser_weights(config.denoiser) if case.phase == "denoiser" else {"reconstruction": 1.0, "kl": config.vae.beta}
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

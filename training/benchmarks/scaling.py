@@ -17,9 +17,9 @@ from ladir.models.denoiser import Denoiser
 from training.benchmarks.reasoning_rows import Reasoning
 from training.benchmarks.setup import Bench, backward, released
 from training.benchmarks.sizes import Size
-from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.zero import EngineTraining
 from training.jobs import launcher_command, run_job, tail
+from training.phases.denoiser import denoiser_weights
 from training.planning.models import Lengths
 from training.runtime.distributed import start, stop
 
@@ -82,7 +82,7 @@ def _measure(bench: Bench, quantity: str, make: Callable[[int], Callable[[], Any
 
 
 def _pass(bench: Bench, model: Denoiser, lengths: Lengths, draws: int, latents: int | None = None) -> Callable[[], Any]:
-    batch, weights = bench.denoiser_batch(bench.records([lengths], latents), draws), loss_weights(bench.config)
+    batch, weights = bench.denoiser_batch(bench.records([lengths], latents), draws), denoiser_weights(bench.config.denoiser)
 
     def run() -> None:
         model.zero_grad()

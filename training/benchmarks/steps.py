@@ -18,8 +18,8 @@ from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.vae import Vae, encode_sentences
 from training.benchmarks.setup import Bench, released
-from training.benchmarks.training_rows import loss_weights
 from training.benchmarks.utilisation import PlainStep, Utilisation, utilisation
+from training.phases.denoiser import denoiser_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +53,7 @@ def _vae_step(bench: Bench, name: str, model: Vae) -> Utilisation:
 
 def _denoiser_step(bench: Bench, name: str, model: Denoiser) -> Utilisation:
     batch = bench.denoiser_batch(bench.records([bench.size.lengths] * bench.size.records), bench.config.denoiser.draws)
-    step = PlainStep(model, lambda: model(batch), loss_weights(bench.config))
+    step = PlainStep(model, lambda: model(batch), denoiser_weights(bench.config.denoiser))
     return utilisation(bench, name, model, step, lambda: model(batch))
 
 
@@ -71,7 +71,7 @@ def _rollout_step(bench: Bench) -> Utilisation:
     lengths = replace(size.lengths, blocks=min(size.lengths.blocks, _ROLLOUT_BLOCKS))
     model = Rollout(bench.denoiser(), settings, lengths.blocks, recompute=False)
     batch = bench.rollout_batch(bench.records([lengths] * size.rollouts))
-    step = PlainStep(model, lambda: model(batch), {**loss_weights(bench.config), "rollout": settings.answer_weight})
+    step = PlainStep(model, lambda: model(batch), {**denoiser_weights(bench.config.denoiser), "rollout": settings.answer_weight})
     return utilisation(bench, "rollout_step", model, step, lambda: model(batch))
 
 

@@ -16,6 +16,7 @@ from ladir.layout import PAD, Layout, block_length, template
 from ladir.models.attention import BlockMasks, flash, flash_lacks, flex, whole_squares
 from ladir.reference import reference_passes
 from training.benchmarks.setup import Bench, Row, backward, gradient_norm, released
+from training.phases.denoiser import denoiser_weights
 from training.planning.models import Lengths
 
 #: (median, sigma) of log-normal lengths in tokens, close to GSM8K's; shares of its records that have 2 to 8 blocks
@@ -54,7 +55,7 @@ def one_pass(bench: Bench, draws: int) -> Row:
     model = bench.denoiser().train()
     [record] = records = bench.records([lengths])
     batch = bench.denoiser_batch(records, draws)
-    weights = loss_weights(bench.config)
+    weights = denoiser_weights(bench.config.denoiser)
 
     def ours() -> Tensor:
         model.zero_grad()
@@ -81,13 +82,6 @@ def one_pass(bench: Bench, draws: int) -> Row:
         at_most=separate / tokens,
         details={"draws_per_second": lengths.blocks * draws / seconds["ours"], "examples_per_second": 1 / seconds["ours"]},
     )
-
-
-def loss_weights(config: Config) -> dict[str, float]:
-    """Weights of the denoiser's loss terms."""
-    s = config.denoiser
-    optional = {"token": s.token_weight, "lm": s.lm_weight}
-    return {"flow": s.flow_weight, "answer": s.answer_weight, "stop": s.stop_weight, **optional}
 
 
 def labelled_logits(bench: Bench) -> list[Row]:
@@ -172,7 +166,7 @@ def packing(bench: Bench) -> Iterator[Row]:
         batches = [bench.denoiser_batch(records, draws, pack_tokens) for pack_tokens in (_DENOISER_ROWS * budget, 0)]
         copies = [batch.layout.copy for batch in batches]
         model = bench.denoiser().train()
-        yield _packed(bench, "packing_denoiser", "denoiser", model, batches, copies, loss_weights(bench.config))
+        yield _packed(bench, "packing_denoiser", "denoiser", model, batches, copies, denoiser_weights(bench.config.denoiser))
 
 
 def _gsm8k_like(rng: np.random.Generator, spread: tuple[float, float], count: int) -> list[int]:

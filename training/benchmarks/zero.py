@@ -16,7 +16,7 @@ from ladir.data.batches import DenoiserBatch
 from ladir.models.denoiser import Denoiser
 from training.benchmarks.setup import Bench, Row, UnequalError, released
 from training.benchmarks.sizes import SIZES
-from training.benchmarks.training_rows import loss_weights
+from training.phases.denoiser import denoiser_weights
 from training.planning.models import Lengths
 from training.runtime.distributed import World, start, stop
 from training.runtime.ds_config import REPOSITORY
@@ -47,7 +47,7 @@ class PlainTraining:
 
     def __init__(self, model: Denoiser, config: Config) -> None:
         train = config.denoiser.train
-        self.model, self._train, self._weights = model.train(), train, loss_weights(config)
+        self.model, self._train, self._weights = model.train(), train, denoiser_weights(config.denoiser)
         self._parameters = list(model.parameters())
         # The model's own memory where it is in float32 already.
         self._masters = [p.detach().float().requires_grad_() for p in self._parameters]
@@ -74,7 +74,7 @@ class EngineTraining:
     """The same through the training runtime's engine."""
 
     def __init__(self, model: Denoiser, config: Config, world: World) -> None:
-        self._train, self._weights = config.denoiser.train, loss_weights(config)
+        self._train, self._weights = config.denoiser.train, denoiser_weights(config.denoiser)
         self.engine = Engine(model, self._train, config.backbone.dtype, config.deepspeed, world)
 
     def __call__(self, batch: DenoiserBatch) -> None:

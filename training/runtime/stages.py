@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ladir.errors import UnusableError
 from ladir.models.folders import denoiser_stage
 from ladir.models.store import folder_fingerprint, load_settings
-from training.runtime.alone import unbroken
+from training.runtime.alone import GiveWay, unbroken
 from training.runtime.distributed import World
 from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
@@ -26,7 +25,7 @@ def fingerprint(world: World, stop: StopRequest | None, model: Path, kind: str) 
 STAGES = ("denoiser", "rollout", "rl")
 
 
-def last_denoiser(folder: RunFolder, before: str | None = None, give_way: Callable[[], None] = lambda: None) -> Path:
+def last_denoiser(folder: RunFolder, before: str | None = None, give_way: GiveWay = lambda: None) -> Path:
     """The denoiser of the last stage that was trained (of those before ``before``).
 
     UnusableError where that stage started from another model than those of the present earlier stages.  ``give_way`` is called
