@@ -342,6 +342,20 @@ def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_
     assert not Planner(config, machine).evaluate().fits
 
 
+def test_the_page_of_the_run_on_32_gpus_says_what_the_plan_says() -> None:
+    """But for stage 2, which takes long to trace."""
+    config = load_config("configs/math_8b.yaml")
+    planner = Planner(config, Machine(gpus=32, gpus_per_node=8, gpu_bytes=80 * GIB, reserve=3 * GIB, flops=989e12, mfu=0.4))
+    trained = [planner.training(phase) for phase in ("vae", "denoiser", "ar")]
+    page = (Path(__file__).parents[1] / "docs" / "slurm.md").read_text(encoding="utf-8").splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page if line.startswith("| `")]
+    for found in [*trained, planner.encode(), planner.evaluate()]:
+        hours, epochs = found.seconds / 3600, found.epochs
+        figures = [f"{hours:.2f}", f"{epochs:g}" if epochs else "", f"{epochs * hours:.1f}" if epochs else ""]
+        row = next(cells for name, *cells in shown if name.startswith(f"`{found.phase}`"))
+        assert row == [*figures, f"{found.peak / GIB:.1f}"], found.phase
+
+
 ARCHITECTURE = ["backbone.scratch={model_type: llama, vocab_size: 1000, hidden_size: 256, intermediate_size: 512, "
                 "num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4}"]  # fmt: skip
 SHORT = ["data.max_blocks=2", "plan.blocks=2", "rollout.num_steps=2"]  # a rollout is traced pass by pass
