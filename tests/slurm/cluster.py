@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 
 NODES = {"nodeA": "127.0.0.11", "nodeB": "127.0.0.12"}
+#: Slurm knows them and their 32 GPUs, and nobody starts them: jobs for them are queued and wait
+ABSENT = "NodeName=absent[1-4] NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000 Gres=gpu:8 State=DOWN Reason=absent"
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare")
 HOSTS = Path("/etc/hosts")
 REPOSITORY = Path(__file__).parents[2]
@@ -61,8 +63,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100
+PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=100
+PartitionName=large Nodes=absent[1-4] MaxTime=INFINITE State=UP
 """
 
 
@@ -89,6 +92,10 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """What scontrol says of a job."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).stdout))
+
+    def known(self) -> set[str]:
+        """Ids of all jobs that were ever queued, those that have ended included."""
+        return set(self.run("squeue", "--noheader", "--states=all", "--format=%i").stdout.split())
 
     def state(self, job: str) -> str:
         """Its state, e.g. RUNNING."""
@@ -160,13 +167,15 @@ def _start(cluster: Cluster) -> None:
     for number in range(8):
         (folder / f"gpu{number}").symlink_to("/dev/null")
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
-    ports = _free_ports(1 + len(NODES))
-    nodes = "\n".join(
+    ports = _free_ports(2 + len(NODES))
+    nodes = [
         f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=8 RealMemory=1000 Gres=gpu:8 State=UNKNOWN"
-        for (name, address), port in zip(NODES.items(), ports[1:], strict=True)
-    )
+        for (name, address), port in zip(NODES.items(), ports[2:], strict=True)
+    ]
+    nodes.append(ABSENT.format(port=ports[1]))
     proctrack = "cgroup" if _has_freezer() else "linuxproc"
-    conf = SLURM_CONF.format(host=socket.gethostname(), port=ports[0], folder=folder, nodes=nodes, proctrack=proctrack)
+    facts = {"host": socket.gethostname(), "port": ports[0], "folder": folder, "proctrack": proctrack}
+    conf = SLURM_CONF.format(**facts, names=",".join(NODES), nodes="\n".join(nodes))
     (folder / "slurm.conf").write_text(conf)
     (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={FREEZER.parent}\n")
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]

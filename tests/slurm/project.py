@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -14,6 +16,8 @@ from tests.slurm.cluster import REPOSITORY, Cluster
 
 CONFIG = "tests/slurm/tiny.yaml"
 SIZE = ("--nodes=2", "--gres=gpu:1")
+COPIES = 10
+"""Of the training's records in a long validation, which then takes many times what a signal needs to arrive."""
 
 
 class Project:
@@ -52,12 +56,21 @@ class Project:
     def losses(self, name: str, phase: str) -> dict[int, list[tuple[float, float, float]]]:
         """Loss, learning rate and gradient norm as recorded, by step; a step recorded twice has two entries."""
         found: dict[int, list[tuple[float, float, float]]] = {}
+        for row in self._rows(name, phase, "train"):
+            found.setdefault(row["step"], []).append((row["loss"], row["lr"], row["grad_norm"]))
+        return found
+
+    def validated(self, name: str, phase: str = "vae") -> list[int]:
+        """The steps whose validations have come to their end."""
+        return [row["step"] for row in self._rows(name, phase, "validation")]
+
+    def _rows(self, name: str, phase: str, kind: str) -> Iterator[dict[str, Any]]:
+        """What a phase has recorded of a kind."""
         file = self.folder / name / "metrics.jsonl"
         for line in file.read_text().splitlines() if file.is_file() else []:
             row = json.loads(line) if line.endswith("}") else {}  # the last line may be under way
-            if row.get("phase") == phase and row["kind"] == "train":
-                found.setdefault(row["step"], []).append((row["loss"], row["lr"], row["grad_norm"]))
-        return found
+            if row.get("phase") == phase and row["kind"] == kind:
+                yield row
 
     def step(self, name: str, phase: str = "vae") -> int:
         """The last recorded step of a phase."""
@@ -66,6 +79,12 @@ class Project:
     def reach(self, job: str, name: str, step: int) -> None:
         """Wait until the VAE's training has recorded ``step``."""
         self.cluster.until(lambda: self.step(name) >= step, f"step {step}", job)
+
+    def long_validation(self, step: int) -> list[str]:
+        """Overrides with which the VAE is validated behind ``step`` and at its end, on so many records that it takes a while."""
+        file = self.folder / "data" / "long.jsonl"
+        file.write_text((self.folder / "data" / "train.jsonl").read_text() * COPIES)
+        return [f"data.validation={file}", f"vae.train.validate_every={step}", "vae.train.validation_batches=1000000"]
 
     def restarted(self, job: str, times: int) -> None:
         """Wait until the job was put back into the queue for the ``times``-th time."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import socket
 import sys
 import time
@@ -18,7 +20,16 @@ from training.runtime.distributed import FIRST_PORT, NUM_PORTS
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+PAGE = (REPOSITORY / "docs" / "slurm.md").read_text()
 PHASES = "train_vae; encode_latents; train_denoiser; export --time=00:30:00; evaluate evaluate.methods=[ladir]"
+
+
+def shown_submission() -> tuple[list[str], list[str]]:
+    """What docs/slurm.md gives submit.sh for four nodes of eight GPUs: sbatch's options; configuration and settings."""
+    shown = re.search(r"^    slurm/submit\.sh (.*--nodes=4 .*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
+    assert shown is not None
+    words = shlex.split(shown[1])
+    return [word for word in words if word.startswith("--")], [word for word in words if not word.startswith("--")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -52,6 +63,30 @@ def test_a_chain_that_cannot_work_is_refused_in_one_line(arguments: list[str], r
     assert result.stderr.startswith("error: ")
     assert reason in result.stderr
     assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_batch_that_32_gpus_cannot_share_is_refused_and_with_the_remedy_the_chain_waits_in_the_queue(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The submission that docs/slurm.md shows, without its batch of stage 2 and with the one that the refusal names."""
+    options, settings = shown_submission()
+    settings.remove("rollout.train.global_batch=32")
+    command = ["slurm/submit.sh", *options, "--partition=large", *settings, f"run.folder={tmp_path}"]
+    before = cluster.known()
+    refused = cluster.run(*command, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.strip() in PAGE
+    assert cluster.known() == before
+    assert list(tmp_path.iterdir()) == []
+    remedy = re.search(r"(rollout\.train\.global_batch)=16 cannot be shared equally by 32 ranks: use (\d+)", refused.stderr)
+    assert remedy is not None
+    accepted = cluster.run(*command, f"{remedy[1]}={remedy[2]}")
+    entries = dict(re.findall(r"^job (\d+)  (\S+)", accepted.stdout, re.MULTILINE))
+    assert cluster.known() == before | entries.keys()
+    on_gpus = ",".join(job for job, entry in entries.items() if entry != "export")
+    waiting = cluster.run("squeue", "--noheader", f"--jobs={on_gpus}", "--format=%T %D %b").stdout.splitlines()
+    assert waiting == ["PENDING 4 gres:gpu:8"] * 6
+    cluster.run("scancel", *entries)
 
 
 def test_a_chain_is_queued_as_a_whole_or_not_at_all(cluster: Cluster, tmp_path: Path) -> None:
@@ -130,9 +165,10 @@ def test_a_chain_is_stopped_and_continues_under_each_launcher(launcher: str, cha
     assert project.weights(launcher, "vae") == project.weights("first", "vae")
 
 
-def test_signal_preemption_and_a_lost_node_change_no_loss(chain: dict[str, str], project: Project) -> None:
-    cluster, name = project.cluster, "survivor"
-    job = project.submit("train_vae", name)
+def test_signal_a_lost_node_and_preemption_in_a_validation_change_no_loss(chain: dict[str, str], project: Project) -> None:
+    """Behind the step that is validated no checkpoint is due: the stop has written it, and the validation is made up for."""
+    cluster, name, validated = project.cluster, "survivor", 45
+    job = project.submit("train_vae", name, *project.long_validation(validated))
 
     project.reach(job, name, 3)
     cluster.run("scancel", "--signal=USR2", job)
@@ -140,21 +176,24 @@ def test_signal_preemption_and_a_lost_node_change_no_loss(chain: dict[str, str],
     saved = project.step(name)
 
     project.reach(job, name, saved + 3)
-    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    project.restarted(job, 2)
-    assert cluster.wait(urgent) == "COMPLETED"
-    saved = project.step(name)
-
-    project.reach(job, name, saved + 3)
     cluster.run("scontrol", "update", "nodename=nodeB", "state=down", "reason=test")
-    project.restarted(job, 3)
+    project.restarted(job, 2)
     cluster.run("scontrol", "update", "nodename=nodeB", "state=resume", check=False)  # refused where it is back by itself
+
+    project.reach(job, name, validated)
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    project.restarted(job, 3)
+    assert (project.step(name), project.validated(name)) == (validated, [])
+    assert f"vae interrupted after step {validated}, saved" in project.log(job)
+    assert cluster.wait(urgent) == "COMPLETED"
     project.finish(job)
 
     log = project.log(job)
     assert "USR2 received" in log
     assert "TERM received" in log
     assert "start 4: " in log
+    assert f"phase vae continues after step {validated}" in log
+    assert project.validated(name) == [validated, 60]
     assert project.losses(name, "vae") == project.losses("first", "vae")
     assert project.weights(name, "vae") == project.weights("first", "vae")
 
