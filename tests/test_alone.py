@@ -18,6 +18,7 @@ from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.tiny import tiny_denoiser, tiny_lm
 from tests.toy_phase import ToyPhase, toy_config
+from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.loop import train
@@ -52,6 +53,46 @@ def work_alone(world: World, signalled: int | None) -> tuple[Any, Any, bool]:
 def test_rank_0_works_alone_and_any_rank_can_break_it_off(two_processes: ProcessGroup, signalled: int | None) -> None:
     first = "done" if signalled is None else None
     assert two_processes.run(work_alone, signalled) == [(first, "done", True), (first, "done", False)]
+
+
+def meet_early(world: World, signalled: int | None) -> tuple[bool, bool]:
+    """Rank 1 waits for rank 0, which works on until it hears of a stop; whether it did, and what all agree on."""
+    broken_off = False
+    with StopRequest("USR2") as stop:
+        alarm = Alarm(world, stop)
+        if world.rank == signalled:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        for _ in range(0 if world.rank else 3000 if signalled is not None else 30):
+            try:
+                alarm.give_way()
+            except BrokenOff:
+                broken_off = True
+                break
+            time.sleep(0.01)
+        return broken_off, alarm.meet()
+
+
+@pytest.mark.parametrize("signalled", [0, 1, None])
+def test_who_waits_for_the_others_tells_them_that_it_was_asked_to_stop(
+    two_processes: ProcessGroup, signalled: int | None
+) -> None:
+    stopped = signalled is not None
+    assert two_processes.run(meet_early, signalled) == [(stopped, stopped), (False, stopped)]
+
+
+def lose_one(world: World) -> None:
+    """Rank 1 dies while rank 0 waits for it."""
+    if world.rank:
+        time.sleep(0.2)
+        os._exit(1)
+    world.meet(lambda: None)
+
+
+def test_who_waits_for_a_rank_that_dies_does_not_wait_for_ever() -> None:
+    group = ProcessGroup()
+    (_, first), (_, second) = group.outcomes(lose_one, timeout=60)
+    group.close()
+    assert second == "the process died" and first is not None and "gloo" in first
 
 
 class SamplingPhase(ToyPhase):

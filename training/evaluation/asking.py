@@ -17,6 +17,7 @@ from training.evaluation.answers import Answered, cut
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
 from training.evaluation.rows import GREEDY, model_of
+from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 _BATCH_MINUTES = 24 * 60
 #: as many portions of several batches every rank has at least, so that none waits long for another's last
 _PORTIONS = 4
-#: within a portion, seconds between two looks at whether another rank was asked to stop
-_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,48 +91,26 @@ class Busy:
 
 def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> Busy | None:
     """Add all answers to the logs; None when a signal asked to stop: portions that are done are kept, those under way are not."""
-    left, stop = portions(run, benchmarks, samplings), _Stop(run, tickets := Tickets(run.world))
-    models = Models(run, benchmarks, samplings, stop.give_way)
+    left, tickets, alarm = portions(run, benchmarks, samplings), Tickets(run.world), Alarm(run.world, run.stop)
+    models = Models(run, benchmarks, samplings, alarm.give_way)
     judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0
-    while not stop.asked() and (number := tickets.take()) < len(left):
+    while not alarm.rung() and (number := tickets.take()) < len(left):
         begun, portion = time.perf_counter(), left[number]
         told.taken(number)
-        benchmark, answerer = benchmarks[portion.benchmark], models.answerer(portion)
+        benchmark = benchmarks[portion.benchmark]
         records = [benchmark.asked.records[i] for i in portion.batch]
         try:
-            answered = _answer(benchmark.task, judges, records, answerer, run.world.rank, stop.give_way)
+            answered = _answer(benchmark.task, judges, records, models.answerer(portion), run.world.rank, alarm.give_way)
         except BrokenOff:
             break  # what is answered again is answered in the same company
         benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))
         busy += time.perf_counter() - begun
     run.status.say("waits for the last batches of the other ranks" if run.world.size > 1 else None)
     run.world.wait_at_most(_BATCH_MINUTES)
-    if run.stop_agreed():
+    if alarm.meet():
         return None
     return _busy(run, busy, time.perf_counter() - start)
-
-
-class _Stop:
-    """Whether any rank was asked to stop.  Each looks for itself: they meet nowhere before the queue's end, where all agree."""
-
-    def __init__(self, run: Run, tickets: Tickets) -> None:
-        self._run, self._tickets, self._looked = run, tickets, -math.inf
-
-    def asked(self) -> bool:
-        """Whether any was; that this one was is told to the others."""
-        self._run.stop.announce()
-        if self._run.stop.requested:
-            self._tickets.close()
-        return self._tickets.closed
-
-    def give_way(self) -> None:
-        """Raise BrokenOff where any was; called so often that the others are asked after now and then only."""
-        now = time.monotonic()
-        if self._run.stop.requested or now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            if self.asked():
-                raise BrokenOff
 
 
 def _busy(run: Run, busy: float, seconds: float) -> Busy:

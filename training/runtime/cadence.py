@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from training.runtime.alarm import Alarm
 from training.runtime.allowance import Allowance
 from training.runtime.best import Best
 from training.runtime.run import Run
@@ -62,6 +63,10 @@ class Cadence:
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop (collective)."""
         return self._run.stop_agreed()
+
+    def alarm(self) -> Alarm:
+        """Whether any rank was asked to stop, for ranks that go their own ways (collective)."""
+        return Alarm(self._run.world, self._run.stop)
 
     def ending(self) -> bool:
         """Whether the next step will not be made: a stop was asked for, or this is the end (collective)."""

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ T = TypeVar("T")
 _STARTERS = "start with torchrun, deepspeed or srun"
 FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports that Linux gives to outgoing connections
 PORT_STEP = 1009  # from one start of a job to the next, which may find the first one's port taken
+_FIRST_SECONDS = 0.001  # between two looks at what is waited for; then more and more of them
 
 
 class RankLostError(RuntimeError):
@@ -138,11 +140,30 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def meet(self, meanwhile: Callable[[], object]) -> None:
+        """Wait for all ranks; ``meanwhile`` is called again and again, and signals are handled, which a barrier does not let."""
+        if self.size > 1:
+            coming = dist.all_reduce(torch.zeros(1, device=self.device), async_op=True)
+            until(coming.is_completed, meanwhile, most_seconds=0.05)
+            coming.wait()  # raises where one was lost
+
     def wait_at_most(self, minutes: float) -> None:
         """From now on a collective that takes longer ends this process with an error (all process groups)."""
         if self.size > 1:
             for group in c10d._world.pg_map:
                 c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def until(done: Callable[[], bool], meanwhile: Callable[[], object], most_seconds: float = 0.5) -> None:
+    """Look whether it is ``done`` again and again, less and less often, and call ``meanwhile`` between two looks.
+
+    ``most_seconds`` between two.
+    """
+    pause = _FIRST_SECONDS
+    while not done():
+        meanwhile()
+        time.sleep(pause)
+        pause = min(2 * pause, most_seconds)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

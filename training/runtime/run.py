@@ -28,11 +28,12 @@ import yaml
 from ladir.config import Config, EvaluateSettings, TrainSettings
 from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
+from training.runtime.alarm import give_way, stop_agreed
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
-from training.runtime.preemption import BrokenOff, StopRequest
+from training.runtime.preemption import StopRequest
 from training.runtime.status import Status
 from training.runtime.topology import section_of, train_settings
 
@@ -350,13 +351,11 @@ class Run:
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, answered alike on all of them (collective)."""
-        self.stop.announce()
-        return bool(self.world.sum(torch.tensor([float(self.stop.requested)])).item() > 0)
+        return stop_agreed(self.world, self.stop)
 
     def give_way(self) -> None:
         """Raise BrokenOff, on all ranks, where any was asked to stop (collective)."""
-        if self.stop_agreed():
-            raise BrokenOff
+        give_way(self.world, self.stop)
 
     def alone(self, work: Callable[[GiveWay], T]) -> T | None:
         """What ``work`` returns on rank 0, on every rank; None where a stop broke it off."""
