@@ -1,22 +1,32 @@
-"""Stage 3 as a training: two processes under ZeRO-3 against one; stopped in the middle of an iteration; rewards that are none."""
+"""Stage 3 as a training: two processes under ZeRO-3 against one; stopped anywhere in an iteration; rewards that are none."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import toy_reward
+from ladir.models.backbone import Backbone
+from ladir.rl.policy import Policy
+from ladir.rl.text import TextPolicy
 from tests.distributed import ProcessGroup
 from tests.test_phases import configure, folder, losses, run_phase, weights  # noqa: F401
+from training.evaluation import judging
+from training.phases import rl
 from training.phases.rl import rl_phase
 from training.phases.rl_text import rl_text_phase
 from training.reinforcement import steps
+from training.reinforcement.asking import Asker
+from training.runtime import loop
 from training.runtime.distributed import World
-from training.runtime.loop import train
+from training.runtime.loop import Trainer, train
+from training.runtime.preemption import BrokenOff
 from training.runtime.run import RunFolder, open_run
 from training.runtime.stages import last_denoiser
 
@@ -29,6 +39,7 @@ TRAIN = {
     "max_steps": STEPS, "global_batch": 4, "lr": "1e-2", "eps": "1e-3", "ema": 0.5, "log_every": 1, "checkpoint_every": 1,
     "keep_checkpoints": 9, "keep_finished": True, "max_grad_norm": 0,
 }  # fmt: skip
+TEXT = {"policy": "text", "answers": 1}
 SAMPLE = ["sample.num_steps=2", "sample.max_blocks=2", "sample.max_answer_tokens=3", "sample.max_thought_tokens=4"]
 #: what was measured of an iteration and of ranks, which depends on the clock
 SECONDS = (
@@ -41,12 +52,47 @@ def settings(micro: int, **changes: Any) -> list[str]:
     return [*SAMPLE, *train, *(f"rl.{key}={value}" for key, value in {**RL, **changes}.items())]
 
 
-def reinforce(world: World, root: Path, name: str, stage: int, micro: int, stop_after: int | None = None, **changes: Any) -> str:
-    """Stage 3 of run ``name``; the last rank is asked to stop after so many of its questions."""
+def reinforce(world: World, root: Path, name: str, stage: int, micro: int, **changes: Any) -> str:
+    """Stage 3 of run ``name``."""
     config = configure(root, name, stage, 8, settings(micro, **changes))
-    toy_reward.questions_left = stop_after if world.rank == world.size - 1 else None
     with open_run(config, "rl", world) as run:
         return train(run, rl_phase(config, world)).status
+
+
+#: where the last rank is asked to stop: the function that is being called then
+PLACES: dict[str, tuple[Any, str]] = {
+    "thinking": (Backbone, "forward"),  # of which the first ones are a step's or a token's
+    "judging": (judging, "judge"),
+    "rewarding": (Asker, "_group"),
+    "remembering": (Policy, "remembered"),
+    "remembering text": (TextPolicy, "remembered"),
+    "learning": (Trainer, "accumulate"),
+    "validation": (loop, "validate"),
+}
+
+
+def stopped(world: World, root: Path, name: str, policy: str, place: str, at: int) -> tuple[str, int, bool]:
+    """A start of stage 3 under ZeRO-3 whose last rank gets a signal as it calls a function the ``at``-th time; how it ended, how
+    often that was called, and whether the mark was left by which a job comes again."""
+    (owner, function), calls = PLACES[place], []
+    text = policy == "text"
+    overrides = [*settings(3, **TEXT), "evaluate.ar_max_tokens=4"] if text else settings(3)
+    config = configure(root, name, 3, 8, overrides)
+    with open_run(config, "ar-rl" if text else "rl", world) as run, pytest.MonkeyPatch.context() as patch:
+        phase = (rl_text_phase if text else rl_phase)(config, world, run.stop)
+        real = getattr(owner, function)
+
+        def signalled(*about: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGUSR2)
+                while not run.stop.requested:  # handled by the main thread, which this may not be
+                    time.sleep(0.001)
+            return real(*about, **named)
+
+        if world.rank == world.size - 1:
+            patch.setattr(owner, function, signalled)
+        return train(run, phase).status, len(calls), run.interrupted
 
 
 def prepared(root: Path, *names: str) -> None:
@@ -80,10 +126,9 @@ def assert_same_weights(root: Path, one: str, two: str, **tolerance: float) -> N
 def test_two_ranks_of_zero3_learn_what_one_process_learns(
     one_process: ProcessGroup, two_processes: ProcessGroup, start: Path
 ) -> None:
-    """The same questions, noises and rewards; losses, figures and weights; also stopped on one rank while it samples."""
+    """The same questions, noises and rewards; losses, figures and weights."""
     prepared(start, "one", "two")
     assert one_process.run(reinforce, start, "one", 0, 8, timeout=280) == ["finished"]
-    assert two_processes.run(reinforce, start, "two", 3, 3, 3, timeout=280) == ["interrupted"] * 2
     assert two_processes.run(reinforce, start, "two", 3, 3, timeout=280) == ["finished"] * 2
     expected, actual = metrics(start, "one"), metrics(start, "two")
     assert len(expected) == len(actual) == STEPS + 2  # the last two are the distance from the start, and the validation
@@ -94,6 +139,63 @@ def test_two_ranks_of_zero3_learn_what_one_process_learns(
     assert expected[0]["token_ratio"] == pytest.approx(1, abs=1e-5) and expected[0]["nft_distance"] == pytest.approx(0, abs=1e-9)
     assert expected[1]["nft_distance"] > 1e-6 and expected[-2]["start_distance"] > 1e-6
     assert_same_weights(start, "one", "two", rtol=1e-3, atol=5e-5)
+
+
+#: one start after the other: where it is stopped, at which call, and how many steps have been made then
+STOPS = [
+    ("thinking", 5, 0),
+    ("rewarding", 2, 0),
+    ("remembering", 2, 0),
+    ("learning", 1, 1),
+    ("judging", 2, 1),  # in the middle of the first iteration, whose attempts are made again
+    ("validation", 1, 4),
+]
+
+
+@pytest.mark.distributed
+def test_stopped_wherever_it_was_a_run_goes_on_as_if_nothing_had_been(two_processes: ProcessGroup, start: Path) -> None:
+    """On all ranks, though one alone was asked; at once; with a checkpoint; bit for bit."""
+    if not (start / "two" / "models" / "rl").is_dir():
+        prepared(start, "two")
+        two_processes.run(reinforce, start, "two", 3, 3, timeout=280)
+    prepared(start, "parts")
+    for place, at, steps_made in STOPS:
+        answers = two_processes.run(stopped, start, "parts", "latents", place, at, timeout=280)
+        assert answers == [("interrupted", 0, True), ("interrupted", at, True)], place
+        assert newest(start, "parts", "rl") == steps_made and (start / "parts" / "INTERRUPTED").is_file(), place
+    assert two_processes.run(reinforce, start, "parts", 3, 3, timeout=280) == ["finished"] * 2
+    assert_same_weights(start, "two", "parts", rtol=0, atol=0)
+    assert metrics(start, "parts") == metrics(start, "two")
+
+
+def newest(root: Path, name: str, phase: str) -> int:
+    """The step of the newest checkpoint; 0 where there is none: what it would hold follows from the seed."""
+    found = RunFolder(configure(root, name, 0, 8, [])).checkpoints(phase) / "latest"
+    return int(found.read_text(encoding="utf-8").strip().removeprefix("step-")) if found.is_file() else 0
+
+
+def stopped_while_loading(world: World, root: Path) -> bool:
+    """The last rank gets a signal as it has loaded the old model; whether nothing more is loaded."""
+    config, loaded = configure(root, "loading", 3, 8, settings(3)), []
+    with open_run(config, "rl", world) as run, pytest.MonkeyPatch.context() as patch:
+        real = rl.load_denoiser
+
+        def signalled(*about: Any) -> Any:
+            if world.rank == world.size - 1:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return real(*about)
+
+        patch.setattr(rl, "load_denoiser", signalled)
+        patch.setattr(rl, "load_thought_decoder", loaded.append)
+        with pytest.raises(BrokenOff):
+            rl_phase(config, world, run.stop)
+    return not loaded
+
+
+@pytest.mark.distributed
+def test_a_stop_is_obeyed_between_two_models_that_are_loaded(two_processes: ProcessGroup, start: Path) -> None:
+    prepared(start, "loading")
+    assert two_processes.run(stopped_while_loading, start) == [True, True]
 
 
 @pytest.mark.distributed
@@ -151,7 +253,7 @@ def by_steps(world: World, root: Path, name: str) -> str:
 
 
 def by_text(world: World, root: Path, name: str) -> str:
-    overrides = [*settings(8, policy="text", answers=1), "evaluate.ar_max_tokens=4"]
+    overrides = [*settings(8, **TEXT), "evaluate.ar_max_tokens=4"]
     with open_run(configure(root, name, 0, 8, overrides), "ar-rl", world) as run:
         return train(run, rl_text_phase(run.config, world)).status
 
@@ -163,6 +265,24 @@ def test_the_baseline_learns_from_its_own_completions(one_process: ProcessGroup,
     assert first["token_ratio"] == pytest.approx(1, abs=1e-5) and second["token_ratio"] != first["token_ratio"]
     assert {"reward", "signal", "pass@3", "text"} <= first.keys()
     assert (folder / "text" / "models" / "ar-rl" / "tokenizer.json").is_file()
+
+
+@pytest.mark.distributed
+def test_the_baseline_is_stopped_in_the_middle_of_a_batch_and_goes_on(
+    two_processes: ProcessGroup,
+    folder: Path,  # noqa: F811
+) -> None:
+    for name in ("text-whole", "text-parts"):
+        shutil.copytree(folder / "text" / "models" / "ar", folder / name / "models" / "ar")
+    for place, at in (("thinking", 2), ("judging", 2), ("remembering text", 1)):
+        answers = two_processes.run(stopped, folder, "text-parts", "text", place, at, timeout=280)
+        assert answers == [("interrupted", 0, True), ("interrupted", at, True)], place
+    for name in ("text-whole", "text-parts"):
+        answers = two_processes.run(stopped, folder, name, "text", "judging", 0, timeout=280)
+        assert [status for status, *_ in answers] == ["finished"] * 2
+    first, second = (weights(folder, name, "ar-rl") for name in ("text-whole", "text-parts"))
+    assert first and {key: second[key].equal(value) for key, value in first.items()} == dict.fromkeys(first, True)
+    assert metrics(folder, "text-parts") == metrics(folder, "text-whole")
 
 
 def ended(world: World, root: Path, name: str, **changes: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ladir.config import RlSettings
@@ -17,7 +18,10 @@ from ladir.tasks import Task
 from training.evaluation.answers import cut
 from training.evaluation.judging import judge_samples
 from training.reinforcement.samplers import Sampler, Tries
+from training.runtime.alarm import Alarm
+from training.runtime.alone import GiveWay
 from training.runtime.distributed import World
+from training.runtime.preemption import BrokenOff
 
 
 @dataclass(frozen=True)
@@ -36,42 +40,53 @@ class Asker:
         """``judges``: answers that this rank judges at a time."""
         self.sampler, self.task, self.reward, self.settings, self.judges = sampler, task, reward, settings, judges
 
-    def ask(
-        self, records: Sequence[Record], seed: int, world: World, stopped: Callable[[], bool], steps: Sequence[int] = ()
-    ) -> Asked | None:
-        """All ranks' answers to ``records``; None where ``stopped`` said so between two batches (collective).
+    def ask(self, records: Sequence[Record], seed: int, world: World, alarm: Alarm, steps: Sequence[int] = ()) -> Asked | None:
+        """All ranks' answers to ``records``; None where any rank was asked to stop meanwhile (collective).
 
+        A stop is obeyed at the next step, token or verdict: what was answered is lost.
         ``steps``: numbers of the denoising steps that are random.  An attempt's random numbers are a function of ``seed``, its
         question and its number.  Raises UnusableError, on all ranks, where thoughts did not stay finite, or a reward was none.
         """
-        batches = cut(len(records), self.settings.questions_per_batch, world.size)
-        coming: list[tuple[range, Future[list[Group]]]] = []
+        own = cut(len(records), self.settings.questions_per_batch, world.size)[world.rank :: world.size]
         self._sampling = self._judging = 0.0
-        error = ""
-        with ThreadPoolExecutor(1, thread_name_prefix="judge") as judge:
-            for first in range(0, len(batches), world.size):
-                if stopped():
-                    return None
-                for batch in batches[first + world.rank :][:1] if not error else ():
-                    try:
-                        start = time.perf_counter()  # all that the tokenizer does is done here: it is not for two threads
-                        tries = self.sampler([records[i] for i in batch], seed, steps)
-                        self._sampling += time.perf_counter() - start
-                        coming.append((batch, judge.submit(self._judge, tries)))
-                    except UnusableError as caught:  # the others are told below, where all ranks come
-                        error = str(caught)
-        found, wrong = _collected(coming)
-        gathered = world.gather((found, error or wrong))
+        answered: tuple[dict[int, Group], str] = {}, ""
+        with suppress(BrokenOff):  # all ranks meet behind it
+            answered = self._answered(records, own, seed, steps, alarm.give_way)
+        if alarm.meet():
+            return None
+        gathered = world.gather(answered)
         if errors := [error for _, error in gathered if error]:
             raise UnusableError(errors[0])
         everyone = {place: group for found, _ in gathered for place, group in found.items()}
         return Asked([everyone[place] for place in range(len(records))], self._sampling, self._judging)
 
-    def _judge(self, asked: Sequence[Tries]) -> list[Group]:
+    def _answered(
+        self, records: Sequence[Record], batches: Sequence[range], seed: int, steps: Sequence[int], give_way: GiveWay
+    ) -> tuple[dict[int, Group], str]:
+        """This rank's ``batches``, judged, by the place of the question; and what was wrong, which the others are told."""
+        coming: list[tuple[range, Future[list[Group]]]] = []
+        error = ""
+        with ThreadPoolExecutor(1, thread_name_prefix="judge") as judge:  # is left when judging has ended, or given way as well
+            for batch in batches:
+                try:
+                    start = time.perf_counter()  # all that the tokenizer does is done here: it is not for two threads
+                    tries = self.sampler([records[i] for i in batch], seed, steps, give_way)
+                    self._sampling += time.perf_counter() - start
+                    coming.append((batch, judge.submit(self._judge, tries, give_way)))
+                except UnusableError as caught:
+                    error = str(caught)
+                    break
+            found, wrong = _collected(coming)
+        return found, error or wrong
+
+    def _judge(self, asked: Sequence[Tries], give_way: GiveWay) -> list[Group]:
         """Verdicts and rewards of every answer (in a thread of its own: the device is not touched)."""
         start = time.perf_counter()
-        verdicts = judge_samples(self.task, self.judges, [entry.record for entry in asked], [entry.texts for entry in asked])
-        groups = [self._group(entry, judged) for entry, judged in zip(asked, verdicts, strict=True)]
+        records, samples = [entry.record for entry in asked], [entry.texts for entry in asked]
+        verdicts, groups = judge_samples(self.task, self.judges, records, samples, give_way), []
+        for entry, judged in zip(asked, verdicts, strict=True):
+            give_way()  # a function of the user's may take its time at every question
+            groups.append(self._group(entry, judged))
         self._judging += time.perf_counter() - start
         return groups
 

@@ -14,6 +14,8 @@ from ladir.config import Config
 from ladir.data.prompts import parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
+from ladir.inference.asking import Ask, Extras, Watch
+from ladir.inference.decode import Between, between_tokens
 from ladir.inference.sampler import step_times
 from ladir.models.backbone import Backbone
 from ladir.reasoner import Reasoner, Trajectory
@@ -42,8 +44,11 @@ class Sampler(Protocol):
 
     limit: int
 
-    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int]) -> list[Tries]:
-        """``steps``: numbers of the denoising steps that are random, where there are any."""
+    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int], give_way: Between) -> list[Tries]:
+        """``steps``: numbers of the denoising steps that are random, where there are any.
+
+        ``give_way`` is called after every step and token, and may raise.
+        """
 
 
 class LatentSampler:
@@ -52,15 +57,18 @@ class LatentSampler:
     def __init__(self, reasoner: Reasoner, config: Config) -> None:
         self.reasoner, self.settings = reasoner, config.rl
         self.limit, self._times = config.sample.max_answer_tokens, step_times(config.sample)
+        self._controls = reasoner.settings_with()  # refuses those that this model cannot follow
 
-    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int]) -> list[Tries]:
+    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int], give_way: Between) -> list[Tries]:
         """As :class:`Sampler`."""
         s, questions = self.settings, [record.question for record in records]
         random = (steps, s.step_randomness) if steps else None
-        groups = self.reasoner.generate(questions, s.group, seed=seed, thoughts=False, num_answers=s.answers, random_steps=random)
+        asks = [Ask(question, s.group, seed) for question in questions]
+        watch, extras = Watch(between_steps=give_way), Extras(num_answers=s.answers, random_steps=random)
+        groups = self.reasoner.answer(asks, self._controls, watch, thoughts=False, extras=extras)
         times = tuple((self._times[step], self._times[step + 1]) for step in steps)
         if reads_thoughts(s.reward):
-            self.reasoner.read_thoughts([trajectory for group in groups for trajectory in group])
+            self.reasoner.read_thoughts([trajectory for group in groups for trajectory in group], give_way)
         return [
             Tries(
                 record,
@@ -90,7 +98,7 @@ class TextSampler:
         self.backbone, self.tokenizer, self.config, self.reading = backbone, tokenizer, config, reading
         self.limit = config.evaluate.ar_max_tokens
 
-    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int]) -> list[Tries]:
+    def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int], give_way: Between) -> list[Tries]:
         """As :class:`Sampler`."""
         e, group, questions = self.config.evaluate, self.config.rl.group, [record.question for record in records]
         prompts = [prompt_ids(self.tokenizer, question, self.reading.frame) for question in questions]
@@ -105,6 +113,7 @@ class TextSampler:
             e.ar_temperature,
             seed,
             bidirectional_question=self.reading.bidirectional,
+            on_tokens=between_tokens(give_way),
         )
         none = [None] * group
         return [

@@ -2,7 +2,8 @@
 
 All that is random is a function of the seed and of the iteration or step it belongs to, and the old model stands still within an
 iteration.  So nothing but weights is kept in a checkpoint: a run that was stopped in the middle of an iteration makes its
-attempts again.
+attempts again.  A stop is obeyed while they are made, at the next denoising step, token or verdict, and where the old model reads
+them, between two batches.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ladir.rl.lines import Group, figures
 from ladir.rl.policy import Policy
 from ladir.rl.text import TextPolicy
 from training.reinforcement.asking import Asked, Asker
+from training.runtime.alarm import Alarm
 from training.runtime.distributed import World
 from training.runtime.phase import Underway
 from training.runtime.sampler import DataOrder
@@ -70,20 +72,20 @@ class OwnSteps:
 
     def step_batches(self, training: Underway) -> Generator[StepBatch]:
         """A batch for every step from the present one on; one without batches where the training ends."""
-        step = training.progress.step
+        step, alarm = training.progress.step, training.cadence.alarm()
         learning: float | None = None
         with self._gold(training) as gold:
             while True:
                 iteration, update = divmod(step, self.settings.updates)
-                asked = None if training.cadence.ending() else self._ask(training, iteration)
+                asked = None if training.cadence.ending() else self._ask(training, alarm, iteration)
                 if asked is None:
-                    yield StepBatch(0, [], [], 0.0)
+                    yield _nothing()
                     continue
                 metrics = {} if update else _metrics(asked, learning)
                 teaching = self._teaching(asked.groups)
                 start = time.perf_counter()
                 while step < (iteration + 1) * self.settings.updates:
-                    yield self._step_batch(training, teaching, step, next(gold), metrics)
+                    yield self._step_batch(training, alarm, teaching, step, next(gold), metrics)
                     step, metrics = step + 1, {}
                 learning = time.perf_counter() - start
 
@@ -91,16 +93,16 @@ class OwnSteps:
         """Batches of gold records, for stage 1's losses."""
         if self.settings.anchor_weight:
             return training.stored()
-        return nullcontext(itertools.repeat(StepBatch(0, [], [], 0.0)))
+        return nullcontext(itertools.repeat(_nothing()))
 
-    def _ask(self, training: Underway, iteration: int) -> Asked | None:
+    def _ask(self, training: Underway, alarm: Alarm, iteration: int) -> Asked | None:
         """An iteration's attempts on all ranks; None where a stop was asked for meanwhile."""
         training.engine.copy_old_weights(self.old)
         numbers = range(iteration * self.settings.prompts, (iteration + 1) * self.settings.prompts)
         records = [self.records[self.order.index(number)] for number in numbers]
         with training.clock.patience(), training.ranges("own samples"):
             seed, steps = derive(self.seed, "rl", iteration), self._random_steps(iteration)
-            asked = self.asker.ask(records, seed, training.world, training.cadence.stop_agreed, steps)
+            asked = self.asker.ask(records, seed, training.world, alarm, steps)
         self.last = asked.groups if asked is not None else []
         return asked
 
@@ -121,16 +123,23 @@ class OwnSteps:
         return teaching or numbered[:1]
 
     def _step_batch(
-        self, training: Underway, teaching: _Numbered, step: int, gold: StepBatch, metrics: dict[str, Tensor]
+        self, training: Underway, alarm: Alarm, teaching: _Numbered, step: int, gold: StepBatch, metrics: dict[str, Tensor]
     ) -> StepBatch:
-        """A step's micro batches of this rank: attempts, as many batches on every rank, then gold records."""
+        """A step's micro batches of this rank: attempts, as many batches on every rank, then gold records.
+
+        Without batches where any rank was asked to stop meanwhile: the training ends before it, on all ranks.
+        """
         device = training.world.device
         parts = share_attempts(teaching, training.settings.micro_batch, training.world)
         if len(parts) == len(gold.batches) == 1 and self._are_few(len(teaching), training):
             records: Any = gold.batches[0].to(device)
             both = BesideBatch.of(self._batch(*parts[0], step, device, records), records)
             return StepBatch(gold.first, [both], gold.numbers, gold.wait, metrics)
-        batches = [self._batch(part, counted, step, device) for part, counted in parts]
+        batches = []
+        for part, counted in parts:
+            if alarm.rung():
+                return _nothing()
+            batches.append(self._batch(part, counted, step, device))
         # What is named where a loss is not finite is a global batch of gold records, which alone can be left out.
         numbers = [gold.first for _ in parts]
         return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
@@ -152,6 +161,11 @@ class OwnSteps:
         exact = beside is not None and self.settings.algorithm == "flow_grpo"
         remembered = old.remembered(batch, beside) if exact else old.remembered(batch)
         return remembered if self.start is None else self.start.compared(remembered)
+
+
+def _nothing() -> StepBatch:
+    """A step without batches: before it the training ends, or a step has no gold records."""
+    return StepBatch(0, [], [], 0.0)
 
 
 def share_attempts(teaching: _Numbered, micro: int, world: World) -> list[tuple[_Numbered, int]]:
