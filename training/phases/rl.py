@@ -35,6 +35,7 @@ from training.phases.tokens import Tokens
 from training.reinforcement.asking import Asker
 from training.reinforcement.samplers import LatentSampler
 from training.reinforcement.steps import OwnSteps
+from training.runtime.alarm import give_way
 from training.runtime.alone import unbroken
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
@@ -63,19 +64,25 @@ class RlPhase(TrainingPhase):
 
 
 def rl_phase(config: Config, world: World, stop: StopRequest | None = None) -> RlPhase:
-    """Stage 3, from the denoiser of the last stage before it.  UnusableError where that is missing or was made otherwise."""
+    """Stage 3, from the denoiser of the last stage before it.  UnusableError where that is missing or was made otherwise.
+
+    BrokenOff, on all ranks, where any was asked to stop before all is loaded.
+    """
     settings, folder = config.rl, RunFolder(config)
     tokenizer = load_tokenizer(config.backbone)
     store, validation = stored_latents(config, folder, world, stop)
-    source = unbroken(world, stop, lambda give_way: last_denoiser(folder, "rl", give_way))
+    source = unbroken(world, stop, lambda pause: last_denoiser(folder, "rl", pause))
     before = Earlier.of(config, world, tokenizer, store, source, stage=3, stop=stop)
     frame = before.frame
     task = get_task(config.evaluate.task, config.evaluate)
     records = rl_questions(Tokens(config, world, tokenizer, stop), task)
     reward = reward_function(settings)
+    give_way(world, stop)  # between any two models that are loaded
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
+    give_way(world, stop)
     old, _ = load_denoiser(source, config.backbone, world.device)
+    give_way(world, stop)
     sampler = LatentSampler(_reasoner(config, folder, old, tokenizer, before.trained_on), config)
     teacher = denoiser_collator(config, store, tokenizer, settings.train, "rl/teacher", frame)
     steps = OwnSteps(

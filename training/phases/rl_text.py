@@ -26,6 +26,7 @@ from training.phases.tokens import Tokens
 from training.reinforcement.asking import Asker
 from training.reinforcement.samplers import TextSampler
 from training.reinforcement.steps import OwnSteps
+from training.runtime.alarm import give_way
 from training.runtime.distributed import World
 from training.runtime.engine import Lag
 from training.runtime.preemption import StopRequest
@@ -34,7 +35,10 @@ from training.runtime.sharding import sharded_init
 
 
 def rl_text_phase(config: Config, world: World, stop: StopRequest | None = None) -> RlPhase:
-    """Stage 3 of the LM in models/ar.  FileNotFoundError where it was not trained."""
+    """Stage 3 of the LM in models/ar.  FileNotFoundError where it was not trained.
+
+    BrokenOff, on all ranks, where any was asked to stop before all is loaded.
+    """
     settings, folder = config.rl, RunFolder(config).model("ar")
     tokenizer = load_tokenizer(config.backbone)
     task = get_task(config.evaluate.task, config.evaluate)
@@ -45,9 +49,11 @@ def rl_text_phase(config: Config, world: World, stop: StopRequest | None = None)
     bidirectional, frame = reading.bidirectional, reading.frame or Frame.of(tokenizer, config.data.chat_template)
     paths = (config.data.train, config.data.validation)
     chains, held_out = (chains_of(tokens, tokens.records(path), frame) for path in paths)
+    give_way(world, stop)  # between any two models that are loaded
     with sharded_init(config, settings.train, world):
         backbone = load_backbone(folder, config.backbone, world.device, trainable=True)
     for_training(backbone, config.backbone)
+    give_way(world, stop)
     old = load_backbone(folder, config.backbone, world.device).to(world.device).eval()
     collator = ArCollator(settings.train.pack_tokens, bidirectional)
     temperature = config.evaluate.ar_temperature
