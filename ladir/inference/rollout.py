@@ -27,6 +27,7 @@ from ladir.models import flow
 from ladir.models.attention import left_padded
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
+from ladir.models.later import LaterWeights, PassGroup
 from ladir.spans import staggered, step_schedule
 
 T = TypeVar("T")
@@ -137,12 +138,15 @@ class RolloutCache:
     With guidance there are two branches, that of the question and that which does not see it.
     """
 
-    def __init__(self, backbone: Backbone, recompute: bool, branches: int, rows: int, capacity: int) -> None:
+    def __init__(
+        self, backbone: Backbone, recompute: bool, branches: int, rows: int, capacity: int, weights: LaterWeights
+    ) -> None:
         """``recompute``: passes with gradient store their inputs alone and run again in the backward pass.
 
-        ``capacity``: most tokens that a row will have behind it.
+        ``capacity``: most tokens that a row will have behind it; ``weights``: the backbone's.
         """
-        self.backbone, self.recompute = backbone, recompute
+        self.backbone, self.recompute, self._weights = backbone, recompute, weights
+        self._group = PassGroup()
         self.branches, self._rows, self._capacity = branches, rows, capacity
         self._layers: list[_LayerPast] = []
         self._tickets: list[Tensor] = []  # apart from the layers, which their graphs know
@@ -166,10 +170,11 @@ class RolloutCache:
         place = (slice(branches), rows, slice(None), slice(self._length))
         past = [(layer, place, ticket) for layer, ticket in zip(self._layers, self._tickets, strict=True)]
         count = int(self.backbone.base.config.get_text_config().num_hidden_layers)
+        group = self._group
 
         def run(inputs: Tensor) -> T:
             layers: list[Any] = [_ReadingLayer(*layer) for layer in past] or [_FirstLayer() for _ in range(count)]
-            with self.backbone.activations_stored():
+            with self.backbone.activations_stored(), self._weights.within(group):
                 return function(Cache(layers=layers), inputs)
 
         if not (self.recompute and torch.is_grad_enabled()):
@@ -177,6 +182,10 @@ class RolloutCache:
         # The repetition must stop early (the default): its last module, whose backward pass is under way, must not come to its
         # end, where an engine would take away weights that it had just gathered for that backward pass.
         return checkpoint(run, inputs, use_reentrant=False)
+
+    def next_group(self) -> None:
+        """The passes from here on give their weights' gradients together, apart from those before."""
+        self._group = PassGroup()
 
     def extend(self, rows: slice, inputs: Tensor, positions: Tensor, within: Tensor, branches: int) -> tuple[Tensor, KeyValues]:
         """Hidden states [G n, T, H] of new tokens [G n, T, H], and their keys and values (not added to the past)."""
@@ -236,6 +245,7 @@ class Rollout(nn.Module):
         self.sample = sample or SampleSettings()
         self.denoiser, self.settings, self.max_blocks, self.recompute = denoiser, settings, max_blocks, recompute
         self._own_blocks = settings.last_blocks or max_blocks
+        self._weights = LaterWeights(denoiser.backbone.base.get_decoder())
         self._max_over_ranks = max_over_ranks
 
     def forward(self, batch: RolloutBatch) -> dict[str, Tensor]:
@@ -281,6 +291,7 @@ class Rollout(nn.Module):
         thoughts = _Thoughts(self._question(batch, len(rounds) * span))
         for number, work in enumerate(rounds):
             first = number * span
+            thoughts.past.next_group()
             own = self._own(batch, thoughts, first) if work == 2 else batch.noise[:0, :span]
             active = sum(count > first for count in batch.blocks)
             z = torch.cat([_span(batch.gold[: max(active, 1) - len(own), 0], first, span), own])
@@ -308,7 +319,7 @@ class Rollout(nn.Module):
         """
         rows, branches = len(batch.blocks), 1 if self.sampling.guidance_scale == 1 else 2
         capacity = batch.question_ids.shape[1] + blocks * block_length(self.denoiser.latents_per_block)
-        past = RolloutCache(self.denoiser.backbone, self.recompute, branches, rows, capacity)
+        past = RolloutCache(self.denoiser.backbone, self.recompute, branches, rows, capacity, self._weights)
         bidirectional = self.denoiser.settings.bidirectional_question
         valid, visible, positions = left_padded(batch.question_lengths, batch.question_ids.shape[1], bidirectional)
         inputs = self.denoiser.backbone.embed(batch.question_ids)

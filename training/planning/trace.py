@@ -191,24 +191,24 @@ def trace_training(model: nn.Module, batch: Any, taking_in: TakingIn = at_no_cos
 
 
 def trace_rollout(model: Rollout, batch: Any, taking_in: TakingIn = at_no_cost) -> Pass:
-    """As :func:`trace_training`, from rollouts of one and two passes per span: every further pass costs the same again.
+    """As :func:`trace_training`, from rollouts of few passes per span: every further pass costs the same again.
 
-    A pass without gradient stores nothing and costs the forward pass alone, a third.
+    A pass without gradient stores nothing, and costs what it adds before those with gradient.
     """
     settings = model.settings
     all_passes, with_gradient = _passes_per_span(model)
+    few = min(max(with_gradient, 1), 2)
     passes = []
-    for steps in (1, 2):
-        model.settings = replace(settings, num_steps=steps, gradient_steps=None, lag=0)
+    for steps, learned in ((few, few), (few + 1, few + 1), (few + 1, few)):
+        model.settings = replace(settings, num_steps=steps, gradient_steps=learned, lag=0)
         passes.append(trace_training(model, batch, taking_in))
     model.settings = settings
-    one, two = passes
-    more, forward = max(with_gradient - 1, 0), all_passes - max(with_gradient, 1)
-    flops, launches = two.flops - one.flops, two.launches - one.launches
+    base, longer, begun = passes
+    more, forward = max(with_gradient - few, 0), all_passes - max(with_gradient, few)
     return Pass(
-        one.peak_bytes + more * (two.peak_bytes - one.peak_bytes),
-        one.flops + more * flops + forward * flops // 3,
-        one.launches + more * launches + forward * launches // 3,
+        base.peak_bytes + more * (longer.peak_bytes - base.peak_bytes),
+        base.flops + more * (longer.flops - base.flops) + forward * (begun.flops - base.flops),
+        base.launches + more * (longer.launches - base.launches) + forward * (begun.launches - base.launches),
     )
 
 
