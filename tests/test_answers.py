@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from ladir.config import Config
+from ladir.config import Config, DataSettings
 from ladir.config.loader import load_config
+from ladir.data.question_store import Questions, QuestionStore, write_questions
 from ladir.data.records import Record
+from ladir.data.token_store import Store
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult
 from ladir.inference.cost import Cost
 from ladir.tasks import Task
 from ladir.tasks.verdict import Verdict
+from ladir.tokens import build_word_tokenizer
 from tests.distributed import ProcessGroup
 from tests.toy_task import Judge
 from training.evaluation import asking
@@ -28,7 +32,7 @@ from training.evaluation.answerers import Answerer, Answers, Sampled
 from training.evaluation.answers import AnswerLog
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.gold import GoldCheck
-from training.evaluation.questions import Asked
+from training.evaluation.questions import Asked, choose_questions
 from training.runtime.distributed import World
 from training.runtime.run import Run
 
@@ -66,7 +70,7 @@ TASK: Task = Judge()
 
 def ask(run: Run, log: AnswerLog, task: Task, sampling: str, records: Sequence[Record], model: Model) -> bool:
     """Ask one model in one way; False where it was stopped."""
-    benchmark = Benchmark("", run, task, Asked(list(records), [], GoldCheck(0, {}, 0.0), len(records)), log)
+    benchmark = Benchmark("", run, task, Asked(records, [], GoldCheck(0, {}, 0.0), len(records)), log)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asking, "load_answerers", lambda *about: [{sampling: model}])
         return asking.ask(run, [benchmark], [sampling]) is not None
@@ -214,6 +218,24 @@ def test_answers_of_other_settings_models_and_methods_are_not_used(change: str, 
     records = [replace(record, answer="another") for record in RECORDS] if change == "questions" else RECORDS
     ask(second, AnswerLog(second, records), TASK, "ar" if change == "method" else "ladir", records, model)
     assert len(model.asked) == 7
+
+
+def test_a_later_start_reads_no_question_but_those_that_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "test.jsonl", list[int]()
+    file.write_text("".join(json.dumps({"input": f"q {i}", **({"answer": "answer"} if i % 4 else {})}) + "\n" for i in range(40)))
+    write_questions(tmp_path / "store", [str(file)], DataSettings(), build_word_tokenizer(["q"]), 1, check=lambda record: None)
+    at = QuestionStore._at
+    monkeypatch.setattr(QuestionStore, "_at", lambda store, place: read.append(place) or at(store, place))
+    monkeypatch.setattr(Judge, "verdict", lambda *about: Verdict(True))
+    split = Questions.of(QuestionStore(Store(tmp_path / "store", [str(file)])))
+    monkeypatch.setattr("training.evaluation.questions.read_split", lambda run, task: split)
+    for asked in ([*(i for i in range(40) if i % 4), 0, 1, 2, 3], [2, 3, 4, 5]):  # own answers are judged once
+        run = open_run(configure(tmp_path))
+        found = choose_questions(run, TASK)
+        assert found is not None and (len(found.records), found.gold.records) == (40, 30)
+        log = AnswerLog(run, found.records)
+        assert not ask(run, log, TASK, "ladir", found.records, Model(run, stop_in=2)) and read == asked
+        read.clear()
 
 
 def test_other_rows_of_the_table_need_no_new_answers(tmp_path: Path) -> None:

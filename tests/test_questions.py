@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ladir.config import DataSettings
 from ladir.data import tokenizing
-from ladir.data.question_store import Questions, QuestionStore, write_questions
+from ladir.data.question_store import Questions, QuestionStore, answered_of, contents_of, write_questions
 from ladir.data.records import BadRecords, Record, read_records
 from ladir.data.rows import data_files
 from ladir.data.token_store import Store
@@ -238,3 +238,18 @@ def test_what_is_no_json_is_judged_as_it_is_kept(tmp_path: Path) -> None:
     looked_at: list[Record] = []
     (record,) = stored(tmp_path / "store", str(tmp_path / "a.parquet"), DataSettings(), looked_at.append)
     assert looked_at == [record] and record.reference["day"] == "2026-01-02" and record.reference["size"] == "1.50"
+
+
+def test_what_is_known_of_all_questions_without_reading_is_what_reading_gives(tmp_path: Path) -> None:
+    rows = [
+        {"input": f"q {i % 3}", "more": {"b": i % 2, "a": [i % 4]}, **({"answer": str(i % 2)} if i % 5 else {})}
+        for i in range(12)
+    ]
+    rows[4:4] = [{"input": 7}]
+    again = {"more": {"a": [1], "b": 1}, "answer": "1", "input": "q 1"}
+    found = stored(tmp_path / "store", write(tmp_path / "a.jsonl", *rows, again), DataSettings(on_bad_record="skip"))
+    assert contents_of(found).tolist() == contents_of(list(found)).tolist()
+    assert answered_of(found).tolist() == answered_of(list(found)).tolist() == [i for i in range(13) if i in (12,) or i % 5]
+    assert contents_of(found)[12] == contents_of(found)[1] and len(set(contents_of(found).tolist())) == 12
+    some = found.chosen([3, 0, 7])
+    assert contents_of(some).tolist() == contents_of(found)[[3, 0, 7]].tolist() and answered_of(some).tolist() == [0, 2]

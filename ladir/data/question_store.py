@@ -1,10 +1,12 @@
 """Questions in a store: every line of some files as the question on it, or as why it is not asked.
 
 They are read, tokenized and looked through by the task once, by many processes (:func:`write_questions`); all ranks map them.
+What is looked at of all of them at every start is in columns of numbers: none is read before it is asked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +30,18 @@ from ladir.data.tokenizing import Made, Rows, write_parts
 from ladir.errors import UnusableError
 from ladir.tokens import encode_stream
 
-#: a line as JSON, its file's number, its place there, its :class:`Kind`, a digest of its question (0: it has none)
+#: a line as JSON, its file's number, its place there, its :class:`Kind`, digests of its question and of all that it says
+#: (0: it has none), whether it has an answer of its own (1, else 0)
 QUESTIONS = pa.schema(
-    [("line", pa.large_string()), ("file", pa.int32()), ("place", pa.string()), ("kind", pa.int8()), ("digest", pa.int64())]
+    [
+        ("line", pa.large_string()),
+        ("file", pa.int32()),
+        ("place", pa.string()),
+        ("kind", pa.int8()),
+        ("digest", pa.int64()),
+        ("content", pa.uint64()),
+        ("answered", pa.int8()),
+    ]
 )
 
 
@@ -73,6 +84,8 @@ def write_questions(
             "place": [place_of(entry.source) for entry in entries],
             "kind": [kind for _, kind in lines],
             "digest": [_digest(entry.question) if isinstance(entry, Record) else 0 for entry in entries],
+            "content": [content_of(entry) if isinstance(entry, Record) else 0 for entry in entries],
+            "answered": [int(isinstance(entry, Record) and bool(entry.answer)) for entry in entries],
         }
         return Made(pa.RecordBatch.from_pydict(columns, schema=QUESTIONS), [])
 
@@ -119,17 +132,26 @@ def _digest(question: str) -> int:
     return int.from_bytes(blake2b(question.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def content_of(record: Record) -> int:
+    """64 bits that stand for all that a record says, wherever it stands."""
+    facts = {name: value for name, value in vars(record).items() if name != "source"}
+    digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 class QuestionStore(MadeWhenRead[Record | BadRecord]):
     """Every line of some files, in their order."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._chunks = Chunks(store.batches)
-        self.kinds = self._numbers("kind")
+        self.kinds = self.numbers("kind")
         """The :class:`Kind` of every line [n]."""
 
-    def _numbers(self, column: str) -> np.ndarray[Any, Any]:
-        return np.concatenate([np.zeros(0, np.int64), *(batch.column(column).to_numpy() for batch in self.store.batches)])
+    def numbers(self, column: str) -> np.ndarray[Any, Any]:
+        """A column of numbers of :data:`QUESTIONS` [n]."""
+        dtype = QUESTIONS.field(column).type.to_pandas_dtype()
+        return np.concatenate([np.zeros(0, dtype), *(batch.column(column).to_numpy() for batch in self.store.batches)])
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -142,11 +164,6 @@ class QuestionStore(MadeWhenRead[Record | BadRecord]):
             return BadRecord(source, *line)
         question, answer, reference = line
         return Record(question, (), answer, source, reference)
-
-    @property
-    def digests(self) -> np.ndarray[Any, Any]:
-        """Of every line's question [n]."""
-        return self._numbers("digest")
 
     def left_out(self, end: int | None = None) -> list[BadRecord]:
         """The lines before ``end`` (all, if not given) that are not asked."""
@@ -194,13 +211,37 @@ class Questions(MadeWhenRead[Record]):
 
     def distinct(self) -> Questions:
         """Each question once, where it first stands, with what its last line says of it."""
-        digests = self.store.digests[self.places]
+        digests = self.store.numbers("digest")[self.places]
         _, first = np.unique(digests, return_index=True)
         _, last = np.unique(digests[::-1], return_index=True)
         return self.chosen((len(digests) - 1 - last)[np.argsort(first)])
+
+    @property
+    def contents(self) -> np.ndarray[Any, Any]:
+        """:func:`content_of` every one, uint64 [n]."""
+        return self.store.numbers("content")[self.places]
+
+    @property
+    def answered(self) -> np.ndarray[Any, Any]:
+        """Places of those that have an answer of their own [m]."""
+        return np.flatnonzero(self.store.numbers("answered")[self.places])
 
     @property
     def passed_over(self) -> list[BadRecord]:
         """The lines that are not asked, as far as the last of these; all of them where it is the last that could be asked."""
         last = self.store.kinds[self.places[-1] + 1 :] if len(self) else self.store.kinds
         return self.store.left_out(int(self.places[-1]) if (last == Kind.ASKED).any() else None)
+
+
+def contents_of(records: Sequence[Record]) -> np.ndarray[Any, Any]:
+    """:func:`content_of` every record, uint64 [n]; none is read where they are in a store."""
+    if isinstance(records, Questions):
+        return records.contents
+    return np.fromiter(map(content_of, records), np.uint64, len(records))
+
+
+def answered_of(records: Sequence[Record]) -> np.ndarray[Any, Any]:
+    """Places of the records that have an answer of their own [m]; none is read where they are in a store."""
+    if isinstance(records, Questions):
+        return records.answered
+    return np.flatnonzero([bool(record.answer) for record in records])

@@ -7,12 +7,15 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ladir.data.question_store import contents_of
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import QuestionResult, question_from
@@ -26,6 +29,9 @@ SECTIONS = ("run", "backbone", "data", "sample", "evaluate")
 #: settings in them that do not: which answers are shown, and how, how many are judged at a time, what else is counted
 _SHOWN = ("methods", "voters", "examples", "name", "judges", "left_out", "on_bad_gold", "suite", "suite_folder")
 ABOUT_ROWS = tuple(f"evaluate.{name}" for name in _SHOWN)
+#: how a line of the log ends: no text within one can say so, its quotes are escaped
+_END = re.compile(rb', "rank": \d+, "index": (\d+)\}\s*$')
+_LONGEST_END = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,17 @@ class AnswerLog:
 
     def done(self, method: str) -> set[int]:
         """Indices of the questions that any rank has answered so far, the same on all ranks (all together)."""
-        done = [int(row["index"]) for row in self._rows(method)] if self._run.world.is_main else None
+        done = list(self._whole(method)) if self._run.world.is_main else None
         return set(self._run.world.broadcast(done))
+
+    def _whole(self, method: str) -> Iterator[int]:
+        """The questions of the lines that are whole, by their ends: what answers say is not read."""
+        for file in self._files(method):
+            with file.open("rb") as lines:
+                for line in lines:
+                    end = _END.search(line, max(0, len(line) - _LONGEST_END))
+                    if end is not None and b"\0" not in line:  # which a lost block of a disk is full of
+                        yield int(end[1])
 
     def read(self, method: str) -> dict[int, Answered]:
         """All answers, by the question's index.  UnusableError where some are not there."""
@@ -94,7 +109,7 @@ class AnswerLog:
         return dict(sorted(found.items()))
 
     def _rows(self, method: str) -> Iterator[dict[str, Any]]:
-        for file in sorted(self._folder.glob(f"{method}.*.jsonl")):
+        for file in self._files(method):
             with file.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     try:
@@ -102,10 +117,13 @@ class AnswerLog:
                     except ValueError:
                         continue  # empty, or the last line of a process that was killed
 
+    def _files(self, method: str) -> list[Path]:
+        return sorted(self._folder.glob(f"{method}.*.jsonl"))
+
     def add(self, method: str, answers: Mapping[int, Answered]) -> None:
         """Append this rank's answers."""
         lines = (
-            json.dumps({"index": index, **dataclasses.asdict(answer)}, ensure_ascii=False) for index, answer in answers.items()
+            json.dumps({**dataclasses.asdict(answer), "index": index}, ensure_ascii=False) for index, answer in answers.items()
         )
         with (self._folder / f"{method}.{self._run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
             # A torn line of an earlier start ends here.
@@ -126,8 +144,8 @@ def _digest(run: Run, records: Sequence[Record]) -> str:
     for name in ABOUT_ROWS:
         section, key = name.split(".")
         del settings[section][key]
-    questions = [dataclasses.asdict(record) for record in records]
-    digest = hashlib.sha256(json.dumps([[settings[name] for name in SECTIONS], questions], default=str).encode())
+    digest = hashlib.sha256(json.dumps([settings[name] for name in SECTIONS], default=str).encode())
+    digest.update(contents_of(records).tobytes())
     models = [run.folder.snapshot(phase, run.config.evaluate.snapshot) for phase in ("ar", "ar-rl", *STAGES)]
     digest.update(json.dumps([method for method in run.config.evaluate.methods if method.endswith("-stable")]).encode())
     for folder in (run.folder.export, *map(run.folder.model, [*models, "verifier"])):

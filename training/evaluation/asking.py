@@ -32,7 +32,7 @@ _BATCH_MINUTES = 24 * 60
 _PORTIONS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Portion:
     """A batch of a data set's questions that is asked in one way: the place of its benchmark, and those of its questions."""
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import ladir.tasks
 from ladir.config import EvaluateSettings
+from ladir.data.question_store import answered_of, contents_of
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks import Task
@@ -27,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 20  # refused ones that are named in a message
 _SHOWN = 60  # characters of a question by which it is recognised
+_WAITING = 10_000  # records that wait for their judges at a time: each takes a kilobyte while it does
+
+#: why an answer is refused (None: it is not), in a list; None: not judged, for a stop was asked for
+_Reason = list[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,14 @@ def _judged(
 ) -> GoldCheck | None:
     """None where a stop came in between: what was accepted until then is kept."""
     start, checker = time.perf_counter(), _checker(settings)
-    known = set(read_json(file).get(checker, []))
-    asked = {place: _digest(record) for place, record in enumerate(records) if record.answer}
-    new = [place for place, digest in asked.items() if digest not in known]
-    with ThreadPoolExecutor(judges) as judging:
-        found = list(judging.map(lambda place: _unless_stopped(give_way, lambda: _reason(task, records[place])), new))
+    known, contents, asked = _accepted(file, checker), contents_of(records), answered_of(records)
+    new = asked[~np.isin(contents[asked], known)].tolist()
+    found = _judge_all(judges, lambda place: _unless_stopped(give_way, lambda: _reason(task, records[place])), new)
     verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
-    accepted = known | {asked[place] for place, reason in verdicts.items() if reason is None}
-    if accepted != known:
-        write_json(file, {**read_json(file), checker: sorted(accepted)})
+    if right := [place for place, reason in verdicts.items() if reason is None]:
+        accepted = np.union1d(known, contents[right])
+        write_json(file, {**read_json(file), checker: [f"{content:016x}" for content in accepted.tolist()]})
     if len(verdicts) < len(new):
         return None
     seconds = time.perf_counter() - start
@@ -89,8 +94,19 @@ def _judged(
     return GoldCheck(len(asked), refused, seconds)
 
 
-def _unless_stopped(give_way: GiveWay, judge: Callable[[], str | None]) -> list[str | None] | None:
-    """What ``judge`` says, in a list; None where a stop was asked for."""
+def _accepted(file: Path, checker: str) -> np.ndarray[Any, Any]:
+    """What ``checker`` has accepted before, uint64 [n], as :func:`~ladir.data.question_store.content_of` says it."""
+    return np.array([int(content, 16) for content in read_json(file).get(checker, [])], np.uint64)
+
+
+def _judge_all(judges: int, judge: Callable[[int], _Reason], places: Sequence[int]) -> Iterator[_Reason]:
+    with ThreadPoolExecutor(judges) as judging:
+        for first in range(0, len(places), _WAITING):
+            yield from judging.map(judge, places[first : first + _WAITING])
+
+
+def _unless_stopped(give_way: GiveWay, judge: Callable[[], str | None]) -> _Reason:
+    """What ``judge`` says, where no stop was asked for."""
     try:
         give_way()
     except BrokenOff:
@@ -118,8 +134,3 @@ def _checker(settings: EvaluateSettings) -> str:
     limits = [settings.task, settings.check_seconds, settings.check_memory_mb, settings.isolation]
     digest = hashlib.sha256(json.dumps([*limits, code_digest(ladir.tasks)]).encode())
     return f"{settings.task}-{digest.hexdigest()[:16]}"
-
-
-def _digest(record: Record) -> str:
-    facts = {name: value for name, value in dataclasses.asdict(record).items() if name != "source"}
-    return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ladir.data.question_store import Questions
 from ladir.data.records import BadRecord, Record
@@ -20,7 +23,8 @@ from training.runtime.run import Run
 class Asked:
     """The questions of an evaluation, and what became of the others."""
 
-    records: list[Record]
+    records: Sequence[Record]
+    """Each is read when it is asked."""
     left_out: list[BadRecord]
     """Lines that are not asked, as far as the last question that is."""
     gold: GoldCheck
@@ -37,12 +41,11 @@ def choose_questions(run: Run, task: Task) -> Asked | None:
         found = read_split(run, task)
     except BrokenOff:
         return None
-    asked = list(found)
-    gold = check_gold(run, task, asked)
+    gold = check_gold(run, task, found)
     if gold is None:
         return None
-    skipped = gold.refused.keys() if run.config.evaluate.on_bad_gold == "skip" else ()
-    records = [record for place, record in enumerate(asked) if place not in skipped]
+    skipped = list(gold.refused) if run.config.evaluate.on_bad_gold == "skip" else []
+    records = found.chosen(np.delete(np.arange(len(found)), skipped))
     if not records:
         raise UnusableError(f"{question_file(run.config)}: no question is left whose own answer is right; nothing can be asked")
     return Asked(records, found.passed_over, gold, len(found.store))

@@ -189,8 +189,9 @@ def _facts(config: Config) -> Iterator[object]:
     yield {name: evaluate[name] for name in _ABOUT_VERDICTS}
 
 
-def _digest(config: Config, denoiser: Path, vae: Path | None, records: Sequence[Record]) -> str:
+def _digest(config: Config, denoiser: Path, vae: Path | None, records: Questions) -> str:
     """Stands for everything that the judged trajectories are made of; ``vae``: by which blocks are read."""
     models = [heads_fingerprint(denoiser), None if vae is None else sha256(vae / HEADS_FILE)]
-    questions = [record.question for record in records]
-    return hashlib.sha256(json.dumps([*_facts(config), models, questions], default=str).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([*_facts(config), models], default=str).encode())
+    digest.update(records.contents.tobytes())
+    return digest.hexdigest()[:16]
