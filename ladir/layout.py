@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladir.spans import num_spans
+from ladir.spans import num_spans, with_room
 
 CLEAN = -1
 PAD = -2
@@ -176,6 +176,11 @@ class Template:
 def block_length(latents: int) -> int:
     """Tokens of a clean block: <BOT>, L latents, <EOT>."""
     return latents + 2
+
+
+def noisy_length(blocks: int, latents: int, draws: int, span: int) -> int:
+    """Tokens of all noisy copies of a record's blocks, for which the last span may have room for more: <BOT>, L latents each."""
+    return draws * with_room(blocks, span) * (latents + 1)
 
 
 def longest_block(latents: int, sentence: int, context: str) -> int:

@@ -12,11 +12,16 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ladir.config import DataSettings, DenoiserSettings
 from ladir.config.loader import load_config
-from ladir.data.columns import TOKENS, list_column, token_columns
+from ladir.data.columns import TOKENS, RecordStore, list_column, token_columns
 from ladir.data.latent_parts import is_whole, join_parts, write_latents, write_part
 from ladir.data.latents import LatentForm, LatentStore
+from ladir.data.token_store import Store, TokenStore
+from ladir.data.tokenizing import write_records
 from ladir.errors import UnusableError
+from ladir.layout import template
+from ladir.tokens import build_word_tokenizer
 from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm
 from training.phases import denoiser as phase
 from training.runtime.distributed import World
@@ -266,12 +271,8 @@ def test_a_link_to_a_store_stays_one(tmp_path: Path) -> None:
 
 
 def test_the_longest_chain_is_known(tmp_path: Path) -> None:
-    store, as_text = write(tmp_path / "latents", 7), LatentStore.open(tmp_path / "latents", as_text=True)
-    for index, record in enumerate(store):
-        assert store.num_blocks(index) == len(record.blocks)
-        assert store.length(index) == len(record.question) + len(record.answer) + len(record.blocks) * (PER_BLOCK + 2)
-        words = sum(len(block) + 2 for block in record.blocks)
-        assert as_text.length(index) == len(record.question) + len(record.answer) + words
+    store = write(tmp_path / "latents", 7)
+    assert [store.num_blocks(i) for i in range(7)] == [len(record.blocks) for record in store]
     assert store.most_blocks == max(len(store[i].blocks) for i in range(7))
     for span in (1, 2, 4):
         sizes = []
@@ -282,6 +283,41 @@ def test_the_longest_chain_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", ["latents", "text"])
+@pytest.mark.parametrize(("draws", "span"), [(1, 1), (3, 2)])
+def test_a_record_is_as_long_as_the_pass_that_it_is_trained_in(draws: int, span: int, context: str, tmp_path: Path) -> None:
+    write(tmp_path / "latents", 7)
+    store = LatentStore.open(tmp_path / "latents", DenoiserSettings(draws=draws, span=span, context=context))
+    for index, record in enumerate(store):
+        words = list(map(len, record.blocks)) if context == "text" else None
+        question, answer = len(record.question), len(record.answer)
+        layout = template(question, len(record.blocks), PER_BLOCK, draws, answer, span, sentences=words)
+        assert store.length(index) == len(layout)
+
+
+def test_token_store_and_latent_store_say_their_sizes_alike(tmp_path: Path) -> None:
+    """The same records in both: what a consumer sees through their common interface."""
+    words, rows = [f"w{i}" for i in range(40)], list(make_rows(7))
+    texts = [[" ".join(words[i] for i in ids) for ids in (row["question"], *row["blocks"], row["answer"])] for row in rows]
+    file = tmp_path / "train.jsonl"
+    lines = [{"input": q, "output": "\n".join([*blocks, f"#### {a}"])} for q, *blocks, a in texts]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = DataSettings(answer_prefixes=["####"])
+    write_records(tmp_path / "tokens", [str(file)], settings, build_word_tokenizer([*words, "\n"]), 1)
+    stores: list[RecordStore] = [
+        TokenStore(Store(tmp_path / "tokens", [str(file)])),
+        LatentStore.open(write(tmp_path / "latents", 7).folder),
+    ]
+    for store in stores:
+        assert (len(store), store.most_blocks, store.longest_question) == (7, 3, 2)
+        assert [len(store[i]) for i in range(7)] == [sum(map(len, [r["question"], *r["blocks"], r["answer"]])) for r in rows]
+        assert store.lengths().tolist() == [store.length(i) for i in range(7)]
+    tokens, latents = stores
+    assert tokens.lengths().tolist() == [len(tokens[i]) for i in range(7)]
+    for span in (1, 2):
+        assert tokens.sizes(span).tolist() == latents.sizes(span).tolist()
+
+
+@pytest.mark.parametrize("context", ["latents", "text"])
 def test_ranks_share_records_by_what_the_denoiser_reads(context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [f"denoiser.context={context}", "rollout.enabled=false", "data.validation=held-out.jsonl"]
     config = load_config(None, [f"run.folder={tmp_path}", *settings])
@@ -289,7 +325,7 @@ def test_ranks_share_records_by_what_the_denoiser_reads(context: str, tmp_path: 
         write(RunFolder(config).latents / name, 3)
     monkeypatch.setattr(phase, "fingerprint", lambda *of: "vae-1")
     found = phase.stored_latents(config, RunFolder(config), World(0, 1, 0, torch.device("cpu")))
-    assert [store is not None and store.as_text for store in found] == [context == "text"] * 2
+    assert [store is not None and store.reader for store in found] == [config.denoiser] * 2 and config.denoiser.context == context
 
 
 def test_the_denoiser_s_losses_on_half_the_bytes_are_the_same_to_a_fraction_of_the_noise(tmp_path: Path) -> None:

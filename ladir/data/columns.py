@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ladir.data.token_lists import MadeWhenRead
+from ladir.data.token_lists import MadeWhenRead, Measured
 
 IDS = pa.list_(pa.int32())
 #: the columns that hold a record's token ids, in every store
@@ -101,7 +102,7 @@ class Chunks(Generic[ChunkT]):
         return self.all[number], place - self.starts[number]
 
 
-class StoredLists(MadeWhenRead[list[int]]):
+class StoredLists(MadeWhenRead[list[int]], Measured):
     """Lists of token ids that lie in a mapped file."""
 
     def __init__(self, columns: Iterable[pa.ListArray]) -> None:
@@ -132,6 +133,10 @@ class TokenRecord:
     blocks: list[list[int]]
     answer: list[int]
 
+    def __len__(self) -> int:
+        """Its tokens."""
+        return len(self.question) + sum(map(len, self.blocks)) + len(self.answer)
+
 
 class TokenChunk:
     """The columns :data:`TOKENS` of one Arrow batch as numpy views of the mapped file: a record is then a few slices."""
@@ -155,8 +160,7 @@ class TokenChunk:
         return int(self.questions.lengths().max(initial=0))
 
     def sizes(self, span: int) -> np.ndarray[Any, Any]:
-        """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
-        [n, 5]."""
+        """As :meth:`RecordStore.sizes`, of its own records [n, 5]."""
         first, end = self.blocks_of[:-1], self.blocks_of[1:]
         last = first + (np.maximum(end - first, 1) - 1) // span * span
         begins, begins_last, ends = (self.blocks.offsets[at] for at in (first, last, end))
@@ -181,6 +185,29 @@ class TokenChunk:
         )
 
 
-def sizes_of(chunks: Iterable[TokenChunk], span: int) -> np.ndarray[Any, Any]:
-    """:meth:`TokenChunk.sizes` of all their records [N, 5]."""
-    return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in chunks)])
+class RecordStore(Measured):
+    """Records in mapped files, whose sizes are known without any being read: what token store and latent store are."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> TokenRecord:
+        """A record."""
+
+    @property
+    @abstractmethod
+    def chunks(self) -> Sequence[TokenChunk]:
+        """Its batches, in order."""
+
+    def sizes(self, span: int) -> np.ndarray[Any, Any]:
+        """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
+        [N, 5]."""
+        return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self.chunks)])
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of the record that has most."""
+        return max((chunk.most_blocks for chunk in self.chunks), default=0)
+
+    @property
+    def longest_question(self) -> int:
+        """Tokens of the longest question."""
+        return max((chunk.longest_question for chunk in self.chunks), default=0)

@@ -8,14 +8,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ladir.data.prompts import Frame
-from ladir.data.token_lists import GroundedSentence, MadeWhenRead, lengths_of
+from ladir.data.token_lists import GroundedSentence, MadeWhenRead, Measured, lengths_of
 from ladir.tokens import encode_text
 
 if TYPE_CHECKING:
     from ladir.data.token_store import TokenStore
 
 
-class GroundedSentences(MadeWhenRead[GroundedSentence]):
+class GroundedSentences(MadeWhenRead[GroundedSentence], Measured):
     """Every block of records with what follows it: the next blocks, a line each, and the answer behind its mark.
 
     The blocks before it are hidden: whatever of them the rest needs must be in its latents.

@@ -13,7 +13,7 @@ from ladir.data.columns import TokenRecord
 from ladir.data.grounding import GroundedSentences
 from ladir.data.latents import LatentRecord
 from ladir.data.packing import Rows, encoder_rows
-from ladir.data.token_lists import GroundedSentence, MadeWhenRead
+from ladir.data.token_lists import GroundedSentence, MadeWhenRead, Measured, length_of
 from ladir.spans import with_room
 
 
@@ -25,7 +25,7 @@ class JointRecord:
     sentences: Sequence[list[int] | GroundedSentence]
 
 
-class JointRecords(MadeWhenRead[JointRecord]):
+class JointRecords(MadeWhenRead[JointRecord], Measured):
     """Records for joint training; ``grounded``: the same records' sentences with what follows, in their order."""
 
     def __init__(self, records: Sequence[TokenRecord], grounded: GroundedSentences | None) -> None:
@@ -36,8 +36,7 @@ class JointRecords(MadeWhenRead[JointRecord]):
 
     def length(self, place: int) -> int:
         """Tokens of a record."""
-        record = self._records[place]
-        return len(record.question) + sum(map(len, record.blocks)) + len(record.answer)
+        return length_of(self._records, place)
 
     def _at(self, place: int) -> JointRecord:
         record = self._records[place]

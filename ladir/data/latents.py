@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ladir.data.columns import Chunks, Lists, TokenChunk, TokenRecord, mapped_batches, sizes_of
+from ladir.config import DenoiserSettings
+from ladir.data.columns import Chunks, Lists, RecordStore, TokenChunk, TokenRecord, mapped_batches
 from ladir.errors import UnusableError
-from ladir.layout import block_length
+from ladir.layout import block_length, noisy_length
 
 STATS = "stats.json"
 _OLD_ARROW = "latents.arrow"
@@ -75,15 +76,15 @@ class Stats:
         return self.files or [{"name": _OLD_ARROW, "records": self.num_records, "bytes": self.arrow_bytes}]
 
 
-class LatentStore:
+class LatentStore(RecordStore):
     """A folder of latents, opened with :meth:`open`.
 
-    ``mean`` and ``std`` [d] (float32) standardise the latents; they are taken over all ``mu``.  ``as_text``: the denoiser reads
-    finished blocks as text, by which :meth:`length` goes.
+    ``mean`` and ``std`` [d] (float32) standardise the latents; they are taken over all ``mu``.  ``reader``: how the denoiser
+    reads records, by which :meth:`length` goes.
     """
 
-    def __init__(self, folder: Path, stats: Stats, batches: list[pa.RecordBatch], as_text: bool = False) -> None:
-        self.folder, self.as_text = folder, as_text
+    def __init__(self, folder: Path, stats: Stats, batches: list[pa.RecordBatch], reader: DenoiserSettings | None = None) -> None:
+        self.folder, self.reader = folder, reader or DenoiserSettings()
         self.fingerprint, self.form = stats.fingerprint, stats.form
         self.latent_dim = stats.latent_dim
         self.latents_per_block = stats.latents_per_block
@@ -93,7 +94,7 @@ class LatentStore:
         self._chunks = Chunks(_Chunk(batch, stats.form) for batch in batches)
 
     @staticmethod
-    def open(folder: str | os.PathLike[str], as_text: bool = False) -> LatentStore:
+    def open(folder: str | os.PathLike[str], reader: DenoiserSettings | None = None) -> LatentStore:
         """Open a store.  Raises FileNotFoundError where there is none, UnusableError where it is torn."""
         path = Path(folder)
         if not (path / STATS).is_file():
@@ -105,7 +106,7 @@ class LatentStore:
         batches = [batch for part in stats.parts for batch in _part_batches(path, part)]
         if (count := sum(batch.num_rows for batch in batches)) != stats.num_records:
             raise UnusableError(f"{path}: {count} records instead of {stats.num_records}; {_REMEDY}")
-        return LatentStore(path, stats, batches, as_text)
+        return LatentStore(path, stats, batches, reader)
 
     def check_fingerprint(self, expected: str) -> None:
         """Raise UnusableError unless the latents were made by the VAE with this fingerprint."""
@@ -129,28 +130,18 @@ class LatentStore:
         chunk, place = self._chunks.find(index)
         return chunk.num_blocks(place)
 
-    def length(self, index: int) -> int:
-        """Tokens of a record as the denoiser reads it: question, marks and latents or words, answer."""
-        chunk, place = self._chunks.find(index)
-        text, blocks = chunk.questions.length(place) + chunk.answers.length(place), chunk.num_blocks(place)
-        if self.as_text:
-            return text + chunk.block_tokens(place) + blocks * block_length(0)
-        return text + blocks * block_length(self.latents_per_block)
-
-    def sizes(self, span: int) -> np.ndarray:
-        """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
-        [N, 5]."""
-        return sizes_of(self._chunks.all, span)
-
     @property
-    def most_blocks(self) -> int:
-        """Blocks of the record that has most."""
-        return max((chunk.most_blocks for chunk in self._chunks.all), default=0)
+    def chunks(self) -> Sequence[TokenChunk]:
+        """Its batches, in order."""
+        return self._chunks.all
 
-    @property
-    def longest_question(self) -> int:
-        """Tokens of the longest question."""
-        return max((chunk.longest_question for chunk in self._chunks.all), default=0)
+    def length(self, place: int) -> int:
+        """Tokens of a record in a training pass: question, marks and latents or words, <SOA>, answer, and all noisy copies."""
+        chunk, i = self._chunks.find(place)
+        blocks, latents, reader = chunk.num_blocks(i), self.latents_per_block, self.reader
+        inside = chunk.block_tokens(i) if reader.context == "text" else blocks * latents
+        clean = chunk.questions.length(i) + inside + blocks * block_length(0) + 1 + chunk.answers.length(i)
+        return clean + noisy_length(blocks, latents, reader.draws, reader.span)
 
     def same_question(self) -> list[list[int]]:
         """Which records have the same question: the places of each group of several, by the first of each."""

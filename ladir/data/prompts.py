@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.data.completions import first_answer
 from ladir.data.records import Record
-from ladir.data.token_lists import MadeWhenRead, length_of
+from ladir.data.token_lists import MadeWhenRead, Measured, length_of
 from ladir.errors import UnusableError
 from ladir.tokens import encode_stream, encode_text
 
@@ -137,7 +137,7 @@ def chain_pairs(
         yield start + prompt, [*completion, eos]
 
 
-class FramedPairs(MadeWhenRead[tuple[list[int], list[int]]]):
+class FramedPairs(MadeWhenRead[tuple[list[int], list[int]]], Measured):
     """Other pairs with the questions of ``records`` in a chat template for prompts."""
 
     def __init__(self, records: Sequence[TokenRecord], pairs: Sequence[tuple[list[int], list[int]]], frame: Frame) -> None:
@@ -154,7 +154,7 @@ class FramedPairs(MadeWhenRead[tuple[list[int], list[int]]]):
         return length_of(self._pairs, place)
 
 
-class CopyPairs(MadeWhenRead[tuple[list[int], list[int]]]):
+class CopyPairs(MadeWhenRead[tuple[list[int], list[int]]], Measured):
     """(prompt ids, completion ids) that ask to repeat a sentence: what a frozen decoder must be able to do."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[list[int]], chosen: np.ndarray[Any, Any]) -> None:

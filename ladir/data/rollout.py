@@ -18,6 +18,7 @@ from ladir.data.batches import DenoiserBatch, DenoiserCollator, TensorBatch, pad
 from ladir.data.latents import LatentRecord, LatentStore
 from ladir.data.packing import IGNORE
 from ladir.data.randomness import derive, generator
+from ladir.data.token_lists import Measured
 from ladir.spans import num_passes, num_spans, with_room
 
 
@@ -35,7 +36,7 @@ class Golds:
     others: tuple[LatentRecord, ...] = ()
 
 
-class GoldStore:
+class GoldStore(Measured):
     """The records of a latent store, each with up to ``most`` - 1 other solutions of the same question."""
 
     def __init__(self, store: LatentStore, most: int) -> None:
@@ -48,9 +49,9 @@ class GoldStore:
     def __len__(self) -> int:
         return len(self.store)
 
-    def length(self, index: int) -> int:
+    def length(self, place: int) -> int:
         """By blocks, which are denoised one after another; among those with as many, by tokens."""
-        return self.store.num_blocks(index) * (1 << 20) + self.store.length(index)
+        return self.store.num_blocks(place) * (1 << 20) + self.store.length(place)
 
     def __getitem__(self, index: int) -> Golds:
         record = self.store[index]

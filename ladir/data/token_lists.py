@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,23 @@ class MadeWhenRead(Sequence[T]):
         return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
 
 
-class TokenLists(MadeWhenRead[list[int]]):
+class Measured(ABC):
+    """Items that know how long each is without its being made.  Ranks get equal shares of the work by that."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of items."""
+
+    @abstractmethod
+    def length(self, place: int) -> int:
+        """About how many tokens the item at ``place`` is."""
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """:meth:`length` of all, int64 [n]; at once in those that can."""
+        return np.fromiter(map(self.length, range(len(self))), np.int64, len(self))
+
+
+class TokenLists(MadeWhenRead[list[int]], Measured):
     """Lists of token ids, one behind the other in one array: four bytes an id, where a Python list takes up to 36."""
 
     def __init__(self, lists: Iterable[Iterable[int]] = ()) -> None:
@@ -67,7 +83,7 @@ class GroundedSentence:
 
 
 @dataclass(frozen=True)
-class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
+class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]], Measured):
     """(prompt ids, completion ids) of many texts."""
 
     prompts: Sequence[list[int]]
@@ -83,12 +99,12 @@ class TokenPairs(MadeWhenRead[tuple[list[int], list[int]]]):
         """Ids of both."""
         return length_of(self.prompts, place) + length_of(self.completions, place)
 
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray[Any, Any]:
         """The same of all [n]."""
         return lengths_of(self.prompts) + lengths_of(self.completions)
 
 
-class Joined(MadeWhenRead[T]):
+class Joined(MadeWhenRead[T], Measured):
     """Some sequences end to end."""
 
     def __init__(self, *parts: Sequence[T]) -> None:
@@ -105,7 +121,7 @@ class Joined(MadeWhenRead[T]):
         """Tokens of the item at ``place``."""
         return length_of(*self._find(place))
 
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray[Any, Any]:
         """The same of all [n]."""
         return np.concatenate([lengths_of(part) for part in self._parts])
 
@@ -115,13 +131,10 @@ class Joined(MadeWhenRead[T]):
 
 
 def length_of(items: Sequence[Any], place: int) -> int:
-    """About how many tokens an item is: without reading it where ``items`` knows, else of the list of ids that it is."""
-    known = getattr(items, "length", None)
-    return int(known(place)) if known is not None else len(items[place])
+    """About how many tokens an item is: without reading it where ``items`` knows, else as many as it has."""
+    return items.length(place) if isinstance(items, Measured) else len(items[place])
 
 
-def lengths_of(items: Sequence[Any]) -> np.ndarray:
-    """:func:`length_of` all items, int64 [n]: at once where ``items`` can."""
-    known = getattr(items, "lengths", None)
-    found = (length_of(items, place) for place in range(len(items))) if known is None else known()
-    return np.asarray(found, np.int64) if isinstance(found, np.ndarray) else np.fromiter(found, np.int64, len(items))
+def lengths_of(items: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """:func:`length_of` all items, int64 [n]."""
+    return items.lengths().astype(np.int64) if isinstance(items, Measured) else np.fromiter(map(len, items), np.int64, len(items))

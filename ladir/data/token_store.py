@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ladir.config import DataSettings
-from ladir.data.columns import Chunks, StoredLists, TokenChunk, TokenRecord, mapped_batches, sizes_of
+from ladir.data.columns import Chunks, RecordStore, StoredLists, TokenChunk, TokenRecord, mapped_batches
 from ladir.data.records import BadRecord, Record
 from ladir.data.token_lists import MadeWhenRead, TokenPairs
 from ladir.errors import UnusableError
@@ -147,7 +146,7 @@ class Store:
         return [BadRecord(self.source(bad.file, bad.place), bad.reason, bad.remedy) for bad in ordered]
 
 
-class TokenStore(MadeWhenRead[TokenRecord]):
+class TokenStore(MadeWhenRead[TokenRecord], RecordStore):
     """The usable records of some files as token ids; :meth:`text` gives one as text."""
 
     def __init__(self, store: Store) -> None:
@@ -163,14 +162,15 @@ class TokenStore(MadeWhenRead[TokenRecord]):
         chunk, i = self._chunks.find(place)
         return chunk.tokens(i)
 
-    def sizes(self, span: int) -> np.ndarray[Any, Any]:
-        """As :meth:`ladir.data.latents.LatentStore.sizes`, [N, 5]."""
-        return sizes_of(self._chunks.all, span)
-
     @property
-    def longest_question(self) -> int:
-        """Tokens of the longest question."""
-        return max((chunk.longest_question for chunk in self._chunks.all), default=0)
+    def chunks(self) -> Sequence[TokenChunk]:
+        """Its batches, in order."""
+        return self._chunks.all
+
+    def length(self, place: int) -> int:
+        """Tokens of a record: question, blocks, answer."""
+        chunk, i = self._chunks.find(place)
+        return chunk.questions.length(i) + chunk.block_tokens(i) + chunk.answers.length(i)
 
     @property
     def texts(self) -> Sequence[Record]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ladir.data.token_lists import Measured
 from training.phases.samples import Show
 from training.runtime.telemetry import Telemetry
 
@@ -39,8 +40,7 @@ class Samples:
 
     def length(self, index: int) -> int:
         """About how much work a sample is; 0 where the items do not know."""
-        known = getattr(self.items, "length", None)
-        return 0 if known is None else int(known(index))
+        return self.items.length(index) if isinstance(self.items, Measured) else 0
 
     def collate(self, indices: list[int], numbers: list[int], training: bool = True) -> Any:
         """One micro batch of the samples at ``indices``, whose places in the run are ``numbers``."""

@@ -66,8 +66,7 @@ def stored_latents(
     config: Config, folder: RunFolder, world: World, stop: StopRequest | None = None
 ) -> tuple[LatentStore, LatentStore | None]:
     """The latents of training and validation records (None where there are none), made by the run's own VAE."""
-    as_text = config.denoiser.context == "text"
-    store = LatentStore.open(folder.latents / "train", as_text)
+    store = LatentStore.open(folder.latents / "train", config.denoiser)
     store.check_fingerprint(fingerprint(world, stop, folder.model("vae"), "vae"))
     _check_blocks(config, store)
     if config.denoiser.sample_latents and not store.form.logvar:
@@ -80,7 +79,7 @@ def stored_latents(
     if not (folder.latents / "validation").is_dir():
         logger.warning("%s: not encoded: training goes without validation", folder.latents / "validation")
         return store, None
-    held_out = LatentStore.open(folder.latents / "validation", as_text)
+    held_out = LatentStore.open(folder.latents / "validation", config.denoiser)
     held_out.check_fingerprint(store.fingerprint)
     return store, held_out
 

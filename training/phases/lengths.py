@@ -9,11 +9,10 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from ladir.config import Config
+from ladir.data.columns import RecordStore
 from ladir.data.grounding import GroundedSentences
-from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame
 from ladir.data.token_lists import lengths_of
-from ladir.data.token_store import TokenStore
 from ladir.layout import block_length, longest_block
 from ladir.models.positions import check_positions, check_room
 from ladir.spans import with_room
@@ -40,7 +39,7 @@ def _read_of(sentences: Sequence[Any], most: int, marks: int) -> np.ndarray:
     return np.maximum(marks + alone, prompt + np.minimum(follows, most))
 
 
-def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentStore | None], frame: Frame) -> None:
+def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[RecordStore | None], frame: Frame) -> None:
     """What the denoiser reads of a record: question, blocks (whole spans of them), <SOA>, answer.  UnusableError as above."""
     span, block = config.denoiser.span, block_length(config.vae.latents_per_block)
     sizes = np.concatenate([store.sizes(span) for store in stores if store is not None])
@@ -59,7 +58,7 @@ def check_records(config: Config, lm: PretrainedConfig, stores: Sequence[LatentS
 
 
 def _behind_question(sizes: np.ndarray, span: int, block: int) -> np.ndarray:
-    """Positions [N] behind a question where finished blocks stand as text, of records with :meth:`LatentStore.sizes`: up to the
+    """Positions [N] behind a question where finished blocks stand as text, of records with :meth:`RecordStore.sizes`: up to the
     answer's end, or to that of the last span's noisy copies, ``block`` tokens a block, which begin where the span does."""
     _, answer, blocks, words, of_last = sizes.T
     before_last = np.maximum(blocks - 1, 0) // span * span
@@ -69,7 +68,7 @@ def _behind_question(sizes: np.ndarray, span: int, block: int) -> np.ndarray:
 
 
 def check_chains(
-    config: Config, lm: PretrainedConfig, pairs: Sequence[Any], stores: Sequence[TokenStore | None], frame: Frame
+    config: Config, lm: PretrainedConfig, pairs: Sequence[Any], stores: Sequence[RecordStore | None], frame: Frame
 ) -> None:
     """What the AR LM reads of a record, prompt and chain as text, and writes behind a prompt.  UnusableError as above."""
     lengths = lengths_of(pairs) + (len(frame) if frame.is_chat else 0) - 1  # the last token is predicted alone
