@@ -7,9 +7,15 @@ import json
 import logging
 import multiprocessing
 import os
+import pty
+import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +35,10 @@ from ladir.report.status import (
     SILENT,
     STOPPED,
     JobStatus,
+    Queue,
     duration,
     lines,
-    one_line,
+    news,
     read_status,
 )
 from tests.distributed import ProcessGroup
@@ -52,12 +59,26 @@ def train_toy(world: World, folder: Path, phase: ToyPhase, profile: list[int] | 
         train(run, phase)
 
 
-def train_for_long(folder: Path) -> None:
-    """A process of its own, which makes a step every hundredth of a second, and a checkpoint of every second one."""
+def train_for_long(folder: Path, checkpoint_every: int = 2, slurm: bool = False, fails: bool = False) -> None:
+    """A process of its own, Slurm's job 7 perhaps, which makes a step every hundredth of a second."""
     phase = ToyPhase()
-    phase.before_collate = lambda numbers: time.sleep(0.01)
+
+    def wait(numbers: list[int]) -> None:
+        if fails:
+            raise RuntimeError("this training fails")
+        time.sleep(0.01)
+
+    phase.before_collate = wait
+    if slurm:
+        os.environ["SLURM_JOB_ID"] = "7"
     config = toy_config(folder)
-    train_toy(start(config.deepspeed), folder, phase, max_steps=100_000, checkpoint_every=2)
+    train_toy(start(config.deepspeed), folder, phase, max_steps=100_000, checkpoint_every=checkpoint_every)
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_status", "deepspeed"])
+    return context
 
 
 def until_it_trains(folder: Path, process: multiprocessing.process.BaseProcess) -> JobStatus:
@@ -72,8 +93,7 @@ def until_it_trains(folder: Path, process: multiprocessing.process.BaseProcess) 
 
 def test_a_training_runs_is_killed_started_again_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "toy"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_status", "deepspeed"])
+    context = forkserver()
     for number, (end, state, status) in enumerate(((signal.SIGKILL, CRASHED, 1), (signal.SIGTERM, STOPPED, 0))):
         process = context.Process(target=train_for_long, args=(tmp_path,))
         process.start()
@@ -95,6 +115,66 @@ def test_a_training_runs_is_killed_started_again_and_stopped(tmp_path: Path, cap
         assert main(["status", str(folder)]) == status
         shown = capsys.readouterr().out
         assert ("CRASHED" if number == 0 else "stopped") in shown and "ETA" not in shown
+
+
+class Watch:
+    """``status --watch`` as a process that writes into a file or to a terminal, and what it has written."""
+
+    def __init__(self, folder: Path, file: Path | None) -> None:
+        self._file, self._shown, self._told = file, bytearray(), 0
+        command = [sys.executable, "-m", "ladir", "status", str(folder), "--watch", "0.05"]
+        if file is None:
+            self._terminal, output = pty.openpty()
+            threading.Thread(target=self._read, daemon=True).start()
+        else:
+            output = os.open(file, os.O_WRONLY | os.O_CREAT)
+        self.process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "TERM": "xterm"})
+        os.close(output)
+
+    def _read(self) -> None:
+        with suppress(OSError):  # nobody writes to the terminal any more
+            while part := os.read(self._terminal, 4096):
+                self._shown += part
+
+    @property
+    def shown(self) -> str:
+        return self._file.read_text() if self._file else self._shown.decode(errors="replace")
+
+    def until(self, words: str) -> None:
+        """Wait until it has written ``words``, behind those that it was waited for before."""
+        while (place := self.shown.find(words, self._told)) < 0:
+            if self.process.poll() is not None and words not in self.shown[self._told :]:
+                pytest.fail(f"{words!r} never came: {self.shown}")
+            time.sleep(0.02)
+        self._told = place + len(words)
+
+
+def test_watches_in_a_file_and_on_a_terminal_beside_a_real_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "toy"
+    (folder / "slurm").mkdir(parents=True)
+    (folder / "slurm" / "jobs").write_text("7 train_ar\n")
+    stub_squeue(tmp_path, monkeypatch, "7 PD Priority")
+    watches = [Watch(folder, tmp_path / "watched"), Watch(folder, None)]
+    for watch in watches:
+        watch.until("waits in the queue: job 7 train_ar (Priority)")
+    for end, words in ((signal.SIGKILL, "has CRASHED"), (signal.SIGTERM, "was stopped"), (None, "has FAILED")):
+        arguments = (tmp_path, 30, True, end is None)
+        process = forkserver().Process(target=train_for_long, args=arguments)
+        process.start()
+        try:
+            if end is not None:
+                for watch in watches:
+                    watch.until("is running")
+                until_it_trains(folder, process)
+                os.kill(process.pid or 0, end)
+            process.join()
+        finally:
+            process.kill()
+        for watch in watches:
+            watch.until(words)
+    assert [watch.process.wait() for watch in watches] == [1, 1]
+    told = [re.findall(r"(?:is|was|has) \w+|\d+ %|checkpoint: step \S+", line) for line in watches[0].shown.splitlines()]
+    assert all(line != after for line, after in pairwise(told)) and "has FAILED" in told[-1]
 
 
 def train_to_the_end(world: World, folder: Path) -> list[str]:
@@ -162,34 +242,50 @@ def test_where_locks_are_unknown_age_decides(folder: Path, monkeypatch: pytest.M
 def test_jobs_in_the_queue(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "slurm").mkdir()
     (folder / "slurm" / "jobs").write_text("7 train_vae\n8 train_denoiser stage=rollout\n")
-    squeue = tmp_path / "bin" / "squeue"
+    asked = stub_squeue(tmp_path, monkeypatch, "7 R None", "8 PD Dependency")
+    status = read_status(folder)
+    assert "--jobs=7,8" in asked.read_text()
+    queued = ["waits in the queue: job 8 train_denoiser stage=rollout (Dependency)", "begins: job 7 train_vae"]
+    assert lines(status)[-2:] == queued and not status.is_over
+    (folder / "status.json").unlink()
+    assert [line for _, _, line in news(read_status(folder))] == ["; ".join(queued)]
+
+
+def stub_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str) -> Path:
+    """A ``squeue`` that answers so; the file in which it writes how it was called, a line each time."""
+    squeue = folder / "bin" / "squeue"
     squeue.parent.mkdir()
-    squeue.write_text('#!/bin/sh\necho "$@" > "${0%/*}/asked"\necho "8 Dependency"\n')
+    squeue.write_text('#!/bin/sh\necho "$@" >> "${0%/*}/asked"\n' + "".join(f'echo "{row}"\n' for row in rows))
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
-    status = read_status(folder)
-    assert "--jobs=7,8" in (squeue.parent / "asked").read_text()
-    assert lines(status)[-1] == "waits in the queue: job 8 train_denoiser stage=rollout (Dependency)"
-    (folder / "status.json").unlink()
-    assert one_line(read_status(folder)) == "waits in the queue: job 8 train_denoiser stage=rollout (Dependency)"
+    return squeue.parent / "asked"
 
 
-def test_watching_into_a_file_writes_what_is_new(
+def test_the_queue_is_asked_once_a_minute(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads((folder / "status.json").read_text())
+    write_json(folder / "status.json", {**facts, "job": "7", "state": STOPPED})
+    asked, times = stub_squeue(tmp_path, monkeypatch, "7 PD Priority"), iter((0.0, 0.0, 2.0, 59.0, 61.0, 61.0))
+    queue = Queue(lambda: next(times))
+    for _ in range(4):
+        assert read_status(folder, queue).queued == ["job 7 vae (Priority)"]
+    assert len(asked.read_text().splitlines()) == 2
+
+
+def test_watching_into_a_file_writes_what_is_new_and_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seconds = iter(range(4))
+    facts = json.loads((folder / "status.json").read_text())
+    changes = iter(({"step": 4, "doing": "step 5", "fraction": 0.254}, {"fraction": 0.26}, {"state": FINISHED, "doing": ""}))
 
     def sleep(_: float) -> None:
-        if (second := next(seconds)) == 3:
-            raise KeyboardInterrupt
-        if second == 1:
-            facts = json.loads((folder / "status.json").read_text())
-            write_json(folder / "status.json", {**facts, "state": FINISHED, "doing": ""})
+        facts.update(next(changes))
+        write_json(folder / "status.json", facts)
 
     monkeypatch.setattr("ladir.cli.status.time.sleep", sleep)
-    assert main(["status", str(folder), "--watch", "1"]) == 130
-    first, second = capsys.readouterr().out.splitlines()
-    assert "vae has CRASHED" in first and "step 3, 25 %, step 4" in first and second.endswith("vae has finished, step 3, 25 %")
+    assert main(["status", str(folder), "--watch", "1"]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert "vae has CRASHED" in first and "step 3, 25 %, step 4" in first and "26 %, step 5" in second
+    assert last.endswith("vae has finished, step 4, 26 %")
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

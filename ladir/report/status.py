@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,8 @@ CRASHED, SILENT = "crashed", "silent"
 #: a job that has not written for so many of its own intervals, and at least so many seconds, is said to be silent
 _SILENT_INTERVALS, _SILENT_SECONDS = 4, 60.0
 _SQUEUE_SECONDS = 20
+#: Slurm's controller is asked once in so many seconds, however often one looks
+_QUEUE_EVERY_SECONDS = 60.0
 _JOBS = Path("slurm") / "jobs"
 
 
@@ -32,33 +35,48 @@ class JobStatus:
     facts: Mapping[str, Any]
     state: str
     now: float
+    lane: str = ""
 
     @property
     def is_bad(self) -> bool:
         """Whether somebody should look."""
         return self.state in (FAILED, CRASHED, SILENT)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not go on by itself, or by the same command as it is."""
+        return self.state in (FINISHED, FAILED)
+
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run folder's jobs, its finished phases in words, and its jobs that wait in Slurm's queue, in words."""
+    """A run folder's jobs, its finished phases in words, and its jobs that Slurm keeps waiting or has just started, in words."""
 
     folder: Path
     jobs: Sequence[JobStatus]
     finished: Sequence[str]
     queued: Sequence[str]
+    starting: Sequence[str] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs, waits or can go on."""
+        return all(job.is_over for job in self.jobs) and not self.queued and not self.starting
 
 
-def read_status(folder: str | Path) -> RunStatus:
-    """How a run stands.  UnusableError where nothing was started in ``folder`` and nothing is queued for it."""
+def read_status(folder: str | Path, queue: Queue | None = None) -> RunStatus:
+    """How a run stands.  UnusableError where nothing was started in ``folder`` and nothing is queued for it.
+
+    ``queue``: what is known of Slurm's, by one who looks often.
+    """
     path = Path(folder)
     files = sorted(path.glob("status*.json"), key=lambda file: file.stat().st_mtime)
     jobs = [job for job in map(_job, files) if job is not None]
     finished = [_finished(file) for file in sorted(path.glob("outcome-*.json"), key=lambda file: file.stat().st_mtime)]
-    queued = _queued(path, jobs)
-    if not jobs and not queued:
+    queued, starting = (queue or Queue()).look(path, jobs)
+    if not jobs and not queued and not starting:
         raise UnusableError(f"{path}: no job has left a status.json there; name a run's folder (runs/<name>)")
-    return RunStatus(path, jobs, finished, queued)
+    return RunStatus(path, jobs, finished, queued, starting)
 
 
 def _job(file: Path) -> JobStatus | None:
@@ -67,9 +85,10 @@ def _job(file: Path) -> JobStatus | None:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    lane = file.stem.removeprefix("status")
-    now = time.time()
-    return JobStatus(facts, _state(facts, is_locked(file.with_name(f".lock{lane}")), now), now) if "phase" in facts else None
+    if "phase" not in facts:
+        return None
+    lane, now = file.stem.removeprefix("status"), time.time()
+    return JobStatus(facts, _state(facts, is_locked(file.with_name(f".lock{lane}")), now), now, lane)
 
 
 def _state(facts: Mapping[str, Any], held: bool | None, now: float) -> str:
@@ -87,22 +106,53 @@ def _finished(file: Path) -> str:
     return f"{phase} ({outcome['steps']:,} steps)" if outcome["steps"] else phase
 
 
-def _queued(folder: Path, jobs: Sequence[JobStatus]) -> list[str]:
-    """The run's jobs that Slurm has not started, or has put back: ids of ``slurm/submit.sh`` and of the jobs that ran."""
+class Queue:
+    """What Slurm's queue has of a run, asked at most once a minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._asked = clock, -math.inf
+        self._rows: dict[str, tuple[str, str]] = {}
+
+    def look(self, folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], list[str]]:
+        """The run's jobs that Slurm has not started, or has put back; those that it has started and that say nothing yet."""
+        names = _slurm_jobs(folder, jobs)
+        if names and self._clock() - self._asked >= _QUEUE_EVERY_SECONDS:
+            self._rows, self._asked = _squeue(names), self._clock()
+        for job in jobs:
+            if job.state == RUNNING:  # whatever the queue said of it before
+                self._rows.pop(str(job.facts.get("job")), None)
+        heard = {str(job.facts.get("job")) for job in jobs}
+        words = {number: f"job {number} {names.get(number, '')}" for number in self._rows}
+        queued = [f"{words[number]} ({reason})" for number, (state, reason) in self._rows.items() if state == _PENDING]
+        return queued, [words[number] for number, (state, _) in self._rows.items() if state != _PENDING and number not in heard]
+
+
+#: Slurm's short names of states
+_PENDING, _STARTED = "PD", ("CF", "R")
+
+
+def _slurm_jobs(folder: Path, jobs: Sequence[JobStatus]) -> dict[str, str]:
+    """Ids of ``slurm/submit.sh``, and of the jobs that ran, with what they do."""
     names: dict[str, str] = {str(job.facts["job"]): job.facts["phase"] for job in jobs if job.facts.get("job")}
     if (folder / _JOBS).is_file():
         for line in (folder / _JOBS).read_text(encoding="utf-8").splitlines():
             number, _, words = line.partition(" ")
             names[number] = words
-    if not names or shutil.which("squeue") is None:
-        return []
-    command = ["squeue", "--noheader", "--states=PENDING", f"--jobs={','.join(names)}", "--format=%i %r"]
+    return names
+
+
+def _squeue(numbers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """State and reason of the jobs that wait or have begun; nothing where Slurm does not answer."""
+    if shutil.which("squeue") is None:
+        return {}
+    states = ",".join((_PENDING, *_STARTED))
+    command = ["squeue", "--noheader", f"--states={states}", f"--jobs={','.join(numbers)}", "--format=%i %t %r"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = (line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip())
-    return [f"job {number} {names.get(number, '')} ({reason})" for number, reason in rows]
+        return {}
+    rows = (line.split(maxsplit=2) for line in answer.stdout.splitlines())
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
 def lines(status: RunStatus) -> list[str]:
@@ -112,18 +162,36 @@ def lines(status: RunStatus) -> list[str]:
     before = [words for words in status.finished if words.split(" (")[0] not in done]
     if before:
         found.append(f"finished: {', '.join(before)}")
-    found += [f"waits in the queue: {words}" for words in status.queued]
-    return [printable(line) for line in found]
+    return [printable(line) for line in [*found, *_in_slurm(status)]]
 
 
-def one_line(status: RunStatus) -> str:
-    """The newest job, or what waits in the queue, in a line that changes only where something has happened."""
-    if not status.jobs:
-        return printable(f"waits in the queue: {'; '.join(status.queued)}")
-    job = status.jobs[-1]
-    waiting = [f"waits in the queue: {'; '.join(status.queued)}"] if status.queued else []
-    doing = [str(job.facts["doing"])] if job.facts["doing"] else []
-    return printable(", ".join([headline(job), *_figures(job), *doing, *waiting]))
+def _in_slurm(status: RunStatus) -> list[str]:
+    waiting = [f"waits in the queue: {words}" for words in status.queued]
+    return [*waiting, *(f"begins: {words}" for words in status.starting)]
+
+
+def news(status: RunStatus) -> Iterator[tuple[str, Hashable, str]]:
+    """What there is to tell, in one line each: of which job (or Slurm), what makes it worth telling again, and the line.
+
+    A job is when its phase or state, its start, its last checkpoint or the percent that is done is another one.
+    """
+    for job in status.jobs:
+        doing = [str(job.facts["doing"])] if job.facts["doing"] else []
+        kept = job.facts.get("checkpoint_step")
+        key = (job.facts["phase"], job.state, job.facts["starts"], kept, _percent(job))
+        yield job.lane, key, printable(", ".join([headline(job), *_figures(job), *doing, *_kept(job)]))
+    if words := _in_slurm(status):
+        yield "slurm", tuple(words), printable("; ".join(words))
+
+
+def _kept(job: JobStatus) -> list[str]:
+    step = job.facts.get("checkpoint_step")
+    return [] if step is None else [f"last checkpoint: step {step:,}"]
+
+
+def _percent(job: JobStatus) -> str | None:
+    done = job.facts.get("fraction")
+    return None if done is None else f"{100 * min(done, 1.0):.0f} %"
 
 
 def headline(job: JobStatus) -> str:
@@ -133,8 +201,8 @@ def headline(job: JobStatus) -> str:
     if facts.get("step") is not None:
         total = f" of about {facts['total_steps']:,}" if facts.get("total_steps") else ""
         words.append(f"step {facts['step']:,}{total}")
-    if facts.get("fraction") is not None:
-        words.append(f"{100 * min(facts['fraction'], 1.0):.0f} %")
+    if (percent := _percent(job)) is not None:
+        words.append(percent)
     if job.state == RUNNING and facts.get("seconds_left") is not None:
         words.append(f"ETA {duration(facts['seconds_left'])}")
     return ", ".join(words)
