@@ -24,7 +24,7 @@ from training.planning.asking import answering
 from training.planning.memory import Zero, checkpoint_bytes, copied_bytes, holdings, taking_in, weights_of
 from training.planning.models import Lengths, layer_period, lm_config, meta_model, micro_batch, shortened
 from training.planning.predict import Planner
-from training.planning.prediction import GIB, Machine
+from training.planning.prediction import GIB, Machine, Prediction
 from training.planning.trace import trace_inference, trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
 from training.runtime.distributed import World
@@ -345,6 +345,7 @@ def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_
 def test_the_page_of_the_run_on_32_gpus_says_what_the_plan_says() -> None:
     """But for stage 2, which takes long to trace."""
     config = load_config("configs/math_8b.yaml")
+    config.evaluate.suite = ["maths7"]
     planner = Planner(config, Machine(gpus=32, gpus_per_node=8, gpu_bytes=80 * GIB, reserve=3 * GIB, flops=989e12, mfu=0.4))
     trained = [planner.training(phase) for phase in ("vae", "denoiser", "ar")]
     page = (Path(__file__).parents[1] / "docs" / "slurm.md").read_text(encoding="utf-8").splitlines()
@@ -354,6 +355,65 @@ def test_the_page_of_the_run_on_32_gpus_says_what_the_plan_says() -> None:
         figures = [f"{hours:.2f}", f"{epochs:g}" if epochs else "", f"{epochs * hours:.1f}" if epochs else ""]
         row = next(cells for name, *cells in shown if name.startswith(f"`{found.phase}`"))
         assert row == [*figures, f"{found.peak / GIB:.1f}"], found.phase
+
+
+def evaluation(planner: Planner, methods: list[str]) -> Prediction:
+    planner.config.evaluate.methods = methods
+    return planner.evaluate()
+
+
+def test_an_evaluations_hours_are_those_of_all_it_samples() -> None:
+    """Rows of the same samples cost nothing more, those of stages that are not trained nothing at all."""
+    config = tiny_config()
+    config.plan.samples, config.rl.enabled, config.rollout.enabled = 1000, False, True
+    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e9, mfu=0.4, launch_seconds=0)
+    planner = Planner(config, machine)
+    ways = ("ar-greedy", "ar", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-rollout")
+    alone = [evaluation(planner, [way]).seconds for way in ways]
+    rows = [*ways, "ladir-majority", "ar-majority", "ladir-rl", "ar-rl"]
+    assert evaluation(planner, rows).seconds == pytest.approx(sum(alone))
+    greedy, sampled, thinking, zero = alone[:4]
+    assert 0 < greedy < sampled and 0 < zero < thinking
+    assert evaluation(planner, ["ladir", "ladir-stable"]).seconds > thinking
+    config.evaluate.ar_max_tokens //= 2
+    assert evaluation(planner, ["ar"]).seconds < sampled
+
+
+def test_an_evaluations_passes_are_launched() -> None:
+    """Where the host takes longer than the GPU, its time is that of passes: every token's of the AR baseline."""
+    config = tiny_config()
+    config.plan.samples, config.evaluate.num_questions, config.evaluate.ar_max_tokens = 1000, 8, 30
+    config.evaluate.questions_per_batch, config.evaluate.num_trajectories = 1, 2
+    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e18, mfu=0.4, launch_seconds=1e-5)
+    planner = Planner(config, machine)
+    a_pass = planner._forward_launches(config) * 1e-5
+    found = evaluation(planner, ["ar"])  # a rank's four questions wait for the longest completion of each
+    assert found.bound == "launches" and found.seconds == pytest.approx(4 * (1 + 30) * a_pass)
+    config.evaluate.ar_max_tokens = 60
+    assert evaluation(planner, ["ar"]).seconds == pytest.approx(4 * (1 + 60) * a_pass)
+    config.evaluate.questions_per_batch = 2  # questions join as others end: a rank has two batches
+    assert evaluation(planner, ["ar"]).seconds == pytest.approx(2 * (1 + 60) * a_pass)
+    asked = answering(config, planner.data, planner._lm, 2, 2, reads=True)
+    assert evaluation(planner, ["ladir"]).seconds == pytest.approx(2 * asked.real_passes * a_pass)
+
+
+def test_an_evaluation_asks_the_sets_of_its_suite(tmp_path: Path) -> None:
+    """As many questions as a file has or were published, as its own settings say; what is not known is told."""
+    config = tiny_config()
+    config.plan.samples = 1000
+    own = tmp_path / "own.jsonl"
+    own.write_text("{}\n" * 7)
+    few = {"name": "few", "data.test": "data/few.jsonl", "evaluate.num_questions": 5}
+    config.evaluate.suite = ["gsm8k", "math", few, {"name": "own", "data.test": str(own)}, "countdown-4"]
+    config.evaluate.suite_folder = str(tmp_path)
+    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+    found = planner.evaluate()
+    assert found.samples == 1319 + 5000 + 5 + 7 + 1000 and "5 sets" in found.setup
+    assert [line.rpartition(": ")[2] for line in planner.left_out()] == ["countdown-4."]
+    (tmp_path / "GSM8K.jsonl").write_text("{}\n" * 4)
+    assert Planner(config, planner.machine).evaluate().samples == found.samples - 1315
+    config.evaluate.suite, config.data.test = [], "openai/gsm8k:main:test"
+    assert Planner(config, planner.machine).evaluate().samples == 1319
 
 
 ARCHITECTURE = ["backbone.scratch={model_type: llama, vocab_size: 1000, hidden_size: 256, intermediate_size: 512, "
@@ -559,7 +619,7 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
             assert planner._asked_models("verifier") == models
     config.denoiser.context, config.sample.reencode, config.backbone.lora.rank = "latents", True, 0
 
-    assert list(planner.left_out()) == []
+    assert not [line for line in planner.left_out() if "rl.policy=text" in line]
     config.rl.policy = "text"
     assert [line for line in planner.left_out() if "rl.policy=text" in line]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ladir.config import EvaluateSettings
 from ladir.data.records import Record
 from ladir.evaluation.results import QuestionResult
 from ladir.report.status import duration
@@ -49,14 +50,25 @@ def portions(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]
         own = [sampling for sampling in samplings if model_of(sampling) == model]
         for sampling in sorted(own, key=lambda sampling: sampling in GREEDY):
             for place, benchmark in enumerate(benchmarks):
-                done, settings = benchmark.log.done(sampling), benchmark.run.config.evaluate
-                size = settings.greedy_questions_per_batch if sampling in GREEDY else settings.questions_per_batch
-                questions = len(benchmark.asked.records)
-                if model.startswith("ar"):  # whose questions join as others end; still with several portions for every rank
-                    size = max(size, min(size * settings.ar_batches, questions // (_PORTIONS * run.world.size)))
+                done, questions = benchmark.log.done(sampling), len(benchmark.asked.records)
+                size = portion_size(benchmark.run.config.evaluate, sampling, questions, run.world.size)
                 batches = cut(questions, size, run.world.size)
                 found += [Portion(place, sampling, batch) for batch in batches if not done.issuperset(batch)]
     return found
+
+
+def portion_size(settings: EvaluateSettings, sampling: str, questions: int, ranks: int) -> int:
+    """Most of a data set's ``questions`` that are asked at a time in one way."""
+    size = settings.greedy_questions_per_batch if sampling in GREEDY else settings.questions_per_batch
+    if not model_of(sampling).startswith("ar"):
+        return size
+    # They join as others end; still with several portions for every rank.
+    return max(size, min(size * settings.ar_batches, questions // (_PORTIONS * ranks)))
+
+
+def rows_of(settings: EvaluateSettings, sampling: str) -> int:
+    """Samples of a question in one way of asking."""
+    return 1 if sampling in GREEDY else settings.num_trajectories
 
 
 class Models:

@@ -39,18 +39,23 @@ class Benchmark:
 
 def data_sets(run: Run) -> list[DataSet]:
     """What is asked.  UnusableError for settings of a set that cannot be, all at once."""
-    found = entries(run.config.evaluate.suite)
+    return [DataSet(name, run.under(config) if name else run) for name, config in set_configs(run.config)]
+
+
+def set_configs(config: Config) -> list[tuple[str, Config]]:
+    """The name of every set ("" where it is the only one), and its settings.  UnusableError as :func:`data_sets`."""
+    found = entries(config.evaluate.suite)
     if not found:
-        return [DataSet("", run)]
+        return [("", config)]
     configs, errors = [], []
     for entry in found:
         try:
-            configs.append(_config(run.config, entry))
+            configs.append((entry.name, _config(config, entry)))
         except ConfigError as error:
             errors += [f"evaluate.suite: {entry.name}: {text}" for text in error.errors]
     if errors:
         raise UnusableError("\n".join(errors))
-    return [DataSet(entry.name, run.under(config)) for entry, config in zip(found, configs, strict=True)]
+    return configs
 
 
 def _config(config: Config, entry: DataSetEntry) -> Config:

@@ -79,7 +79,8 @@ def answering(
         real += spans * span // together * rounds * (written * (1 + by_lm) + int(sample.reencode))
         real += by_lm * spans * rounds * span * (span - 1) // 2
     unread = 0 if reads_blocks(config) else rows * blocks
-    if reads:
+    if reads and not reads_blocks(config):
+        alone += blocks * (mean.block + latents)
         real += -(-unread // sample.thoughts_per_batch) * written
     read = min(sample.thoughts_per_batch, unread) * 2 * (latents + mean.block + 1)  # behind the answers, as text
     return Answering(
@@ -95,6 +96,19 @@ def answering(
 def greedy(found: Answering, rows: int) -> Answering:
     """With as many rows of one answer at a time as they may be."""
     return replace(found, cache=max(found.cache, rows * found.row_bytes))
+
+
+def drifting(found: Answering, config: Config, data: DataSize, lm: Architecture, lines: int, replayed: bool = True) -> Answering:
+    """With every line's thoughts noised and denoised again, behind which their blocks are read once more."""
+    steps, span = config.sample.renoise_steps, config.denoiser.span
+    again = data.mean.blocks * steps * (config.vae.latents_per_block + 1)
+    launched = min(steps, _NOT_REPLAYED) if replayed else steps
+    return replace(
+        found,
+        row_tokens=found.row_tokens + again,
+        flops=found.flops + 2 * lm.parameters * lines * again,
+        real_passes=found.real_passes + 1 + -(-data.mean.blocks // span) * launched + data.mean.blocks,
+    )
 
 
 def remedy(most: int, name: str, lines: int, lines_name: str) -> str:

@@ -19,7 +19,8 @@ from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
 from ladir.rl.beside import MOST_TOGETHER
 from ladir.rl.rewards import reads_thoughts
-from training.planning.asking import Answering, Architecture, answering, greedy, remedy
+from training.planning.asking import Answering, Architecture, answering, drifting, greedy, remedy
+from training.planning.evaluating import UNKNOWN, Questions, questions, samplings, work
 from training.planning.memory import (
     Holdings,
     Weight,
@@ -59,9 +60,11 @@ class Planner:
         self._mean_passes: dict[tuple[str, int], Pass] = {}
 
     def left_out(self) -> Iterator[str]:
-        """What will run and is not predicted, a line each."""
+        """What will run and is not predicted, and what is assumed, a line each."""
         if self.config.rl.enabled and self.config.rl.policy == "text":
             yield "Stage 3 of the AR baseline (rl.policy=text) is not counted."
+        if unknown := [asked.name or "the questions" for asked in self._questions if asked.assumed]:
+            yield f"How many questions there are is not known, {UNKNOWN:,} are counted of each: {', '.join(unknown)}."
 
     def predictions(self) -> Iterator[Prediction]:
         """All phases in the order in which they run."""
@@ -180,7 +183,7 @@ class Planner:
             rl.questions_per_batch,
             rl.group,
             rl.answers,
-            replayed=self.machine.replays and has_plain_attention(self.architecture),
+            replayed=self._replayed,
             reads=reads_thoughts(rl.reward),
         )
         one = self._iteration(config, micro, asked)
@@ -397,17 +400,46 @@ class Planner:
         v = self.config.verifier
         found = answering(self.config, self.data, self._lm, v.questions_per_batch, v.num_trajectories)
         if v.drift:
-            again = self.data.mean.blocks * self.config.sample.renoise_steps * (self.config.vae.latents_per_block + 1)
-            more = 2 * self._lm.parameters * v.num_trajectories * again
-            found = replace(found, row_tokens=found.row_tokens + again, flops=found.flops + more)
+            found = drifting(found, self.config, self.data, self._lm, v.num_trajectories)
         asked = (v.num_questions, v.questions_per_batch, v.num_trajectories)
         return self._asking("verifier", found, *asked, "verifier.questions_per_batch", "verifier.num_trajectories")
 
     def evaluate(self) -> Prediction:
-        """Answering: both LMs whole on every GPU, keys and values of every trajectory (an upper bound: nothing shared)."""
-        ask = self.config.evaluate
-        found = answering(self.config, self.data, self._lm, ask.questions_per_batch, ask.num_trajectories)
-        asked = (ask.num_questions or 1000, ask.questions_per_batch, ask.num_trajectories)
+        """All data sets in all ways: both LMs whole on every GPU, keys and values of every trajectory.
+
+        Memory is an upper bound, nothing shared, of the set that takes most.
+        """
+        sets, ways = self._questions, samplings(self.config)
+        found = max((self._answered(asked.config) for asked in sets), key=lambda one: (not one.fits, one.peak))
+        works = [work(asked, way, self.data, self._lm, self.machine.gpus, self._replayed) for asked in sets for way in ways]
+        launched = self._forward_launches(self.config) * self.machine.launch_seconds if works else 0.0
+        times = [(one.flops / self._speed, one.passes * launched) for one in works]
+        arithmetic, launching = (sum(part) for part in zip(*times, strict=True)) if times else (0.0, 0.0)
+        count = f"{len(sets)} sets, " if self.config.evaluate.suite else ""
+        return replace(
+            found,
+            setup=f"{found.setup}, {count}{len(ways)} ways of asking",
+            samples=sum(asked.asked for asked in sets),
+            tokens=sum(one.tokens for one in works),
+            seconds=sum(map(max, times)),
+            bound="launches" if launching > arithmetic else "",
+        )
+
+    @cached_property
+    def _questions(self) -> list[Questions]:
+        """The evaluation's data sets."""
+        return questions(self.config)
+
+    @property
+    def _replayed(self) -> bool:
+        """Whether denoising steps are CUDA graphs where questions are answered."""
+        return self.machine.replays and has_plain_attention(self.architecture)
+
+    def _answered(self, config: Config) -> Prediction:
+        """A data set's questions in batches, sampled or greedy, whichever takes more memory."""
+        ask = config.evaluate
+        found = answering(config, self.data, self._lm, ask.questions_per_batch, ask.num_trajectories)
+        asked = (0, ask.questions_per_batch, ask.num_trajectories)
         names = ("evaluate.questions_per_batch", "evaluate.num_trajectories")
         sampled = self._asking("evaluate", found, *asked, *names)
         both = self._asking("evaluate", greedy(found, ask.greedy_questions_per_batch), *asked, *names)

@@ -111,6 +111,7 @@ def print_report(
         "Read: stored samples, by all ranks; ranks busy: of the time, the rest of which they wait for the one with most to do.",
         "Time is the larger of a GPU's arithmetic and of its host's launching one operator after another (--launch-us).",
         "Decoding (evaluate) reads memory more than it computes: its MFU is lower, its keys and values are an upper bound.",
+        "An evaluation's hours are of all data sets and ways of asking, questions and answers as long as the records'.",
         *(["Stage 3 (rl) has no epochs: its figures are those of all its steps, every group teaching."] if reinforced else []),
         *left_out,
         *lighter(predictions),
