@@ -66,6 +66,7 @@ def test_charts_end_where_there_is_no_room_and_the_training_goes_on(
     config = toy_config(tmp_path)
     config.telemetry.loggers = ["tensorboard"]
     run = Run(config, "ar", World(0, 1, 0, torch.device("cpu")))
+    run.occupy()
     run.prepare()
     with Telemetry(run, 0) as telemetry:
         assert telemetry.shows_samples

@@ -65,6 +65,7 @@ def start(config: Config, phase: str) -> str:
     """Prepare the phase's folder; the refusal, where there is one."""
     run = Run(config, phase, ALONE)
     try:
+        run.occupy()
         run.prepare()
     except RunConflict as conflict:
         return str(conflict)
@@ -112,6 +113,7 @@ def test_what_a_finished_phase_was_trained_on_may_be_gone(tmp_path: Path) -> Non
     folder = RunFolder(config)
     write_everything(tmp_path, folder)
     run = Run(config, "vae", ALONE)
+    run.occupy()
     run.prepare()
     run.finish(Outcome("finished", 1, 1, 1.0, {}))
     run.release()

@@ -17,6 +17,7 @@ from ladir.rl.policy import Policy
 from ladir.rl.text import TextPolicy
 from tests.distributed import ProcessGroup
 from tests.test_phases import configure, folder, losses, run_phase, weights  # noqa: F401
+from tests.test_status import words_said
 from training.evaluation import judging
 from training.phases import rl
 from training.phases.rl import rl_phase
@@ -252,15 +253,22 @@ def by_steps(world: World, root: Path, name: str) -> str:
     )
 
 
-def by_text(world: World, root: Path, name: str) -> str:
+def by_text(world: World, root: Path, name: str) -> tuple[str, list[str]]:
+    """How it ended, and what its status said meanwhile."""
     overrides = [*settings(8, **TEXT), "evaluate.ar_max_tokens=4"]
-    with open_run(configure(root, name, 0, 8, overrides), "ar-rl", world) as run:
-        return train(run, rl_text_phase(run.config, world)).status
+    with pytest.MonkeyPatch.context() as patch, open_run(configure(root, name, 0, 8, overrides), "ar-rl", world) as run:
+        said = words_said(patch)
+        return train(run, rl_text_phase(run.config, world)).status, said
 
 
 def test_the_baseline_learns_from_its_own_completions(one_process: ProcessGroup, folder: Path) -> None:  # noqa: F811
     one_process.run(run_phase, folder, "text", "ar", 0, 8, [])
-    assert one_process.run(by_text, folder, "text") == ["finished"]
+    ((status, said),) = one_process.run(by_text, folder, "text")
+    assert status == "finished"
+    for words in ("reading and tokenizing", "loading the model", "loading the model that answers", "making the engine"):
+        assert any(line.startswith(words) for line in said)
+    place = said.index("step 3: waits for its batch")
+    assert said[place + 1] == "step 3: answers 4 questions, 3 times each"
     first, second, *_ = (row for row in losses(folder, "text") if "answers" in row)
     assert first["token_ratio"] == pytest.approx(1, abs=1e-5) and second["token_ratio"] != first["token_ratio"]
     assert {"reward", "signal", "pass@3", "text"} <= first.keys()

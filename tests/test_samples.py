@@ -434,6 +434,7 @@ def test_an_evaluation_is_a_row_of_what_is_not_the_default_and_of_what_came_out(
     config.run.folder, config.run.name, config.run.seed = str(tmp_path), "mine", 3
     config.denoiser.train.lr, config.sample.num_steps, config.evaluate.methods = 0.25, 7, ["ladir", "ar"]
     run = Run(config, "evaluate", World(0, 1, 0, torch.device("cpu")))
+    run.occupy()
     run.prepare()
     trained = copy.deepcopy(config)
     trained.denoiser.train.lr, trained.denoiser.train.log_every, trained.sample.num_steps = 0.5, 3, 99

@@ -47,8 +47,22 @@ from training.runtime.distributed import World, start
 from training.runtime.files import try_lock, write_json
 from training.runtime.loop import train
 from training.runtime.ranks import RankWatch, Slowest, slowest_rank
-from training.runtime.run import open_run
+from training.runtime.run import RunConflict, open_run
 from training.runtime.status import Pace, Status
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def words_said(patch: pytest.MonkeyPatch) -> list[str]:
+    """What every status says from now on."""
+    said, say = [], Status.say
+
+    def heard(status: Status, doing: str | None = None, /, **facts: Any) -> None:
+        said.append(doing or "")
+        say(status, doing, **facts)
+
+    patch.setattr(Status, "say", heard)
+    return said
 
 
 def train_toy(world: World, folder: Path, phase: ToyPhase, profile: list[int] | None = None, **settings: Any) -> None:
@@ -305,6 +319,29 @@ def test_a_disk_that_is_full_costs_the_status_only(tmp_path: Path, caplog: pytes
     with Status("vae", 1, tmp_path / "file" / "status.json") as status:
         status.say("step 1")
     assert "cannot be written" in caplog.text
+
+
+def test_from_its_lock_on_a_job_is_what_the_status_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy_config(tmp_path)
+    config.telemetry.status_every_seconds = 0.02
+    with open_run(config, "vae", ALONE):
+        pass
+    seen = []
+
+    def look(*about: object) -> dict[str, str]:
+        while not (facts := read_status(tmp_path / "toy").jobs[0].facts)["doing"].startswith("looking at"):
+            time.sleep(0.01)
+        seen.append((facts["phase"], facts["state"]))
+        return {}
+
+    monkeypatch.setattr("training.runtime.run.input_digests", look)
+    with open_run(config, "ar", ALONE) as run:
+        run.folder.checkpoints("ar").mkdir(parents=True)
+    config.ar.train.lr = 3.0
+    with pytest.raises(RunConflict), open_run(config, "ar", ALONE):
+        pass
+    (job,) = read_status(tmp_path / "toy").jobs
+    assert seen == [("ar", RUNNING)] * 2 and job.state == FAILED and "ar.train.lr" in job.facts["message"]
 
 
 class Slow(nn.Linear):

@@ -42,6 +42,7 @@ def run(tmp_path: Path) -> Run:
     config = toy_config(tmp_path)
     config.telemetry.loggers = ["tensorboard"]
     run = Run(config, "ar", ALONE)
+    run.occupy()
     run.prepare()
     return run
 
@@ -387,10 +388,11 @@ def test_folders_appear_whole_or_not_at_all(run: Run) -> None:
 def test_two_jobs_never_work_in_one_run_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
     with pytest.raises(RunConflict, match=rf"is in use by phase ar, process {os.getpid()} on \S+: wait for it or end it"):
-        Run(run.config, "vae", ALONE).prepare()
+        Run(run.config, "vae", ALONE).occupy()
     run.release()
     with open_run(run.config, "vae", ALONE):
         pass
+    run.occupy()
     run.prepare()
 
 

@@ -46,6 +46,7 @@ from ladir.tokens import encode_text
 from tests.distributed import ProcessGroup
 from tests.test_evaluate import ALONE, configure, evaluate_in
 from tests.test_reasoner import CPU, QUESTIONS, PlainTrajectory, plain_velocity, standard, tiny_reasoner
+from tests.test_status import words_said
 from tests.tiny import randomise, tiny_denoiser, tiny_lm, tiny_vae
 from tests.toy_task import Judge
 from training import train_verifier
@@ -477,12 +478,13 @@ def train_in(world: World, folder: Path, overrides: Sequence[str] = (), stop: bo
         if stop and world.rank == world.size - 1:
             patch.setattr(judged, "chosen_questions", stopped_behind(judged.chosen_questions))
         denoiser = train_verifier.judged_denoiser(run.config, run.folder)
+        said = words_said(patch)
         found = collect(run, denoiser)
         if found is None:
             return None
         outcome = train(run, verifier_phase(run.config, denoiser, found))
         kept = [(item.question, item.right, item.states.sum().item()) for item in judged_trajectories(found)]
-        return {"kept": kept, "metrics": outcome.metrics, "parts": sorted(file.name for file in found.iterdir())}
+        return {"kept": kept, "metrics": outcome.metrics, "parts": sorted(file.name for file in found.iterdir()), "said": said}
 
 
 @pytest.mark.distributed
@@ -493,6 +495,7 @@ def test_trajectories_are_judged_and_learned_alike_on_any_number_of_ranks_and_af
     assert alone is not None
     questions = {number for number, *_ in alone["kept"]}
     assert len(alone["kept"]) == 3 * len(questions) and {right for _, right, _ in alone["kept"]} == {True, False}
+    assert any(words.startswith("collecting judged trajectories, questions 1 to ") for words in alone["said"])
     assert {"loss", "verifier", "value", "verifier_accuracy", "validation/verifier"} <= alone["metrics"].keys()
     other = tmp_path / "two"
     for name in ("tiny/models/denoiser", "tiny/export", "data"):

@@ -42,6 +42,7 @@ from training.runtime.files import read_json, sha256, write_json
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 from training.runtime.stages import fingerprint
+from training.runtime.status import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +72,21 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     starts = range(0, len(records), settings.questions_per_batch)
     left = run.world.broadcast([s for s in starts if not _part(folder, s).is_file()] if run.world.is_main else None)
     run.world.wait_at_most(_BATCH_MINUTES)
+    run.status.say("loading the models whose trajectories are judged")
     reasoner = load_trained_reasoner(run.config, denoiser, vae, tokenizer, run.world.device) if left else None
+    pace = Pace()
     for first in range(0, len(left), run.world.size):
         if run.stop_agreed():
             return None
+        done, end = first / len(left), min(left[first] + settings.questions_per_batch, len(records))
+        doing = f"collecting judged trajectories, questions {left[first] + 1:,} to {end:,} of {len(records):,}"
+        run.status.say(doing, fraction=done, seconds_left=pace.seconds_left(done))
         for start in left[first + run.world.rank :][:1]:
             assert reasoner is not None
             asked = range(start, min(start + settings.questions_per_batch, len(records)))
             with suppress(BrokenOff):  # all ranks meet behind it
                 _ask_and_judge(_part(folder, start), run, reasoner, task, {i: records[i] for i in asked})
+    run.status.say("reading the judged trajectories", fraction=None, seconds_left=None)
     if run.stop_agreed():
         return None
     run.world.wait_at_most(run.config.deepspeed.timeout_minutes)

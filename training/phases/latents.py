@@ -189,6 +189,7 @@ def encode(run: Run) -> bool:
     files = {"train": run.config.data.train, "validation": run.config.data.validation}
     for file in (file for named in files.values() for file in data_files(named)):
         check_path(file)  # before a model is loaded
+    run.status.say("loading the VAE")
     vae = load_vae(run.folder.model("vae"), run.config.backbone, run.world.device, encoder_only=True)
     mark = fingerprint(run.world, run.stop, run.folder.model("vae"), "vae")
     watch = Stopwatch(run.folder.latents, mark)
@@ -219,6 +220,7 @@ def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | 
     """
     if not run.config.latents.report_sentences:
         return {}
+    run.status.say("finding out what the latents are good for", fraction=None, seconds_left=None)
     figures = run.alone(lambda give_way: _figures(run, int(tokenizer.eos_token_id), give_way))
     if figures is None:
         return None

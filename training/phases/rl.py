@@ -44,6 +44,7 @@ from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.stages import last_denoiser
+from training.runtime.status import say
 from training.runtime.step_batches import StepBatch
 from training.runtime.telemetry import Telemetry
 
@@ -81,6 +82,7 @@ def rl_phase(config: Config, world: World, stop: StopRequest | None = None) -> R
     with sharded_init(config, settings.train, world):
         denoiser = load_denoiser_to_train(source, config.backbone, config.denoiser, world.device.type)
     give_way(world, stop)
+    say("loading the models that answer")
     old, _ = load_denoiser(source, config.backbone, world.device)
     give_way(world, stop)
     sampler = LatentSampler(_reasoner(config, folder, old, tokenizer, before.trained_on), config)

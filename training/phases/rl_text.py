@@ -32,6 +32,7 @@ from training.runtime.engine import Lag
 from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.sharding import sharded_init
+from training.runtime.status import say
 
 
 def rl_text_phase(config: Config, world: World, stop: StopRequest | None = None) -> RlPhase:
@@ -54,6 +55,7 @@ def rl_text_phase(config: Config, world: World, stop: StopRequest | None = None)
         backbone = load_backbone(folder, config.backbone, world.device, trainable=True)
     for_training(backbone, config.backbone)
     give_way(world, stop)
+    say("loading the model that answers")
     old = load_backbone(folder, config.backbone, world.device).to(world.device).eval()
     collator = ArCollator(settings.train.pack_tokens, bidirectional)
     temperature = config.evaluate.ar_temperature

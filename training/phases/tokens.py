@@ -30,6 +30,7 @@ from training.runtime.distributed import World
 from training.runtime.files import code_digest, digests, locked
 from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
+from training.runtime.status import say
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class Tokens:
 
     def _told(self, make: Callable[[Path, GiveWay], None], folder: Path, give_way: GiveWay) -> None:
         start = time.perf_counter()
+        say(f"reading and tokenizing into {folder.parent}")
         make(folder, give_way)
         count, seconds = self._processes, time.perf_counter() - start
         logger.info("read and tokenized into %s in %.1f s (at most %d processes at a time)", folder, seconds, count)

@@ -32,6 +32,7 @@ from training.runtime.alarm import Alarm
 from training.runtime.distributed import World
 from training.runtime.phase import Underway
 from training.runtime.sampler import DataOrder
+from training.runtime.status import say
 from training.runtime.step_batches import StepBatch
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class OwnSteps:
         training.engine.copy_old_weights(self.old)
         numbers = range(iteration * self.settings.prompts, (iteration + 1) * self.settings.prompts)
         records = [self.records[self.order.index(number)] for number in numbers]
+        say(f"step {training.progress.step + 1}: answers {len(records)} questions, {self.settings.group} times each")
         with training.clock.patience(), training.ranges("own samples"):
             seed, steps = derive(self.seed, "rl", iteration), self._random_steps(iteration)
             asked = self.asker.ask(records, seed, training.world, alarm, steps)

@@ -97,6 +97,7 @@ class Trainer:
         self.cadence = Cadence(run, self.progress, phase.num_samples)  # refuses a training without end before it starts
         backbone, deepspeed = run.config.backbone, run.config.deepspeed
         lag = phase.lag if isinstance(phase, OnPolicy) else None
+        run.status.say("making the engine, and going to the last checkpoint")
         if self.cadence.best and phase.validation is None:
             raise UnusableError(
                 f"{section_of(run.phase)}.train.best={self.settings.best}: there is nothing to validate on; set data.validation"

@@ -211,37 +211,54 @@ class Run:
         found = self.world.broadcast(dataclasses.asdict(done) if (done := self.folder.outcome(self.phase)) else None)
         return Outcome(**found) if found else None
 
+    def occupy(self) -> None:
+        """Make the folder, keep other jobs out of it, and take over its status (rank 0; the others wait)."""
+        self._agree(self._occupy)
+
     def prepare(self) -> None:
-        """Make the folder, refuse a conflict, record settings and environment (rank 0; the others wait)."""
-        problem = self._prepare() if self.world.is_main else None
-        problem = self.world.broadcast(problem)
+        """Refuse a conflict, record settings and environment (rank 0; the others wait)."""
+        self._agree(self._prepare)
+
+    def _agree(self, work: Callable[[], str | None]) -> None:
+        """Raise RunConflict, on all ranks, where ``work`` tells rank 0 of a problem."""
+        problem = self.world.broadcast(self._writing(work) if self.world.is_main else None)
         if problem:
             raise RunConflict(problem)
 
-    def _prepare(self) -> str | None:
+    def _writing(self, work: Callable[[], str | None]) -> str | None:
         try:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            if problem := self._occupied():
-                return problem
-            inputs, problem = self._read_inputs()
-            problem = problem or self._conflict(inputs)
-            if problem is None:
-                settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
-                write_text(self.folder.config(self.phase), settings)
-                if inputs and not (self._has_work() and self.folder.inputs(self.phase).is_file()):
-                    write_json(self.folder.inputs(self.phase), inputs)
-                if self.phase != "evaluate" or not (self.folder.path / "config.yaml").is_file():
-                    write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
-                write_json(self.folder.path / "environment.json", environment())
-                self._note_changes()
-                self.folder.interrupted.unlink(missing_ok=True)
-                for remark in idle_settings(self.config):
-                    logger.warning("%s", remark)
-                seconds = self.config.telemetry.status_every_seconds
-                self.status = Status(self.phase, self.world.size, self.folder.status(self._locked_lane()), seconds)
-            return problem
+            return work()
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
+
+    def _occupy(self) -> str | None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if (problem := self._occupied()) is None:
+            seconds = self.config.telemetry.status_every_seconds
+            self.status = Status(self.phase, self.world.size, self.folder.status(self._locked_lane()), seconds)
+        return problem
+
+    def _prepare(self) -> str | None:
+        self.status.say("looking at what it is begun on: data and models are hashed")
+        inputs, problem = self._read_inputs()
+        problem = problem or self._conflict(inputs)
+        if problem is None:
+            self._record(inputs)
+            for remark in idle_settings(self.config):
+                logger.warning("%s", remark)
+        return problem
+
+    def _record(self, inputs: dict[str, str]) -> None:
+        """Keep with what the phase is begun."""
+        settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
+        write_text(self.folder.config(self.phase), settings)
+        if inputs and not (self._has_work() and self.folder.inputs(self.phase).is_file()):
+            write_json(self.folder.inputs(self.phase), inputs)
+        if self.phase != "evaluate" or not (self.folder.path / "config.yaml").is_file():
+            write_text(self.folder.path / "config.yaml", settings)  # an evaluation's controls are not the run's
+        write_json(self.folder.path / "environment.json", environment())
+        self._note_changes()
+        self.folder.interrupted.unlink(missing_ok=True)
 
     def _read_inputs(self) -> tuple[dict[str, str], str | None]:
         """Hashes of what the phase is begun on, now that no other job writes it; or what cannot be read."""
@@ -392,10 +409,12 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     """
     run = Run(config, phase, world)
     try:
-        run.prepare()
-        seed_everything(config.run.seed, phase)
-        with run.status, run.stop:
-            yield run
+        run.occupy()
+        with run.status:  # from here on it speaks of this job
+            run.prepare()
+            seed_everything(config.run.seed, phase)
+            with run.stop:
+                yield run
     finally:
         run.release()
 

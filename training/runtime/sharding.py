@@ -10,6 +10,7 @@ from ladir.config import Config, TrainSettings
 from ladir.models.backbone import DTYPES, choose_dtype
 from training.runtime.distributed import World
 from training.runtime.ds_config import complete_ds_config, read_ds_config, zero_stage
+from training.runtime.status import say
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ def sharded_init(config: Config, train: TrainSettings, world: World) -> Iterator
     otherwise nothing changes.  Small layers built inside stay whole until the engine splits them: their initialisation
     is the ordinary one.
     """
+    say("loading the model")
     settings = read_ds_config(config.deepspeed.config)
     offloads = "offload_param" in settings.get("zero_optimization", {})
     if not config.deepspeed.sharded_loading or zero_stage(settings) != 3 or (world.size == 1 and not offloads):

@@ -81,12 +81,14 @@ class Status:
         self.say(state=STOPPED)
 
     def __enter__(self) -> Status:
+        _under_way.append(self)
         if self._file is not None:
             self._write()
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        _under_way.remove(self)
         if self._file is None:
             return
         self._ended.set()
@@ -111,6 +113,16 @@ class Status:
             write_json(self._file, content)
         except OSError as error:
             logger.warning("%s cannot be written: %s; python -m ladir status shows what it last said", self._file, error)
+
+
+#: the status of the phase under way in this process, for work that knows nothing of runs
+_under_way: list[Status] = []
+
+
+def say(doing: str) -> None:
+    """From now on the status of the phase under way, where there is one, says this."""
+    if _under_way:
+        _under_way[-1].say(doing)
 
 
 def _starts_before(file: Path | None, phase: str) -> int:
