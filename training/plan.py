@@ -4,7 +4,8 @@
 
 Models are built on the meta device and one micro batch is traced through them, so that it runs anywhere.  Of stage 2, whose step
 is hundreds of passes, a few layers are traced and the others added, which are like them.
-Ends with status 0 where every phase fits, 1 where one does not (and says what makes it fit), 2 where a setting is missing.
+Ends with status 0 where every phase fits, 1 where one does not (and says what makes it fit), 2 where a setting is missing
+or a phase cannot start (whose reason is printed; the others are planned).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from training.planning.predict import Planner
 from training.planning.prediction import GIB, Machine
 from training.planning.report import print_report
 from training.runtime.ds_config import DeepSpeedConfigError
-from training.runtime.sampler import BatchSizeError
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         planner = Planner(config, machine)
         predictions = list(planner.predictions())
-    except (PlanError, BatchSizeError, DeepSpeedConfigError, BadRecords, UnusableError) as error:
+        left_out = list(planner.left_out())
+    except (PlanError, DeepSpeedConfigError, BadRecords, UnusableError) as error:
         sys.stderr.write(f"plan.py: {error}\n")
         return 2
-    print_report(Console(), predictions, machine, planner.data.measured, planner.left_out())
+    print_report(Console(), predictions, machine, planner.data.measured, left_out, planner.refused)
+    if planner.refused:
+        return 2
     return 0 if all(p.fits for p in predictions) else 1
 
 

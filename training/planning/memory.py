@@ -66,6 +66,11 @@ class Zero:
     reduce_bucket: int
     sub_group: int
 
+    @property
+    def weight(self) -> tuple[int, bool, bool]:
+        """The larger, the more is split, or moved to the host."""
+        return self.stage, self.offload_optimizer, self.offload_weights
+
     @staticmethod
     def of(ds_config: dict[str, Any], world_size: int, element_bytes: int) -> Zero:
         """Read a configuration file's content; ``element_bytes``: 2 in bf16, 4 in fp32."""

@@ -35,8 +35,8 @@ from training.planning.memory import (
 from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
 from training.planning.prediction import Iteration, Machine, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
-from training.runtime.ds_config import check_ds_config, read_ds_config
-from training.runtime.sampler import DataOrder, micro_batch_size
+from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
+from training.runtime.sampler import BatchSizeError, DataOrder, micro_batch_size
 from training.runtime.topology import check_topology, deepspeed_file, train_settings
 
 #: what splits least, where there are several GPUs
@@ -52,6 +52,8 @@ class Planner:
 
     def __init__(self, config: Config, machine: Machine) -> None:
         self.config, self.machine = config, machine
+        self.refused: dict[str, str] = {}
+        """Why phases cannot start, of those that were predicted so far."""
         self.data: DataSize = data_size(config)
         self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
@@ -67,18 +69,28 @@ class Planner:
             yield f"How many questions there are is not known, {UNKNOWN:,} are counted of each: {', '.join(unknown)}."
 
     def predictions(self) -> Iterator[Prediction]:
-        """All phases in the order in which they run."""
-        yield self.training("vae")
+        """All phases that can start, in the order in which they run."""
+        yield from self._startable("vae")
         yield self.encode()
-        yield self.training("denoiser")
+        yield from self._startable("denoiser")
         if self.config.rollout.enabled:
-            yield self.training("rollout")
+            yield from self._startable("rollout")
         if self.config.rl.enabled and self.config.rl.policy != "text":
-            yield self.training("rl")
+            yield from self._startable("rl")
         if self.config.verifier.enabled:
             yield self.verifier()
-        yield self.training("ar")
+        yield from self._startable("ar")
         yield self.evaluate()
+
+    def _startable(self, phase: str) -> Iterator[Prediction]:
+        """A training phase; none where it cannot start, which is noted in ``refused``."""
+        try:
+            check_ds_config(self.config.backbone, deepspeed_file(self.config, phase))
+            check_topology(self.config, phase, self.machine.gpus)  # as submit.sh and the phase itself ask
+        except (BatchSizeError, DeepSpeedConfigError) as error:
+            self.refused[phase] = str(error)
+            return
+        yield self.training(phase)
 
     def train_settings(self, phase: str) -> TrainSettings:
         """The phase's own training settings."""
@@ -88,8 +100,6 @@ class Planner:
     def training(self, phase: str) -> Prediction:
         """A training phase, with the remedy where it does not fit."""
         train, backbone = self.train_settings(phase), self.config.backbone
-        check_ds_config(backbone, deepspeed_file(self.config, phase))
-        check_topology(self.config, phase, self.machine.gpus)  # as submit.sh and the phase itself ask
         micro = micro_batch_size(train.global_batch, self.machine.gpus, train.micro_batch)
         found = self._attempt(phase, self.config, micro)
         if not found.fits:
@@ -101,20 +111,23 @@ class Planner:
 
         What a pass allocates is no more there: only splitting takes memory for a gradient on its way.
         """
-        own = deepspeed_file(self.config, phase)
-        usual = [*(["ds_configs/zero0.json"] if self.machine.gpus == 1 else [_LIGHTEST]), *_LADDER]
-        for path in usual[: usual.index(own)] if own in usual else []:
-            zero = Zero.of(read_ds_config(path), self.machine.gpus, self.element_bytes)
-            if replace(found, holdings=self._held(phase, self.config, zero)).fits:
+        own = self._zero(deepspeed_file(self.config, phase))
+        for path in ["ds_configs/zero0.json" if self.machine.gpus == 1 else _LIGHTEST, *_LADDER]:
+            zero = self._zero(path)
+            if zero.weight < own.weight and replace(found, holdings=self._held(phase, self.config, zero)).fits:
                 return path
         return ""
+
+    def _zero(self, file: str) -> Zero:
+        """What a DeepSpeed file says, on this machine."""
+        return Zero.of(read_ds_config(file), self.machine.gpus, self.element_bytes)
 
     def _attempt(self, phase: str, config: Config, micro: int) -> Prediction:
         """The phase under ``config`` (which may differ from ours in checkpointing, offloading and adapters)."""
         train, machine = self.train_settings(phase), self.machine
         checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
         weights = weights_of(self._model(phase, config), train.optimizer)
-        zero = Zero.of(read_ds_config(deepspeed_file(config, phase)), machine.gpus, self.element_bytes)
+        zero = self._zero(deepspeed_file(config, phase))
         held = self._held(phase, config, zero)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)
         arithmetic = samples * self._mean_pass(phase, config).flops / self._speed

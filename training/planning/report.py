@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ladir.report.fitting import print_whole
@@ -94,21 +96,30 @@ def remedies(predictions: Sequence[Prediction]) -> list[str]:
 def lighter(predictions: Sequence[Prediction]) -> Iterator[str]:
     """What splits less than the configured file and fits as well, a line for each such file."""
     for path in dict.fromkeys(p.lighter for p in predictions if p.lighter):
-        phases = ", ".join(p.phase for p in predictions if p.lighter == path)
-        yield f"{phases}: <phase>.train.deepspeed={path} fits as well and is faster, since less is gathered and sent"
+        settings = " ".join(f"{p.phase}.train.deepspeed={path}" for p in predictions if p.lighter == path)
+        yield f"{settings} fits as well and is faster, since less is gathered and sent"
 
 
 def print_report(
-    console: Console, predictions: Sequence[Prediction], machine: Machine, measured: bool, left_out: Iterable[str] = ()
+    console: Console,
+    predictions: Sequence[Prediction],
+    machine: Machine,
+    measured: bool,
+    left_out: Iterable[str] = (),
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Everything, as wide as it is where it goes to a file or a pipe; ``left_out``: what is not among the predictions."""
+    """Everything, as wide as it is where it goes to a file or a pipe.
+
+    ``left_out``: what is not among the predictions; ``refused``: why phases cannot start.
+    """
     print_whole(console, partial(memory_table, machine), predictions)
     print_whole(console, partial(time_table, machine), predictions)
     source = "lengths measured in data.train" if measured else "lengths from plan.* and data.max_* (data.train is not at hand)"
+    busy = "; ranks busy: of the time, the rest of which they wait for the one with most to do"
     reinforced = any(p.iteration for p in predictions)
     notes = [
         f"Memory is that of a micro batch of the longest records, time that of mean ones: {source}.",
-        "Read: stored samples, by all ranks; ranks busy: of the time, the rest of which they wait for the one with most to do.",
+        f"Read: stored samples, by all ranks{busy if any(p.balance for p in predictions) else ''}.",
         "Time is the larger of a GPU's arithmetic and of its host's launching one operator after another (--launch-us).",
         "Decoding (evaluate) reads memory more than it computes: its MFU is lower, its keys and values are an upper bound.",
         "An evaluation's hours are of all data sets and ways of asking, questions and answers as long as the records'.",
@@ -116,7 +127,8 @@ def print_report(
         *left_out,
         *lighter(predictions),
     ]
-    verdict = [f"[red]{line}[/red]" for line in remedies(predictions)] or ["[green]every phase fits[/green]"]
+    faults = [*remedies(predictions), *(f"{phase} cannot start: {reason}" for phase, reason in refused.items())]
+    verdict = [f"[red]{escape(line)}[/red]" for line in faults] or ["[green]every phase fits[/green]"]
     for line in [*notes, *verdict]:
         console.print(line, soft_wrap=True)
 
