@@ -104,6 +104,24 @@ def test_prompts_that_join_as_others_end_are_answered_as_in_batches(
         assert max(lengths) > 10 * min(lengths) and len(rows) < 0.7 * in_batches
 
 
+@pytest.mark.parametrize("most_rows", [4, 3])
+def test_samples_join_one_by_one_where_there_is_room_for_one_question_alone(most_rows: int) -> None:
+    """As many rows as a question has samples, or fewer: in far fewer passes than question by question, with the same texts."""
+    backbone = Backbone(tiny_lm())
+    prompts, keys = [list(range(2, 3 + n % 4)) for n in range(6)], [f"question {n}" for n in range(6)]
+    rows: list[int] = []
+    backbone.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+
+    def asked(first: int, end: int, most_rows: int | None) -> list[list[list[int]]]:
+        return complete(backbone, prompts[first:end], keys[first:end], 4, 1, 100, 20.0, 5, most_rows=most_rows)
+
+    one_by_one = [texts for first in range(6) for texts in asked(first, first + 1, None)]
+    passes, written, rows[:] = len(rows), sum(rows), []
+    assert asked(0, 6, most_rows) == one_by_one
+    assert max(rows) <= most_rows and sum(rows) == written  # every prompt is read once
+    assert most_rows < 4 or len(rows) < 0.75 * passes
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_an_lm_s_folder_says_how_it_reads_questions(bidirectional: bool, tmp_path: Path) -> None:
     save_lm(Backbone(tiny_lm()), tmp_path / "lm", bidirectional_question=bidirectional)

@@ -16,7 +16,7 @@ from ladir.models.backbone import Backbone
 from ladir.models.positions import check_room
 
 _SHORTER = "set a lower evaluate.ar_max_tokens, or leave long questions out (a lower data.max_question_tokens)"
-#: new questions are read together where so many parts of the rows' places are free
+#: new prompts are read together where one of so many parts of the rows' places is free
 _PARTS = 8
 
 
@@ -58,7 +58,7 @@ def complete(
     """Sampled completions: ``num_samples`` token-id lists per prompt.  UnusableError where the LM's table of positions may end.
 
     ``keys`` name the prompts for the random numbers; ``bidirectional_question``: their tokens see each other, as the model was
-    trained; ``top_p``: tokens are of the nucleus.  With more than ``most_rows`` samples prompts join as others' completions end;
+    trained; ``top_p``: tokens are of the nucleus.  With more than ``most_rows`` samples they join one by one as others end;
     else the prompt's cache is computed once and shared by its samples.  ``on_tokens`` sees tokens come, rows in the order of the
     prompts.
     """
@@ -77,7 +77,7 @@ def complete(
 
 
 class _Queue:
-    """Continuous batching (Yu et al. 2022, Orca): a prompt's rows join as soon as there is room for all of them.
+    """Continuous batching (Yu et al. 2022, Orca): a sample joins as soon as another one's place is free.
 
     A row's text does not depend on when it joins: its tokens see its own alone, and its random numbers are its own.
     """
@@ -94,38 +94,56 @@ class _Queue:
     ) -> None:
         self._backbone, self._writing, self._prompts, self._noise = backbone, writing, prompts, noise
         self._on_tokens = on_tokens
-        self._samples, self._most = num_samples, max(most_rows, num_samples)
+        self._samples, self._most = num_samples, most_rows
         self._texts: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
-        self._asked = 0
+        self._asked = 0  # samples that have joined
+        self._last: tuple[Prefix, Tensor] | None = None  # the prompt of the last one, where others of it are to come
         self._rows: list[int] = []  # that are being written; of each its random numbers [R, max_tokens] and last state [R, H]
         self._prefix: Prefix | None = None
         self._uniform = self._hidden = torch.zeros(0)
 
     def written(self) -> list[list[int]]:
         """Every sample's tokens, without <eos>."""
-        while self._rows or self._asked < len(self._prompts):
+        while self._rows or self._asked < len(self._texts):
             self._ask()
             self._step()
         return self._texts
 
     def _ask(self) -> None:
-        """Read the next prompts, as many as there is room for, where that is enough to be worth a pass."""
-        room = (self._most - len(self._rows)) // self._samples
-        count = min(room, len(self._prompts) - self._asked)
-        if not count or (self._rows and room * self._samples < self._most // _PARTS):
-            return
-        prompts = range(self._asked, self._asked + count)
-        self._asked = prompts.stop
-        prefix, hidden = self._writing.read(self._backbone, [self._prompts[prompt] for prompt in prompts])
-        owner = torch.arange(count, device=hidden.device).repeat_interleave(self._samples)
-        prefix, hidden = prefix.select(owner), hidden[owner]
-        rows = list(range(prompts.start * self._samples, prompts.stop * self._samples))
-        uniform = self._noise.uniform(rows, self._writing.max_tokens).to(hidden.device)
+        """Let the next samples join, as many as there is room for; where that is too little to read a prompt for, those of the
+        prompt that was read last."""
+        room = self._most - len(self._rows)
+        rows = range(self._asked, min(self._asked + room, len(self._texts)))
+        if self._rows and room < self._most // _PARTS:
+            rows = rows[: -self._asked % self._samples]
+        if rows:
+            self._join(rows)
+
+    def _join(self, rows: range) -> None:
+        """Write the samples ``rows`` beside the others from now on."""
+        prefix, hidden = self._read(rows)
+        uniform = self._noise.uniform(list(rows), self._writing.max_tokens).to(hidden.device)
         if self._prefix is not None and self._rows:
             prefix = self._prefix.trimmed().joined(prefix)
             hidden, uniform = torch.cat([self._hidden, hidden]), torch.cat([self._uniform, uniform])
         self._prefix, self._hidden, self._uniform = prefix, hidden, uniform
-        self._rows = [*self._rows, *rows]
+        self._rows, self._asked = [*self._rows, *rows], rows.stop
+
+    def _read(self, rows: range) -> tuple[Prefix, Tensor]:
+        """What stands before the samples ``rows``, and last states [R, H]; each prompt is read once, whenever they join."""
+        first, end = rows.start // self._samples, -(-rows.stop // self._samples)
+        new = self._prompts[first + (self._last is not None) : end]
+        read = self._last
+        if new:
+            read = self._writing.read(self._backbone, new)
+            if self._last is not None:
+                read = self._last[0].joined(read[0]), torch.cat([self._last[1], read[1]])
+        assert read is not None
+        prefix, hidden = read
+        last = torch.tensor([end - first - 1], device=hidden.device)
+        self._last = (prefix.select(last).trimmed(), hidden[last]) if rows.stop % self._samples else None
+        owner = torch.tensor([row // self._samples - first for row in rows], device=hidden.device)
+        return prefix.select(owner), hidden[owner]
 
     def _step(self) -> None:
         """A token for every row; those that have ended leave."""
