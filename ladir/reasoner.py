@@ -117,6 +117,7 @@ class Reasoner(TrajectoryGenerator):
         random_steps: RandomSteps | None = None,
         token_head_weight: float | None = None,
         lm_weight: float | None = None,
+        thought_temperature: float | None = None,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
 
@@ -207,6 +208,11 @@ class Reasoner(TrajectoryGenerator):
             problems.append(
                 "token_head_weight: the head has a say where finished blocks are read as text, which they are with reencode=True "
                 "or by a model trained with denoiser.context=text; set that, or use 0"
+            )
+        if given.get("thought_temperature") and not self.reads_blocks(settings):
+            problems.append(
+                "thought_temperature: finished blocks are read as text with reencode=True or by a model trained with "
+                "denoiser.context=text; set that, or use 0"
             )
         if settings.lm_weight and not self.denoiser.settings.lm_weight:
             problems.append(

@@ -259,6 +259,7 @@ def test_every_control_of_the_sampling_can_be_given_in_python_and_on_the_command
     given |= {"verifier_scale": 0.5, "renoise_time": 0.4, "renoise_steps": 2}
     given |= {"max_blocks": 5, "max_answer_tokens": 9, "answer_temperature": 0.1}
     given |= {"guidance_interval": [0.25, 0.75], "guidance_rescale": 0.7, "token_head_weight": 0.8, "lm_weight": 0.3}
+    given |= {"thought_temperature": 0.9}
     texts = {name: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
     options = [text for name, values in texts.items() for text in (f"--{name.replace('_', '-')}", *values)]
     ask = ["3 7 -> 21", "--model", str(tmp_path), "--seed", "4", "--trajectories", "2", "--choose", "majority"]

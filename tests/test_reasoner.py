@@ -180,7 +180,9 @@ def plain_span(
                         if step == steps - 1:
                             spoken = [group for text in read[i][:block] for group in sentence_groups(d, text)]
                             groups = [*question_groups(d, ids, hidden=False), *before[i], *spoken]
-                            read[i][block] = plain_read(reasoner, z, carried[i][block], groups)  # type: ignore[index]
+                            state = carried[i]
+                            own = None if state is None else state[block]
+                            read[i][block] = plain_read(reasoner, z, own, groups, noise, rows[i])
                             z = plain_reencoded(reasoner, read[i][block]) if s.reencode else z
                         moved[i][block] = z
             zs = moved
@@ -201,12 +203,15 @@ def plain_guided(settings: SampleSettings, velocity: Tensor, free: Tensor, z: Te
     return guided
 
 
-def plain_read(reasoner: Reasoner, z: Tensor, state: Tensor, groups: list[Tensor]) -> list[int]:
+def plain_read(
+    reasoner: Reasoner, z: Tensor, state: Tensor | None, groups: list[Tensor], noise: TrajectoryNoise, row: int
+) -> list[int]:
     """One block, read alone; ``state`` [L, H]: hidden states of its last step; ``groups``: what stands before it."""
     d, s = reasoner.denoiser, reasoner.settings
     latents = z * d.latent_std + d.latent_mean
-    if s.token_head_weight or s.lm_weight:
-        return plain_fused_thought(reasoner, latents, state, groups)
+    if s.token_head_weight or s.lm_weight or s.thought_temperature:
+        draws = noise.uniform_of_thoughts([row], (s.max_thought_tokens,))[0] if s.thought_temperature else None
+        return plain_fused_thought(reasoner, latents, state, groups, draws)
     return plain_thought(reasoner.thought_decoder, latents, s.max_thought_tokens)
 
 
@@ -218,11 +223,14 @@ def plain_reencoded(reasoner: Reasoner, ids: list[int]) -> Tensor:
     return (mean[0] - d.latent_mean) / d.latent_std
 
 
-def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor, groups: list[Tensor]) -> list[int]:
-    """The likeliest token of several readers, one after another, the whole sequence each time; the head knows no end."""
+def plain_fused_thought(
+    reasoner: Reasoner, z: Tensor, state: Tensor | None, groups: list[Tensor], draws: Tensor | None
+) -> list[int]:
+    """A token of several readers, one after another, the whole sequence each time; the head knows no end."""
     d, s, decoder, head = reasoner.denoiser, reasoner.settings, reasoner.thought_decoder, reasoner.denoiser.token_head
-    assert head is not None
-    said = head(state[None, None], head.positions)[0, 0].softmax(-1)
+    if s.token_head_weight:
+        assert head is not None and state is not None
+        said = head(state[None, None], head.positions)[0, 0].softmax(-1)
     ids: list[int] = []
     while len(ids) < s.max_thought_tokens:
         own = teacher_forced(decoder, z[None], [ids])[-1].softmax(-1)
@@ -230,12 +238,16 @@ def plain_fused_thought(reasoner: Reasoner, z: Tensor, state: Tensor, groups: li
             words = [d.backbone.embed(torch.tensor([token])) for token in ids]
             expected = plain_forward(d.backbone, [*groups, d.marks.weight[Mark.BOT][None], *words])[-1]
             own = own * d.backbone.logits(expected).softmax(-1) ** s.lm_weight
-        if own.argmax() == EOS:
-            break
         if s.token_head_weight and len(ids) < len(said):
+            if own.argmax() == EOS:
+                break
             own = own * said[len(ids)] ** s.token_head_weight
             own[EOS] = 0.0
-        ids.append(int(own.argmax()))
+        draw = None if draws is None else draws[len(ids)][None]
+        token = int(choose_tokens(own.log()[None], s.thought_temperature, draw))
+        if token == EOS:
+            break
+        ids.append(token)
     return ids
 
 
@@ -324,7 +336,7 @@ def steps_of(reasoner: Reasoner, questions: Sequence[str], count: int, seed: int
     with torch.no_grad():
         prefix = reasoner._question_prefix(questions, owner, reasoner.settings.guidance_scale != 1.0)
         reads = reasoner.settings.reencode or reasoner.denoiser.settings.context == "text"
-        reader = BlockReader(reasoner, reasoner.settings) if reads else None
+        reader = BlockReader(reasoner, reasoner.settings, noise) if reads else None
         list(BlockSampler(reasoner.denoiser, reasoner.settings, noise, reader=reader).sample(prefix, owner, hook))
     return seen
 
@@ -373,6 +385,10 @@ def test_cached_sampling_equals_recomputing_everything(kind: str, attention: str
         {"context": "text", "lm_weight": 1.0, "guidance_scale": 2.0, "restarts": 1},
         {"context": "text", "lm_weight": 0.6, "carry": "hidden", "token_head_weight": 0.7, "span": 2, "lag": 0, "reencode": True},
         {"context": "text", "lm_weight": 3.0, "span": 3, "lag": 1, "max_blocks": 4, "bidirectional_question": True},
+        {"context": "text", "thought_temperature": 1.0, "span": 2, "lag": 0, "max_blocks": 4},
+        {"context": "text", "lm_weight": 0.6, "thought_temperature": 0.7, "span": 2, "lag": 0},
+        {"carry": "hidden", "reencode": True, "token_head_weight": 0.7, "thought_temperature": 1.0, "restarts": 1},
+        {"context": "text", "lm_weight": 1.0, "thought_temperature": 2.0, "carry": "hidden", "token_head_weight": 0.7},
         {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "guidance_rescale": 0.7, "carry": "hidden", "span": 2, "lag": 1},
     ],
     ids=lambda controls: "-".join(controls),
@@ -888,6 +904,7 @@ def test_extreme_rewards_guide_or_are_refused() -> None:
         ({"lag": -1}, "lag=-1: must be at least 0 and at most 100"),
         ({"lag": 101}, "lag=101: must be at least 0 and at most 100"),
         ({"answer_temperature": -0.1}, "answer_temperature=-0.1: must be at least 0"),
+        ({"thought_temperature": -0.1}, "thought_temperature=-0.1: must be at least 0"),
         ({"diversity_scale": -0.1}, "diversity_scale=-0.1: must be at least 0"),
         ({"guidance_interval": [0.9, 0.1]}, r"guidance_interval=\[0.9, 0.1\]: must be two times, \[low, high\]"),
         ({"guidance_interval": 0.5}, "guidance_interval=0.5: must be two times"),
@@ -907,6 +924,8 @@ def test_controls_that_the_models_reading_does_not_allow_are_refused() -> None:
     with pytest.raises(UnusableError, match=r"token_head_weight: the head has a say where .* reencode=True"):
         tiny_reasoner(carry="hidden").generate(QUESTIONS, token_head_weight=1.0)
     tiny_reasoner(carry="hidden", context="text").generate(QUESTIONS, token_head_weight=1.0, lm_weight=1.0)
+    with pytest.raises(UnusableError, match="thought_temperature: finished blocks are read as text with reencode=True"):
+        tiny_reasoner().generate(QUESTIONS, thought_temperature=1.0)
     with pytest.raises(UnusableError, match=r"lm_weight=1.0: the LM of this model was not trained on sentences"):
         tiny_reasoner().generate(QUESTIONS, lm_weight=1.0)
 
@@ -1003,8 +1022,10 @@ def test_an_export_without_a_token_head_is_not_asked_for_one() -> None:
 def test_reencoding_needs_the_encoder_and_finite_latents() -> None:
     reasoner = tiny_reasoner()
     prefix = reasoner._question_prefix(QUESTIONS[:1], torch.zeros(1, dtype=torch.int64), guided=False)
+    reader = BlockReader(reasoner, reasoner.settings, TrajectoryNoise(0, [("a", 0)]))
+    endless = torch.full((1, 1, 2, 3), torch.inf)
     with pytest.raises(UnusableError, match="did not stay finite"):
-        BlockReader(reasoner, reasoner.settings)([0], [0], torch.full((1, 1, 2, 3), torch.inf), torch.zeros(1, 1, 2, 0), prefix)
+        reader([0], [0], endless, torch.zeros(1, 1, 2, 0), prefix)
     reasoner.encoder = None
     with pytest.raises(ValueError, match=r"reencode: this model came without.*sample\.reencode=true"):
         reasoner.generate(QUESTIONS, reencode=True)

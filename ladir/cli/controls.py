@@ -30,6 +30,7 @@ CONTROLS = (
     "reencode",
     "token_head_weight",
     "lm_weight",
+    "thought_temperature",
     "max_blocks",
     "max_answer_tokens",
     "answer_temperature",
@@ -78,6 +79,7 @@ def add_controls(parser: argparse.ArgumentParser) -> None:
         "--token-head-weight", type=float, help="say of the denoiser's token head in that reading; 0: the VAE's decoder alone"
     )
     parser.add_argument("--lm-weight", type=float, help="say of what the LM expects to be written next in that reading; 0: none")
+    parser.add_argument("--thought-temperature", type=float, help="temperature of that reading's tokens; 0: the likeliest")
     parser.add_argument("--max-blocks", type=int, help="blocks after which the answer is forced")
     parser.add_argument("--max-answer-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument("--answer-temperature", type=float, help="temperature of the answer's tokens; 0: greedy")

@@ -75,6 +75,11 @@ class SampleSettings:
         "weight of what the denoiser's LM expects to be written next (denoiser.lm_weight) beside the VAE's decoder where a "
         "finished block is read as text: a product of both, which also ends the sentence; 0: none",
     )
+    thought_temperature: float = setting(
+        0.0,
+        "temperature at which a finished block is read as text (reencode, or denoiser.context=text), of whatever has a say "
+        "there; 0: the likeliest tokens",
+    )
     max_blocks: int = setting(32, "blocks after which the answer is forced; below data.max_blocks long chains are cut short")
     max_answer_tokens: int = setting(128, "longest answer, in tokens; below data.max_answer_tokens long ones are cut short")
     max_thought_tokens: int = setting(

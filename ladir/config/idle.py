@@ -17,6 +17,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("sample.restart_keeps_state", "denoiser.carry=hidden", lambda c: c.denoiser.carry != "none"),
     ("sample.restart_*", "sample.restarts above 0", lambda c: c.sample.restarts > 0),
     ("sample.token_head_weight", "sample.reencode=true or denoiser.context=text", lambda c: bool(reads_blocks(c))),
+    ("sample.thought_temperature", "sample.reencode=true or denoiser.context=text", lambda c: bool(reads_blocks(c))),
     ("sample.spacing_power", "sample.spacing=power", lambda c: c.sample.spacing == "power"),
     ("sample.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),
     ("rollout.lag", "denoiser.span above 1", lambda c: c.denoiser.span > 1),

@@ -123,8 +123,8 @@ class TokenHeadReading:
             both = logits.float().log_softmax(-1)
             both += self.weight * self.head.up(self.features[rows, step]).float().log_softmax(-1)
             ends = logits.argmax(-1) == eos_id
-            both[:, eos_id] = torch.where(ends, torch.inf, -torch.inf)
-            return both
+            is_end = torch.arange(both.shape[-1], device=both.device) == eos_id
+            return both.masked_fill(is_end != ends[:, None], -torch.inf)
 
         return steered
 
@@ -186,14 +186,16 @@ def thought_ids(
     max_tokens: int,
     steer: Steer | None = None,
     between: Between | None = None,
+    temperature: float = 0.0,
+    uniform: Tensor | None = None,
 ) -> list[list[int]]:
-    """Token ids of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` of them; ``steer``
-    changes what they are chosen by, ``between`` is called after every token."""
+    """Token ids of each block of latents ``z`` [K, L, d] (not standardised), at most ``max_tokens`` of them; ``steer``
+    changes what they are chosen by, ``between`` is called after every token; ``temperature``, ``uniform``: of :func:`decode`."""
     with decoder.lm() as lm:
         inputs = decoder.prefix(z)
         prefix, hidden = Prefix.start(lm, inputs, torch.full((len(z),), inputs.shape[1], device=z.device))
         most = thought_limit(decoder, z.shape[1], max_tokens)
-        return decode(prefix, hidden, eos_id, most, on_tokens=between_tokens(between), steer=steer)
+        return decode(prefix, hidden, eos_id, most, temperature, uniform, on_tokens=between_tokens(between), steer=steer)
 
 
 def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:

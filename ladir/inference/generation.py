@@ -64,9 +64,16 @@ class BlockReader:
 
     own = True
 
-    def __init__(self, generator: TrajectoryGenerator, settings: SampleSettings, between: Between | None = None) -> None:
+    def __init__(
+        self,
+        generator: TrajectoryGenerator,
+        settings: SampleSettings,
+        noise: TrajectoryNoise,
+        between: Between | None = None,
+    ) -> None:
         """``between`` is called after every token."""
         self.generator, self.settings, self.encodes, self._between = generator, settings, settings.reencode, between
+        self._noise = noise
         self.read: dict[tuple[int, int], list[int]] = {}
 
     def __call__(self, rows: list[int], blocks: list[int], z: Tensor, state: Tensor, prefix: Prefix) -> Tensor:
@@ -76,14 +83,19 @@ class BlockReader:
         for places in together:
             numbers = [blocks[place] for place in places]
             steer = steered_by(*self._beside(rows, numbers[0], state[:, places].flatten(0, 1), prefix))
-            texts = self._texts(z[:, places].flatten(0, 1), steer)
+            texts = self._texts(rows, z[:, places], steer)
             self.read.update(zip(itertools.product(rows, numbers), texts, strict=True))
             del steer  # with the cache that the LM wrote along from: the next one is made
         return self._encoded([self.read[place] for place in itertools.product(rows, blocks)], z) if self.encodes else z
 
-    def _texts(self, z: Tensor, steer: Steer | None) -> list[list[int]]:
-        of = self.generator
-        return thought_ids(of.thought_decoder, of.eos, of.plain(z), of.settings.max_thought_tokens, steer, self._between)
+    def _texts(self, rows: list[int], z: Tensor, steer: Steer | None) -> list[list[int]]:
+        """Of blocks ``z`` [R, E, L, d], row by row."""
+        of, temperature = self.generator, self.settings.thought_temperature
+        limit, plain = of.settings.max_thought_tokens, of.plain(z.flatten(0, 1))
+        uniform = None
+        if temperature:
+            uniform = self._noise.uniform_of_thoughts(rows, (z.shape[1], limit)).flatten(0, 1).to(z.device)
+        return thought_ids(of.thought_decoder, of.eos, plain, limit, steer, self._between, temperature, uniform)
 
     def _beside(self, rows: list[int], block: int, state: Tensor, prefix: Prefix) -> Iterator[Steer]:
         """Who has a say beside the decoder."""
@@ -199,7 +211,7 @@ class TrajectoryGenerator:
         prefix = self._question_prefix(rows.questions(part), owner, settings.guidance_scale != 1.0)
         traces, texts = dict[tuple[int, int], list[str]](), dict[tuple[int, int], str]()
         value = BlockValue(self.denoiser, self.verifier) if self.verifier is not None else None
-        reader = self._reader(settings, watch.between_steps)
+        reader = self._reader(settings, noise, watch.between_steps)
         kept = KeptSteps(*extras.random_steps) if extras.random_steps is not None else None
         sampler = BlockSampler(self.denoiser, settings, noise, reward, reader, self.graphs, kept, value)
         on_block = self._block_hook(texts, watch.on_block, reader) if watch.on_block is not None else None
@@ -239,9 +251,9 @@ class TrajectoryGenerator:
                 most,
             )
 
-    def _reader(self, settings: SampleSettings, between: Between | None) -> Reader | None:
+    def _reader(self, settings: SampleSettings, noise: TrajectoryNoise, between: Between | None) -> Reader | None:
         """What reads finished blocks of one batch, where they are read; ``between`` is called after every token."""
-        return BlockReader(self, settings, between) if self.reads_blocks(settings) else None
+        return BlockReader(self, settings, noise, between) if self.reads_blocks(settings) else None
 
     def reads_blocks(self, settings: SampleSettings) -> bool:
         """Whether finished blocks are read as text before the next ones."""

@@ -94,6 +94,7 @@ class TrajectoryNoise:
         seeds = [seed] * len(keys) if isinstance(seed, int) else seed
         self._keys = list(zip(seeds, keys, strict=True))
         self._latents, self._answers = self._generators("latents"), self._generators("answer")
+        self._thoughts = self._generators("thought")
 
     def _generators(self, purpose: str) -> list[np.random.Generator]:
         return [generator(derive(seed, purpose, question), index) for seed, (question, index) in self._keys]
@@ -110,6 +111,10 @@ class TrajectoryNoise:
     def uniform(self, rows: list[int], count: int) -> Tensor:
         """Fresh uniform numbers [len(rows), count] for the answer's tokens."""
         return torch.from_numpy(np.stack([self._answers[r].random(count, dtype=np.float32) for r in rows]))
+
+    def uniform_of_thoughts(self, rows: list[int], shape: tuple[int, ...]) -> Tensor:
+        """Fresh uniform numbers [len(rows), *shape] for the tokens that finished blocks are read as."""
+        return torch.from_numpy(np.stack([self._thoughts[r].random(shape, dtype=np.float32) for r in rows]))
 
 
 class KeptSteps:

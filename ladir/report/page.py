@@ -118,7 +118,7 @@ def _tables(runs: Sequence[RunData]) -> Iterator[str]:
 
 _SHOWN_CONTROLS = (
     "num_steps", "sampler", "initial_noise", "guidance_scale", "diversity_scale", "restarts", "reencode", "token_head_weight",
-    "lm_weight",
+    "lm_weight", "thought_temperature",
 )  # fmt: skip
 
 

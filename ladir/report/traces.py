@@ -15,7 +15,7 @@ from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import Between, decode_thoughts
-from ladir.inference.sampler import NOISE, Reader, StepHook
+from ladir.inference.sampler import NOISE, Reader, StepHook, TrajectoryNoise
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
@@ -111,8 +111,8 @@ class LatentRecorder(Reasoner):
         self._between: Between | None = None
         self._given = sentences
 
-    def _reader(self, settings: SampleSettings, between: Between | None) -> Reader | None:
-        return super()._reader(settings, between) if self._given is None else GivenSentences(self._given)
+    def _reader(self, settings: SampleSettings, noise: TrajectoryNoise, between: Between | None) -> Reader | None:
+        return super()._reader(settings, noise, between) if self._given is None else GivenSentences(self._given)
 
     def decode_latents(self, z: Tensor) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""
