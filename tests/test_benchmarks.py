@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -13,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, fitting_layers, host_bytes
+from training.benchmarks.report import Results, show
 from training.benchmarks.scaling import Scaling
-from training.benchmarks.setup import Bench, UnequalError
+from training.benchmarks.setup import Bench, Row, UnequalError
 from training.benchmarks.sizes import SIZES
-from training.benchmarks.utilisation import Replay, recorded
+from training.benchmarks.utilisation import Replay, Utilisation, recorded
 from training.benchmarks.zero import zero3_step
 from training.gpu_check import complete
 from training.runtime.distributed import World
@@ -53,6 +56,27 @@ def test_every_row_runs_and_lands_in_the_json_file(tmp_path: Path) -> None:
     assert set(found["scaling"]) == set(SMOKE.scaling)
     assert all(len(row["seconds"]) == len(row["values"]) for row in found["scaling"].values())
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_narrow_place_takes_no_word_of_the_tables(terminal: bool) -> None:
+    results = Results()
+    results.rows.append(Row("packing", "packed rows", "rows padded to the longest one", 0.5, 1.0, at_most=3.0))
+    results.utilisation.append(Utilisation("denoiser_step", 0.5, 10**12, 0.25, 4e12))
+    results.scaling.append(Scaling("trajectories", (1, 2, 4, 8, 16), (0.1, 0.2, 0.4, 0.8, 1.6)))
+    text = io.StringIO()
+    show(Console(file=text, width=60, force_terminal=terminal, color_system=None), results, Bench(SMOKE, torch.device("cpu")))
+    shown = text.getvalue()
+    assert "…" not in shown and (max(map(len, shown.splitlines())) <= 60) == terminal
+    names = (
+        "rows padded to the longest one",
+        "computed less",
+        "500.0 ms",
+        "matmul peak",
+        "of its own products' rate",
+        "milliseconds",
+    )
+    assert all(name in shown for name in (*names, "packed rows", "denoiser_step", "trajectories", "100, 200, 400, 800, 1,600"))
 
 
 @pytest.mark.benchmark

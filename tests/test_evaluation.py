@@ -25,6 +25,7 @@ from ladir.evaluation.results import (
     write_questions,
     write_results,
 )
+from ladir.report.fitting import print_text
 from ladir.tasks import get_task
 
 
@@ -256,3 +257,16 @@ def test_examples_show_thoughts_and_verdict() -> None:
     assert text.count("3 7 -> 10") == 1
     assert "3 + 7 = 10" in text
     assert "2 of 2" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_examples_lose_no_word(terminal: bool) -> None:
+    """A line of a log is as long as its thought; a terminal's are wrapped."""
+    words = [[f"{part}{number}" for number in range(40)] for part in ("asked", "thought", "answered")]
+    asked, thought, answer = map(" ".join, words)
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=terminal, color_system=None)
+    print_text(console, examples([QuestionResult(asked, (Trajectory(answer, True, answer, (thought,)),))], 1))
+    shown = text.getvalue()
+    assert {word for part in words for word in part} <= set(shown.split())
+    assert (max(map(len, shown.splitlines())) <= 80) == terminal and (thought in shown) == (not terminal)

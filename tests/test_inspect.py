@@ -47,3 +47,21 @@ def test_a_file_without_a_readable_record_has_no_table(tmp_path: Path, capsys: p
     assert main(["inspect", str(tmp_path / "my.jsonl")]) == 1
     out = capsys.readouterr().out
     assert "blocks per record" not in out and "1 records: 0 usable, 1 bad" in out
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_narrow_place_takes_no_word_of_the_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "44")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    file = tmp_path / "my.jsonl"
+    file.write_text(json.dumps({"input": "How many?", "output": "It is so.\n#### 7"}) + "\n")
+    build_word_tokenizer(["How", "many?", "It", "is", "so.", "7"]).save_pretrained(str(tmp_path / "words"))
+    assert main(["inspect", str(file), "--show", "0", "--tokenizer", str(tmp_path / "words")]) == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    lines = [line for line in out.splitlines() if "┃" in line or "│" in line]
+    assert "…" not in out and (max(map(len, lines)) <= 44) == terminal
+    names = "question", "blocks per record", "mean", "50 %", "95 %", "99 %", "longest", "total", "limit"
+    assert all(name in "\n".join(lines) for name in names)

@@ -32,9 +32,6 @@ from training.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
-#: width of the tables where there is no terminal
-_LOG_COLUMNS = 150
-
 #: what is measured together: a name for the log, and how
 Part = tuple[str, Callable[[Bench], Measured | Iterable[Measured]]]
 
@@ -112,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     for results in measure(bench, _ALL if arguments.suite == "all" else [arguments.suite]):
         write_json(arguments.json, as_json(results, bench, time.perf_counter() - start))
-    console = Console()
-    show(console if console.is_terminal else Console(width=_LOG_COLUMNS), results, bench)
+    show(Console(), results, bench)
     if results.scaling:
         plot(arguments.json.with_suffix(".png"), results.scaling)
 

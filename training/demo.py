@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -31,8 +32,9 @@ from rich.text import Text
 
 from ladir.config import Config
 from ladir.config.loader import parse_args
-from ladir.evaluation.report import examples, results_table
+from ladir.evaluation.report import examples, results_table, shown_figures
 from ladir.evaluation.results import QuestionResult, read_questions, read_results
+from ladir.report.fitting import print_text, print_whole
 from training.jobs import POLL_SECONDS, Job, launcher_command, tail, threads_of
 from training.runtime.files import read_json, write_json
 from training.runtime.preemption import INTERRUPTED_STATUS
@@ -225,10 +227,11 @@ class Demo:
         if file.is_file():
             beside = read_results(held_out) if self.config.data.test_held_out and held_out.is_file() else None
             self.console.print()
-            self.console.print(results_table(read_results(file), beside))
+            content = read_results(file)
+            print_whole(self.console, partial(results_table, content, beside), shown_figures(content))
             shown = self._solved_first(read_questions(self.folder.path / "generations.jsonl").get("ladir", []))
             self.console.print("\nLaDiR's thoughts, decoded to text (first trajectory of each question):\n")
-            self.console.print(examples(shown, self.config.evaluate.examples))
+            print_text(self.console, examples(shown, self.config.evaluate.examples))
         seconds, memory = self._cost()
         self._line(f"total {_clock(seconds)}, at most {memory:.1f} GiB of memory")
         self._line(f"results {self.folder.path / 'results.json'}   logs {self.logs}")

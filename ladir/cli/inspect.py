@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,10 +16,12 @@ from ladir.config import BackboneSettings, DataSettings
 from ladir.config.loader import load_config
 from ladir.data.encode import EncodedRecord, check_records
 from ladir.data.records import BadRecord, RecordSet, list_bad_records, read_records
+from ladir.report.fitting import print_whole
 from ladir.tokens import load_tokenizer
 
 #: a line of the table: its name, what is counted, and the setting that limits it
 _Row = tuple[str, Iterable[int], int]
+_Figure = Callable[[Sequence[int], int], str]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -81,18 +84,37 @@ def _blocks_row(counts: Iterable[int], settings: DataSettings) -> _Row:
 
 
 def _show_rows(console: Console, title: str, rows: Iterable[_Row]) -> None:
-    """A table of how values are distributed."""
+    """A table of how values are distributed; none where there are no values."""
+    found = [(name, sorted(values), limit) for name, values, limit in rows]
+    if found := [row for row in found if row[1]]:
+        print_whole(console, partial(_table, title, found), list(_FIGURES))
+
+
+def _table(title: str, rows: Sequence[tuple[str, list[int], int]], figures: Sequence[str]) -> Table:
+    """A line for each row (its name, its sorted values, their limit), a column for each of ``figures``."""
     table = Table(title=title)
-    for column in ("", "mean", "50 %", "95 %", "99 %", "longest", "total", "limit"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("")
+    for figure in figures:
+        table.add_column(figure, justify="right")
     for name, values, limit in rows:
-        lengths = sorted(values)
-        if lengths:
-            quantiles = [str(lengths[min(int(q * len(lengths)), len(lengths) - 1)]) for q in (0.5, 0.95, 0.99)]
-            total = sum(lengths)
-            table.add_row(name, f"{total / len(lengths):.1f}", *quantiles, str(lengths[-1]), str(total), str(limit))
-    if table.rows:
-        console.print(table)
+        table.add_row(name, *(_FIGURES[figure](values, limit) for figure in figures))
+    return table
+
+
+def _quantile(share: float) -> _Figure:
+    return lambda values, limit: str(values[min(int(share * len(values)), len(values) - 1)])
+
+
+#: the table's columns, each from sorted values and their limit
+_FIGURES: dict[str, _Figure] = {
+    "mean": lambda values, limit: f"{sum(values) / len(values):.1f}",
+    "50 %": _quantile(0.5),
+    "95 %": _quantile(0.95),
+    "99 %": _quantile(0.99),
+    "longest": lambda values, limit: str(values[-1]),
+    "total": lambda values, limit: str(sum(values)),
+    "limit": lambda values, limit: str(limit),
+}
 
 
 def _show_unknown(console: Console, records: Sequence[EncodedRecord], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -86,7 +86,7 @@ def examples(questions: Sequence[QuestionResult], count: int) -> RenderableType:
 def _example(question: QuestionResult) -> Text:
     shown = question.trajectories[0]
     verdict, style = ("right", "green") if shown.correct else ("wrong", "red")
-    text = Text(no_wrap=True, overflow="ellipsis")
+    text = Text()
     text.append(question.question.strip(), style="bold")
     text.append(f"   ({question.num_correct} of {len(question.trajectories)} trajectories right)\n", style="dim")
     for number, thought in enumerate(shown.thoughts, start=1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -25,6 +25,11 @@ def print_whole(console: Console, table_of: Callable[[Sequence[T]], Table], colu
         count = next((n for n in range(len(rest), 1, -1) if _width(table_of(rest[:n])) <= room), 1)
         _print(console, table_of(rest[:count]), room)
         rest = rest[count:]
+
+
+def print_text(console: Console, text: RenderableType) -> None:
+    """Print texts; their lines are wrapped between words on a terminal, and whole in a file or a pipe."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _print(console: Console, table: Table, room: int) -> None:

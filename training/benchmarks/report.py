@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 
+from ladir.report.fitting import print_whole
 from training.benchmarks.scaling import Scaling
 from training.benchmarks.setup import Bench, Row
 from training.benchmarks.utilisation import Utilisation
@@ -74,54 +76,52 @@ def as_json(results: Results, bench: Bench, seconds: float) -> dict[str, Any]:
 def show(console: Console, results: Results, bench: Bench) -> None:
     """Print the tables that have rows."""
     where = f"{bench.size.name} on {device_name(bench.device)}, {str(bench.dtype).removeprefix('torch.')}"
-    tables = []
     if results.rows:
-        tables.append(_ratios(results.rows, where))
+        title = f"Ours against the obvious way ({where})"
+        print_whole(console, partial(_table, title, [(row.title, _ratio(row)) for row in results.rows]), list(_RATIOS))
     if results.utilisation:
-        tables.append(_utilisation(results.utilisation, where))
+        title = f"Achieved FLOP/s ({where})"
+        print_whole(console, partial(_table, title, [(s.name, _rates(s)) for s in results.utilisation]), list(_RATES))
     if results.scaling:
-        tables.append(_scaling(results.scaling, bench))
-    console.print(Group(*tables))
+        title = f"How time grows ({bench.size.scaling_layers} layers)"
+        print_whole(console, partial(_table, title, [(row.quantity, _growth(row)) for row in results.scaling]), list(_GROWTH))
 
 
-def _ratios(rows: Sequence[Row], where: str) -> Table:
-    table = Table(title=f"Ours against the obvious way ({where})", title_justify="left")
+_RATIOS = ("the obvious way", "ours", "obvious", "ratio", "computed less")
+_RATES = ("time", "GFLOP", "GFLOP/s", "matmul peak", "MFU", "of its own products' rate")
+_GROWTH = ("values", "milliseconds", "exponent")
+
+
+def _table(title: str, rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str]) -> Table:
+    """A line for each row, by its name, with some of its cells."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    table.add_column("the obvious way")
-    for name in ("ours", "obvious", "ratio", "computed less"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        computed = "" if row.at_most is None else f"{row.at_most:.1f} x"
-        table.add_row(
-            row.title, row.against, _amount(row.ours, row.unit), _amount(row.obvious, row.unit), f"{row.ratio:.2f} x", computed
-        )
+    for name in columns:
+        table.add_column(name, justify="left" if name == _RATIOS[0] else "right")
+    for name, cells in rows:
+        table.add_row(name, *(cells[column] for column in columns))
     return table
+
+
+def _ratio(row: Row) -> dict[str, str]:
+    computed = "" if row.at_most is None else f"{row.at_most:.1f} x"
+    times = (_amount(row.ours, row.unit), _amount(row.obvious, row.unit))
+    return dict(zip(_RATIOS, (row.against, *times, f"{row.ratio:.2f} x", computed), strict=True))
 
 
 def _amount(value: float, unit: str) -> str:
     return f"{1e3 * value:,.1f} ms" if unit == "s" and value < 1 else f"{value:,.2f} {unit}"
 
 
-def _utilisation(steps: Sequence[Utilisation], where: str) -> Table:
-    table = Table(title=f"Achieved FLOP/s ({where})", title_justify="left")
-    table.add_column("")
-    for name in ("time", "GFLOP", "GFLOP/s", "matmul peak", "MFU", "of its own products' rate"):
-        table.add_column(name, justify="right")
-    for step in steps:
-        rates = (step.flops / 1e9, step.rate / 1e9, step.peak / 1e9)
-        shares = (step.mfu, step.of_own_shapes)
-        table.add_row(step.name, _amount(step.seconds, "s"), *(f"{r:,.4g}" for r in rates), *(f"{s:.1%}" for s in shares))
-    return table
+def _rates(step: Utilisation) -> dict[str, str]:
+    rates = (f"{rate:,.4g}" for rate in (step.flops / 1e9, step.rate / 1e9, step.peak / 1e9))
+    shares = (f"{share:.1%}" for share in (step.mfu, step.of_own_shapes))
+    return dict(zip(_RATES, (_amount(step.seconds, "s"), *rates, *shares), strict=True))
 
 
-def _scaling(rows: Sequence[Scaling], bench: Bench) -> Table:
-    table = Table(title=f"How time grows ({bench.size.scaling_layers} layers)", title_justify="left")
-    for name in ("quantity", "values", "milliseconds", "exponent"):
-        table.add_column(name, justify="left" if name == "quantity" else "right")
-    for row in rows:
-        values = (", ".join(map(str, row.values)), ", ".join(f"{1e3 * s:,.0f}" for s in row.seconds))
-        table.add_row(row.quantity, *values, f"{row.exponent:.2f}")
-    return table
+def _growth(row: Scaling) -> dict[str, str]:
+    values = (", ".join(map(str, row.values)), ", ".join(f"{1e3 * s:,.0f}" for s in row.seconds))
+    return dict(zip(_GROWTH, (*values, f"{row.exponent:.2f}"), strict=True))
 
 
 def plot(path: Path, rows: Sequence[Scaling]) -> None:

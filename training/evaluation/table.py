@@ -16,7 +16,7 @@ from ladir.evaluation.metrics import summarise
 from ladir.evaluation.report import examples, results_table, shown_figures
 from ladir.evaluation.results import MethodResult, QuestionResult, read_questions, read_results, write_questions, write_results
 from ladir.evaluation.voting import elections
-from ladir.report.fitting import print_whole
+from ladir.report.fitting import print_text, print_whole
 from training.evaluation.answers import Answered
 from training.evaluation.asking import Busy
 from training.evaluation.gold import GoldCheck
@@ -108,7 +108,7 @@ def show(run: Run) -> None:
     console, content, judged = Console(), read_results(results), read_questions(generations)
     print_whole(console, partial(results_table, content, None), shown_figures(content))
     shown = next((sampling for sampling in judged if sampling.startswith("ladir")), next(iter(judged)))
-    console.print(examples(judged[shown], run.config.evaluate.examples))
+    print_text(console, examples(judged[shown], run.config.evaluate.examples))
 
 
 def gold_facts(check: GoldCheck, handling: str) -> dict[str, Any]:
