@@ -35,6 +35,7 @@ from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked, choose_questions
 from training.runtime.distributed import World
 from training.runtime.run import Run
+from training.runtime.status import Status
 
 #: of a question of mean length, for a stand-in that sleeps
 SECONDS = 0.005
@@ -106,6 +107,20 @@ def test_ranks_that_take_from_the_queue_answer_as_one_does_and_say_how_busy_they
     (first, busy, mine), (second, same, theirs) = two_processes.run(slow_answers, tmp_path / "two", 40)
     assert first == second == expected and mine + theirs == asked == 40
     assert len(alone.ranks) == 1 and busy.ranks == same.ranks and len(busy.ranks) == 2
+
+
+def test_the_end_is_foreseen_by_samples_not_by_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred trajectories of a question, then a greedy answer."""
+    run = open_run(configure(tmp_path, "evaluate.num_trajectories=100"))
+    log = AnswerLog(run, RECORDS[:1])
+    benchmarks = [Benchmark("", run, TASK, Asked(RECORDS[:1], [], GoldCheck(0, {}, 0.0), 1), log)]
+    done: list[Any] = []
+    monkeypatch.setattr(Status, "say", lambda status, doing, **facts: done.append(facts["fraction"]))
+    left = [asking.Portion(0, sampling, range(1)) for sampling in ("ladir", "ladir-zero-noise")]
+    progress = asking._Progress(run, benchmarks, left)
+    for number in range(2):
+        progress.taken(number)
+    assert done == [0.0, pytest.approx(100 / 101)]
 
 
 def results(log: AnswerLog) -> dict[int, QuestionResult]:

@@ -125,7 +125,7 @@ def test_other_trainings_names_leave_a_set_readable(tmp_path: Path) -> None:
         ({"input": " ", "answer": "7"}, "field 'input' is empty"),
         ({"input": "q", "output": "No mark. None at all."}, "it has no final answer to compare with; give it"),
         ({"question": "q", "answer": "Two sentences. None of them boxed."}, "it has no final answer to compare with; give it"),
-        ({"question": "q"}, "it has no final answer to compare with; give it"),
+        ({"question": "q"}, 'it has no final answer to compare with; give it a field "answer", name the one that has it'),
         ({"problem": 3, "answer": "7"}, "field 'question' is of type number"),
         ({"input": "q " * 9, "answer": "7"}, "its question has 9 tokens, more than data.max_question_tokens=8; shorten it"),
         ({"text": "q", "test_list": 3}, "field 'test_list' is neither"),

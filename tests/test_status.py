@@ -386,6 +386,14 @@ def test_a_rank_is_slow_beside_the_median_one() -> None:
 
 
 def test_a_window_that_is_none_is_refused() -> None:
-    for wrong in ("[3]", "[0,2]", "[5,4]"):
+    for wrong in ("[3]", "[0,2]", "[5,4]", "13:10"):
         with pytest.raises(ConfigError, match=r"telemetry\.profile_steps=.*: must be \[first, last\]"):
             load_config(None, [f"telemetry.profile_steps={wrong}"])
+
+
+def test_a_window_is_written_as_a_list_or_with_a_colon(tmp_path: Path) -> None:
+    for written in ("10:13", "[10,13]", "10:99"):
+        last = int(written.strip("]")[-2:])
+        (tmp_path / "a.yaml").write_text(f"telemetry:\n  profile_steps: {written}\n")
+        for config in (load_config(None, [f"telemetry.profile_steps={written}"]), load_config(str(tmp_path / "a.yaml"))):
+            assert config.telemetry.profile_steps == [10, last]

@@ -46,7 +46,8 @@ def suite_in(models: Path, folder: Path) -> tuple[str, ...]:
 def tables(folder: Path) -> tuple[dict[str, Any], str]:
     suite = json.loads((folder / "tiny" / "suite.json").read_text())
     for row in suite["rows"]:
-        assert row.pop("wall_seconds") > 0
+        spent = row.pop("seconds_by_rank")
+        assert row.pop("wall_seconds") == max(spent.values()) > 0 and row.pop("seconds_per_question")["average"] > 0
     assert all(0 <= share <= 1 for share in suite.pop("busy")["ranks"])
     return suite, (folder / "tiny" / "suite.md").read_text()
 
@@ -69,7 +70,9 @@ def test_one_table_of_all_benchmarks(whole: Path) -> None:
         content = json.loads((whole / "tiny" / f"results-{name}.json").read_text())
         assert (content["benchmark"], content["sample"]["max_blocks"]) == (name, 1 if name == "sums" else 3)
         for row, ours in zip(content["rows"], suite["rows"], strict=True):
-            assert ours["pass@1"][name] == row["pass@1"]
+            assert all(
+                ours[figure][name] == row[figure] for figure in ("pass@1", "forward_passes_per_question", "flops_per_question")
+            )
     for row in suite["rows"]:
         assert row["pass@1"]["average"] == pytest.approx((row["pass@1"]["countdown-4"] + row["pass@1"]["sums"]) / 2)
     lines = [json.loads(line) for line in (whole / "tiny" / "generations-sums.jsonl").read_text().splitlines()]
@@ -108,14 +111,16 @@ def test_files_that_are_missing_are_named_before_anything_is_read(
     with pytest.raises(FileNotFoundError) as told:
         evaluate_in(models, tmp_path, "evaluate.suite=code4", f"evaluate.suite_folder={tmp_path}", "evaluate.methods=[ladir]")
     lines = str(told.value).splitlines()
-    assert [f"data.test={tmp_path}/{name}.jsonl: no such file" in line for name, line in zip(SUITES["code4"], lines, strict=True)]
+    for name, line in zip(SUITES["code4"], lines, strict=True):
+        assert line.startswith(f"evaluate.suite: {name}: data.test={tmp_path}/{name}.jsonl: no such file")
+        assert f"put the file there (evaluate.suite_folder={tmp_path})" in line
 
 
 @pytest.mark.parametrize(
     ("suite", "told"),
     [
         ("maths8", "'maths8' is no suite or data set known by name; valid: code4,"),
-        ("[gsm8k,gsm8k]", "two data sets are named 'gsm8k'"),
+        ("[gsm8k,GSM8K]", "evaluate.suite: two data sets are named 'gsm8k'; give one another name"),
         ("[{data.test: a.jsonl}]", "name='': a data set's name must be"),
         ("[{name: a, run.seed: 3}]", "a: run.seed cannot be a data set's own"),
     ],
@@ -123,7 +128,7 @@ def test_files_that_are_missing_are_named_before_anything_is_read(
 def test_a_suite_that_is_none_is_refused_with_the_settings(suite: str, told: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(None, [f"evaluate.suite={suite}"])
-    assert told in str(error.value)
+    assert str(error.value).count(told) == len(error.value.errors) == 1
 
 
 def test_settings_of_a_set_are_checked_like_all_others(models: Path, tmp_path: Path) -> None:
@@ -144,6 +149,7 @@ def test_sets_by_name_have_a_task_and_a_file_whatever_its_spelling(models: Path,
     assert names["humaneval"] == "HumanEval.jsonl.gz" and names["mbpp+"] == "MbppPlus.jsonl"
     assert names["humaneval+"] == "humaneval+.jsonl" and names["college-math"] == "college_math/test.jsonl"
     assert [config.evaluate.task for config in found.values()] == ["code"] * 4 + ["maths"]
+    assert entries(["GSM8K", "Code4"]) == entries(["gsm8k", "code4"])
     assert len(entries(["maths7"])) == 7 and len(entries(["countdown", "gsm8k"])) == 3 and entries([]) == []
 
 
@@ -154,9 +160,15 @@ def test_other_values_of_some_settings_leave_the_first_as_they_were() -> None:
     assert (config.sample.max_blocks, config.evaluate.suite) == (SampleSettings().max_blocks, ["gsm8k"])
 
 
-def results_of(rates: dict[str, float | None]) -> dict[str, Any]:
+def results_of(rates: dict[str, float | None], passes: float = 1.0, **ranks: float) -> dict[str, Any]:
     rows = [
-        {"method": method, "pass@1": rate, "standard_errors": {"pass@1": 0.03 if rate is not None else None}, "wall_seconds": 1.0}
+        {
+            "method": method,
+            "pass@1": rate,
+            "standard_errors": {"pass@1": 0.03 if rate is not None else None},
+            "forward_passes_per_question": passes,
+            "seconds_by_rank": ranks,
+        }
         for method, rate in rates.items()
     ]
     left_out, gold = {"number": 1, "counted": True}, {"judged": 4, "refused": 1}
@@ -169,9 +181,17 @@ def test_the_average_counts_every_benchmark_alike() -> None:
     (ar, ladir), lines = suite["rows"], list(set_lines(suite))
     assert ar["pass@1"] == {"a": 0.5, "b": 0.7, "average": 0.6} and ladir["pass@1"]["average"] is None
     assert ar["standard_errors"]["pass@1"]["average"] == pytest.approx(0.03 / 2**0.5)
+    assert ar["seconds_per_question"] == {"a": None, "b": None, "average": None}
     assert "| ar | pass@1 | 50.0 ± 3.0 | 70.0 ± 3.0 | 60.0 ± 2.1 |" in suite_markdown(suite)
     assert lines[0].endswith("4 asked, 1 left out, counted as not solved; own answers accepted 3 of 4")
     assert [column.header for column in suite_table(suite, suite_columns(suite)).columns][2:] == ["a", "b", "average"]
+
+
+def test_a_row_takes_as_long_as_the_rank_that_has_most_of_all_benchmarks() -> None:
+    one, two = results_of({"ar": 0.5}, passes=2.0, first=5.0, second=1.0), results_of({"ar": 0.5}, passes=4.0, second=5.0)
+    (row,) = summarise_suite({"a": one, "b": two})["rows"]
+    assert (row["seconds_by_rank"], row["wall_seconds"]) == ({"first": 5.0, "second": 6.0}, 6.0)
+    assert row["forward_passes_per_question"] == {"a": 2.0, "b": 4.0, "average": 3.0}
 
 
 def wide_table(columns: Any) -> Table:

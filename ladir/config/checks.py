@@ -289,7 +289,7 @@ def _combination_errors(config: Config) -> Iterator[str]:
     yield from _context_errors(config)
     window = config.telemetry.profile_steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
-        yield f"telemetry.profile_steps={window}: must be [first, last], two steps counted from 1, or [] for none"
+        yield f"telemetry.profile_steps={window}: must be [first, last] or first:last, two steps counted from 1, or [] for none"
     if config.stage == "joint" and config.denoiser.sample_latents:
         yield "denoiser.sample_latents=true: joint training (stage=joint) takes the posterior's mean; set it to false"
     if config.ar.train.heads_lr_factor != 1:

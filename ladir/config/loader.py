@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ladir.arguments import LineParser
 from ladir.config import Config
 from ladir.config.checks import validate
-from ladir.config.texts import is_text, is_text_list, is_texts, plainly, written
+from ladir.config.texts import is_text, is_text_list, is_texts, plainly, window, written
 
 __all__ = [
     "ConfigError",
@@ -41,6 +41,10 @@ __all__ = [
     "show_value",
     "validate",
 ]
+
+
+#: settings that may be written first:last, too
+_WINDOWS = ("telemetry.profile_steps",)
 
 
 class ConfigError(ValueError):
@@ -241,6 +245,8 @@ def _merge(
         as_written = texts.get(entry.name)
         if as_written is not None and (is_text if isinstance(as_written, str) else is_text_list)(entry.annotation):
             value = as_written
+        if entry.name in _WINDOWS:
+            value = window(as_written) or value
         if entry.annotation == list[Any] and isinstance(value, str):
             value = [value]
         try:

@@ -24,7 +24,9 @@ class TelemetrySettings:
         "warning (not measured where backbone.compile=true)",
     )
     profile_steps: list[int] = setting(
-        [], "[first, last]: these training steps are traced by PyTorch's profiler, a file per rank in profile/<phase>; []: none"
+        [],
+        "[first, last], or first:last: these training steps are traced by PyTorch's profiler, a file per rank in "
+        "profile/<phase>; []: none",
     )
     nvtx: bool = setting(
         False, "name the parts of a step (forward, backward, optimizer step, ...) for NVIDIA's Nsight Systems; CUDA only"

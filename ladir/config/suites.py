@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class DataSetEntry:
 def entries(suite: Sequence[Any]) -> list[DataSetEntry]:
     """The data sets of ``evaluate.suite``, a list of names (of suites or sets) and mappings."""
     found: list[DataSetEntry] = []
-    for part in suite:
+    for part in map(_spelled, suite):
         if isinstance(part, Mapping):
             own = {str(name): value for name, value in part.items()}
             found.append(DataSetEntry(str(own.pop("name", "")), own))
@@ -44,21 +45,31 @@ def entries(suite: Sequence[Any]) -> list[DataSetEntry]:
     return found
 
 
+def _spelled(part: Any) -> Any:
+    """The name of a suite or data set in its own spelling: ``gsm8k`` for ``GSM8K``."""
+    known = {file_key(name): name for name in _names()}
+    return known.get(file_key(part), part) if isinstance(part, str) else part
+
+
+def _names() -> list[str]:
+    return sorted({*SUITES, *(name for sets in SUITES.values() for name in sets)})
+
+
 def suite_errors(suite: Sequence[Any]) -> Iterator[str]:
     """What is wrong with ``evaluate.suite``, a sentence each; the values of a set's settings are checked when it is opened."""
-    known = sorted({*SUITES, *(name for sets in SUITES.values() for name in sets)})
-    for part in suite:
+    known = _names()
+    for part in map(_spelled, suite):
         if not isinstance(part, Mapping) and part not in known:
             yield (
                 f"evaluate.suite: {part!r} is no suite or data set known by name; valid: {', '.join(known)}, or a mapping "
                 "{name: NAME, data.test: FILE, evaluate.task: TASK, ...}"
             )
-    names = [entry.name for entry in entries(suite)]
+    for name, count in Counter(entry.name for entry in entries(suite)).items():
+        if count > 1:
+            yield f"evaluate.suite: two data sets are named {name!r}; give one another name"
     for entry in entries(suite):
         if not entry.name or entry.name.isdecimal() or re.search(r"[/\\\0]", entry.name):
             yield f"evaluate.suite: name={entry.name!r}: a data set's name must be a part of a file's name, and not a number"
-        if names.count(entry.name) > 1:
-            yield f"evaluate.suite: two data sets are named {entry.name!r}; give one another name"
         for setting in entry.settings:
             if not setting.startswith(_OWN_SECTIONS) or setting in _SHARED:
                 yield (

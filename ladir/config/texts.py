@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from typing import Any
@@ -60,6 +61,12 @@ def _pairs(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
         else:
             own.append((str(key.value), value))
     return merged + own
+
+
+def window(text: Any) -> list[int] | None:
+    """First and last of ``10:13``, which YAML takes for minutes and seconds; None where it is written otherwise."""
+    ends = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    return None if ends is None else [int(end) for end in ends.groups()]
 
 
 def plainly(text: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class MethodResult:
     """Seconds of training that the method needed in all, earlier phases included."""
     wall_seconds: float | None = None
     """Seconds from the first question to the last, over all restarts: what the process that took longest spent."""
+    seconds_by_rank: Mapping[int, float] = field(default_factory=dict)
+    """What every process spent on the row, over all restarts."""
     forward_passes_per_question: float | None = None
     """Passes of a sequence through the LM (:class:`ladir.inference.cost.Cost`), all trajectories included."""
     flops_per_question: float | None = None
@@ -84,6 +86,7 @@ class MethodResult:
             **self.summary,
             "seconds_per_question": self.seconds_per_question,
             "wall_seconds": self.wall_seconds,
+            "seconds_by_rank": {str(rank): seconds for rank, seconds in sorted(self.seconds_by_rank.items())},
             "forward_passes_per_question": self.forward_passes_per_question,
             "flops_per_question": self.flops_per_question,
             "training_seconds": self.training_seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.table import Table
 #: figures of a row that are averaged over benchmarks, with their titles
 FIGURES = {"pass@1": "pass@1", "pass@10": "pass@10", "pass@100": "pass@100", "majority": "majority"}
 AVERAGE = "average"
+#: what a question costs, averaged likewise
+COSTS = ("seconds_per_question", "forward_passes_per_question", "flops_per_question")
 
 
 def summarise_suite(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -19,7 +22,8 @@ def summarise_suite(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     ``sets``: per benchmark the questions in its file, asked and left out, and what the checker said of their own answers.
     ``rows``: per method and figure the rate of each benchmark and their mean, each benchmark counting the same (as published
-    averages do), null where a benchmark lacks it; ``standard_errors`` likewise, the mean's from independent benchmarks.
+    averages do), null where a benchmark lacks it; ``standard_errors`` likewise, the mean's from independent benchmarks; a
+    question's costs likewise.  ``seconds_by_rank``: of every process, over all benchmarks; ``wall_seconds``: of the slowest.
     """
     methods = list(dict.fromkeys(row["method"] for content in results.values() for row in content["rows"]))
     return {
@@ -48,8 +52,12 @@ def _row(method: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     errors = {name: row["standard_errors"] for name, row in rows.items()}
     figures = {figure: _averaged({name: row.get(figure) for name, row in rows.items()}) for figure in FIGURES}
     spreads = {figure: _spread({name: error.get(figure) for name, error in errors.items()}) for figure in FIGURES}
-    seconds = sum(row["wall_seconds"] or 0.0 for row in rows.values())
-    return {"method": method, **figures, "standard_errors": spreads, "wall_seconds": seconds}
+    costs = {cost: _averaged({name: row.get(cost) for name, row in rows.items()}) for cost in COSTS}
+    ranks: Counter[str] = Counter()
+    for row in rows.values():
+        ranks.update(row["seconds_by_rank"])
+    spent = {"seconds_by_rank": dict(ranks), "wall_seconds": max(ranks.values(), default=0.0)}
+    return {"method": method, **figures, "standard_errors": spreads, **costs, **spent}
 
 
 def _averaged(values: Mapping[str, float | None]) -> dict[str, float | None]:

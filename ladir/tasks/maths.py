@@ -82,8 +82,8 @@ class MathsTask:
         """Raise UnusableError where the record has no answer to compare with."""
         if not record.answer:
             raise UnusableError(
-                f'{record.source}: it has no final answer to compare with; give it a field "answer", or mark it in the text '
-                "(data.answer_prefixes, \\boxed)"
+                f'{record.source}: it has no final answer to compare with; give it a field "answer", name the one that has '
+                "it (data.answer_field), or mark it in the text (data.answer_prefixes, \\boxed)"
             )
 
     def verdict(self, answer: str, record: Record) -> Verdict:

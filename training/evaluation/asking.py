@@ -72,13 +72,13 @@ def rows_of(settings: EvaluateSettings, sampling: str) -> int:
 
 
 class Models:
-    """One model in memory at a time, and how it answers the questions of every data set."""
+    """One model in memory at a time, and how it answers the questions of every data set; seconds of ``loading`` so far."""
 
     def __init__(self, run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str], give_way: GiveWay) -> None:
         """``give_way`` is called while they answer, after every step and token, and may raise."""
         self._run, self._samplings, self._give_way = run, samplings, give_way
         self._configs = [benchmark.run.config for benchmark in benchmarks]
-        self._model = ""
+        self._model, self.loading = "", 0.0
         self._answerers: Sequence[Mapping[str, Answerer]] = ()
 
     def answerer(self, portion: Portion) -> Answerer:
@@ -88,14 +88,15 @@ class Models:
             self._run.status.say(f"loading the model behind {portion.sampling}")
             self._answerers = ()  # lets the other one go before this one comes
             own = [sampling for sampling in self._samplings if model_of(sampling) == model]
+            start = time.perf_counter()
             self._answerers = load_answerers(self._configs, model, own, self._run.world.device, self._give_way)
-            self._model = model
+            self._model, self.loading = model, self.loading + time.perf_counter() - start
         return self._answerers[portion.benchmark][portion.sampling]
 
 
 @dataclass(frozen=True)
 class Busy:
-    """How long the queue took since this start, and which share of that every rank worked."""
+    """How long the queue took since this start, and which share of that, but for loading models, every rank worked."""
 
     seconds: float
     ranks: list[float]
@@ -108,12 +109,14 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
     judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0
     while not alarm.rung() and (number := tickets.take()) < len(left):
-        begun, portion = time.perf_counter(), left[number]
-        told.taken(number)
+        portion = left[number]
         benchmark = benchmarks[portion.benchmark]
         records = [benchmark.asked.records[i] for i in portion.batch]
         try:
-            answered = _answer(benchmark.task, judges, records, models.answerer(portion), run.world.rank, alarm.give_way)
+            answerer = models.answerer(portion)
+            told.taken(number)
+            begun = time.perf_counter()
+            answered = _answer(benchmark.task, judges, records, answerer, run.world.rank, alarm.give_way)
         except BrokenOff:
             break  # what is answered again is answered in the same company
         benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))
@@ -122,12 +125,12 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
     run.world.wait_at_most(_BATCH_MINUTES)
     if alarm.meet():
         return None
-    return _busy(run, busy, time.perf_counter() - start)
+    return _busy(run, busy, models.loading, time.perf_counter() - start)
 
 
-def _busy(run: Run, busy: float, seconds: float) -> Busy:
-    """This rank worked for ``busy`` of so many seconds; what all did, and said (all ranks together)."""
-    shares = run.world.gather(round(busy / max(seconds, 1e-9), 4))
+def _busy(run: Run, busy: float, loading: float, seconds: float) -> Busy:
+    """This rank asked for ``busy`` of so many seconds, besides ``loading``; what all did, and said (all ranks together)."""
+    shares = run.world.gather(round(busy / max(seconds - loading, 1e-9), 4))
     if run.world.size > 1:
         least = min(range(len(shares)), key=shares.__getitem__)
         mean = sum(shares) / len(shares)
@@ -143,7 +146,8 @@ class _Progress:
         self._run, self._benchmarks, self._left = run, benchmarks, left
         self._before = [0]
         for portion in left:
-            self._before.append(self._before[-1] + len(portion.batch))
+            settings = benchmarks[portion.benchmark].run.config.evaluate
+            self._before.append(self._before[-1] + len(portion.batch) * rows_of(settings, portion.sampling))
         self._pace, self._line = Pace(), -math.inf
 
     def taken(self, number: int) -> None:

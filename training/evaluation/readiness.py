@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ladir.config import Config
@@ -21,14 +21,14 @@ _ENDINGS = (*EXTENSIONS, ".gz")
 OPTIONAL = ("rollout", "rl", "ar-rl")
 
 
-def ready_methods(run: Run, asked: Sequence[Config]) -> list[str]:
+def ready_methods(run: Run, asked: Mapping[str, Config]) -> list[str]:
     """The rows of the table that can be filled: all, or all but those of the later stages that were not trained.
 
-    ``asked``: the settings of every data set.  Raises FileNotFoundError with a line for everything else that is missing: models,
-    their snapshots, the files of questions.
+    ``asked``: the settings of every data set by its name in a suite.  Raises FileNotFoundError with a line for everything else
+    that is missing: models, their snapshots, the files of questions.
     """
     methods = [method for method in run.config.evaluate.methods if _is_trained(run, method)]
-    files = (problem for config in asked for problem in _missing_file(config))
+    files = (problem for name, config in asked.items() for problem in _missing_file(name, config))
     problems = [*files, *_missing_models(run, methods)] if run.world.is_main else None
     if problems := run.world.broadcast(problems):
         raise FileNotFoundError("\n".join(problems))
@@ -53,12 +53,15 @@ def _is_trained(run: Run, method: str) -> bool:
     return True
 
 
-def _missing_file(config: Config) -> Iterator[str]:
-    name, path = f"data.{config.evaluate.split}", question_file(config)
+def _missing_file(data_set: str, config: Config) -> Iterator[str]:
+    name, path, folder = f"data.{config.evaluate.split}", question_file(config), Path(config.evaluate.suite_folder)
+    whose = f"evaluate.suite: {data_set}: " if data_set else ""
     if path is None:
-        yield f"{name} is not set: name the records to evaluate on"
+        yield f"{whose}{name} is not set: name the records to evaluate on"
     elif path.endswith(_ENDINGS) and not Path(path).is_file():
-        yield f"{name}={path}: no such file (looked in {Path.cwd()}); correct the path"
+        by_name = f", put the file there (evaluate.suite_folder={folder}), or give the set a {name} of its own"
+        remedy = by_name if data_set and folder in Path(path).parents else ""
+        yield f"{whose}{name}={path}: no such file (looked in {Path.cwd()}); correct the path{remedy}"
 
 
 def _missing_models(run: Run, methods: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def evaluate(run: Run) -> None:
     """Fill the table: every method on every question of every data set; rank 0 writes and shows the results."""
     sets = data_sets(run)
-    methods = ready_methods(run, [data_set.run.config for data_set in sets])
+    methods = ready_methods(run, {data_set.name: data_set.run.config for data_set in sets})
     check_export(run, methods)
     if (benchmarks := open_benchmarks(sets)) is None:
         _interrupt(run)
