@@ -628,6 +628,14 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     # and the start's are forward alone.
     assert iteration.learning[1] == pytest.approx(2 * (4 * (1 + 2 / 3) + 8) * launches * 1e-5)
     assert found.seconds == pytest.approx(150 * iteration.seconds) and found.steps == 300
+    # One gold record on a rank: a pass has up to 16 attempts all the same, or all that the rank has.
+    config.rl.train.global_batch = 2
+    for micro, size, rounds, passes in ((16, 16, 1, 1 + 2 / 3 + 1), (40, 17, 1, 1 + 2 / 3), (8, 8, 2, 2 * (1 + 2 / 3) + 1)):
+        config.rl.train.micro_batch = micro
+        again = planner.training("rl")
+        assert f"micro {size} x {rounds}," in again.setup and again.iteration is not None
+        assert again.iteration.learning[1] == pytest.approx(2 * passes * launches * 1e-5)
+    assert max(key[-1] for key in planner._peaks) == 17
     config.rl.kl_weight = 0.0
     assert planner.training("rl").holdings.frozen < found.holdings.frozen
 

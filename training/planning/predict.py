@@ -101,6 +101,8 @@ class Planner:
         """A training phase, with the remedy where it does not fit."""
         train, backbone = self.train_settings(phase), self.config.backbone
         micro = micro_batch_size(train.global_batch, self.machine.gpus, train.micro_batch)
+        if phase == "rl":
+            micro = max(micro, min(train.micro_batch, sum(self._own_samples(self.config))))
         found = self._attempt(phase, self.config, micro)
         if not found.fits:
             return replace(found, remedy=self._remedy(phase, micro, backbone.activation_checkpointing))
@@ -142,7 +144,7 @@ class Planner:
             saving_per_node=self._saving(phase, weights, zero),
             loading_per_node=self._loading(weights, zero),
             model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, rank)),
-            setup=f"micro {micro} x {train.global_batch // micro // machine.gpus}, recompute {checkpointing}",
+            setup=f"micro {micro} x {self._rounds(phase, config, micro)}, recompute {checkpointing}",
             samples=samples,
             tokens=samples * self._tokens(phase),
             steps=samples / train.global_batch,
@@ -153,6 +155,17 @@ class Planner:
             balance=self._balance(phase, train, micro),
         )
         return self._reinforced(found, config, micro) if phase == "rl" else found
+
+    def _own_samples(self, config: Config) -> tuple[int, int]:
+        """A rank's attempts and gold records of an update of stage 3."""
+        rl, gpus = config.rl, self.machine.gpus
+        return -(-attempts_of(rl) // gpus), rl.train.global_batch // gpus * (rl.anchor_weight > 0)
+
+    def _rounds(self, phase: str, config: Config, micro: int) -> int:
+        """Micro batches of a step; in stage 3 those of attempts."""
+        if phase == "rl":
+            return -(-self._own_samples(config)[0] // micro)
+        return self.train_settings(phase).global_batch // micro // self.machine.gpus
 
     def _averages(self, phase: str) -> int:
         """Averages of the weights in a checkpoint; stage 3's old model is one."""
@@ -221,10 +234,10 @@ class Planner:
         sampling = (rl.prompts * asked.flops / self._speed, batches * asked.real_passes * self._forward_launches(config))
         again = 1 + (1 + ("kl" in terms(rl))) / 3  # the old model's pass, and the start's, are forward alone
         attempts, gold = attempts_of(rl), rl.train.global_batch * (rl.anchor_weight > 0)
-        of_rank = -(-attempts // gpus)
-        passes = -(-of_rank // rl.train.micro_batch) * again
-        if of_rank + gold / gpus > min(rl.train.micro_batch, MOST_TOGETHER):  # else gold records go with the attempts
-            passes += -(-gold // (micro * gpus))
+        of_rank, gold_of_rank = self._own_samples(config)
+        passes = self._rounds("rl", config, micro) * again
+        if of_rank + gold_of_rank > min(micro, MOST_TOGETHER):  # else gold records go with the attempts
+            passes += gold_of_rank // micro_batch_size(rl.train.global_batch, gpus, micro)
         one = self._mean_pass("rl", config).flops
         learning = (
             rl.updates * (attempts * again + gold) * one / self._speed,
