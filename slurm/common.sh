@@ -4,6 +4,7 @@ set -euo pipefail
 
 readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to outgoing connections
 readonly PORT_STEP=1009 # from one start of a job to the next, which may find the first one's port taken
+readonly CPUS_PER_PROCESS=2 # at least, beside a GPU: one that keeps it busy, one that makes batches
 readonly INTERRUPTED_STATUS=75                # of a program that was asked to stop and has saved
 
 fail() {
@@ -83,10 +84,20 @@ count_processes() {
         PROCESSES=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     fi
     [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] ||
-        fail "$entry: this job has no GPU; submit with --gres=gpu:N (or PROCESSES_PER_NODE=N for a run without GPUs)"
+        fail "$entry: this job has no GPU; submit with --gres=gpu:N --cpus-per-task=M (or PROCESSES_PER_NODE=N for a run without GPUs)"
+    [ "$needs" = cpu ] || check_cpus "$entry"
     LAUNCHER=${LAUNCHER:-torchrun}
     [[ $LAUNCHER =~ ^(torchrun|deepspeed|srun)$ ]] || fail "LAUNCHER=$LAUNCHER: must be torchrun, deepspeed or srun"
     export NODES PROCESSES LAUNCHER
+}
+
+# Without GPUs (PROCESSES_PER_NODE) processes may share a CPU; beside a GPU they would keep it waiting.
+check_cpus() {
+    local least=$((CPUS_PER_PROCESS * PROCESSES)) cpus=${SLURM_CPUS_ON_NODE:-}
+    [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9] && -n $cpus ]] || return 0
+    [ "$cpus" -ge "$least" ] ||
+        fail "$1: $cpus CPU(s) on a node for $PROCESSES process(es), each needs $CPUS_PER_PROCESS beside a GPU;" \
+            "add --cpus-per-task=N, the CPUs of a whole node, $least at least"
 }
 
 # One appended log per job, the submitted script and the hostfile, all in the run folder.
@@ -140,9 +151,6 @@ export_environment() {
     MASTER_ADDR=$(sed -n '1s/ .*//p' "$HOSTFILE")
     MASTER_PORT=${MASTER_PORT:-$((FIRST_PORT + (SLURM_JOB_ID + PORT_STEP * restarts) % NUM_PORTS))}
     CORES=$((${SLURM_CPUS_ON_NODE:-$PROCESSES} / PROCESSES))
-    # Without GPUs (PROCESSES_PER_NODE) processes may share a CPU; beside a GPU they would keep it waiting.
-    [ "$CORES" -gt 0 ] || [ -n "${PROCESSES_PER_NODE:-}" ] ||
-        fail "$SLURM_CPUS_ON_NODE CPU(s) on a node for $PROCESSES processes: add --cpus-per-task=N, the CPUs of a whole node"
     export MASTER_ADDR MASTER_PORT
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

@@ -3,7 +3,7 @@
 ``settings.py CONFIG [section.key=value ...]`` prints the run folder and the stop signal, one a line.  With ``--phases`` as the
 first argument it prints the phases of the chain as well, one a line: those in the variable PHASES, else all that are needed.
 What follows and begins with ``--`` are options of sbatch: whether every phase can start on what they ask for is checked.
-Errors go to stderr, one a line, with status 2.
+Errors go to stderr, one a line, with status 2; so does a warning where the options leave something open, with status 0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
@@ -21,7 +22,7 @@ from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
 from training.runtime.chain import Step, chain
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
-from training.runtime.topology import asked_for, step_problems
+from training.runtime.topology import Topology, asked_for, not_checked, step_problems, unchecked
 
 
 def missing(config: Config) -> list[str]:
@@ -50,19 +51,41 @@ def named_phases(text: str) -> list[str]:
     return [" ".join(entry.split()) for entry in text.split(";") if entry.split()]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A phase with its settings, and what options and variables of sbatch ask for on its behalf."""
+
+    config: Config
+    step: Step
+    topology: Topology
+
+
+def asked(entry: str, options: Sequence[str], path: str, overrides: Sequence[str]) -> Asked:
+    """An entry of the chain; raises ConfigError."""
+    name, *words = entry.split()
+    own = [word for word in words if word.startswith("--")]
+    settings = [word for word in words if not word.startswith("--")]
+    config = load_config(path, [*overrides, *settings])
+    phase = {"train_ar": config.ar.phase, "train_denoiser": "rollout" if config.stage == "rollout" else "denoiser"}
+    step = Step(phase.get(name, name.removeprefix("train_")), name, tuple(settings))
+    return Asked(config, step, asked_for([*options, *own], os.environ))
+
+
 def refused_there(phases: Iterable[str], options: Sequence[str], path: str, overrides: Sequence[str]) -> Iterator[str]:
-    """What keeps a phase from starting on the nodes, GPUs and CPUs that options and variables of sbatch ask for."""
-    for entry, *words in map(str.split, phases):
-        own = [word for word in words if word.startswith("--")]
-        settings = [word for word in words if not word.startswith("--")]
+    """What keeps a phase from starting on the nodes, GPUs and CPUs that are asked for."""
+    for entry in phases:
         try:
-            config = load_config(path, [*overrides, *settings])
+            one = asked(entry, options, path, overrides)
         except ConfigError as error:
             yield from error.errors
             continue
-        phase = {"train_ar": config.ar.phase, "train_denoiser": "rollout" if config.stage == "rollout" else "denoiser"}
-        step = Step(phase.get(entry, entry.removeprefix("train_")), entry, tuple(settings))
-        yield from step_problems(config, step, asked_for([*options, *own], os.environ))
+        yield from step_problems(one.config, one.step, one.topology)
+
+
+def unchecked_there(phases: Iterable[str], options: Sequence[str], path: str, overrides: Sequence[str]) -> list[str]:
+    """The trainings, in words, whose number of processes the options leave open."""
+    found = [asked(entry, options, path, overrides) for entry in phases]
+    return [one.step.words for one in found if unchecked(one.step, one.topology)]
 
 
 def main(arguments: list[str]) -> int:
@@ -79,6 +102,8 @@ def main(arguments: list[str]) -> int:
     wrong = [*refused_by_every_training(config), *(missing(config) if whole and not named else [])]
     if wrong := wrong or list(refused_there(phases, options, path, overrides)):
         return _refused(wrong)
+    if open_ones := unchecked_there(phases, options, path, overrides):
+        sys.stderr.write(f"warning: {not_checked(open_ones)}\n")
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *phases]) + "\n")
     return 0

@@ -29,7 +29,7 @@ asks_for_gpus() {
         [[ " $* ${PHASES:-} " =~ \ --(gres|gpus|gpus-per-node|gpus-per-task|gpus-per-socket)=  ]]
 }
 asks_for_gpus ${options[@]+"${options[@]}"} ||
-    fail "no GPU asked for: add --gres=gpu:N (or set PROCESSES_PER_NODE=N for a run without GPUs)"
+    fail "no GPU asked for: add --gres=gpu:N --cpus-per-task=M (or set PROCESSES_PER_NODE=N for a run without GPUs)"
 
 read -r -a python <<<"${CONTAINER:+$CONTAINER python}"
 if [ ${#python[@]} -eq 0 ]; then

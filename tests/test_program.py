@@ -217,13 +217,15 @@ def test_the_next_command_on_a_cluster(run_of: Run, monkeypatch: pytest.MonkeyPa
         ("torchrun", {"SLURM_CPUS_PER_TASK": "64"}, "--gres=gpu:8 --cpus-per-task=64 "),
         ("srun", {"SLURM_CPUS_PER_TASK": "8", "SRUN_CPUS_PER_TASK": "64"}, "--gres=gpu:8 --cpus-per-task=64 "),
         ("srun", {"SLURM_CPUS_PER_TASK": "8"}, "--gres=gpu:8 "),
+        ("srun", {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_CPUS_PER_NODE": "64(x2),32"}, "--gres=gpu:8 --cpus-per-task=64 "),
+        ("torchrun", {"SLURM_JOB_CPUS_PER_NODE": "48"}, "--gres=gpu:8 --cpus-per-task=48 "),
     ],
 )
 def test_the_next_command_asks_for_the_cpus_that_this_job_asked_for(
     launcher: str, known: dict[str, str], asked: str, run_of: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not for a rank's share of them, which a step of srun's own ranks is told; for none where the job asked for none."""
-    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
+    """Not for a rank's share of them, which a step of srun's own ranks is told; for those it got where it asked for none."""
+    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_JOB_CPUS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"INTERRUPTED_MARK": "mark", "SLURM_GPUS_ON_NODE": "8", "LAUNCHER": launcher, **known}.items():
         monkeypatch.setenv(name, value)

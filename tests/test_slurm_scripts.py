@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from training.runtime.distributed import FIRST_PORT, NUM_PORTS, PORT_STEP, complete_environment
+from training.runtime.topology import CPUS_PER_PROCESS
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +137,7 @@ def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_b
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_names_what_its_chain_reads(config: Path) -> None:
-    result = settings("--phases", str(config))
+    result = settings("--phases", "--gres=gpu:1", str(config))
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -179,6 +180,59 @@ def test_a_chain_that_cannot_run_on_what_is_asked_for_is_not_queued(tmp_path: Pa
     )
     result = submit(tmp_path, "--nodes=4", "--gres=gpu:8", *run, PHASES=phases.replace("gpu:5", "gpu:6").replace("30", "24"))
     assert result.returncode == 0 and result.stdout.count("job 17") == 3
+
+
+@pytest.mark.parametrize("options", [("--nodes=2-4", "--gres=gpu:8"), ("--nodes=4", "--gpus-per-socket=4")])
+def test_where_the_processes_are_not_known_it_is_said_that_batches_were_not_checked(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    run = [*options, "configs/math_8b.yaml", f"run.folder={tmp_path}", "run.name=a"]
+    result = submit(tmp_path, *run, PHASES="train_vae; encode_latents; train_denoiser stage=rollout")
+    assert result.returncode == 0 and result.stdout.count("job 17") == 3
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: batches were not checked (train_vae; train_denoiser stage=rollout): ")
+    assert "--nodes=N and --gres=gpu:N" in line
+    result = submit(tmp_path, *run, PHASES="train_denoiser --nodes=4-4 --gpus-per-node=8 stage=rollout")
+    assert result.returncode == 2 and "rollout.train.global_batch=16 cannot be shared equally by 32" in result.stderr
+
+
+def count_processes(needs: str, **facts: str) -> subprocess.CompletedProcess[str]:
+    """What the batch scripts make of a job's GPUs and CPUs."""
+    command = 'source slurm/common.sh; count_processes train_vae "$NEEDS"; echo "$NODES $PROCESSES"'
+    names = ("PROCESSES_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE", "LAUNCHER")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {**rest, "NEEDS": needs, "SLURM_JOB_NUM_NODES": "2", **facts}
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("needs", "gpus", "own", "cpus", "counted"),
+    [
+        ("gpus", "8", None, "16", "2 8"),
+        ("gpus", "8", "4", "8", "2 4"),
+        ("gpus", None, "8", "1", "2 8"),
+        ("cpu", "1", None, "1", "1 1"),
+        ("gpus", "8", None, "8", "8 CPU(s) on a node for 8 process(es)"),
+        ("gpus", "8", "8", "15", "15 CPU(s) on a node for 8 process(es)"),
+        ("gpus", "1", None, "1", "1 CPU(s) on a node for 1 process(es)"),
+    ],
+)
+def test_a_job_with_fewer_than_two_cpus_for_a_gpus_process_ends_at_once(
+    needs: str, gpus: str | None, own: str | None, cpus: str, counted: str
+) -> None:
+    """Processes without GPUs may share a CPU."""
+    facts = {"SLURM_GPUS_ON_NODE": gpus, "PROCESSES_PER_NODE": own, "SLURM_CPUS_ON_NODE": cpus}
+    result = count_processes(needs, **{name: value for name, value in facts.items() if value is not None})
+    if result.returncode == 0:
+        assert result.stdout.strip() == counted
+    else:
+        assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"error: train_vae: {counted}") and "add --cpus-per-task=N" in result.stderr
+
+
+def test_scripts_and_submission_ask_for_the_same_cpus() -> None:
+    (least,) = re.findall(r"\bCPUS_PER_PROCESS=(\d+)", (ROOT / "slurm" / "common.sh").read_text())
+    assert int(least) == CPUS_PER_PROCESS
 
 
 def test_with_a_container_the_machine_that_submits_needs_no_python(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from training.runtime.distributed import World
 from training.runtime.ds_config import DeepSpeedConfigError
 from training.runtime.job import job
 from training.runtime.sampler import BatchSizeError
-from training.runtime.topology import Topology, asked_for, check_topology, deepspeed_file, step_problems
+from training.runtime.topology import Topology, asked_for, check_topology, deepspeed_file, step_problems, unchecked
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,14 @@ from training.runtime.topology import Topology, asked_for, check_topology, deeps
         (["--nodes=3", "--gpus=12", "--cpus-per-gpu=6"], {}, Topology(3, 4, 24)),
         (["--nodes=3", "--gpus=11"], {}, Topology(3, None)),
         (["--nodes=2-4", "--gpus-per-task=2"], {}, Topology(None, 2)),
+        (["--nodes=4-4", "--gres=gpu:8"], {}, Topology(4, 8)),
+        (["--nodes=1,2", "--gres=gpu"], {}, Topology(None, 1)),
         (["--gpus-per-socket=2", "--exclusive"], {}, Topology(1, None)),
+        (["--nodes=4", "--gpus-per-socket=a100:4", "--sockets-per-node=2"], {}, Topology(4, 8)),
         (["--nodes=2", "--time=4:00", "--nodes=8"], {"SBATCH_GRES": "gpu:8"}, Topology(8, 8)),
-        (["--nodes=2"], {"PROCESSES_PER_NODE": "3"}, Topology(2, 3)),
+        (["--nodes=2", "--cpus-per-task=1"], {"PROCESSES_PER_NODE": "3"}, Topology(2, 3, 1, has_gpus=False)),
+        (["--gres=gpu:4"], {"PROCESSES_PER_NODE": "3"}, Topology(1, 3)),
+        (["--gpus-per-socket=4"], {"PROCESSES_PER_NODE": "8"}, Topology(1, 8)),
         (["--gres=none", "--nodes=1"], {"SBATCH_GPUS_PER_NODE": "2"}, Topology(1, 2)),
     ],
 )
@@ -52,11 +57,44 @@ def test_every_phase_of_the_8b_files_is_checked_for_the_ranks_that_it_gets() -> 
         assert list(step_problems(config, Step(other, f"train_{other}"), Topology(4, 8))) == []
 
 
-def test_processes_without_a_cpu_are_refused() -> None:
+def test_a_group_that_spans_two_nodes_is_refused() -> None:
+    """Though all processes together are a whole number of groups; and though nobody knows how many nodes there are."""
+    config = load_config(None, ["deepspeed.config=ds_configs/zero3_hpz.json", "vae.train.global_batch=32"])
+    step = Step("vae", "train_vae")
+    for topology in (Topology(8, 4), Topology(None, 4)):
+        (problem,) = step_problems(config, step, topology)
+        assert "zero_hpz_partition_size is 8, and a node's 4 processes are no whole number of such groups" in problem
+    with pytest.raises(DeepSpeedConfigError, match="a node's 4 processes"):
+        check_topology(config, "vae", 32, 4)
+    check_topology(config, "vae", 32)
+    for nodes, processes in ((4, 8), (2, 16)):
+        assert list(step_problems(config, step, Topology(nodes, processes))) == []
+        check_topology(config, "vae", 32, processes)
+    both = list(step_problems(config, step, Topology(5, 4)))
+    assert ["global_batch=32" in both[0], "zero_hpz" in both[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("topology", "entry", "expected"),
+    [
+        (Topology(None, 8), "train_vae", True),
+        (Topology(4, None), "train_vae", True),
+        (Topology(4, 8), "train_vae", False),
+        (Topology(None, None), "evaluate", False),
+    ],
+)
+def test_trainings_of_which_nobody_knows_the_processes_are_told_of(topology: Topology, entry: str, expected: bool) -> None:
+    assert unchecked(Step("vae", entry), topology) is expected
+
+
+def test_processes_with_too_few_cpus_beside_a_gpu_are_refused() -> None:
     config = load_config(None)
     (problem,) = step_problems(config, Step("latents", "encode_latents"), Topology(2, 8, 4))
     assert problem.startswith("encode_latents: 4 CPUs on a node for 8 processes") and "--cpus-per-task=N" in problem
-    assert list(step_problems(config, Step("latents", "encode_latents"), Topology(2, 8, 8))) == []
+    assert problem.endswith("16 at least")
+    assert len(list(step_problems(config, Step("latents", "encode_latents"), Topology(2, 8, 15)))) == 1
+    assert list(step_problems(config, Step("latents", "encode_latents"), Topology(2, 8, 16))) == []
+    assert list(step_problems(config, Step("latents", "encode_latents"), Topology(2, 8, 1, has_gpus=False))) == []
     assert list(step_problems(config, Step("export", "export"), Topology(2, 8, 4))) == []
 
 

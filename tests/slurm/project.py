@@ -15,7 +15,7 @@ import psutil
 from tests.slurm.cluster import REPOSITORY, Cluster
 
 CONFIG = "tests/slurm/tiny.yaml"
-SIZE = ("--nodes=2", "--gres=gpu:1")
+SIZE = ("--nodes=2", "--gres=gpu:1", "--cpus-per-task=2")
 COPIES = 10
 """Of the training's records in a long validation, which then takes many times what a signal needs to arrive."""
 

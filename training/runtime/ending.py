@@ -84,11 +84,12 @@ def _submitting(step: Step) -> list[str]:
 
 
 def _cpus_asked_for() -> str:
-    """What sbatch was told of the CPUs of a node, empty where nothing: many sites then give one, with which a job ends at once.
+    """What sbatch was told of the CPUs of a node, else what the first one gave: elsewhere many sites give one, which is refused.
 
-    The batch scripts pass it on to srun.  The other variable is a rank's share where srun starts the ranks itself.
+    The batch scripts pass the former on to srun.  The other variable is a rank's share where srun starts the ranks itself.
     """
-    own = "" if os.environ.get("LAUNCHER") == "srun" else os.environ.get("SLURM_CPUS_PER_TASK", "")
+    given = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "").partition(",")[0].partition("(")[0]  # 64(x2),32
+    own = given if os.environ.get("LAUNCHER") == "srun" else os.environ.get("SLURM_CPUS_PER_TASK", given)
     return os.environ.get("SRUN_CPUS_PER_TASK", own)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,6 +44,12 @@ USER_ERRORS = (
 )
 
 
+def _on_this_node() -> int | None:
+    """How many of the processes this node has, where the launcher says so."""
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return None if told is None else int(told)
+
+
 @contextmanager
 def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str], trains: bool = False) -> Iterator[Run]:
     """``with job(argv, __doc__, lambda config: "vae", trains=True) as run:`` - the opened run of this process' job.
@@ -59,7 +66,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
             check_ds_config(config.backbone, config.deepspeed.config)
         world = start(config.deepspeed)
         if trains:
-            check_topology(config, phase(config), world.size)
+            check_topology(config, phase(config), world.size, _on_this_node())
         examine(world, config)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         with open_run(config, phase(config), world) as run:
