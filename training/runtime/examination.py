@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ class Finding:
     node: str
     seconds: float
     """The fastest round of products."""
+    sum_seconds: float
+    """The fastest sum over the ranks."""
     wrong: str
     """What came out wrong here; empty: nothing."""
 
@@ -59,8 +61,10 @@ def examine(world: World, config: Config) -> None:
         raise heartbeat.rank_lost(error) from error
     world.wait_at_most(settings.timeout_minutes)
     warning = judge(found, config.telemetry.slow_rank_factor, settings.preflight == "refuse")
-    if warning and world.is_main:
-        logger.warning("%s", warning)
+    if world.is_main:
+        logger.info("%s", network_in_words(found, _sum_bytes(world.device)))
+        if warning:
+            logger.warning("%s", warning)
 
 
 def measure(world: World) -> Finding:
@@ -73,20 +77,51 @@ def measure(world: World) -> Finding:
     there = left.to(world.device, dtype), right.to(world.device, dtype)
     sums = (there[0] @ there[1]).float().sum(1).cpu()  # and everything is warm
     wrong = [] if torch.equal(sums, (left @ right.sum(1)).float()) else ["a product"]
-    seconds = min(_timed(*there, times, world.device) for _ in range(_ROUNDS))
     total = torch.full((numbers,), float(world.rank + 1), device=world.device)
-    world.add_up(total)
+    world.add_up(total)  # and the connections are there
     wrong += [] if bool((total == world.size * (world.size + 1) / 2).all()) else ["a sum over the ranks"]
-    return Finding(name_of(world), node_name(), seconds, " and ".join(wrong))
+    seconds = _fastest(lambda: _multiply(*there, times), world.device)
+    sum_seconds = _fastest(lambda: world.add_up(total), world.device)
+    return Finding(name_of(world), node_name(), seconds, sum_seconds, " and ".join(wrong))
 
 
-def _timed(left: Tensor, right: Tensor, times: int, device: torch.device) -> float:
-    start = time.perf_counter()
+def _multiply(left: Tensor, right: Tensor, times: int) -> None:
     for _ in range(times):
         torch.mm(left, right)
+
+
+def _fastest(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of the fastest round."""
+    return min(_timed(work, device) for _ in range(_ROUNDS))
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def _sum_bytes(device: torch.device) -> int:
+    """Size of what is added up."""
+    return _SIZES[device.type][2] * torch.float32.itemsize
+
+
+def network_in_words(found: Sequence[Finding], size: int) -> str:
+    """How fast ``size`` bytes are added up over the ranks.
+
+    All ranks wait for one another in a sum, so that a slow link makes all of them slow and none stands out: what is said is the
+    rate, which another start or another cluster is compared with.  As in NVIDIA's nccl-tests (``busbw``) it is what each rank
+    sends in a ring, 2 (n - 1) / n of the bytes, in the time of the sum.
+    """
+    ranks = len(found)
+    seconds = max(one.sum_seconds for one in found)
+    rate = 2 * (ranks - 1) / ranks * size / max(seconds, 1e-9) / 1e9
+    return (
+        f"before the start, {ranks} ranks add up {size / 2**20:.3g} MiB in {seconds * 1e3:.1f} ms: each sends {rate:.3g} GB/s "
+        "(a rate far below that of the links is a slow network)"
+    )
 
 
 def judge(found: Sequence[Finding], factor: float, refuse: bool) -> str:
