@@ -111,14 +111,14 @@ def work(asked: Questions, sampling: str, data: DataSize, lm: Architecture, gpus
 def _by_text(asked: Questions, sampling: str, data: DataSize, lm: Architecture, gpus: int) -> Work:
     """The AR baseline, a pass for every token.
 
-    Its arithmetic is that of mean completions.  A batch goes on to its longest one, which is taken to be as long as may be; where
-    a batch has several questions, the next ones join as others end.
+    Its arithmetic is that of mean completions.  A batch goes on to its longest one, which is taken to be as long as may be;
+    samples beyond its rows join as others end.
     """
     ask, lines = asked.config.evaluate, rows_of(asked.config.evaluate, sampling)
     size = ask.greedy_questions_per_batch if sampling in GREEDY else ask.questions_per_batch
     mean, longest = (min(ask.ar_max_tokens, lengths.completion) for lengths in (data.mean, data.longest))
     batches = cut(asked.asked, portion_size(ask, sampling, asked.asked, gpus), gpus)
     together = -(-max(map(len, batches)) // size)
-    passes = together + longest + (together - 1) * (mean if size > 1 else longest)
+    passes = together + longest + (together - 1) * mean
     row = data.mean.question + lines * mean
     return Work(asked.asked * row, asked.asked * 2 * lm.parameters * row, -(-len(batches) // gpus) * passes)
