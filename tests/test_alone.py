@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from ladir.data.latent_parts import join_parts, write_part
+from ladir.data.latents import LatentForm
 from ladir.models.folders import save_denoiser
 from ladir.models.store import folder_fingerprint
+from ladir.report.status import STOPPED
 from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.tiny import tiny_denoiser, tiny_lm
 from tests.toy_phase import ToyPhase, toy_config
+from training.runtime import files
 from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.preemption import BrokenOff, StopRequest
-from training.runtime.run import Outcome, open_run
+from training.runtime.run import Outcome, Run, RunFolder, open_run
 from training.runtime.stages import fingerprint
 
 
@@ -133,3 +137,100 @@ def test_a_stop_is_obeyed_while_a_models_weights_are_hashed(tmp_path: Path) -> N
     stop.requested = True
     with pytest.raises(BrokenOff):
         fingerprint(world, stop, model, "denoiser")
+
+
+def slow_digest(path: Path, give_way: GiveWay) -> str:
+    """Of a file so large that a signal comes meanwhile."""
+    for _ in range(2000):
+        give_way()
+        time.sleep(0.01)
+    return "00"
+
+
+def begin(world: World, folder: Path, signalled: int | None) -> bool:
+    """Open a run on a data file; rank ``signalled`` is asked to stop as rank 0 begins to hash it.  Whether that broke it off."""
+    config = toy_config(folder)
+    config.data.train = str(folder / "train.jsonl")
+    occupy = Run.occupy
+
+    def then_signalled(run: Run) -> None:
+        occupy(run)
+        if world.rank == signalled:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if signalled is not None:
+            patch.setattr(files, "sha256", slow_digest)
+        patch.setattr(Run, "occupy", then_signalled)
+        try:
+            with open_run(config, "ar", world):
+                return False
+        except BrokenOff:
+            return True
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_stop_is_obeyed_while_what_a_phase_is_begun_on_is_hashed(
+    two_processes: ProcessGroup, signalled: int, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").write_text("1\n")
+    folder = RunFolder(toy_config(tmp_path))
+    assert two_processes.run(begin, tmp_path, signalled) == [True, True]
+    assert folder.interrupted.is_file() and not folder.config("ar").exists() and not folder.inputs("ar").exists()
+    assert files.read_json(folder.status())["state"] == STOPPED
+    assert two_processes.run(begin, tmp_path, None) == [False, False]
+    assert not folder.interrupted.exists() and folder.inputs("ar").is_file()
+
+
+def test_who_waits_for_the_run_folder_can_be_stopped_and_leaves_the_others_marks(tmp_path: Path) -> None:
+    config, world = toy_config(tmp_path), World(0, 1, 0, torch.device("cpu"))
+    with open_run(config, "ar", world) as first:
+        second = Run(config, "ar", world)
+        second.stop.requested = True
+        with pytest.raises(BrokenOff):
+            second.occupy()
+        second.interrupt()
+        assert not first.folder.interrupted.exists()
+
+
+def test_a_file_that_stays_as_it_is_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "weights", []
+    sha256 = files.sha256
+
+    def counted(path: Path, give_way: GiveWay | None = None) -> str:
+        read.append(path)
+        return sha256(path, give_way)
+
+    monkeypatch.setattr(files, "sha256", counted)
+    file.write_text("one")
+    assert files.known_sha256(file) == files.known_sha256(file) == sha256(file)
+    assert len(read) == 2  # written just now, it might be written again unseen
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -60.0)
+    assert files.known_sha256(file) == files.known_sha256(file) == sha256(file)
+    assert len(read) == 3
+    file.write_text("another")
+    assert files.known_sha256(file) == sha256(file)
+
+
+def test_a_stop_between_two_files_or_parts_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
+    form = LatentForm(1, 1, "float32", logvar=False)
+    parts = tmp_path / "parts"
+    for first in range(3):
+        write_part(parts, first, [{"question": [1], "blocks": [[1]], "answer": [1], "mu": [0.5]}], "vae", form)
+    asked = 0
+
+    def at_the_second() -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 2 == 0:
+            raise BrokenOff
+
+    before = sorted(parts.iterdir())
+    with pytest.raises(BrokenOff):
+        join_parts(parts, range(3), tmp_path / "joined", at_the_second)
+    assert sorted(parts.iterdir()) == before and not (tmp_path / "joined").exists()
+    with pytest.raises(BrokenOff):
+        files.remove_folder(parts, at_the_second)
+    assert len(list(parts.iterdir())) == len(before) - 1
+    files.remove_folder(parts, lambda: None)
+    assert not parts.exists()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from ladir.tokens import build_word_tokenizer, decode_text, encode_text, load_to
 from tests.distributed import ProcessGroup
 from tests.test_code import why_not_isolated
 from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
-from training.evaluation import asking, table
+from training.evaluation import asking, stages, table
 from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers
 from training.evaluation.answers import AnswerLog, cut
 from training.evaluation.stages import evaluate
@@ -360,6 +361,43 @@ def test_two_processes_stop_in_the_middle_of_a_batch_and_go_on(
     assert outcome(tmp_path) == outcome(whole)
     again = len(asked(tmp_path)) - len(asked(whole))
     assert again in (2, 4)  # of a rank's batch, or of both'
+
+
+def stopped_behind_the_results(world: World, models: Path, folder: Path) -> list[str]:
+    """Evaluate until the last rank is asked to stop, while the first writes results; the answers that are kept."""
+
+    def reported(*about: Any) -> None:
+        table.report(*about)
+        time.sleep(2)  # until the other rank's signal is heard
+
+    def asked_and_signalled(*about: Any) -> Any:
+        found = asking.ask(*about)
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "report", reported)
+        patch.setattr(stages, "ask", asked_and_signalled)
+        evaluate_in(models, folder, "evaluate.methods=[ar-greedy]", world=world)
+        return sorted(path.name for path in (folder / "tiny" / "evaluation").rglob("*.jsonl"))
+
+
+@pytest.mark.distributed
+def test_a_stop_while_results_are_written_keeps_the_answers(
+    models: Path, tmp_path: Path, two_processes: ProcessGroup, one_process: ProcessGroup
+) -> None:
+    first, second = two_processes.run(stopped_behind_the_results, models, tmp_path)
+    assert first == second != [] and (tmp_path / "tiny" / "INTERRUPTED").is_file()
+    one_process.run(evaluate_without_asking, models, tmp_path)
+    assert outcome(tmp_path)[0]["num_questions"] == 8 and not (tmp_path / "tiny" / "evaluation").exists()
+
+
+def evaluate_without_asking(world: World, models: Path, folder: Path) -> None:
+    """Write the results of answers that are all there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "load_answerers", None)
+        evaluate_in(models, folder, "evaluate.methods=[ar-greedy]", world=world)
 
 
 #: what the baseline is to say

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,18 @@ def is_whole(folder: Path, first: int) -> bool:
         return False
 
 
-def join_parts(folder: Path, firsts: Sequence[int], target: Path) -> LatentStore:
+def join_parts(folder: Path, firsts: Sequence[int], target: Path, give_way: Callable[[], None] = lambda: None) -> LatentStore:
     """Put an index over the parts in ``folder`` that begin with the records ``firsts``, and give the folder the name ``target``.
 
+    ``give_way`` is called before every part that is looked at, and may raise: nothing has changed then.
     Raises UnusableError where parts come from different VAEs or have another form, or where a record is missing or there twice.
     """
     if not firsts:
         raise UnusableError(f"{target}: no parts to join; encode the training set first")
-    parts = [_read(folder, first) for first in firsts]
+    parts = []
+    for first in firsts:
+        give_way()
+        parts.append(_read(folder, first))
     moments, records = Moments.none(parts[0].form["latent_dim"]), 0
     for part in parts:
         _check_joins(part, parts[0], records, target)

@@ -38,6 +38,8 @@ _MAKERS = {
 }
 
 State = Iterable[tuple[str, Tensor]]
+#: how the SHA-256 of a file is found, in hex
+Digest = Callable[[Path], str]
 SettingsT = TypeVar("SettingsT", SampleSettings, VaeSettings, DenoiserSettings)
 
 
@@ -263,30 +265,34 @@ def _belongs_to_lm(name: str) -> bool:
     return ".lm." in name
 
 
-def folder_fingerprint(folder: str | Path, kind: str = "vae", give_way: Callable[[], None] = lambda: None) -> str:
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def folder_fingerprint(folder: str | Path, kind: str = "vae", digest: Digest = file_digest) -> str:
     """A hash (16 hex digits) of the weight files in a model folder and of its base's name, not its weights; loads no model.
 
-    ``give_way`` is called before every file: they may be large.
+    ``digest`` is called for every file: they may be large.
     """
-    return _fingerprint(folder, load_settings(folder, kind).get("base"), give_way)
+    return _fingerprint(folder, load_settings(folder, kind).get("base"), digest)
 
 
-def weights_fingerprint(folder: str | Path) -> str:
+def weights_fingerprint(folder: str | Path, digest: Digest = file_digest) -> str:
     """The same of any folder's weight files alone."""
-    return _fingerprint(folder, None)
+    return _fingerprint(folder, None, digest)
 
 
-def heads_fingerprint(folder: str | Path) -> str:
+def heads_fingerprint(folder: str | Path, digest: Digest = file_digest) -> str:
     """A hash (16 hex digits) of a model folder's own heads: it tells one training from another, and is the same in an export."""
-    with names_damage(file := Path(folder) / HEADS_FILE), file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    with names_damage(file := Path(folder) / HEADS_FILE):
+        return digest(file)[:16]
 
 
-def _fingerprint(folder: str | Path, base: str | None, give_way: Callable[[], None] = lambda: None) -> str:
-    digest = hashlib.sha256(json.dumps(base).encode())
+def _fingerprint(folder: str | Path, base: str | None, digest: Digest) -> str:
+    whole = hashlib.sha256(json.dumps(base).encode())
     for file in sorted(Path(folder).rglob("*.safetensors")):
-        give_way()
-        digest.update(str(file.relative_to(folder)).encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
+        whole.update(str(file.relative_to(folder)).encode())
+        whole.update(bytes.fromhex(digest(file)))
+    return whole.hexdigest()[:16]

@@ -130,12 +130,10 @@ class AnswerLog:
             file.write("".join(f"\n{line}" for line in lines) + "\n")
 
     def remove(self) -> None:
-        """The evaluation is finished (all ranks together)."""
-        self._run.world.barrier()
-        if self._run.world.is_main:
-            shutil.rmtree(self._folder.parent)
-            with suppress(OSError):  # another evaluation's answers are in it
-                self._folder.parent.parent.rmdir()
+        """The evaluation is finished (rank 0; no other adds answers any more)."""
+        shutil.rmtree(self._folder.parent)
+        with suppress(OSError):  # another evaluation's answers are in it
+            self._folder.parent.parent.rmdir()
 
 
 def _digest(run: Run, records: Sequence[Record]) -> str:

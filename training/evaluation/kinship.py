@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ladir.errors import UnusableError
@@ -12,7 +13,7 @@ from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import folder_fingerprint, load_settings
 from training.evaluation.rows import model_of, sampling_of, stage_of
 from training.runtime.alone import GiveWay, unbroken
-from training.runtime.files import read_json
+from training.runtime.files import known_sha256, read_json
 from training.runtime.run import Run, RunFolder
 from training.runtime.stages import stage_folder
 
@@ -43,9 +44,10 @@ def _check_is_current(folder: RunFolder, give_way: GiveWay) -> None:
     made_of = read_json(folder.inputs("export"))
     denoiser = folder.model(denoiser_stage(folder.export))
     vae = vae_folder(denoiser, folder.model("vae"))
+    digest = partial(known_sha256, give_way=give_way)
     kept = [(vae, "vae", made_of.get("vae")), (denoiser, "denoiser", made_of.get("denoiser", [None, None])[1])]
     for model, kind, before in kept:
-        if before is not None and model.is_dir() and folder_fingerprint(model, kind, give_way) != before:
+        if before is not None and model.is_dir() and folder_fingerprint(model, kind, digest) != before:
             raise UnusableError(
                 f"{folder.export} was made before {model} was trained anew: run training/export.py, then the same command again"
             )

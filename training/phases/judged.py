@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
 from training.phases.tokens import Tokens
-from training.runtime.files import read_json, sha256, write_json
+from training.runtime.alone import GiveWay
+from training.runtime.files import known_sha256, read_json, remove_folder, write_json
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 from training.runtime.stages import fingerprint
@@ -65,12 +66,9 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     task = get_task(run.config.evaluate.task, run.config.evaluate)
     named = settings.questions or run.config.data.train
     records = chosen_questions(Tokens(run.config, run.world, tokenizer, run.stop), named, task)
-    folder = run.folder.judged / run.world.on_main(lambda: _digest(run.config, denoiser, vae, records))
-    if run.world.is_main:
-        _clear(folder)
-    run.world.barrier()
-    starts = range(0, len(records), settings.questions_per_batch)
-    left = run.world.broadcast([s for s in starts if not _part(folder, s).is_file()] if run.world.is_main else None)
+    if (begun := run.alone(lambda give_way: _begun(run, denoiser, vae, records, give_way))) is None:
+        return None
+    folder, left = begun
     run.world.wait_at_most(_BATCH_MINUTES)
     run.status.say("loading the models whose trajectories are judged")
     reasoner = load_trained_reasoner(run.config, denoiser, vae, tokenizer, run.world.device) if left else None
@@ -169,12 +167,15 @@ def _part(folder: Path, start: int) -> Path:
     return folder / f"{start:09d}.safetensors"
 
 
-def _clear(folder: Path) -> None:
-    """Make the folder, and remove those of other settings, questions or models."""
+def _begun(run: Run, denoiser: Path, vae: Path | None, records: Questions, give_way: GiveWay) -> tuple[Path, list[int]]:
+    """The folder, alone of its kind, and the first questions of the batches that are not written there yet (rank 0)."""
+    folder = run.folder.judged / _digest(run.config, denoiser, vae, records, give_way)
     folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.iterdir():
+    for other in folder.parent.iterdir():  # of other settings, questions or models
         if other.is_dir() and other != folder:
-            shutil.rmtree(other)
+            remove_folder(other, give_way)
+    starts = range(0, len(records), run.config.verifier.questions_per_batch)
+    return folder, [start for start in starts if not _part(folder, start).is_file()]
 
 
 def _seconds(folder: Path) -> float:
@@ -196,9 +197,10 @@ def _facts(config: Config) -> Iterator[object]:
     yield {name: evaluate[name] for name in _ABOUT_VERDICTS}
 
 
-def _digest(config: Config, denoiser: Path, vae: Path | None, records: Questions) -> str:
+def _digest(config: Config, denoiser: Path, vae: Path | None, records: Questions, give_way: GiveWay) -> str:
     """Stands for everything that the judged trajectories are made of; ``vae``: by which blocks are read."""
-    models = [heads_fingerprint(denoiser), None if vae is None else sha256(vae / HEADS_FILE)]
+    known = partial(known_sha256, give_way=give_way)
+    models = [heads_fingerprint(denoiser, known), None if vae is None else known(vae / HEADS_FILE)]
     digest = hashlib.sha256(json.dumps([*_facts(config), models], default=str).encode())
     digest.update(records.contents.tobytes())
     return digest.hexdigest()[:16]

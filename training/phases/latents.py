@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,9 +29,10 @@ from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
+from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
-from training.runtime.files import digests, read_json, write_json
+from training.runtime.files import digests, read_json, remove_folder, write_json
 from training.runtime.run import Outcome, Run, RunFolder
 from training.runtime.stages import fingerprint
 from training.runtime.status import Pace
@@ -86,17 +86,18 @@ def encode_split(
     if not _encode_parts(run, vae, records, parts, form, watch):
         return False
     run.status.say(f"joining the parts of {target}", fraction=None, seconds_left=None)
-    run.world.barrier()
+    if Alarm(run.world, run.stop).meet():
+        return False
 
-    def join() -> None:
+    def join(give_way: GiveWay) -> bool:
         # By name: a folder's listing may lag behind other nodes' writes, and holds what a killed process left.
-        store = join_parts(parts, _firsts(run, len(records)), target)
+        store = join_parts(parts, _firsts(run, len(records)), target, give_way)
         write_json(run.folder.sources, {**read_json(run.folder.sources), name: source})
         watch.note()
         logger.info("encoded %d records (%d latents) into %s", len(store), store.num_latents, target)
+        return True
 
-    run.world.on_main(join)
-    return True
+    return run.alone(join) is not None
 
 
 def _form(run: Run, vae: Vae) -> LatentForm:
@@ -127,10 +128,8 @@ def _firsts(run: Run, num_records: int) -> range:
 
 def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Path, form: LatentForm, watch: Stopwatch) -> bool:
     """Write this rank's parts that are not there yet; False when a signal asked to stop in between."""
-    if run.world.is_main:
-        for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
-            if other != folder:
-                shutil.rmtree(other)
+    if run.alone(lambda give_way: _clear(folder, give_way)) is None:
+        return False
     firsts, size, pace = _firsts(run, len(records)), run.config.latents.records_per_part, Pace()
     for start in range(0, len(firsts), run.world.size):
         if run.stop_agreed():
@@ -142,6 +141,14 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Pa
                 write_part(folder, first, _rows(vae, records, mine, run.config.latents), watch.mark, form)
                 if run.world.is_main:
                     watch.note()
+    return True
+
+
+def _clear(folder: Path, give_way: GiveWay) -> bool:
+    """Remove the same split's parts of other weights, data, sizes or forms (rank 0)."""
+    for other in folder.parent.glob(f"{folder.name.split('.')[0]}.parts-*"):
+        if other != folder:
+            remove_folder(other, give_way)
     return True
 
 

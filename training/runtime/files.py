@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,10 @@ from ladir.files import replace_folder, sync_file
 _CHUNK = 1 << 24
 #: seconds between two tries to get a lock
 _TRY_SECONDS = 0.1
+#: what was written less long ago may be written again and keep its size and times
+_SETTLED_SECONDS = 2.0
+#: digests of files that were read whole, by place, size and times
+_known: dict[tuple[str | int, ...], str] = {}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -137,6 +142,24 @@ def sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def known_sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
+    """:func:`sha256`, found once in this process for a file that stays as it is."""
+    facts, now = path.stat(), time.time()
+    key = (str(path.resolve()), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    digest = _known.get(key) or sha256(path, give_way)
+    if now - max(facts.st_mtime, facts.st_ctime) > _SETTLED_SECONDS:
+        _known[key] = digest
+    return digest
+
+
+def remove_folder(folder: Path, give_way: Callable[[], None]) -> None:
+    """Remove a folder with all in it; ``give_way`` is called before every file, and may raise: the rest can be removed later."""
+    for file in [path for path in folder.rglob("*") if not path.is_dir()]:
+        give_way()
+        file.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
 def code_digest(*modules: ModuleType) -> str:
     """Stands for the source of some modules, of a package's with all in it."""
     digest = hashlib.sha256()
@@ -149,4 +172,4 @@ def code_digest(*modules: ModuleType) -> str:
 
 def digests(names: Sequence[str], give_way: Callable[[], None] | None = None) -> list[str]:
     """What stands for the content of data sets: of a file its digest, of anything else (an id of the Hub) its name."""
-    return [sha256(Path(name), give_way) if Path(name).is_file() else name for name in names]
+    return [known_sha256(Path(name), give_way) if Path(name).is_file() else name for name in names]

@@ -60,6 +60,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
     ``INTERRUPTED_STATUS`` where the work was interrupted and waits to be continued.
     """
     config, arguments = parse_args(argv, description)
+    interrupted = False
     try:
         if trains:
             config.deepspeed.config = deepspeed_file(config, phase(config))
@@ -69,14 +70,15 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
             check_topology(config, phase(config), world.size, _on_this_node())
         examine(world, config)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
-        with open_run(config, phase(config), world) as run:
-            run.given = given_settings(arguments)
-            try:
+        try:
+            with open_run(config, phase(config), world) as run:
+                run.given = given_settings(arguments)
                 yield run
-            except BrokenOff:  # before there was something to save, on all ranks
-                run.interrupt()
-                logger.info("%s interrupted before it began, what is read is kept: the same command continues", run.phase)
-        if run.interrupted:
+            interrupted = run.interrupted
+        except BrokenOff:  # before there was something to save, on all ranks
+            interrupted = True
+            logger.info("%s interrupted before it began, what is read is kept: the same command continues", phase(config))
+        if interrupted:
             world.barrier()  # a launcher ends the others as soon as one ends with another status than 0
     except USER_ERRORS as error:
         logger.error("%s", error)
@@ -88,5 +90,5 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         logger.error("%s: %s, then start the same command again", error, remedy)
         raise SystemExit(2) from error
     stop()
-    if run.interrupted:
+    if interrupted:
         raise SystemExit(INTERRUPTED_STATUS)

@@ -29,11 +29,11 @@ from ladir.config import Config, EvaluateSettings, TrainSettings
 from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
 from training.runtime.alarm import give_way, stop_agreed
-from training.runtime.alone import GiveWay, alone
+from training.runtime.alone import GiveWay, alone, unbroken
 from training.runtime.distributed import World
 from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
-from training.runtime.preemption import StopRequest
+from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.status import Status
 from training.runtime.topology import section_of, train_settings
 
@@ -219,30 +219,29 @@ class Run:
         """Refuse a conflict, record settings and environment (rank 0; the others wait)."""
         self._agree(self._prepare)
 
-    def _agree(self, work: Callable[[], str | None]) -> None:
-        """Raise RunConflict, on all ranks, where ``work`` tells rank 0 of a problem."""
-        problem = self.world.broadcast(self._writing(work) if self.world.is_main else None)
-        if problem:
+    def _agree(self, work: Callable[[GiveWay], str]) -> None:
+        """Raise RunConflict, on all ranks, where ``work`` tells rank 0 of a problem; BrokenOff where a stop was asked for."""
+        if problem := unbroken(self.world, self.stop, lambda give_way: self._writing(work, give_way)):
             raise RunConflict(problem)
 
-    def _writing(self, work: Callable[[], str | None]) -> str | None:
+    def _writing(self, work: Callable[[GiveWay], str], give_way: GiveWay) -> str:
         try:
-            return work()
+            return work(give_way)
         except OSError as error:
             return f"{self.folder.path} cannot be written: {error}; choose another run.folder"
 
-    def _occupy(self) -> str | None:
+    def _occupy(self, give_way: GiveWay) -> str:
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        if (problem := self._occupied()) is None:
+        if not (problem := self._occupied(give_way)):
             seconds = self.config.telemetry.status_every_seconds
             self.status = Status(self.phase, self.world.size, self.folder.status(self._locked_lane()), seconds)
         return problem
 
-    def _prepare(self) -> str | None:
+    def _prepare(self, give_way: GiveWay) -> str:
         self.status.say("looking at what it is begun on: data and models are hashed")
-        inputs, problem = self._read_inputs()
+        inputs, problem = self._read_inputs(give_way)
         problem = problem or self._conflict(inputs)
-        if problem is None:
+        if not problem:
             self._record(inputs)
             for remark in idle_settings(self.config):
                 logger.warning("%s", remark)
@@ -260,14 +259,14 @@ class Run:
         self._note_changes()
         self.folder.interrupted.unlink(missing_ok=True)
 
-    def _read_inputs(self) -> tuple[dict[str, str], str | None]:
+    def _read_inputs(self, give_way: GiveWay) -> tuple[dict[str, str], str]:
         """Hashes of what the phase is begun on, now that no other job writes it; or what cannot be read."""
         try:
-            return input_digests(self.config, self.phase, self.folder), None
+            return input_digests(self.config, self.phase, self.folder, give_way), ""
         except (OSError, ValueError) as error:
             return {}, f"what phase '{self.phase}' is begun on cannot be read: {error}"
 
-    def _occupied(self) -> str | None:
+    def _occupied(self, give_way: GiveWay) -> str:
         """Keep other jobs out, which would write the same files; or who keeps us out for longer than a job takes to die."""
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
@@ -281,9 +280,10 @@ class Run:
             if not waiting:
                 logger.info("%s is in use by %s: waiting at most %.0f seconds", self.folder.path, other, LOCK_SECONDS)
             waiting = True
+            give_way()
             time.sleep(0.5)
         self._lock = lock
-        return None
+        return ""
 
     def _locked_lane(self) -> str:
         return "" if self.config.run.exclusive else self._lane()
@@ -305,11 +305,11 @@ class Run:
             self._lock.close()
             self._lock = None
 
-    def _conflict(self, inputs: dict[str, str]) -> str | None:
+    def _conflict(self, inputs: dict[str, str]) -> str:
         """What differs from the settings and ``inputs`` this phase was started with, where it left work behind."""
         file = self.folder.config(self.phase)
         if not file.is_file() or not self._has_work():
-            return None
+            return ""
         old = relevant_settings(yaml.safe_load(file.read_text(encoding="utf-8")), self.phase)
         new = relevant_settings(dataclasses.asdict(self.config), self.phase)
         # A setting that came later: its default is what was done before, but for a few.
@@ -323,7 +323,7 @@ class Run:
         lines = [f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         lines += [f"  {name}: is not what it was (its content has changed)" for name in self._changed_inputs(inputs)]
         if not lines:
-            return None
+            return ""
         listed = "\n".join(lines)
         return (
             f"phase '{self.phase}' of {self.folder.path} was started with other settings or inputs:\n{listed}\n"
@@ -362,8 +362,9 @@ class Run:
         self.interrupted = True
         self.status.stopped()
         if self.world.is_main:
+            shared = [self.folder.interrupted] if self._lock is not None else []  # else it is another job's
             own = os.environ.get("INTERRUPTED_MARK")
-            for mark in (self.folder.interrupted, *([Path(own)] if own else [])):
+            for mark in (*shared, *([Path(own)] if own else [])):
                 write_text(mark, f"{self.phase}\n")
 
     def stop_agreed(self) -> bool:
@@ -405,16 +406,19 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     """``with open_run(config, "vae", world) as run:`` prepares the run folder and listens to the stop signals.
 
     Random numbers are seeded on all ranks alike, so that what is built inside starts from the same weights each time.
-    Raises :class:`RunConflict` when the folder cannot be used.
+    Raises :class:`RunConflict` when the folder cannot be used.  What a stop breaks off, here or inside, is marked as interrupted.
     """
     run = Run(config, phase, world)
     try:
-        run.occupy()
-        with run.status:  # from here on it speaks of this job
-            run.prepare()
-            seed_everything(config.run.seed, phase)
-            with run.stop:
+        with run.stop:
+            run.occupy()
+            with run.status:  # from here on it speaks of this job
+                run.prepare()
+                seed_everything(config.run.seed, phase)
                 yield run
+    except BrokenOff:
+        run.interrupt()
+        raise
     finally:
         run.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ladir.errors import UnusableError
@@ -9,6 +10,7 @@ from ladir.models.folders import denoiser_stage
 from ladir.models.store import folder_fingerprint, load_settings
 from training.runtime.alone import GiveWay, unbroken
 from training.runtime.distributed import World
+from training.runtime.files import known_sha256
 from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 
@@ -18,7 +20,7 @@ def fingerprint(world: World, stop: StopRequest | None, model: Path, kind: str) 
 
     Raises BrokenOff, on all ranks, where any was asked to stop meanwhile.
     """
-    return unbroken(world, stop, lambda give_way: folder_fingerprint(model, kind, give_way))
+    return unbroken(world, stop, lambda give_way: folder_fingerprint(model, kind, partial(known_sha256, give_way=give_way)))
 
 
 #: the phases that train the denoiser, in their order
@@ -29,15 +31,15 @@ def last_denoiser(folder: RunFolder, before: str | None = None, give_way: GiveWa
     """The denoiser of the last stage that was trained (of those before ``before``).
 
     UnusableError where that stage started from another model than those of the present earlier stages.  ``give_way`` is called
-    before every file of weights that is read for that.
+    between two pieces of weights that are read for that.
     """
     stages = STAGES if before is None else STAGES[: STAGES.index(before)]
     there = [stage for stage in stages if folder.model(stage).is_dir()]
     if len(there) < 2:
         return folder.model(there[0] if there else stages[0])
     *earlier, last = there
-    origin = load_settings(folder.model(last), "denoiser")["origin"]
-    if "denoiser" in there and origin not in [folder_fingerprint(folder.model(stage), "denoiser", give_way) for stage in earlier]:
+    origin, digest = load_settings(folder.model(last), "denoiser")["origin"], partial(known_sha256, give_way=give_way)
+    if "denoiser" in there and origin not in [folder_fingerprint(folder.model(stage), "denoiser", digest) for stage in earlier]:
         model, known = folder.model(last), " or ".join(str(folder.model(stage)) for stage in earlier)
         raise UnusableError(
             f"{model} was trained from another denoiser than {known}: delete {model}, {folder.checkpoints(last)} and "

@@ -17,6 +17,7 @@ from typing import Any
 
 from ladir.report.status import FAILED, FINISHED, RUNNING, STOPPED
 from training.runtime.files import read_json, write_json
+from training.runtime.preemption import BrokenOff
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class Status:
             return
         self._ended.set()
         self._thread.join()
-        if error is not None:
+        if isinstance(error, BrokenOff):
+            self.stopped()
+        elif error is not None:
             self.say(state=FAILED, message=f"{type(error).__name__}: {error}"[:_MESSAGE_CHARACTERS])
         elif self._facts["state"] == RUNNING:
             self.say(state=FINISHED)
