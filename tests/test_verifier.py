@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
+import ladir.data.judged
 from ladir.config import Config, CountdownSettings
 from ladir.config.loader import load_config
-from ladir.data.judged import JudgedTrajectory, collate_judged, pack_judged, read_judged
+from ladir.data.judged import JudgedStore, JudgedTrajectory, collate_judged, pack_judged
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.calibration import calibration
@@ -391,13 +394,61 @@ def test_a_separable_toy_is_learned() -> None:
     assert count == 200 and right / count > 0.95
 
 
+def stored(folder: Path, trajectories: Sequence[JudgedTrajectory]) -> JudgedStore:
+    """In files of seven each."""
+    files = [folder / f"{first:03d}.safetensors" for first in range(0, len(trajectories), 7)]
+    for number, file in enumerate(files):
+        save_tensors(pack_judged(trajectories[7 * number : 7 * number + 7]), file)
+    return JudgedStore(files)
+
+
 def test_no_question_is_learned_from_and_held_out(tmp_path: Path) -> None:
-    items, held_out = split_by_question(toy_trajectories(20, 0), 0.3)
+    items, held_out = split_by_question(stored(tmp_path, toy_trajectories(20, 0)), 0.3)
     assert {item.question for item in items} == set(range(7)) and {item.question for item in held_out} == {7, 8, 9}
-    assert split_by_question(items, 0.0) == (items, [])
-    save_tensors(pack_judged(items), tmp_path / "x.safetensors")
-    for item, again in zip(items, read_judged(tmp_path / "x.safetensors"), strict=True):
-        assert torch.equal(item.states, again.states) and (item.right, item.question) == (again.right, again.question)
+    whole, none = split_by_question(items, 0.0)
+    assert len(whole) == len(items) == 14 and len(none) == 0
+
+
+class Counted:
+    """Opened files that count what is read of them."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows, self.read = rows, set[str]()
+
+    def open(self, file: Path, framework: str) -> Any:
+        opened = safe_open(file, framework)
+
+        def get_tensor(name: str) -> torch.Tensor:
+            self.read.add(name)
+            return opened.get_tensor(name)
+
+        def rows_of(name: str, rows: slice) -> torch.Tensor:
+            found = opened.get_slice(name)[rows]
+            self.rows.append(len(found))
+            return found
+
+        def get_slice(name: str) -> Any:
+            return type("Rows", (), {"__getitem__": lambda _, rows: rows_of(name, rows)})()
+
+        return SimpleNamespace(get_tensor=get_tensor, get_slice=get_slice)
+
+
+def test_judged_states_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads no part whole; what is asked for, in whatever order, is bit for bit what was kept."""
+    kept, counted = toy_trajectories(20, 0), Counted([])
+    monkeypatch.setattr(ladir.data.judged, "safe_open", counted.open)
+    store = stored(tmp_path, kept)
+    items, held_out = split_by_question(store, 0.3)
+    assert counted.rows == [] and "states" not in counted.read
+    collate_judged([held_out[2]], [0])
+    assert counted.rows == [len(kept[16].states)]
+    assert len(store[3:5]) == 2 and len(items) + len(held_out) == len(store)
+    for place in reversed(range(20)):
+        found, before = store[place], kept[place]
+        assert torch.equal(found.states, before.states) and torch.equal(found.drift, before.drift)
+        assert (found.right, found.question) == (before.right, before.question)
+    ours, theirs = (collate_judged(entries, range(6)) for entries in (held_out, kept[14:]))
+    assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("states", "right", "at_end", "drifts"))
 
 
 # --- exports -----------------------------------------------------------------------------------------------------------

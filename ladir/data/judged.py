@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, overload
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ladir.data.batches import TensorBatch
@@ -57,9 +59,63 @@ def pack_judged(items: Sequence[JudgedTrajectory]) -> dict[str, Tensor]:
     }
 
 
-def read_judged(file: Path) -> list[JudgedTrajectory]:
-    """What :func:`pack_judged` gave, from the file it was saved in."""
-    packed = load_file(file)
-    states = packed["states"].split(packed["lengths"].tolist())
-    facts = zip(states, packed["right"].tolist(), packed["question"].tolist(), packed["drift"], strict=True)
-    return [JudgedTrajectory(*fact) for fact in facts]
+class JudgedStore(Sequence[JudgedTrajectory]):
+    """Trajectories in files of :func:`pack_judged`, which are mapped: states are read when a trajectory is asked for.
+
+    Of all are known ``right`` bool [N] and ``question`` int64 [N], and in which rows of which file their states are.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """All in ``files``, one file after another."""
+        self._files = [safe_open(file, "pt") for file in files]
+        parts = [_Facts.of(file, number) for number, file in enumerate(self._files)]
+        self._facts = _Facts(*(torch.cat(column) for column in zip(_Facts.none(), *parts, strict=True)))
+        self.right, self.question = self._facts.right, self._facts.question
+
+    def chosen(self, mask: Tensor) -> JudgedStore:
+        """Those where ``mask`` bool [N] is set, of the same files."""
+        found = copy.copy(self)
+        found._facts = _Facts(*(column[mask] for column in self._facts))
+        found.right, found.question = found._facts.right, found._facts.question
+        return found
+
+    def __len__(self) -> int:
+        """Number of trajectories."""
+        return len(self.right)
+
+    @overload
+    def __getitem__(self, place: int) -> JudgedTrajectory: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[JudgedTrajectory]: ...
+
+    def __getitem__(self, place: int | slice) -> JudgedTrajectory | list[JudgedTrajectory]:
+        """One trajectory, or several, read now."""
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        part, first, length = (int(column[place]) for column in (self._facts.part, self._facts.first, self._facts.length))
+        states = self._files[part].get_slice("states")[first : first + length]
+        return JudgedTrajectory(states, bool(self.right[place]), int(self.question[place]), self._facts.drift[place])
+
+
+class _Facts(NamedTuple):
+    """Of N trajectories, by columns: file, first row and number of rows of the states, and all else."""
+
+    part: Tensor
+    first: Tensor
+    length: Tensor
+    right: Tensor
+    question: Tensor
+    drift: Tensor
+
+    @classmethod
+    def none(cls) -> _Facts:
+        """Of no trajectories."""
+        number = torch.zeros(0, dtype=torch.int64)
+        return cls(number, number, number, number.bool(), number, torch.zeros(0, 2))
+
+    @classmethod
+    def of(cls, file: safe_open, part: int) -> _Facts:
+        """Of a file, the ``part``-th; its states are not read."""
+        length, right, question, drift = (file.get_tensor(name) for name in ("lengths", "right", "question", "drift"))
+        return cls(torch.full_like(length, part), length.cumsum(0) - length, length, right, question, drift)

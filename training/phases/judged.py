@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import Config, DenoiserSettings
-from ladir.data.judged import JudgedTrajectory, pack_judged, read_judged
+from ladir.data.judged import JudgedStore, JudgedTrajectory, pack_judged
 from ladir.data.question_store import Questions
 from ladir.data.randomness import derive, generator
 from ladir.data.records import Record
@@ -131,9 +131,9 @@ def load_trained_reasoner(
     return Reasoner(model, whole.thought_decoder, tokenizer, settings, whole, known)
 
 
-def judged_trajectories(folder: Path) -> list[JudgedTrajectory]:
+def judged_trajectories(folder: Path) -> JudgedStore:
     """All that :func:`collect` keeps, in the order of the questions."""
-    return [trajectory for part in sorted(folder.glob("*.safetensors")) for trajectory in read_judged(part)]
+    return JudgedStore(sorted(folder.glob("*.safetensors")))
 
 
 def _ask_and_judge(part: Path, run: Run, reasoner: Reasoner, task: Task, records: dict[int, Record]) -> None:

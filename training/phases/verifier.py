@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from ladir.config import Config
-from ladir.data.judged import JudgedTrajectory, collate_judged
+from ladir.data.judged import JudgedStore, collate_judged
 from ladir.errors import UnusableError
 from ladir.models.store import heads_fingerprint
 from ladir.models.verifier import Renoise, Verifier, save_verifier
@@ -23,7 +25,7 @@ def verifier_phase(config: Config, denoiser: Path, judged: Path) -> TrainingPhas
     """
     trajectories = judged_trajectories(judged)
     items, held_out = split_by_question(trajectories, config.verifier.held_out)
-    right = sum(item.right for item in items)
+    right = int(items.right.sum())
     logger.info("judged trajectories: %d to learn from, %d of them right; %d held out", len(items), right, len(held_out))
     if not 0 < right < len(items):
         raise UnusableError(
@@ -45,11 +47,8 @@ def verifier_phase(config: Config, denoiser: Path, judged: Path) -> TrainingPhas
     )
 
 
-def split_by_question(
-    trajectories: list[JudgedTrajectory], share: float
-) -> tuple[list[JudgedTrajectory], list[JudgedTrajectory]]:
+def split_by_question(trajectories: JudgedStore, share: float) -> tuple[JudgedStore, JudgedStore]:
     """Trajectories to learn from, and those of the last ``share`` of the questions: none has some in both."""
-    numbers = sorted({trajectory.question for trajectory in trajectories})
-    kept = set(numbers[: len(numbers) - round(share * len(numbers))])
-    items = [trajectory for trajectory in trajectories if trajectory.question in kept]
-    return items, [trajectory for trajectory in trajectories if trajectory.question not in kept]
+    numbers = trajectories.question.unique()  # in order
+    kept = torch.isin(trajectories.question, numbers[: len(numbers) - round(share * len(numbers))])
+    return trajectories.chosen(kept), trajectories.chosen(~kept)
