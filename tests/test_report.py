@@ -319,9 +319,9 @@ def test_steps_are_decoded_a_few_at_a_time_and_read_the_same(monkeypatch: pytest
     at_once = trace_questions(tiny_reasoner(), QUESTIONS, 2, seed=5)
     rows: list[int] = []
 
-    def counted(decoder: Any, tokenizer: Any, z: Any, max_tokens: int) -> list[str]:
+    def counted(decoder: Any, tokenizer: Any, z: Any, *limits: Any) -> list[str]:
         rows.append(len(z))
-        return decode_thoughts(decoder, tokenizer, z, max_tokens)
+        return decode_thoughts(decoder, tokenizer, z, *limits)
 
     monkeypatch.setattr(traces, "_ROWS", 4)
     monkeypatch.setattr(traces, "decode_thoughts", counted)

@@ -29,9 +29,13 @@ from ladir.config import BackboneSettings, Config, SampleSettings
 from ladir.config.loader import load_config, save_config
 from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
+from ladir.data.records import Record
 from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import MethodResult, QuestionResult, Trajectory, write_results
+from ladir.inference import decode as decoding
 from ladir.inference.decode import decode_thoughts
+from ladir.models.ar import ArModel
+from ladir.models.backbone import Backbone
 from ladir.models.metrics import flow_by_time, vae_metrics
 from ladir.report import figures, traces
 from ladir.report.figures import denoising_figure
@@ -70,7 +74,8 @@ def train_and_show(world: World, folder: Path, variant: list[str]) -> None:
     settings += [f"rollout.train.{name}={value}" for name, value in ROLLOUT.items()]
     config = configure(folder, "shown", 3, 4, [*settings, *variant])
     for phase in ("vae", "latents", "denoiser", "rollout", "ar"):
-        with open_run(config, phase, world) as run:
+        with open_run(config, phase, world) as run, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(samples, "_GATHERED_TOKENS", 3)
             if phase == "latents":
                 assert encode(run)
             else:
@@ -99,6 +104,7 @@ def test_every_phase_shows_its_samples_on_two_ranks(
         (sample,) = held_out[phase].Tensors("samples/text_summary")
         text = sample.tensor_proto.string_val[0].decode()
         assert titles in text and text.count("\n") == SHOWN + 1
+        assert "(shortened under ZeRO-3: at most 3 tokens" in text
         assert ("(trained on)" in text) == ("data.validation=null" in variant)
         assert_a_section_of_its_own(events[phase], held_out[phase], phase, "data.validation=null" not in variant)
     assert {"3 latents/vae/mean", "3 latents/vae/posterior_standard_deviation"} <= set(held_out["vae"].Tags()["histograms"])
@@ -142,6 +148,7 @@ class Shown:
 
     #: how often it may be asked before there is a stop
     patience = 99
+    ranks = 1
     #: whether rank 0 works alone
     counting = False
 
@@ -186,9 +193,9 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     all_steps = [only for (only,) in recorder.read(recorded, decoder)]
     rows: list[int] = []
 
-    def counted(decoder: Any, tokenizer: Any, z: torch.Tensor, max_tokens: int) -> list[str]:
+    def counted(decoder: Any, tokenizer: Any, z: torch.Tensor, max_tokens: int, between: GiveWay | None) -> list[str]:
         rows.append(len(z))
-        return decode_thoughts(decoder, tokenizer, z, max_tokens)
+        return decode_thoughts(decoder, tokenizer, z, max_tokens)  # a stop inside has a test of its own
 
     def loaded(folder: Path, backbone: BackboneSettings, device: torch.device) -> Any:
         assert (device.type, backbone.attention, backbone.dtype) == ("cpu", "auto", "auto")
@@ -221,6 +228,112 @@ def test_no_more_is_decoded_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
         shown.texts, shown.images, shown.patience = [], [], patience
         show(model, shown, 1)
         assert (sum(rows), shown.images) == (decoded, []) and len(shown.texts) == (patience == 3)
+
+
+def counted_passes(backbone: Backbone) -> list[int]:
+    """Grows with every pass of a whole LM, for which ZeRO-3 gathers its weights."""
+    passes: list[int] = []
+    backbone.base.get_decoder().layers[-1].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def write_endlessly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text ends by itself."""
+    monkeypatch.setattr(decoding, "choose_tokens", lambda logits, *_: torch.full(logits.shape[:1], 5))
+
+
+#: more than samples take where every pass gathers the weights
+LONG = ["sample.num_steps=4", "sample.max_blocks=6", "sample.max_answer_tokens=9", "sample.restarts=1", "sample.restart_steps=2"]
+LONG += ["evaluate.ar_max_tokens=9", "data.max_block_tokens=8", "telemetry.samples=2"]
+
+
+def shown_in(
+    kind: str, settings: list[str], monkeypatch: pytest.MonkeyPatch, ranks: int = 1, split: bool = False, patience: int = 999
+) -> tuple[int, str]:
+    """Passes in which the samples of a phase of the ``kind`` are made on one of several ranks, and what is told of them."""
+    for name, most in (("STEPS", 2), ("BLOCKS", 3), ("TOKENS", 5)):
+        monkeypatch.setattr(samples, f"_GATHERED_{name}", most)
+    write_endlessly(monkeypatch)
+    config, records, shown = load_config(None, settings), random_records(2), Shown()
+    show: Any
+    model: Any
+    if kind == "vae":
+        model, backbone = (vae := tiny_vae()), vae.thought_decoder.backbone
+        show = samples.vae_samples(config, tokenizer(), [record.blocks[0] for record in records], [])
+    elif kind == "ar":
+        model = ArModel(backbone := Backbone(tiny_lm()))
+        show = samples.ar_samples(
+            config, tokenizer(), [Record("a b", ["c"], "d", "x:1"), Record("c", ["a"], "b", "x:2")], [], Frame()
+        )
+    else:
+        model, decoder = (denoiser := tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder
+        backbone = denoiser.backbone
+        with torch.no_grad():
+            denoiser.stop_head.weight.zero_()
+            denoiser.stop_head.bias.fill_(-1.0)  # it never ends by itself
+        monkeypatch.setattr(samples, "load_thought_decoder", lambda *_: decoder)
+        monkeypatch.setattr(samples, "_draw", lambda *_: None)  # pictures make no passes and take long
+        show = samples.denoiser_samples(config, tokenizer(), records, records, Path("vae"), Frame())  # type: ignore[arg-type]
+    for parameter in model.parameters() if split else []:
+        parameter.all_gather = parameter.partition = lambda: None
+    shown.ranks, shown.patience, shown.counting, passes = ranks, patience, True, counted_passes(backbone)
+    with suppress(BrokenOff):
+        show(model, shown, 1)
+    return len(passes), "".join(shown.texts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "few", "told"),
+    [
+        ("vae", 9, 5, "at most 5 tokens"),
+        ("ar", 9, 5, "at most 5 tokens"),
+        ("denoiser", 1 + 6 * (4 + 2 + 1) + 9, 1 + 3 * (2 + 1) + 5, "at most 2 steps, 0 restarts, 3 blocks, 5 tokens"),
+    ],
+)
+def test_samples_take_few_passes_where_each_gathers_the_weights_and_say_so(
+    kind: str, whole: int, few: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ranks, split in ((1, False), (1, True), (2, False)):
+        passes, text = shown_in(kind, LONG, monkeypatch, ranks, split)
+        assert passes == whole and "shortened" not in text
+    passes, text = shown_in(kind, LONG, monkeypatch, 2, True)
+    assert passes == few and f"(shortened under ZeRO-3: {told}" in text
+    short = ["sample.num_steps=1", "sample.max_blocks=2", "sample.max_answer_tokens=3", "evaluate.ar_max_tokens=3"]
+    short += ["data.max_block_tokens=2", "telemetry.samples=2"]
+    alone, split_up = (shown_in(kind, short, monkeypatch, ranks, True) for ranks in (1, 2))
+    assert alone == split_up and 0 < alone[0] < few  # no more than was set, and nothing is said
+
+
+def test_shown_samples_of_the_8b_configuration_gather_an_eighth_as_often() -> None:
+    before = load_config("configs/math_8b.yaml", []).sample
+    after = samples._shortened(before)
+    gathers = [1 + s.max_blocks * (s.num_steps + 1) + s.max_answer_tokens for s in (before, after)]
+    assert gathers == [1305, 153]
+
+
+@pytest.mark.parametrize("kind", ["vae", "ar", "denoiser"])
+def test_a_stop_is_obeyed_within_two_passes_of_a_sample(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the tokens of an answer, of which the last passes consist."""
+    for patience in (0, 5):  # of at least nine passes
+        settings = [*LONG, "sample.num_steps=1", "sample.max_blocks=1", "sample.restarts=0"]
+        passes, text = shown_in(kind, settings, monkeypatch, patience=patience)
+        assert 0 < passes <= patience + 2 and not text
+
+
+def test_a_stop_is_obeyed_between_two_tokens_of_what_rank_0_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts of all steps, at once: 8B decoders take minutes on a CPU."""
+    write_endlessly(monkeypatch)
+    denoiser, decoder = undecided(tiny_denoiser(tiny_lm())), tiny_vae().thought_decoder
+    settings = SampleSettings(num_steps=2, max_blocks=2, max_answer_tokens=2, max_thought_tokens=9)
+    recorder, shown = LatentRecorder.without_vae(denoiser, tokenizer(), settings, Frame(), []), Shown()
+    recorded, passes = recorder.record(["a b"], 1, 0), counted_passes(decoder.backbone)
+    recorder.read(recorded, decoder)
+    assert len(passes) == 9
+    passes.clear()
+    shown.patience, shown.counting = 2, True
+    with pytest.raises(BrokenOff):
+        recorder.read(recorded, decoder, between=shown.give_way)
+    assert len(passes) == 3
 
 
 def test_where_thoughts_stand_as_text_samples_stand_behind_the_records_own(monkeypatch: pytest.MonkeyPatch) -> None:

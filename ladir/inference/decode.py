@@ -198,9 +198,13 @@ def thought_ids(
         return decode(prefix, hidden, eos_id, most, temperature, uniform, on_tokens=between_tokens(between), steer=steer)
 
 
-def decode_thoughts(decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int) -> list[str]:
-    """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` long."""
-    return [decode_text(tokenizer, row) for row in thought_ids(decoder, int(tokenizer.eos_token_id), z, max_tokens)]
+def decode_thoughts(
+    decoder: ThoughtDecoder, tokenizer: PreTrainedTokenizerBase, z: Tensor, max_tokens: int, between: Between | None = None
+) -> list[str]:
+    """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily, at most ``max_tokens`` long; ``between`` is
+    called after every token."""
+    ids = thought_ids(decoder, int(tokenizer.eos_token_id), z, max_tokens, between=between)
+    return [decode_text(tokenizer, row) for row in ids]
 
 
 @torch.no_grad()

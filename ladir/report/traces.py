@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
+from ladir.inference.asking import Ask, TraceHook, Watch
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import Between, decode_thoughts
 from ladir.inference.sampler import NOISE, Reader, StepHook, TrajectoryNoise
+from ladir.inference.trajectory import Trajectory, check_questions
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
-from ladir.reasoner import Reasoner, TraceHook, Trajectory
+from ladir.reasoner import Reasoner
 from ladir.tokens import decode_text
 
 #: blocks decoded at a time: an 8B LM's keys and values of so many short texts are about half a GiB in bfloat16
@@ -108,7 +110,6 @@ class LatentRecorder(Reasoner):
         super().__init__(*parts, TrainedOn(frame=reasoner.trained_on.frame), verifier=reasoner.verifier)
         self._kept: list[Tensor] = []
         self._noise_of: dict[str, str] = {}
-        self._between: Between | None = None
         self._given = sentences
 
     def _reader(self, settings: SampleSettings, noise: TrajectoryNoise, between: Between | None) -> Reader | None:
@@ -125,8 +126,6 @@ class LatentRecorder(Reasoner):
         step_hook, noise = super()._trace_hook(traces, on_step), dict[tuple[int, int], str]()
 
         def hook(rows: list[int], block: int, step: int, x0: Tensor) -> None:
-            if self._between is not None:
-                self._between()
             if step == NOISE:
                 numbers = self.decode_latents(x0 * self.denoiser.latent_std + self.denoiser.latent_mean)
                 noise.update({(row, block): number for row, number in zip(rows, numbers, strict=True)})
@@ -141,7 +140,7 @@ class LatentRecorder(Reasoner):
     ) -> list[list[Trajectory]]:
         """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable.
 
-        ``between`` is called between two denoising steps, on ranks that think the same alike: what it raises ends them.
+        ``between`` is called after every denoising step and token, on ranks that think the same alike: what it raises ends them.
         ValueError where sentences were given, and not for just these trajectories.
         """
         if self._given is not None and (num_trajectories != 1 or len(questions) != len(self._given)):
@@ -149,21 +148,27 @@ class LatentRecorder(Reasoner):
                 f"the sentences of {len(self._given)} records were given, for a question with one trajectory each, not for "
                 f"{len(questions)} questions with {num_trajectories} trajectories each"
             )
-        self._between = between
-        return self.generate(questions, num_trajectories=num_trajectories, seed=seed, on_step=_keep_all)
+        check_questions(questions)
+        asks = [Ask(question, num_trajectories, seed) for question in questions]
+        return self.answer(asks, self.settings_with(), Watch(on_step=_keep_all, between_steps=between))
 
     def read(
-        self, recorded: Sequence[Sequence[Trajectory]], decoder: ThoughtDecoder, noise: bool = False
+        self,
+        recorded: Sequence[Sequence[Trajectory]],
+        decoder: ThoughtDecoder,
+        noise: bool = False,
+        between: Between | None = None,
     ) -> list[list[TrajectoryTrace]]:
         """The steps in the traces of what :meth:`record` gave, and the ``noise`` where it is wanted, decoded by ``decoder``,
-        ``_ROWS`` at a time."""
+        ``_ROWS`` at a time; ``between`` is called after every token, and may raise."""
         blocks = [block for one in recorded for trajectory in one for block in trajectory.trace]
         numbers = [number for block in blocks for number in ([self._noise_of[block[0]], *block] if noise else block)]
         texts: dict[str, str] = {}
         for start in range(0, len(numbers), _ROWS):
             part = numbers[start : start + _ROWS]
             z = self._latents(part).to(decoder.from_latent.weight.device)
-            texts.update(zip(part, decode_thoughts(decoder, self.tokenizer, z, self.settings.max_thought_tokens), strict=True))
+            read = decode_thoughts(decoder, self.tokenizer, z, self.settings.max_thought_tokens, between)
+            texts.update(zip(part, read, strict=True))
 
         def block_trace(trajectory: Trajectory, block: int) -> BlockTrace:
             steps = trajectory.trace[block]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import BackboneSettings, Config
+from ladir.config import BackboneSettings, Config, SampleSettings
 from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame, prompt_ids
 from ladir.data.records import Record
@@ -24,6 +25,7 @@ from ladir.inference.ar import complete
 from ladir.inference.decode import decode_thoughts
 from ladir.inference.memory import free_bytes
 from ladir.models.ar import ArModel
+from ladir.models.backbone import is_split
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_thought_decoder
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
@@ -49,6 +51,10 @@ _READING_BYTES = 2 << 30
 #: blocks of one question, and steps of each, that are drawn
 _DRAWN_BLOCKS, _DRAWN_STEPS = 4, 10
 
+#: the most Euler steps of a block, blocks, and tokens of a text, where every pass gathers the whole model from other ranks: the
+#: 8B configurations' own 30, 40 and 64 were 1,305 gathers at a time, these are 153; a glance needs no more
+_GATHERED_STEPS, _GATHERED_BLOCKS, _GATHERED_TOKENS = 10, 8, 64
+
 
 def vae_samples(
     config: Config, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[list[int]], trained: Sequence[list[int]]
@@ -63,13 +69,14 @@ def vae_samples(
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Vae)
         mean, logvar = encode_sentences(model, shown)
-        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], config.data.max_block_tokens + 1)
+        limit, cut = _token_limit(config.data.max_block_tokens + 1, model, telemetry)
+        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], limit, telemetry.give_way)
         telemetry.histogram("mean", mean, step)
         telemetry.histogram("posterior_standard_deviation", (0.5 * logvar).exp(), step)
         if len(mean) > 1:
             telemetry.histogram("variance_of_means_by_element", mean.var(0), step)
         pairs = [(decode_text(tokenizer, ids), text) for ids, text in zip(shown, texts, strict=False)]
-        telemetry.text("samples", markdown_table((title, "reconstructed"), pairs), step)
+        telemetry.text("samples", markdown_table((title, f"reconstructed{cut}"), pairs), step)
 
     return show
 
@@ -87,7 +94,8 @@ def ar_samples(
         assert isinstance(model, ArModel)
         prompts = [prompt_ids(tokenizer, record.question, frame) for record in shown]
         eos = int(tokenizer.eos_token_id)
-        limit, questions = config.evaluate.ar_max_tokens, [record.question for record in shown]
+        questions = [record.question for record in shown]
+        limit, cut = _token_limit(config.evaluate.ar_max_tokens, model, telemetry)
         both_ways, seed = config.ar.bidirectional_question, config.run.seed
         completions = complete(
             model.backbone,
@@ -105,7 +113,7 @@ def ar_samples(
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
             for record, ids in zip(shown, completions, strict=True)
         ]
-        telemetry.text("samples", markdown_table((title, "reference", "completion"), rows), step)
+        telemetry.text("samples", markdown_table((title, "reference", f"completion{cut}"), rows), step)
 
     return show
 
@@ -128,7 +136,8 @@ def denoiser_samples(
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
-        recorder = LatentRecorder.without_vae(model, tokenizer, config.sample, frame, [record.blocks for record in shown])
+        settings = _shortened(config.sample) if _gathers(model, telemetry) else config.sample
+        recorder = LatentRecorder.without_vae(model, tokenizer, settings, frame, [record.blocks for record in shown])
         recorded = recorder.record(questions, 1, config.run.seed, telemetry.give_way)
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
         telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
@@ -143,19 +152,54 @@ def denoiser_samples(
         traces: list[TrajectoryTrace] = []
         for one in recorded:
             give_way()  # the training is saved first
-            traces += [only for (only,) in recorder.read([at_steps(one, first_and_last)], decoder)]
+            traces += [only for (only,) in recorder.read([at_steps(one, first_and_last)], decoder, between=give_way)]
         rows = [
             (question, reference, "\n".join([*trace.thoughts, trace.answer]))
             for question, reference, trace in zip(questions, references, traces, strict=True)
         ]
         own = config.denoiser.context == "latents"
         thoughts = "thoughts and answer" if own else "thoughts and answer, each behind the reference's thoughts"
-        telemetry.text("samples", markdown_table((title, "reference", thoughts), rows), step)
+        cut = _cut(config.sample, recorder.settings)
+        telemetry.text("samples", markdown_table((title, "reference", f"{thoughts}{cut}"), rows), step)
         give_way()
         drawn = max(range(len(traces)), key=lambda i: (_changes(traces[i]), recorder.movement(recorded[i][0])))
-        _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder)
+        _draw(telemetry, step, questions[drawn], recorder, recorded[drawn][0], decoder, give_way)
 
     return show
+
+
+def _gathers(model: nn.Module, telemetry: Telemetry) -> bool:
+    """Whether every pass gathers weights from other ranks, as under ZeRO-3."""
+    return telemetry.ranks > 1 and any(is_split(parameter) for parameter in model.parameters())
+
+
+def _token_limit(wanted: int, model: nn.Module, telemetry: Telemetry) -> tuple[int, str]:
+    """The most tokens of a shown text, and what its column's title says where that is less than ``wanted``."""
+    if wanted <= _GATHERED_TOKENS or not _gathers(model, telemetry):
+        return wanted, ""
+    return _GATHERED_TOKENS, _told([f"{_GATHERED_TOKENS} tokens"])
+
+
+def _shortened(settings: SampleSettings) -> SampleSettings:
+    """Sampling in few passes, and in nothing more than was set."""
+    return replace(
+        settings,
+        num_steps=min(settings.num_steps, _GATHERED_STEPS),
+        restarts=0,
+        max_blocks=min(settings.max_blocks, _GATHERED_BLOCKS),
+        max_answer_tokens=min(settings.max_answer_tokens, _GATHERED_TOKENS),
+    )
+
+
+def _cut(asked: SampleSettings, taken: SampleSettings) -> str:
+    """What a column's title says of the limits that were lowered."""
+    names = {"num_steps": "steps", "restarts": "restarts", "max_blocks": "blocks", "max_answer_tokens": "tokens of an answer"}
+    lower = [name for name in names if getattr(taken, name) < getattr(asked, name)]
+    return _told([f"{getattr(taken, name)} {names[name]}" for name in lower]) if lower else ""
+
+
+def _told(limits: Sequence[str]) -> str:
+    return f" (shortened under ZeRO-3: at most {', '.join(limits)})"
 
 
 def _decoder(settings: BackboneSettings, vae: Path, device: torch.device) -> ThoughtDecoder:
@@ -177,13 +221,19 @@ def _changes(trace: TrajectoryTrace) -> int:
 
 
 def _draw(
-    telemetry: Telemetry, step: int, question: str, recorder: LatentRecorder, recorded: Trajectory, decoder: ThoughtDecoder
+    telemetry: Telemetry,
+    step: int,
+    question: str,
+    recorder: LatentRecorder,
+    recorded: Trajectory,
+    decoder: ThoughtDecoder,
+    give_way: GiveWay,
 ) -> None:
     """Pictures of a trajectory's first blocks, from noise on, at some of their steps."""
     from ladir.report.figures import denoising_figure, pixels  # matplotlib, for rank 0 alone
 
     first = replace(recorded, trace=recorded.trace[:_DRAWN_BLOCKS])
-    ((trace,),) = recorder.read([at_steps([first], _drawn_steps)], decoder, noise=True)
+    ((trace,),) = recorder.read([at_steps([first], _drawn_steps)], decoder, noise=True, between=give_way)
     for number, (block, steps) in enumerate(zip(trace.blocks, first.trace, strict=True), start=1):
         figure = denoising_figure(*block.picture(_drawn_steps(len(steps))), f"block {number} of {question}")
         telemetry.image(f"denoising/block_{number}", pixels(figure), step)

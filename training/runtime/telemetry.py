@@ -58,6 +58,11 @@ class Telemetry:
         """Whether texts, histograms and pictures go anywhere: to the loggers, from rank 0."""
         return bool(self._loggers)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self._run.world.size
+
     def give_way(self) -> None:
         """Raise BrokenOff, on all ranks, where any was asked to stop: between the passes that samples take (collective)."""
         self._run.give_way()
