@@ -84,7 +84,8 @@ count_processes() {
         PROCESSES=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     fi
     [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] ||
-        fail "$entry: this job has no GPU; submit with --gres=gpu:N --cpus-per-task=M (or PROCESSES_PER_NODE=N for a run without GPUs)"
+        fail "$entry: this job has no GPU; submit with --gres=gpu:N --cpus-per-task=M (or PROCESSES_PER_NODE=N," \
+            "for a run without GPUs)"
     [ "$needs" = cpu ] || check_cpus "$entry"
     LAUNCHER=${LAUNCHER:-torchrun}
     [[ $LAUNCHER =~ ^(torchrun|deepspeed|srun)$ ]] || fail "LAUNCHER=$LAUNCHER: must be torchrun, deepspeed or srun"

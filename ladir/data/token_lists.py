@@ -34,7 +34,7 @@ class MadeWhenRead(Sequence[T]):
 
 
 class Measured(ABC):
-    """Items that know how long each is without its being made.  Ranks get equal shares of the work by that."""
+    """Items that know how long each is without its being made.  Shares of equal work are cut by that."""
 
     @abstractmethod
     def __len__(self) -> int:

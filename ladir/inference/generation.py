@@ -478,14 +478,14 @@ class TrajectoryGenerator:
         return int(self.tokenizer.eos_token_id)
 
     @torch.no_grad()
-    def decode_latents(self, z: Tensor) -> list[str]:
-        """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily."""
-        return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens)
+    def decode_latents(self, z: Tensor, between: Between | None = None) -> list[str]:
+        """Text of each block of latents ``z`` [K, L, d] (not standardised), greedily; ``between`` is called after every token."""
+        return decode_thoughts(self.thought_decoder, self.tokenizer, z, self.settings.max_thought_tokens, between)
 
     def read_thoughts(self, trajectories: Sequence[Trajectory], between: Between | None = None) -> None:
         """Fill in the ``thoughts`` of trajectories that were generated without, ``thoughts_per_batch`` blocks at a time.
 
-        ``between`` is called before each batch, and may raise.
+        ``between`` is called before each batch and after every token, and may raise.
 
         Blocks that were read as they were finished (``reencode``, or text as the context) are not read again: what was read is
         what their chain went on from.
@@ -500,7 +500,8 @@ class TrajectoryGenerator:
         for part in (places[first : first + size] for first in range(0, len(places), size)):
             if between is not None:
                 between()
-            texts = self.decode_latents(torch.stack([entry.latents[block] for entry, block in part]).to(self.device))
+            z = torch.stack([entry.latents[block] for entry, block in part]).to(self.device)
+            texts = self.decode_latents(z, between)
             for (entry, block), text in zip(part, texts, strict=True):
                 entry.thoughts[block] = text
 

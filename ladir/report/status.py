@@ -117,7 +117,8 @@ class Queue:
         """The run's jobs that Slurm has not started, or has put back; those that it has started and that say nothing yet."""
         names = _slurm_jobs(folder, jobs)
         if names and self._clock() - self._asked >= _QUEUE_EVERY_SECONDS:
-            self._rows, self._asked = _squeue(names), self._clock()
+            found, self._asked = _squeue(names), self._clock()
+            self._rows = self._rows if found is None else found
         for job in jobs:
             if job.state == RUNNING:  # whatever the queue said of it before
                 self._rows.pop(str(job.facts.get("job")), None)
@@ -129,6 +130,8 @@ class Queue:
 
 #: Slurm's short names of states
 _PENDING, _STARTED = "PD", ("CF", "R")
+#: what squeue says, and fails, of a job that ended long ago
+_FORGOTTEN = "Invalid job id"
 
 
 def _slurm_jobs(folder: Path, jobs: Sequence[JobStatus]) -> dict[str, str]:
@@ -141,8 +144,8 @@ def _slurm_jobs(folder: Path, jobs: Sequence[JobStatus]) -> dict[str, str]:
     return names
 
 
-def _squeue(numbers: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """State and reason of the jobs that wait or have begun; nothing where Slurm does not answer."""
+def _squeue(numbers: Iterable[str]) -> dict[str, tuple[str, str]] | None:
+    """State and reason of the jobs that wait or have begun; None where Slurm does not answer."""
     if shutil.which("squeue") is None:
         return {}
     states = ",".join((_PENDING, *_STARTED))
@@ -150,7 +153,9 @@ def _squeue(numbers: Iterable[str]) -> dict[str, tuple[str, str]]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return {}
+        return None
+    if answer.returncode != 0 and _FORGOTTEN not in answer.stderr:
+        return None
     rows = (line.split(maxsplit=2) for line in answer.stdout.splitlines())
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 

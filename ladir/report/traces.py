@@ -115,7 +115,7 @@ class LatentRecorder(Reasoner):
     def _reader(self, settings: SampleSettings, noise: TrajectoryNoise, between: Between | None) -> Reader | None:
         return super()._reader(settings, noise, between) if self._given is None else GivenSentences(self._given)
 
-    def decode_latents(self, z: Tensor) -> list[str]:
+    def decode_latents(self, z: Tensor, between: Between | None = None) -> list[str]:
         """Numbers of the blocks ``z`` [K, L, d]."""
         first = len(self._kept)
         self._kept.extend(z.float().cpu())

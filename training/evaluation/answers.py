@@ -122,9 +122,7 @@ class AnswerLog:
 
     def add(self, method: str, answers: Mapping[int, Answered]) -> None:
         """Append this rank's answers."""
-        lines = (
-            json.dumps({**dataclasses.asdict(answer), "index": index}, ensure_ascii=False) for index, answer in answers.items()
-        )
+        lines = [_line(index, answer) for index, answer in answers.items()]
         with (self._folder / f"{method}.{self._run.world.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
             # A torn line of an earlier start ends here.
             file.write("".join(f"\n{line}" for line in lines) + "\n")
@@ -151,3 +149,10 @@ def _digest(run: Run, records: Sequence[Record]) -> str:
             facts = file.stat()
             digest.update(f"{file.name}:{facts.st_size}:{facts.st_mtime_ns};".encode())
     return digest.hexdigest()[:16]
+
+
+def _line(index: int, answer: Answered) -> str:
+    """One of the log's lines; whose it is stands at its end, where :data:`_END` looks."""
+    said = dataclasses.asdict(answer)
+    rank = said.pop("rank")
+    return json.dumps({**said, "rank": rank, "index": index}, ensure_ascii=False)

@@ -82,11 +82,11 @@ def encode_split(
     assert records is not None  # something is named
     _check_lengths(run, vae, records)
     form = _form(run, vae)
-    parts = _parts(run, target, watch.mark, source, form)
+    parts, alarm = _parts(run, target, watch.mark, source, form), Alarm(run.world, run.stop)
     if not _encode_parts(run, vae, records, parts, form, watch):
         return False
     run.status.say(f"joining the parts of {target}", fraction=None, seconds_left=None)
-    if Alarm(run.world, run.stop).meet():
+    if alarm.meet():
         return False
 
     def join(give_way: GiveWay) -> bool:

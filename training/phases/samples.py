@@ -70,7 +70,9 @@ def vae_samples(
         assert isinstance(model, Vae)
         mean, logvar = encode_sentences(model, shown)
         limit, cut = _token_limit(config.data.max_block_tokens + 1, model, telemetry)
-        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], limit, telemetry.give_way)
+        # Asking all ranks after every token takes as many tokens on each: certain where they gather weights for them.
+        alike = telemetry.ranks == 1 or _gathers(model, telemetry)
+        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], limit, telemetry.give_way if alike else None)
         telemetry.histogram("mean", mean, step)
         telemetry.histogram("posterior_standard_deviation", (0.5 * logvar).exp(), step)
         if len(mean) > 1:

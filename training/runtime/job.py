@@ -46,7 +46,7 @@ USER_ERRORS = (
 
 def _on_this_node() -> int | None:
     """How many of the processes this node has, where the launcher says so."""
-    told = os.environ.get("LOCAL_WORLD_SIZE")
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is what DeepSpeed's says
     return None if told is None else int(told)
 
 
@@ -65,9 +65,10 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         if trains:
             config.deepspeed.config = deepspeed_file(config, phase(config))
             check_ds_config(config.backbone, config.deepspeed.config)
+        on_this_node = _on_this_node()  # a start without a launcher sets such a variable itself
         world = start(config.deepspeed)
         if trains:
-            check_topology(config, phase(config), world.size, _on_this_node())
+            check_topology(config, phase(config), world.size, on_this_node)
         examine(world, config)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         try:

@@ -62,9 +62,9 @@ class StopRequest:
 
     def announce(self) -> None:
         """Log, once, which signal has come; to be called where the flag is looked at."""
-        if self._received is not None:
-            logger.info("%s received: stopping after this step", self._received.name)
-            self._received = None
+        received, self._received = self._received, None  # at once: two threads may look
+        if received is not None:
+            logger.info("%s received: stopping after this step", received.name)
 
     def give_way(self) -> None:
         """Raise BrokenOff where this process was asked to stop: within work that no other rank waits for step by step."""
