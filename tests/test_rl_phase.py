@@ -112,6 +112,13 @@ def start(one_process: ProcessGroup, folder: Path) -> Path:  # noqa: F811
     return folder
 
 
+@pytest.fixture(scope="module")
+def baseline(one_process: ProcessGroup, folder: Path) -> Path:  # noqa: F811
+    """The folder with the run ``text``, which has an AR baseline."""
+    one_process.run(run_phase, folder, "text", "ar", 0, 8, [])
+    return folder
+
+
 def metrics(root: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in SECONDS} for row in losses(root, name)]
 
@@ -261,36 +268,32 @@ def by_text(world: World, root: Path, name: str) -> tuple[str, list[str]]:
         return train(run, rl_text_phase(run.config, world)).status, said
 
 
-def test_the_baseline_learns_from_its_own_completions(one_process: ProcessGroup, folder: Path) -> None:  # noqa: F811
-    one_process.run(run_phase, folder, "text", "ar", 0, 8, [])
-    ((status, said),) = one_process.run(by_text, folder, "text")
+def test_the_baseline_learns_from_its_own_completions(one_process: ProcessGroup, baseline: Path) -> None:
+    ((status, said),) = one_process.run(by_text, baseline, "text")
     assert status == "finished"
     for words in ("reading and tokenizing", "loading the model", "loading the model that answers", "making the engine"):
         assert any(line.startswith(words) for line in said)
     place = said.index("step 3: waits for its batch")
     assert said[place + 1] == "step 3: answers 4 questions, 3 times each"
-    first, second, *_ = (row for row in losses(folder, "text") if "answers" in row)
+    first, second, *_ = (row for row in losses(baseline, "text") if "answers" in row)
     assert first["token_ratio"] == pytest.approx(1, abs=1e-5) and second["token_ratio"] != first["token_ratio"]
     assert {"reward", "signal", "pass@3", "text"} <= first.keys()
-    assert (folder / "text" / "models" / "ar-rl" / "tokenizer.json").is_file()
+    assert (baseline / "text" / "models" / "ar-rl" / "tokenizer.json").is_file()
 
 
 @pytest.mark.distributed
-def test_the_baseline_is_stopped_in_the_middle_of_a_batch_and_goes_on(
-    two_processes: ProcessGroup,
-    folder: Path,  # noqa: F811
-) -> None:
+def test_the_baseline_is_stopped_in_the_middle_of_a_batch_and_goes_on(two_processes: ProcessGroup, baseline: Path) -> None:
     for name in ("text-whole", "text-parts"):
-        shutil.copytree(folder / "text" / "models" / "ar", folder / name / "models" / "ar")
+        shutil.copytree(baseline / "text" / "models" / "ar", baseline / name / "models" / "ar")
     for place, at in (("thinking", 2), ("judging", 2), ("remembering text", 1)):
-        answers = two_processes.run(stopped, folder, "text-parts", "text", place, at, timeout=280)
+        answers = two_processes.run(stopped, baseline, "text-parts", "text", place, at, timeout=280)
         assert answers == [("interrupted", 0, True), ("interrupted", at, True)], place
     for name in ("text-whole", "text-parts"):
-        answers = two_processes.run(stopped, folder, name, "text", "judging", 0, timeout=280)
+        answers = two_processes.run(stopped, baseline, name, "text", "judging", 0, timeout=280)
         assert [status for status, *_ in answers] == ["finished"] * 2
-    first, second = (weights(folder, name, "ar-rl") for name in ("text-whole", "text-parts"))
+    first, second = (weights(baseline, name, "ar-rl") for name in ("text-whole", "text-parts"))
     assert first and {key: second[key].equal(value) for key, value in first.items()} == dict.fromkeys(first, True)
-    assert metrics(folder, "text-parts") == metrics(folder, "text-whole")
+    assert metrics(baseline, "text-parts") == metrics(baseline, "text-whole")
 
 
 def ended(world: World, root: Path, name: str, **changes: Any) -> str:
