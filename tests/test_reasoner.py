@@ -1008,7 +1008,8 @@ def test_the_decoder_alone_ends_a_sentence() -> None:
     steer = TokenHeadReading(head, torch.zeros(3, 2, 2), 1.0).steer(2)
     own = torch.tensor([[0.5, 0.1, 0.4], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]).log()
     assert steer(own, torch.arange(3), 0, None).argmax(-1).tolist() == [1, 2, 2]
-    assert steer(own, torch.arange(3), 1, None)[:, 2].tolist() == [-math.inf, math.inf, math.inf]
+    left = steer(own, torch.arange(3), 1, None).isfinite()  # the end alone, or all but that: at any temperature
+    assert left.tolist() == [[True, True, False], [False, False, True], [False, False, True]]
     assert torch.equal(steer(own, torch.arange(3), 2, None), own)  # beyond the head's positions
 
 

@@ -20,7 +20,7 @@ from training.evaluation.judging import judge_samples
 from training.reinforcement.samplers import Sampler, Tries
 from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
-from training.runtime.distributed import World
+from training.runtime.distributed import World, until
 from training.runtime.preemption import BrokenOff
 
 
@@ -76,7 +76,7 @@ class Asker:
                 except UnusableError as caught:
                     error = str(caught)
                     break
-            found, wrong = _collected(coming)
+            found, wrong = _collected(coming, give_way)
         return found, error or wrong
 
     def _judge(self, asked: Sequence[Tries], give_way: GiveWay) -> list[Group]:
@@ -102,10 +102,11 @@ class Asker:
         return Group(asked.record.question, asked.question, lines, asked.times)
 
 
-def _collected(coming: Sequence[tuple[range, Future[list[Group]]]]) -> tuple[dict[int, Group], str]:
+def _collected(coming: Sequence[tuple[range, Future[list[Group]]]], give_way: GiveWay) -> tuple[dict[int, Group], str]:
     """Judged groups by the place of their question; or what was wrong with a reward."""
     found: dict[int, Group] = {}
     for batch, future in coming:
+        until(future.done, give_way, most_seconds=0.05)  # a signal that comes just before a wait without end is not handled in it
         try:
             found.update(zip(batch, future.result(), strict=True))
         except UnusableError as error:
