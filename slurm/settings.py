@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,32 +60,23 @@ class Asked:
     topology: Topology
 
 
-def asked(entry: str, options: Sequence[str], path: str, overrides: Sequence[str]) -> Asked:
-    """An entry of the chain; raises ConfigError."""
+def asked(entry: str, options: Sequence[str], path: str, overrides: Sequence[str]) -> Asked | ConfigError:
+    """An entry of the chain, or what is wrong with its settings."""
     name, *words = entry.split()
     own = [word for word in words if word.startswith("--")]
     settings = [word for word in words if not word.startswith("--")]
-    config = load_config(path, [*overrides, *settings])
+    try:
+        config = load_config(path, [*overrides, *settings])
+    except ConfigError as error:
+        return error
     phase = {"train_ar": config.ar.phase, "train_denoiser": "rollout" if config.stage == "rollout" else "denoiser"}
     step = Step(phase.get(name, name.removeprefix("train_")), name, tuple(settings))
     return Asked(config, step, asked_for([*options, *own], os.environ))
 
 
-def refused_there(phases: Iterable[str], options: Sequence[str], path: str, overrides: Sequence[str]) -> Iterator[str]:
+def problems(one: Asked | ConfigError) -> Iterable[str]:
     """What keeps a phase from starting on the nodes, GPUs and CPUs that are asked for."""
-    for entry in phases:
-        try:
-            one = asked(entry, options, path, overrides)
-        except ConfigError as error:
-            yield from error.errors
-            continue
-        yield from step_problems(one.config, one.step, one.topology)
-
-
-def unchecked_there(phases: Iterable[str], options: Sequence[str], path: str, overrides: Sequence[str]) -> list[str]:
-    """The trainings, in words, whose number of processes the options leave open."""
-    found = [asked(entry, options, path, overrides) for entry in phases]
-    return [one.step.words for one in found if unchecked(one.step, one.topology)]
+    return one.errors if isinstance(one, ConfigError) else step_problems(one.config, one.step, one.topology)
 
 
 def main(arguments: list[str]) -> int:
@@ -100,10 +91,12 @@ def main(arguments: list[str]) -> int:
     named = named_phases(os.environ.get("PHASES", "")) if whole else []
     phases = named or [step.words for step in chain(config) if whole]
     wrong = [*refused_by_every_training(config), *(missing(config) if whole and not named else [])]
-    if wrong := wrong or list(refused_there(phases, options, path, overrides)):
+    phases_asked = [] if wrong else [asked(entry, options, path, overrides) for entry in phases]
+    if wrong := wrong or [line for one in phases_asked for line in problems(one)]:
         return _refused(wrong)
-    if open_ones := unchecked_there(phases, options, path, overrides):
-        sys.stderr.write(f"warning: {not_checked(open_ones)}\n")
+    trainings = [one for one in phases_asked if isinstance(one, Asked) and unchecked(one.step, one.topology)]
+    if trainings:  # whose number of processes the options leave open
+        sys.stderr.write(f"warning: {not_checked([one.step.words for one in trainings])}\n")
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *phases]) + "\n")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -94,7 +95,10 @@ class TrajectoryNoise:
         seeds = [seed] * len(keys) if isinstance(seed, int) else seed
         self._keys = list(zip(seeds, keys, strict=True))
         self._latents, self._answers = self._generators("latents"), self._generators("answer")
-        self._thoughts = self._generators("thought")
+
+    @cached_property
+    def _thoughts(self) -> list[np.random.Generator]:
+        return self._generators("thought")  # few samplings draw from them
 
     def _generators(self, purpose: str) -> list[np.random.Generator]:
         return [generator(derive(seed, purpose, question), index) for seed, (question, index) in self._keys]

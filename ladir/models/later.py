@@ -53,7 +53,7 @@ class LaterWeights:
                 module.__dict__["later"] = self
 
     @contextmanager
-    def within(self, group: PassGroup | None) -> Iterator[None]:
+    def within(self, group: PassGroup) -> Iterator[None]:
         """A pass of this group; the same when it is run again backward."""
         before, self.group = self.group, group
         try:

@@ -22,7 +22,7 @@ from ladir.models.folders import load_backbone, question_frame, reads_questions_
 from ladir.models.verifier import belongs_to
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.tokens import decode_text, load_tokenizer
-from training.evaluation.rows import stage_of
+from training.evaluation.rows import questions_at_a_time, stage_of
 from training.runtime.run import RunFolder
 from training.runtime.stages import stage_folder
 
@@ -161,7 +161,7 @@ def ar_answerer(
 ) -> Answerer:
     """The baseline as the settings say; ``give_way`` is called after every token, and may raise."""
     samples, temperature = (1, 0.0) if greedy else (config.evaluate.num_trajectories, config.evaluate.ar_temperature)
-    size = config.evaluate.greedy_questions_per_batch if greedy else config.evaluate.questions_per_batch
+    size = questions_at_a_time(config.evaluate, greedy)
 
     def answer(records: Sequence[Record]) -> Answers:
         with count_cost(backbone) as cost:

@@ -17,7 +17,7 @@ from training.evaluation.answerers import Answerer, load_answerers
 from training.evaluation.answers import Answered, cut
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
-from training.evaluation.rows import GREEDY, model_of
+from training.evaluation.rows import GREEDY, model_of, questions_at_a_time
 from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.preemption import BrokenOff
@@ -59,7 +59,7 @@ def portions(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]
 
 def portion_size(settings: EvaluateSettings, sampling: str, questions: int, ranks: int) -> int:
     """Most of a data set's ``questions`` that are asked at a time in one way."""
-    size = settings.greedy_questions_per_batch if sampling in GREEDY else settings.questions_per_batch
+    size = questions_at_a_time(settings, sampling in GREEDY)
     if not model_of(sampling).startswith("ar"):
         return size
     # They join as others end; still with several portions for every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ladir.config import EvaluateSettings
 from ladir.evaluation.voting import RULES
 
 #: phases behind a model's row besides the base LM
@@ -19,6 +20,11 @@ SCORED = ("best", "weighted")
 
 #: samplings of one answer per question, without randomness
 GREEDY = ("ar-greedy", "ladir-zero-noise")
+
+
+def questions_at_a_time(settings: EvaluateSettings, greedy: bool) -> int:
+    """Questions of a batch, by whether each gets one answer or many."""
+    return settings.greedy_questions_per_batch if greedy else settings.questions_per_batch
 
 
 def sampling_of(method: str) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ from training.evaluation.answers import cut
 from training.evaluation.asking import portion_size, rows_of
 from training.evaluation.benchmarks import set_configs
 from training.evaluation.readiness import question_file
-from training.evaluation.rows import GREEDY, model_of, sampling_of
+from training.evaluation.rows import GREEDY, model_of, questions_at_a_time, sampling_of
 from training.planning.asking import Architecture, answering, drifting
 from training.planning.models import DataSize
 
@@ -50,7 +50,9 @@ class Questions:
     def asked(self) -> int:
         """Questions that ``evaluate.num_questions`` leaves."""
         most = self.config.evaluate.num_questions
-        return self.number if most is None else most if not self.known else min(most, self.number)
+        if most is None:
+            return self.number
+        return min(most, self.number) if self.known else most
 
     @property
     def assumed(self) -> bool:
@@ -115,7 +117,7 @@ def _by_text(asked: Questions, sampling: str, data: DataSize, lm: Architecture, 
     samples beyond its rows join as others end.
     """
     ask, lines = asked.config.evaluate, rows_of(asked.config.evaluate, sampling)
-    size = ask.greedy_questions_per_batch if sampling in GREEDY else ask.questions_per_batch
+    size = questions_at_a_time(ask, sampling in GREEDY)
     mean, longest = (min(ask.ar_max_tokens, lengths.completion) for lengths in (data.mean, data.longest))
     batches = cut(asked.asked, portion_size(ask, sampling, asked.asked, gpus), gpus)
     together = -(-max(map(len, batches)) // size)
