@@ -342,6 +342,20 @@ def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_
     assert not Planner(config, machine).evaluate().fits
 
 
+@pytest.mark.parametrize("gpus", [8, 32])
+@pytest.mark.parametrize("name", ["math", "countdown", "code"])
+def test_an_update_of_the_8b_configurations_fits_and_launches_a_third_of_one_of_small_passes(name: str, gpus: int) -> None:
+    config = load_config(f"configs/{name}_8b.yaml")
+    config.rl.enabled = True
+    machine = Machine(gpus=gpus, gpus_per_node=8, gpu_bytes=80 * GIB, reserve=3 * GIB, flops=1e15, mfu=0.4)
+    planner = Planner(config, machine)
+    found = planner.training("rl")
+    config.rl.train.micro_batch = 4
+    small = planner.training("rl")
+    assert found.fits and found.iteration is not None and small.iteration is not None
+    assert found.iteration.learning[1] < small.iteration.learning[1] / 3
+
+
 def test_the_page_of_the_run_on_32_gpus_says_what_the_plan_says() -> None:
     """But for stage 2, which takes long to trace."""
     config = load_config("configs/math_8b.yaml")
@@ -638,6 +652,11 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     assert max(key[-1] for key in planner._peaks) == 17
     config.rl.kl_weight = 0.0
     assert planner.training("rl").holdings.frozen < found.holdings.frozen
+    config.sample.reencode, config.rl.reward = False, "answer"  # nobody reads a block: the old model alone
+    assert planner.training("rl").holdings.frozen - plain.holdings.frozen == planner.element_bytes * weights
+    config.rl.reward = "chain"
+    assert planner.training("rl").holdings.frozen - plain.holdings.frozen == 2 * planner.element_bytes * weights
+    config.sample.reencode = True
 
     config.verifier.enabled = True
     judged = planner.verifier()

@@ -206,6 +206,33 @@ def test_a_stop_is_obeyed_between_two_models_that_are_loaded(two_processes: Proc
     assert two_processes.run(stopped_while_loading, start) == [True, True]
 
 
+def test_the_vae_is_in_memory_where_somebody_reads_blocks(one_process: ProcessGroup, start: Path) -> None:
+    """A reward of answers alone reads none, and a step is learned all the same."""
+    prepared(start, "unread")
+    assert one_process.run(unread, start, "unread") == [("finished", 0)]
+    assert one_process.run(loading, start, "unread") == [1]
+
+
+def loaded(patch: pytest.MonkeyPatch) -> list[Any]:
+    """What was loaded of the VAE, from now on."""
+    found, real = [], rl.load_thought_decoder
+    patch.setattr(rl, "load_thought_decoder", lambda *about: found.append(about) or real(*about))
+    return found
+
+
+def unread(world: World, root: Path, name: str) -> tuple[str, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        found = loaded(patch)
+        return reinforce(world, root, name, 0, 8, reward="answer", updates=STEPS), len(found)
+
+
+def loading(world: World, root: Path, name: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        found = loaded(patch)
+        rl_phase(configure(root, name, 0, 8, settings(8)), world)
+        return len(found)
+
+
 @pytest.mark.distributed
 def test_few_attempts_go_beside_their_gold_records_and_learn_the_same(
     one_process: ProcessGroup, two_processes: ProcessGroup, start: Path

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ladir.config import RlSettings
-from ladir.config.checks import CHECKED_REWARDS
+from ladir.config import Config, RlSettings
+from ladir.config.checks import CHECKED_REWARDS, reads_blocks
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.evaluation.results import Trajectory
@@ -27,6 +27,11 @@ _SHOWN = 60  # characters of a question in a message
 def reads_thoughts(reward: str) -> bool:
     """Whether thoughts have to be decoded to text to give this reward (``rl.reward``)."""
     return reward != "answer"
+
+
+def decodes_thoughts(config: Config) -> bool:
+    """Whether stage 3 reads any block as text: for its reward, or before the blocks behind it."""
+    return reads_thoughts(config.rl.reward) or bool(reads_blocks(config))
 
 
 def reward_function(settings: RlSettings) -> RewardFunction:

@@ -19,11 +19,12 @@ from ladir.errors import UnusableError
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser
 from ladir.models.pairing import TrainedOn
+from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner
 from ladir.rl.batches import JudgedCollator, terms
 from ladir.rl.lines import best_and_worst
 from ladir.rl.policy import Policy
-from ladir.rl.rewards import reward_function
+from ladir.rl.rewards import decodes_thoughts, reward_function
 from ladir.tasks import Task, get_task
 from ladir.tokens import load_tokenizer
 from training.evaluation.judging import judges_of
@@ -148,8 +149,13 @@ def rl_questions(tokens: Tokens, task: Task) -> Questions:
 def _reasoner(
     config: Config, folder: RunFolder, old: Denoiser, tokenizer: PreTrainedTokenizerBase, before: TrainedOn
 ) -> Reasoner:
-    """Asks the old model as an evaluation would; ``before``: what it was trained on."""
+    """Asks the old model as an evaluation would; ``before``: what it was trained on.
+
+    The VAE's LMs, a whole one on every rank, are loaded where somebody reads blocks.
+    """
     vae, device = folder.model("vae"), old.latent_mean.device
+    if not decodes_thoughts(config):
+        return Reasoner(old, ThoughtDecoder(old.backbone, old.latent_in), tokenizer, config.sample, trained_on=before)
     decoder = load_thought_decoder(vae, config.backbone, device)
     encoder = load_vae(vae, config.backbone, device, encoder_only=True) if config.sample.reencode else None
     return Reasoner(old, decoder, tokenizer, config.sample, encoder, before)

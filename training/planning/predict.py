@@ -18,7 +18,7 @@ from ladir.models.prefix_attention import has_plain_attention
 from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
 from ladir.rl.beside import MOST_TOGETHER
-from ladir.rl.rewards import reads_thoughts
+from ladir.rl.rewards import decodes_thoughts, reads_thoughts
 from training.planning.asking import Answering, Architecture, answering, drifting, greedy, remedy
 from training.planning.evaluating import UNKNOWN, Questions, questions, samplings, work
 from training.planning.memory import (
@@ -190,8 +190,8 @@ class Planner:
         if phase != "rl":
             return held
         old = holdings(weights, zero, averaged=True)
-        # The old model, the VAE's decoder, its encoder where thoughts are encoded again, and the start.
-        whole = 2 + int(config.sample.reencode) + int("kl" in terms(config.rl))
+        # The old model, the VAE's decoder where thoughts are read, its encoder where they are encoded again, and the start.
+        whole = 1 + int(decodes_thoughts(config)) + int(config.sample.reencode) + int("kl" in terms(config.rl))
         return replace(
             held,
             frozen=held.frozen + self.element_bytes * self._lm.parameters * whole,
