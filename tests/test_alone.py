@@ -27,7 +27,7 @@ from training.runtime.alone import GiveWay, alone
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.preemption import BrokenOff, StopRequest
-from training.runtime.run import Outcome, Run, RunFolder, open_run
+from training.runtime.run import Run, RunFolder, open_run
 from training.runtime.stages import fingerprint
 
 
@@ -100,32 +100,61 @@ def test_who_waits_for_a_rank_that_dies_does_not_wait_for_ever() -> None:
 
 
 class SamplingPhase(ToyPhase):
-    """Shows samples that take a hundred passes on all ranks; the last rank is asked to stop at its third."""
+    """Shows samples that take a hundred passes on all ranks; the last rank is asked to stop at its third.
 
-    passes = 0
-    stop_at = 3
+    ``gathered``: every pass needs all ranks.  Counts passes, and sums over the ranks while they are made.
+    """
+
+    def __init__(self, world: World, gathered: bool, stop_at: int | None = 3) -> None:
+        super().__init__()
+        self.world, self.gathered, self.stop_at = world, gathered, stop_at
+        self.passes = self.sums = 0
 
     def on_validate(self, model: Any, telemetry: Any, step: int) -> None:
-        for _ in range(100):
-            self.passes += 1
-            if self.passes == self.stop_at and os.environ["RANK"] == "1":
-                os.kill(os.getpid(), signal.SIGUSR2)
-            telemetry.give_way()
+        with telemetry.passes(self.gathered) as give_way, pytest.MonkeyPatch.context() as patch:
+            summed = World.sum
+            patch.setattr(World, "sum", lambda *about: self._count() or summed(*about))
+            for _ in range(100):
+                if self.gathered:
+                    self.world.barrier()
+                else:
+                    time.sleep(0.03 * (1 + self.world.rank) if self.stop_at else 0.0)  # each at its own pace
+                self.passes += 1
+                if self.passes == self.stop_at and self.world.rank == 1:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                give_way()
+
+    def _count(self) -> None:
+        self.sums += 1
 
 
-def stopped_in_sampling(world: World, folder: Path, settings: dict[str, Any]) -> tuple[Outcome, int]:
-    phase = SamplingPhase()
+def in_sampling(
+    world: World, folder: Path, settings: dict[str, Any], gathered: bool, stop_at: int | None = 3
+) -> tuple[str, int, int, int]:
+    phase = SamplingPhase(world, gathered, stop_at)
     with open_run(toy_config(folder, **settings), "ar", world) as run:
-        return train(run, phase), phase.passes
+        outcome = train(run, phase)
+    return outcome.status, outcome.steps, phase.passes, phase.sums
 
 
-def test_a_stop_is_obeyed_between_two_passes_of_sampling(two_processes: ProcessGroup, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_stop_is_obeyed_between_two_passes_of_sampling(two_processes: ProcessGroup, tmp_path: Path, gathered: bool) -> None:
+    """On all ranks, of which one was asked: behind the same pass where passes need all of them, else where each hears of it."""
     settings = toy_settings(validate_every=3)
-    for outcome, passes in two_processes.run(stopped_in_sampling, tmp_path / "parts", settings):
-        assert (outcome.status, outcome.steps) == ("interrupted", 3) and passes <= SamplingPhase.stop_at + 1
+    (*first, passes, _), (*second, at, _) = two_processes.run(in_sampling, tmp_path / "parts", settings, gathered)
+    assert first == second == ["interrupted", 3] and at == 3 and (passes == 3 if gathered else passes < 100)
     two_processes.run(run_with, tmp_path / "parts", 3, "float32", settings)
     two_processes.run(run_with, tmp_path / "whole", 3, "float32", settings)
     assert_identical(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_ranks_ask_one_another_after_passes_that_need_all_of_them_alone(
+    two_processes: ProcessGroup, tmp_path: Path, gathered: bool
+) -> None:
+    settings = toy_settings(validate_every=None, max_steps=1)
+    for status, steps, passes, sums in two_processes.run(in_sampling, tmp_path, settings, gathered, None):
+        assert (status, steps) == ("finished", 1) and passes >= 100 and sums == (passes if gathered else 0)
 
 
 def test_a_stop_is_obeyed_while_a_models_weights_are_hashed(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,11 @@ class Shown:
         if self.patience < 0:
             raise BrokenOff
 
+    @contextmanager
+    def passes(self, gathered: bool) -> Iterator[GiveWay]:
+        self.gathered = gathered
+        yield self.give_way
+
     def alone(self, work: Callable[[GiveWay], None]) -> None:
         self.counting = True
         with suppress(BrokenOff):
@@ -279,6 +284,7 @@ def shown_in(
     shown.ranks, shown.patience, shown.counting, passes = ranks, patience, True, counted_passes(backbone)
     with suppress(BrokenOff):
         show(model, shown, 1)
+    assert shown.gathered == (split and ranks > 1)
     return len(passes), "".join(shown.texts)
 
 

@@ -22,7 +22,7 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
-from ladir.inference.decode import decode_thoughts
+from ladir.inference.decode import between_tokens, decode_thoughts
 from ladir.inference.memory import free_bytes
 from ladir.models.ar import ArModel
 from ladir.models.backbone import is_split
@@ -70,9 +70,8 @@ def vae_samples(
         assert isinstance(model, Vae)
         mean, logvar = encode_sentences(model, shown)
         limit, cut = _token_limit(config.data.max_block_tokens + 1, model, telemetry)
-        # Asking all ranks after every token takes as many tokens on each: certain where they gather weights for them.
-        alike = telemetry.ranks == 1 or _gathers(model, telemetry)
-        texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], limit, telemetry.give_way if alike else None)
+        with telemetry.passes(_gathers(model, telemetry)) as give_way:
+            texts = decode_thoughts(model.thought_decoder, tokenizer, mean[:count], limit, give_way)
         telemetry.histogram("mean", mean, step)
         telemetry.histogram("posterior_standard_deviation", (0.5 * logvar).exp(), step)
         if len(mean) > 1:
@@ -99,18 +98,19 @@ def ar_samples(
         questions = [record.question for record in shown]
         limit, cut = _token_limit(config.evaluate.ar_max_tokens, model, telemetry)
         both_ways, seed = config.ar.bidirectional_question, config.run.seed
-        completions = complete(
-            model.backbone,
-            prompts,
-            questions,
-            1,
-            eos,
-            limit,
-            temperature=0.0,
-            seed=seed,
-            bidirectional_question=both_ways,
-            on_tokens=lambda rows, tokens: telemetry.give_way(),
-        )
+        with telemetry.passes(_gathers(model, telemetry)) as give_way:
+            completions = complete(
+                model.backbone,
+                prompts,
+                questions,
+                1,
+                eos,
+                limit,
+                temperature=0.0,
+                seed=seed,
+                bidirectional_question=both_ways,
+                on_tokens=between_tokens(give_way),
+            )
         rows = [
             (record.question, "\n".join((*record.blocks, record.answer)), decode_text(tokenizer, ids[0]))
             for record, ids in zip(shown, completions, strict=True)
@@ -138,9 +138,11 @@ def denoiser_samples(
 
     def show(model: object, telemetry: Telemetry, step: int) -> None:
         assert isinstance(model, Denoiser)
-        settings = _shortened(config.sample) if _gathers(model, telemetry) else config.sample
+        gathers = _gathers(model, telemetry)
+        settings = _shortened(config.sample) if gathers else config.sample
         recorder = LatentRecorder.without_vae(model, tokenizer, settings, frame, [record.blocks for record in shown])
-        recorded = recorder.record(questions, 1, config.run.seed, telemetry.give_way)
+        with telemetry.passes(gathers) as give_way:
+            recorded = recorder.record(questions, 1, config.run.seed, give_way)
         mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
         telemetry.histogram("meant", (torch.cat([r.mu.flatten(0, 1) for r in shown]) - mean) / std, step)
         latents = torch.cat([trajectory.latents.flatten(0, 1) for (trajectory,) in recorded])

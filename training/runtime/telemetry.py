@@ -11,7 +11,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
 from ladir.report.status import duration
+from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.files import locked, write_text
 from training.runtime.loggers import Loggers
+from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 
 logger = logging.getLogger(__name__)
@@ -63,9 +66,22 @@ class Telemetry:
         """Processes that train together."""
         return self._run.world.size
 
-    def give_way(self) -> None:
-        """Raise BrokenOff, on all ranks, where any was asked to stop: between the passes that samples take (collective)."""
-        self._run.give_way()
+    @contextmanager
+    def passes(self, gathered: bool) -> Iterator[GiveWay]:
+        """Around what all ranks run of a model: a function to call after each pass, which breaks it off where any rank was asked
+        to stop.  Behind it all ranks meet, and BrokenOff is raised on all of them (collective).
+
+        ``gathered``: every pass gathers weights from other ranks, which is why all must leave behind the same one: they ask one
+        another after each, in one sum beside that pass's many.  Else each goes its own way, and an alarm tells it.
+        """
+        if gathered:
+            yield self._run.give_way
+            return
+        alarm = Alarm(self._run.world, self._run.stop)
+        with suppress(BrokenOff):
+            yield alarm.give_way
+        if alarm.meet():
+            raise BrokenOff
 
     def alone(self, work: Callable[[GiveWay], object]) -> None:
         """Have rank 0 do what makes samples readable, unless a stop breaks it off (collective)."""
