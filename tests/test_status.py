@@ -48,7 +48,7 @@ from training.runtime.files import try_lock, write_json
 from training.runtime.loop import train
 from training.runtime.ranks import RankWatch, Slowest, slowest_rank
 from training.runtime.run import RunConflict, open_run
-from training.runtime.status import Pace, Status
+from training.runtime.status import Pace, Status, say
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -397,3 +397,17 @@ def test_a_window_is_written_as_a_list_or_with_a_colon(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(f"telemetry:\n  profile_steps: {written}\n")
         for config in (load_config(None, [f"telemetry.profile_steps={written}"]), load_config(str(tmp_path / "a.yaml"))):
             assert config.telemetry.profile_steps == [10, last]
+
+
+def test_work_that_is_handed_no_run_speaks_to_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[Status, str]] = []
+    monkeypatch.setattr(Status, "say", lambda status, doing, /: heard.append((status, doing)))
+    outer, inner = Status("vae", 1), Status("vae", 1)
+    say("nobody hears this")
+    with outer:
+        say("loading")
+        with inner:
+            say("hashing")
+        say("loading more")
+    say("nor this")
+    assert heard == [(outer, "loading"), (inner, "hashing"), (outer, "loading more")]

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -27,8 +28,8 @@ _CHUNK = 1 << 24
 _TRY_SECONDS = 0.1
 #: what was written less long ago may be written again and keep its size and times
 _SETTLED_SECONDS = 2.0
-#: digests of files that were read whole, by place, size and times
-_known: dict[tuple[str | int, ...], str] = {}
+#: digests of files that were read whole, by place, size and times; of the run around the work, which keeps them while it is open
+_known: ContextVar[dict[tuple[str | int, ...], str] | None] = ContextVar("digests of the run", default=None)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -142,13 +143,25 @@ def sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def digests_kept() -> Iterator[None]:
+    """Inside, :func:`known_sha256` reads a file that stays as it is once."""
+    before = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(before)
+
+
 def known_sha256(path: Path, give_way: Callable[[], None] | None = None) -> str:
-    """:func:`sha256`, found once in this process for a file that stays as it is."""
+    """:func:`sha256`; inside :func:`digests_kept` found once for a file that stays as it is."""
+    if (known := _known.get()) is None:
+        return sha256(path, give_way)
     facts, now = path.stat(), time.time()
     key = (str(path.resolve()), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-    digest = _known.get(key) or sha256(path, give_way)
+    digest = known.get(key) or sha256(path, give_way)
     if now - max(facts.st_mtime, facts.st_ctime) > _SETTLED_SECONDS:
-        _known[key] = digest
+        known[key] = digest
     return digest
 
 

@@ -31,7 +31,7 @@ from ladir.config.idle import idle_settings
 from training.runtime.alarm import give_way, stop_agreed
 from training.runtime.alone import GiveWay, alone, unbroken
 from training.runtime.distributed import World
-from training.runtime.files import publish_folder, read_json, try_lock, write_json, write_text
+from training.runtime.files import digests_kept, publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.status import Status
@@ -410,7 +410,7 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
     """
     run = Run(config, phase, world)
     try:
-        with run.stop:
+        with run.stop, digests_kept():
             run.occupy()
             with run.status:  # from here on it speaks of this job
                 run.prepare()

@@ -12,6 +12,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Status:
         """``file``: what an earlier start of the phase wrote there says how many there were."""
         self._file, self._every, self._ended = file, every_seconds, threading.Event()
         self._lock = threading.Lock()
+        self._before: Token[Status | None] | None = None
         self._thread = threading.Thread(target=self._write_regularly, daemon=True)
         now = time.time()
         self._facts: dict[str, Any] = {
@@ -82,14 +84,15 @@ class Status:
         self.say(state=STOPPED)
 
     def __enter__(self) -> Status:
-        _under_way.append(self)
+        self._before = _of_run.set(self)
         if self._file is not None:
             self._write()
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        _under_way.remove(self)
+        if self._before is not None:
+            _of_run.reset(self._before)
         if self._file is None:
             return
         self._ended.set()
@@ -118,14 +121,14 @@ class Status:
             logger.warning("%s cannot be written: %s; python -m ladir status shows what it last said", self._file, error)
 
 
-#: the status of the phase under way in this process, for work that knows nothing of runs
-_under_way: list[Status] = []
+#: that of the run around the work, for work that is handed no run; who opened the run sets it, and takes it back
+_of_run: ContextVar[Status | None] = ContextVar("status of the run", default=None)
 
 
 def say(doing: str) -> None:
-    """From now on the status of the phase under way, where there is one, says this."""
-    if _under_way:
-        _under_way[-1].say(doing)
+    """From now on the status of the run around this, where there is one, says this."""
+    if (status := _of_run.get()) is not None:
+        status.say(doing)
 
 
 def _starts_before(file: Path | None, phase: str) -> int:
