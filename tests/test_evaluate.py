@@ -116,7 +116,7 @@ def outcome(folder: Path) -> tuple[dict[str, Any], str]:
     for row in results["rows"]:
         for name in TIMES:
             assert row.pop(name) >= 0
-        assert min(row.pop("seconds_by_rank").values()) >= 0
+        assert min(row.pop("seconds_by_process").values()) >= 0
     busy = results.pop("busy")
     assert busy["seconds"] >= 0 and all(0 <= share <= 1 for share in busy["ranks"]) and busy["ranks"]
     return results, (folder / "tiny" / "generations.jsonl").read_text()

@@ -201,6 +201,13 @@ def test_reading_something_else_as_results_says_so(tmp_path: Path) -> None:
             read_results(path)
 
 
+def test_results_of_earlier_versions_are_read_as_those_of_now(tmp_path: Path) -> None:
+    path = results(tmp_path)
+    now = read_results(path)
+    path.write_text(path.read_text().replace('"seconds_by_process"', '"seconds_by_rank"'))
+    assert "seconds_by_rank" in path.read_text() and read_results(path) == now
+
+
 def test_questions_round_trip(tmp_path: Path) -> None:
     written = {
         "ladir": [QuestionResult("q é", (Trajectory("a", True, "A", ("1 + 1 = 2",), True, False, True, "why", True),), "gold")],

@@ -46,7 +46,7 @@ def suite_in(models: Path, folder: Path) -> tuple[str, ...]:
 def tables(folder: Path) -> tuple[dict[str, Any], str]:
     suite = json.loads((folder / "tiny" / "suite.json").read_text())
     for row in suite["rows"]:
-        spent = row.pop("seconds_by_rank")
+        spent = row.pop("seconds_by_process")
         assert row.pop("wall_seconds") == max(spent.values()) > 0 and row.pop("seconds_per_question")["average"] > 0
     assert all(0 <= share <= 1 for share in suite.pop("busy")["ranks"])
     return suite, (folder / "tiny" / "suite.md").read_text()
@@ -167,7 +167,7 @@ def results_of(rates: dict[str, float | None], passes: float = 1.0, **ranks: flo
             "pass@1": rate,
             "standard_errors": {"pass@1": 0.03 if rate is not None else None},
             "forward_passes_per_question": passes,
-            "seconds_by_rank": ranks,
+            "seconds_by_process": ranks,
         }
         for method, rate in rates.items()
     ]
@@ -187,10 +187,10 @@ def test_the_average_counts_every_benchmark_alike() -> None:
     assert [column.header for column in suite_table(suite, suite_columns(suite)).columns][2:] == ["a", "b", "average"]
 
 
-def test_a_row_takes_as_long_as_the_rank_that_has_most_of_all_benchmarks() -> None:
+def test_a_row_takes_as_long_as_the_process_that_has_most_of_all_benchmarks() -> None:
     one, two = results_of({"ar": 0.5}, passes=2.0, first=5.0, second=1.0), results_of({"ar": 0.5}, passes=4.0, second=5.0)
     (row,) = summarise_suite({"a": one, "b": two})["rows"]
-    assert (row["seconds_by_rank"], row["wall_seconds"]) == ({"first": 5.0, "second": 6.0}, 6.0)
+    assert (row["seconds_by_process"], row["wall_seconds"]) == ({"first": 5.0, "second": 6.0}, 6.0)
     assert row["forward_passes_per_question"] == {"a": 2.0, "b": 4.0, "average": 3.0}
 
 

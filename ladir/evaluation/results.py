@@ -11,6 +11,9 @@ from typing import Any
 from ladir.data.records import Record
 from ladir.tasks import Task
 
+#: under which a row has what every process spent on it, and the name that this had before
+SECONDS, _EARLIER_SECONDS = "seconds_by_process", "seconds_by_rank"
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -72,7 +75,7 @@ class MethodResult:
     """Seconds of training that the method needed in all, earlier phases included."""
     wall_seconds: float | None = None
     """Seconds from the first question to the last, over all restarts: what the process that took longest spent."""
-    seconds_by_rank: Mapping[int, float] = field(default_factory=dict)
+    seconds_by_process: Mapping[int, float] = field(default_factory=dict)
     """What every process spent on the row, over all restarts."""
     forward_passes_per_question: float | None = None
     """Passes of a sequence through the LM (:class:`ladir.inference.cost.Cost`), all trajectories included."""
@@ -86,7 +89,7 @@ class MethodResult:
             **self.summary,
             "seconds_per_question": self.seconds_per_question,
             "wall_seconds": self.wall_seconds,
-            "seconds_by_rank": {str(rank): seconds for rank, seconds in sorted(self.seconds_by_rank.items())},
+            SECONDS: {str(number): seconds for number, seconds in sorted(self.seconds_by_process.items())},
             "forward_passes_per_question": self.forward_passes_per_question,
             "flops_per_question": self.flops_per_question,
             "training_seconds": self.training_seconds,
@@ -133,7 +136,7 @@ def write_results(
     ``sample`` and ``ar``: the controls of LaDiR's generation and of the baseline's; ``snapshot``: the training step of models
     that are not the finished ones; ``left_out`` and ``gold``: what was not asked, and what the checker said of the records' own
     answers; ``in_file``: questions in the file, asked or not; ``benchmark``: name of the data set in a suite; ``busy``: the
-    seconds of the last start, and the share of them that every rank worked.
+    seconds of the last start, and the share of them that every process worked.
     """
     content = {
         "benchmark": benchmark,
@@ -155,13 +158,19 @@ def write_results(
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """The content of a ``results.json``.  Raises ValueError where the file is not one, OSError where there is none."""
+    """The content of a ``results.json``, of earlier versions as well.
+
+    Raises ValueError where the file is not one, OSError where there is none.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a results.json ({error}); run training/evaluate.py again") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise ValueError(f"{path}: not a results.json (no rows); run training/evaluate.py again")
+    for row in content["rows"]:
+        if _EARLIER_SECONDS in row:
+            row[SECONDS] = row.pop(_EARLIER_SECONDS)
     return content
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ladir.evaluation.results import SECONDS
+
 #: figures of a row that are averaged over benchmarks, with their titles
 FIGURES = {"pass@1": "pass@1", "pass@10": "pass@10", "pass@100": "pass@100", "majority": "majority"}
 AVERAGE = "average"
@@ -23,7 +25,7 @@ def summarise_suite(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ``sets``: per benchmark the questions in its file, asked and left out, and what the checker said of their own answers.
     ``rows``: per method and figure the rate of each benchmark and their mean, each benchmark counting the same (as published
     averages do), null where a benchmark lacks it; ``standard_errors`` likewise, the mean's from independent benchmarks; a
-    question's costs likewise.  ``seconds_by_rank``: of every process, over all benchmarks; ``wall_seconds``: of the slowest.
+    question's costs likewise.  ``seconds_by_process``: of every one, over all benchmarks; ``wall_seconds``: of the slowest.
     """
     methods = list(dict.fromkeys(row["method"] for content in results.values() for row in content["rows"]))
     return {
@@ -53,11 +55,11 @@ def _row(method: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     figures = {figure: _averaged({name: row.get(figure) for name, row in rows.items()}) for figure in FIGURES}
     spreads = {figure: _spread({name: error.get(figure) for name, error in errors.items()}) for figure in FIGURES}
     costs = {cost: _averaged({name: row.get(cost) for name, row in rows.items()}) for cost in COSTS}
-    ranks: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
     for row in rows.values():
-        ranks.update(row["seconds_by_rank"])
-    spent = {"seconds_by_rank": dict(ranks), "wall_seconds": max(ranks.values(), default=0.0)}
-    return {"method": method, **figures, "standard_errors": spreads, **costs, **spent}
+        spent.update(row.get(SECONDS, {}))
+    time = {SECONDS: dict(spent), "wall_seconds": max(spent.values(), default=0.0)}
+    return {"method": method, **figures, "standard_errors": spreads, **costs, **time}
 
 
 def _averaged(values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -140,7 +140,7 @@ class LatentRecorder(Reasoner):
     ) -> list[list[Trajectory]]:
         """Trajectories of each question, with numbers for texts; :meth:`read` makes them readable.
 
-        ``between`` is called after every denoising step and token, on ranks that think the same alike: what it raises ends them.
+        ``between`` is called after every denoising step and token: what it raises ends them.
         ValueError where sentences were given, and not for just these trajectories.
         """
         if self._given is not None and (num_trajectories != 1 or len(questions) != len(self._given)):

@@ -61,7 +61,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
         seconds_per_question=share * sum(cost.seconds for cost in costs) / len(entries),
         training_seconds=training_seconds(run.folder, method, run.config.evaluate.snapshot),
         wall_seconds=max(spent.values()),
-        seconds_by_rank=spent,
+        seconds_by_process=spent,
         forward_passes_per_question=share * sum(cost.passes for cost in costs) / len(entries),
         flops_per_question=share * sum(cost.flops for cost in costs) / len(entries),
     )
