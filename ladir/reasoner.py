@@ -16,6 +16,7 @@ from ladir.config.checks import section_errors
 from ladir.errors import UnusableError
 from ladir.evaluation.choosing import CHOICES, Candidate, choose
 from ladir.inference.asking import Ask, BatchSize, Extras, RandomSteps, TraceHook, Watch
+from ladir.inference.decode import Between
 from ladir.inference.generation import TrajectoryGenerator
 from ladir.inference.guidance import Reward, RewardFn
 from ladir.inference.trajectory import Trajectory, check_questions, plain_answer
@@ -118,6 +119,7 @@ class Reasoner(TrajectoryGenerator):
         token_head_weight: float | None = None,
         lm_weight: float | None = None,
         thought_temperature: float | None = None,
+        between: Between | None = None,
     ) -> list[list[Trajectory]]:
         """Answer ``questions``, each with ``num_trajectories`` independent trajectories.
 
@@ -137,7 +139,8 @@ class Reasoner(TrajectoryGenerator):
         fresh noise, the others none, and they are kept (:attr:`Trajectory.steps`).  ``num_answers`` independent answers are
         written to every line of thought (:attr:`Trajectory.answer_ids`).
 
-        ``choose`` leaves one trajectory of each question (:meth:`choose`, with ``canonical``).
+        ``choose`` leaves one trajectory of each question (:meth:`choose`, with ``canonical``).  ``between`` is called after every
+        denoising step, every token and every batch of thoughts that is read: what it raises ends everything.
         Raises ValueError for questions that are none (:func:`check_questions`) and for controls that make no sense, all of them
         at once; UnusableError for a question too long for the LM, and where the latents did not stay finite.  Warns of questions
         longer than those of the training.
@@ -152,8 +155,10 @@ class Reasoner(TrajectoryGenerator):
         asks = [Ask(question, num_trajectories, seed) for question in questions]
         reward = None if reward_fn is None else Reward(reward_fn, reward_scale)
         extras = Extras(num_answers=num_answers, random_steps=random_steps)
-        found = self.answer(asks, settings, Watch(on_step=on_step), thoughts, reward, extras, batch_size)
-        return found if choose is None or not found else self.choose(asks, found, choose, settings, canonical, batch_size)
+        found = self.answer(asks, settings, Watch(on_step, between_steps=between), thoughts, reward, extras, batch_size)
+        if choose is None or not found:
+            return found
+        return self.choose(asks, found, choose, settings, canonical, batch_size, between)
 
     def check_choice(self, rule: str | None) -> None:
         """ValueError for a rule that is none, UnusableError for one that this model has no verifier for."""
@@ -174,14 +179,16 @@ class Reasoner(TrajectoryGenerator):
         settings: SampleSettings | None = None,
         canonical: Callable[[str], str] = plain_answer,
         batch_size: BatchSize = None,
+        between: Between | None = None,
     ) -> list[list[Trajectory]]:
         """The one trajectory of each question that ``rule`` chooses (:func:`ladir.evaluation.choosing.choose`).
 
-        ``canonical``: the normal form of an answer: those with the same are the same answer.  ``stable`` thinks again first.
+        ``canonical``: the normal form of an answer: those with the same are the same answer.  ``stable`` thinks again first, and
+        calls ``between`` after every step.
         """
         self.check_choice(rule)
         if rule == "stable":
-            self.measure_drift(asks, found, settings, batch_size)
+            self.measure_drift(asks, found, settings, batch_size, between)
         chosen = []
         for group in found:
             candidates = [Candidate(canonical(entry.answer), entry.score, entry.drift) for entry in group]

@@ -609,6 +609,30 @@ def test_a_batch_that_memory_does_not_hold_is_halved(monkeypatch: pytest.MonkeyP
         assert "batch_size" in error.value.__notes__[0]
 
 
+def test_between_is_called_after_every_pass_and_what_it_raises_ends_all() -> None:
+    """Of denoising, answers, thoughts that are read, and of noising the thoughts again, by which one is chosen."""
+    reasoner, called = tiny_reasoner(), [0]
+
+    def between() -> None:
+        called[0] += 1
+        if called[0] == last:
+            raise InterruptedError
+
+    last, counts, ways = -1, list[int](), list[dict[str, Any]]([{"thoughts": False}, {}, {"choose": "stable"}])
+    for how in ways:
+        called[0] = 0
+        found = reasoner.generate(QUESTIONS, 2, between=between, **how)
+        for one, other in zip(itertools.chain(*found), itertools.chain(*reasoner.generate(QUESTIONS, 2, **how)), strict=True):
+            assert_same(one, other, atol=0.0)
+        counts.append(called[0])
+    assert 0 < counts[0] < counts[1] < counts[2]
+    for last in (1, counts[0], counts[0] + 1, counts[1] + 1):
+        called[0] = 0
+        with pytest.raises(InterruptedError):
+            reasoner.generate(QUESTIONS, 2, between=between, choose="stable")
+        assert called[0] == last
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "all"])
 def test_a_batch_size_that_is_none_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match="batch_size must be a number of trajectories"):

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ladir.config import SampleSettings
 from ladir.data.prompts import Frame
-from ladir.inference.asking import Ask, TraceHook, Watch
+from ladir.inference.asking import TraceHook
 from ladir.inference.cache import Prefix
 from ladir.inference.decode import Between, decode_thoughts
 from ladir.inference.sampler import NOISE, Reader, StepHook, TrajectoryNoise
-from ladir.inference.trajectory import Trajectory, check_questions
+from ladir.inference.trajectory import Trajectory
 from ladir.models.denoiser import Denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
@@ -148,9 +148,7 @@ class LatentRecorder(Reasoner):
                 f"the sentences of {len(self._given)} records were given, for a question with one trajectory each, not for "
                 f"{len(questions)} questions with {num_trajectories} trajectories each"
             )
-        check_questions(questions)
-        asks = [Ask(question, num_trajectories, seed) for question in questions]
-        return self.answer(asks, self.settings_with(), Watch(on_step=_keep_all, between_steps=between))
+        return self.generate(questions, num_trajectories, seed=seed, on_step=_keep_all, between=between)
 
     def read(
         self,

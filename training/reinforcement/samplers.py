@@ -14,7 +14,6 @@ from ladir.config import Config
 from ladir.data.prompts import parse_completion, prompt_ids
 from ladir.data.records import Record
 from ladir.inference.ar import complete
-from ladir.inference.asking import Ask, Extras, Watch
 from ladir.inference.decode import Between, between_tokens
 from ladir.inference.sampler import step_times
 from ladir.models.backbone import Backbone
@@ -57,15 +56,15 @@ class LatentSampler:
     def __init__(self, reasoner: Reasoner, config: Config) -> None:
         self.reasoner, self.settings = reasoner, config.rl
         self.limit, self._times = config.sample.max_answer_tokens, step_times(config.sample)
-        self._controls = reasoner.settings_with()  # refuses those that this model cannot follow
+        reasoner.settings_with()  # refuses those that this model cannot follow
 
     def __call__(self, records: Sequence[Record], seed: int, steps: Sequence[int], give_way: Between) -> list[Tries]:
         """As :class:`Sampler`."""
         s, questions = self.settings, [record.question for record in records]
         random = (steps, s.step_randomness) if steps else None
-        asks = [Ask(question, s.group, seed) for question in questions]
-        watch, extras = Watch(between_steps=give_way), Extras(num_answers=s.answers, random_steps=random)
-        groups = self.reasoner.answer(asks, self._controls, watch, thoughts=False, extras=extras)
+        groups = self.reasoner.generate(
+            questions, s.group, seed=seed, thoughts=False, num_answers=s.answers, random_steps=random, between=give_way
+        )
         times = tuple((self._times[step], self._times[step + 1]) for step in steps)
         if reads_thoughts(s.reward):
             self.reasoner.read_thoughts([trajectory for group in groups for trajectory in group], give_way)
