@@ -22,6 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference import generation, memory
 from ladir.inference.ar import complete
 from ladir.inference.asking import Ask
+from ladir.inference.cache import Prefix
 from ladir.inference.decode import TokenHeadReading, choose_tokens, thought_ids
 from ladir.inference.generation import BlockReader
 from ladir.inference.guidance import diversity_force, reward_gradient
@@ -662,6 +663,23 @@ def test_as_many_trajectories_are_taken_as_memory_holds(monkeypatch: pytest.Monk
     text = tiny_denoiser(tiny_lm(), context="text")  # a sentence goes through the LM at once
     sizes = [memory.trajectory_bytes(text, replace(guided, max_blocks=1, max_thought_tokens=n), longest) for n in (30, 60, 90)]
     assert sizes[2] - sizes[1] > sizes[1] - sizes[0] > 0
+    read = replace(reasoner.settings, reencode=True)  # by a decoder with a cache of its own, behind the latents of each block
+    caches: list[int] = []
+    start = Prefix.start
+
+    def of_reading(lm: Backbone, inputs: Tensor, lengths: Tensor, *how: bool) -> tuple[Prefix, Tensor]:
+        prefix, hidden = start(lm, inputs, lengths, *how)
+        if lm is reasoner.thought_decoder.backbone:
+            caches.append(sum(t.nbytes for layer in prefix.cache.layers for t in (layer.keys, layer.values)) // len(inputs))
+        return prefix, hidden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prefix, "start", of_reading)
+        patch.setattr(reasoner, "encoder", tiny_vae())
+        reasoner.generate(QUESTIONS[-1:], 2, reencode=True)
+    per_token = caches[0] // (reasoner.denoiser.latents_per_block + reasoner.thought_decoder.marks)
+    bytes_read = memory.trajectory_bytes(reasoner.denoiser, read, longest, reasoner.thought_decoder) - size
+    assert bytes_read == 2 * (caches[0] + per_token * read.max_thought_tokens) > 0
     for free, rows in ((2 * size, 1), (8 * size, 4), (0, 1)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         assert memory.trajectories_that_fit(reasoner.denoiser, reasoner.settings, longest, CPU) == rows

@@ -191,7 +191,8 @@ class TrajectoryGenerator:
         """Trajectories at a time; None: all of them.  ValueError for what is no number of them."""
         if batch_size == "auto":
             longest = max(map(len, encode_texts(self.tokenizer, [ask.question for ask in asks])))
-            return trajectories_that_fit(self.denoiser, settings, longest, self.device)
+            decoder = self.thought_decoder if self.reads_blocks(settings) else None
+            return trajectories_that_fit(self.denoiser, settings, longest, self.device, decoder)
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f'batch_size must be a number of trajectories, "auto" or None, not {batch_size!r}')
         return batch_size
