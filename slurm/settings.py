@@ -4,6 +4,8 @@
 first argument it prints the phases of the chain as well, one a line: those in the variable PHASES, else all that are needed.
 What follows and begins with ``--`` are options of sbatch: whether every phase can start on what they ask for is checked.
 Errors go to stderr, one a line, with status 2; so does a warning where the options leave something open, with status 0.
+Where the variable GPU_MEMORY says how many GiB a GPU has, whether every phase fits into one is asked of the plan, which loads no
+weight and takes up to a minute.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import preflight  # noqa: F401
 
 from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
+from ladir.errors import UnusableError
 from training.runtime.chain import Step, chain
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
-from training.runtime.topology import Topology, asked_for, not_checked, step_problems, unchecked
+from training.runtime.topology import MEMORY_UNKNOWN, Topology, asked_for, not_checked, step_problems, unchecked
 
 
 def missing(config: Config) -> list[str]:
@@ -53,7 +56,7 @@ def named_phases(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A phase with its settings, and what options and variables of sbatch ask for on its behalf."""
+    """A phase with its settings, and what options and variables of the submission ask for on its behalf."""
 
     config: Config
     step: Step
@@ -67,16 +70,35 @@ def asked(entry: str, options: Sequence[str], path: str, overrides: Sequence[str
     settings = [word for word in words if not word.startswith("--")]
     try:
         config = load_config(path, [*overrides, *settings])
+        topology = asked_for([*options, *own], os.environ)
     except ConfigError as error:
         return error
-    phase = {"train_ar": config.ar.phase, "train_denoiser": "rollout" if config.stage == "rollout" else "denoiser"}
+    except UnusableError as error:
+        return ConfigError([str(error)])
+    denoiser = "rollout" if config.stage == "rollout" else "denoiser"
+    phase = {"train_ar": config.ar.phase, "train_denoiser": denoiser, "encode_latents": "latents"}
     step = Step(phase.get(name, name.removeprefix("train_")), name, tuple(settings))
-    return Asked(config, step, asked_for([*options, *own], os.environ))
+    return Asked(config, step, topology)
 
 
 def problems(one: Asked | ConfigError) -> Iterable[str]:
     """What keeps a phase from starting on the nodes, GPUs and CPUs that are asked for."""
     return one.errors if isinstance(one, ConfigError) else step_problems(one.config, one.step, one.topology)
+
+
+def memory(phases: Sequence[Asked]) -> tuple[list[str], list[str]]:
+    """(why phases are refused, what is to be warned of) where the memory of a GPU is told."""
+    on_gpus = [one for one in phases if one.topology.has_gpus and one.step.entry != "export"]
+    told = [one for one in on_gpus if one.topology.gpu_gib is not None]
+    if not told:
+        return [], [MEMORY_UNKNOWN] if on_gpus else []
+    sys.stderr.write(f"asking the plan whether {len(told)} phase(s) fit into a GPU's {told[0].topology.gpu_gib:g} GiB\n")
+    from training.planning.fitting import verdict  # slow to import
+
+    verdicts = [verdict(one.config, one.step, one.topology) for one in told]
+    unknown = [f"memory was not checked: {found.unknown}" for found in verdicts if found.unknown]
+    near = [found.near for found in verdicts if found.near]
+    return [found.refused for found in verdicts if found.refused], [*near, *unknown]
 
 
 def main(arguments: list[str]) -> int:
@@ -94,9 +116,14 @@ def main(arguments: list[str]) -> int:
     phases_asked = [] if wrong else [asked(entry, options, path, overrides) for entry in phases]
     if wrong := wrong or [line for one in phases_asked for line in problems(one)]:
         return _refused(wrong)
-    trainings = [one for one in phases_asked if isinstance(one, Asked) and unchecked(one.step, one.topology)]
+    checked = [one for one in phases_asked if isinstance(one, Asked)]
+    too_large, warnings = memory(checked)
+    if too_large:
+        return _refused(too_large)
+    trainings = [one for one in checked if unchecked(one.step, one.topology)]
     if trainings:  # whose number of processes the options leave open
-        sys.stderr.write(f"warning: {not_checked([one.step.words for one in trainings])}\n")
+        warnings.append(not_checked([one.step.words for one in trainings]))
+    sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
     lines = [str((Path(config.run.folder) / config.run.name).absolute()), config.deepspeed.stop_signal]
     sys.stdout.write("\n".join([*lines, *phases]) + "\n")
     return 0

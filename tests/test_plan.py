@@ -15,22 +15,27 @@ from transformers import AutoModelForCausalLM
 
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
 from ladir.config.loader import load_config
+from ladir.errors import UnusableError
 from ladir.tokens import build_word_tokenizer
 from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, predict, with_layers
 from training.benchmarks.sizes import SIZES
 from training.plan import main
 from training.planning.asking import answering
+from training.planning.fitting import Verdict, check_state, verdict
 from training.planning.memory import Zero, checkpoint_bytes, copied_bytes, holdings, taking_in, weights_of
-from training.planning.models import Lengths, layer_period, lm_config, meta_model, micro_batch, shortened
+from training.planning.models import Lengths, data_size, layer_period, lm_config, meta_model, micro_batch, shortened
 from training.planning.predict import Planner
-from training.planning.prediction import GIB, Machine, Prediction
+from training.planning.prediction import Machine, Prediction
 from training.planning.trace import trace_inference, trace_long_rollout, trace_rollout, trace_training
 from training.runtime import checkpoint
+from training.runtime.chain import Step
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
 from training.runtime.engine import Engine
 from training.runtime.host_room import HostRoom, Kind
+from training.runtime.job import job
+from training.runtime.topology import GIB, Topology
 
 VOCAB = 211
 LENGTHS = Lengths(question=17, blocks=4, block=11, answer=7)
@@ -255,7 +260,7 @@ def test_what_is_bound_by_launching_takes_that_time() -> None:
     config = tiny_config()
     config.plan.samples, config.rollout.train.micro_batch = 1200, 3
     config.data.max_blocks, config.plan.blocks, config.rollout.num_steps = 2, 2, 3
-    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
+    machine = Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
     planner = Planner(config, machine)
     found = planner.training("rollout")
     launches = trace_training(planner._model("rollout", config), micro_batch(config, "rollout", planner.data.mean, 3, VOCAB))
@@ -330,7 +335,7 @@ def test_the_8b_configurations_have_the_published_number_of_weights(name: str, n
 @pytest.mark.parametrize("name", ["math", "countdown", "code"])
 def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_of_their_own(name: str) -> None:
     config = load_config(f"configs/{name}_8b.yaml")
-    machine = Machine(gpus=8, gpus_per_node=8, gpu_bytes=80 * 2**30, reserve=3 * 2**30, flops=1e15, mfu=0.4)
+    machine = Machine(Topology.of(8, 8, 80.0), reserve=3 * 2**30, flops=1e15, mfu=0.4)
     assert Planner(config, machine).evaluate().fits
     config.evaluate.greedy_questions_per_batch = 100_000
     found = Planner(config, machine).evaluate()
@@ -360,7 +365,7 @@ def test_the_page_of_the_run_on_32_gpus_says_what_the_plan_says() -> None:
     """But for stage 2, which takes long to trace."""
     config = load_config("configs/math_8b.yaml")
     config.evaluate.suite = ["maths7"]
-    planner = Planner(config, Machine(gpus=32, gpus_per_node=8, gpu_bytes=80 * GIB, reserve=3 * GIB, flops=989e12, mfu=0.4))
+    planner = Planner(config, Machine(Topology.of(32, 8, 80.0), reserve=3 * GIB, flops=989e12, mfu=0.4))
     trained = [planner.training(phase) for phase in ("vae", "denoiser", "ar")]
     page = (Path(__file__).parents[1] / "docs" / "slurm.md").read_text(encoding="utf-8").splitlines()
     shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page if line.startswith("| `")]
@@ -380,7 +385,7 @@ def test_an_evaluations_hours_are_those_of_all_it_samples() -> None:
     """Rows of the same samples cost nothing more, those of stages that are not trained nothing at all."""
     config = tiny_config()
     config.plan.samples, config.rl.enabled, config.rollout.enabled = 1000, False, True
-    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e9, mfu=0.4, launch_seconds=0)
+    machine = Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1e9, mfu=0.4, launch_seconds=0)
     planner = Planner(config, machine)
     ways = ("ar-greedy", "ar", "ladir", "ladir-zero-noise", "ladir-sde", "ladir-rollout")
     alone = [evaluation(planner, [way]).seconds for way in ways]
@@ -398,7 +403,7 @@ def test_an_evaluations_passes_are_launched() -> None:
     config = tiny_config()
     config.plan.samples, config.evaluate.num_questions, config.evaluate.ar_max_tokens = 1000, 8, 30
     config.evaluate.questions_per_batch, config.evaluate.num_trajectories = 1, 2
-    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e18, mfu=0.4, launch_seconds=1e-5)
+    machine = Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1e18, mfu=0.4, launch_seconds=1e-5)
     planner = Planner(config, machine)
     a_pass = planner._forward_launches(config) * 1e-5
     found = evaluation(planner, ["ar"])  # a rank's four questions wait for the longest completion of each
@@ -420,7 +425,7 @@ def test_an_evaluation_asks_the_sets_of_its_suite(tmp_path: Path) -> None:
     few = {"name": "few", "data.test": "data/few.jsonl", "evaluate.num_questions": 5}
     config.evaluate.suite = ["gsm8k", "math", few, {"name": "own", "data.test": str(own)}, "countdown-4"]
     config.evaluate.suite_folder = str(tmp_path)
-    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+    planner = Planner(config, Machine(Topology.of(1, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4))
     found = planner.evaluate()
     assert found.samples == 1319 + 5000 + 5 + 7 + 1000 and "5 sets" in found.setup
     assert [line.rpartition(": ")[2] for line in planner.left_out()] == ["countdown-4."]
@@ -520,7 +525,7 @@ def test_phases_that_cannot_start_are_told_and_the_others_planned(capsys: pytest
 def test_the_lightest_file_that_fits_is_named_whatever_the_own_one(gpus: int, own: str, lighter: str) -> None:
     config = tiny_config()
     config.plan.samples, config.deepspeed.config = 1000, f"ds_configs/{own}"
-    planner = Planner(config, Machine(gpus=gpus, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+    planner = Planner(config, Machine(Topology.of(gpus, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4))
     assert [planner.training(phase).lighter for phase in ("vae", "denoiser")] == [lighter] * 2
 
 
@@ -545,7 +550,7 @@ def test_checkpoints_take_host_memory(name: str, nodes: int, copies: int) -> Non
     """A kind at a time, as a copy and as bytes of a file; in the background a copy of all of it, and without ZeRO on one rank."""
     config = tiny_config()
     config.plan.samples, config.denoiser.train.ema, config.deepspeed.config = 1000, 0.9, f"ds_configs/{name}.json"
-    machine = Machine(gpus=4, gpus_per_node=2, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0)
+    machine = Machine(Topology.of(4, 2, 1024.0), reserve=0, flops=1.0, mfu=1.0)
     weights = sum(w.numel for w in weights_of(meta_model(config, "denoiser", "none")))
     found = {}
     for in_background in (False, True):
@@ -588,9 +593,7 @@ def test_many_layers_are_predicted_from_few() -> None:
     config = tiny_config(attention="sdpa")
     config.backbone.scratch["num_hidden_layers"] = 6
     config.plan.samples, config.data.max_blocks, config.plan.blocks, config.rollout.num_steps = 100, 1, 1, 2
-    planners = [
-        Planner(config, Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0)) for _ in range(2)
-    ]
+    planners = [Planner(config, Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1.0, mfu=1.0)) for _ in range(2)]
     assert planners[0]._layers == (6, 2)
     planners[1].__dict__["_layers"] = (6, None)
     few, all_ = (planner._mean_pass("rollout", config) for planner in planners)
@@ -602,7 +605,7 @@ def test_many_layers_are_predicted_from_few() -> None:
 def test_ranks_that_share_unequal_records_are_busy_for_a_part_of_the_time() -> None:
     config = tiny_config()
     config.plan.samples = 1000
-    planner = Planner(config, Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1.0, mfu=1.0))
+    planner = Planner(config, Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1.0, mfu=1.0))
     train = dataclasses.replace(config.denoiser.train, global_batch=4)
     assert planner._balance("denoiser", train, 1) is None
     for longs, busy in ((2, 1.0), (1, 20 / 24)):  # of four records two go in each of two rounds, the longest together
@@ -628,7 +631,7 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
     config.plan.samples, config.data.max_blocks, config.plan.blocks = 1000, 2, 2
     config.rl.enabled, config.rl.algorithm, config.rl.kl_weight, config.sample.reencode = True, "flow_grpo", 0.04, True
     config.rl.prompts, config.rl.group, config.rl.questions_per_batch, config.rl.train.micro_batch = 8, 4, 2, 4
-    machine = Machine(gpus=2, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
+    machine = Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4, launch_seconds=1e-5)
     planner = Planner(config, machine)
     found, plain = planner.training("rl"), planner.training("denoiser")
     weights = sum(p.numel() for p in planner._model("ar", config).parameters())
@@ -681,7 +684,7 @@ def test_asking_launches_every_pass_that_is_not_replayed() -> None:
     config = tiny_config()
     config.plan.samples, config.data.max_blocks, config.plan.blocks, config.plan.block_tokens = 1000, 4, 4, 6
     config.plan.answer_tokens, config.denoiser.span, config.sample.num_steps, config.sample.lag = 7, 2, 5, 0
-    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+    planner = Planner(config, Machine(Topology.of(1, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4))
 
     def passes(**how: bool) -> int:
         return answering(config, planner.data, planner._lm, 2, 8, **how).real_passes
@@ -704,7 +707,7 @@ def test_what_is_read_or_answered_is_not_guided() -> None:
     """Guidance doubles questions and thinking, not what is written of a block and behind the last one."""
     config = tiny_config()
     config.plan.samples = 1000
-    planner = Planner(config, Machine(gpus=1, gpus_per_node=8, gpu_bytes=2**40, reserve=0, flops=1e15, mfu=0.4))
+    planner = Planner(config, Machine(Topology.of(1, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4))
 
     def flops(guidance: float, context: str) -> float:
         config.sample.guidance_scale, config.denoiser.context = guidance, context
@@ -718,3 +721,83 @@ def test_what_is_read_or_answered_is_not_guided() -> None:
     assert guided == pytest.approx(2 * plain - written * (mean.answer + 1 + reading))
     config.sample.lm_weight = 1.0
     assert flops(3.0, "text") == pytest.approx(guided + written * mean.blocks * (mean.block + 1))
+
+
+# --- whether a phase fits, before it is queued and when it starts -------------------------------------------------------
+
+
+def peak_of(config: Config, phase: str, nodes: int = 1, processes: int = 2) -> float:
+    """GiB of a GPU, by the whole plan."""
+    return Planner(config, Machine(Topology(nodes, processes, gpu_gib=1024.0))).training(phase).peak / GIB
+
+
+def test_what_does_not_fit_is_refused_what_nearly_fits_is_warned_of_and_the_remedy_fits() -> None:
+    config, step = tiny_config(), Step("ar", "train_ar")
+    config.plan.samples, config.ar.train.micro_batch, config.ar.train.global_batch = 1000, 32, 64
+    peak = peak_of(config, "ar")
+    topology = Topology(1, 2, gpu_gib=peak + 3.01)  # the plan keeps 3 GiB
+    assert verdict(config, step, topology) == Verdict()
+    found = verdict(config, step, dataclasses.replace(topology, gpu_gib=peak + 1))
+    assert found.near.startswith(
+        f"train_ar: takes {peak:.1f} GiB of a GPU with records as long as data.max_* lets in, and one has"
+    )
+    assert "too little is left for CUDA" in found.near and not found.refused
+    found = verdict(config, step, dataclasses.replace(topology, gpu_gib=peak * 0.99))
+    assert found.refused.startswith(f"train_ar: takes {peak:.1f} GiB") and not found.near
+    for unchecked in (Topology(1, 2), Topology(None, 2, gpu_gib=0.01), Topology(1, 2, has_gpus=False, gpu_gib=0.01)):
+        assert verdict(config, step, unchecked) == Verdict()
+    assert verdict(config, Step("export", "export"), Topology(1, 2, gpu_gib=0.01)) == Verdict()
+    for own in (Step("base", "train_ar", ("ar.phase=base",)), Step("latents", "encode_latents"), Step("vae", "train_vae")):
+        assert verdict(config, own, Topology(1, 2, gpu_gib=0.0001)).refused.startswith(f"{own.words}: takes ")
+
+
+def test_an_evaluation_is_refused_for_its_weights_alone() -> None:
+    """Its rows are as many as fit."""
+    config, step = tiny_config(), Step("evaluate", "evaluate")
+    config.evaluate.num_trajectories = 100_000
+    found = verdict(config, step, Topology(1, 1, gpu_gib=4.0))
+    assert "where memory runs out it asks fewer questions at a time: try " in found.near and not found.refused
+    assert verdict(config, step, Topology(1, 1, gpu_gib=0.0001)).refused
+
+
+def test_what_is_not_at_hand_is_said_and_not_refused(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.backbone.name_or_path, config.backbone.scratch = f"{tmp_path}/none", {}
+    found = verdict(config, Step("vae", "train_vae"), Topology(1, 2, gpu_gib=0.01))
+    assert found.unknown.startswith("train_vae: the architecture of") and not found.refused
+    check_state(config, "vae", Topology(1, 2, gpu_gib=0.01))  # nor by the phase, which soon tries to load it
+
+
+def test_of_long_files_the_first_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the longest of them takes, the longest of all does at least."""
+    rows = [f'{{"input": "{"a " * (2 + i)}", "output": "a\\n#### a"}}\n' for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    build_word_tokenizer(["a", "####"]).save_pretrained(tmp_path / "tokenizer")
+    config = tiny_config()
+    config.data.train, config.backbone.tokenizer = f"{tmp_path}/train.jsonl", f"{tmp_path}/tokenizer"
+    config.data.answer_prefixes, config.data.max_blocks = ["####"], 8
+    whole, few = data_size(config), data_size(config, 2)
+    assert (whole.samples, whole.longest.question, few.longest.question) == (6, 7, 3)
+    monkeypatch.setattr("training.planning.fitting._LOOKED_AT", 2)
+    found = verdict(config, Step("ar", "train_ar"), Topology(1, 2, gpu_gib=0.0001))
+    assert found.refused.startswith("train_ar: takes ") and "with records as long" not in found.refused
+
+
+def test_a_training_that_no_gpu_of_the_job_holds_ends_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config()
+    held = Planner(config, Machine(Topology(1, 2, gpu_gib=80.0))).state("vae").resident / GIB
+    check_state(config, "vae", Topology(1, 2, gpu_gib=held * 1.01))
+    with pytest.raises(UnusableError, match=r"^vae: weights, gradients and optimizer take .* training/plan\.py --gpus 2 "):
+        check_state(config, "vae", Topology(1, 2, gpu_gib=held * 0.99))
+    check_state(config, "vae", Topology(1, 2))
+    check_state(config, "verifier", Topology(1, 2, gpu_gib=0.0001))
+    monkeypatch.setattr("training.runtime.job.start", lambda settings: World(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr("training.runtime.job._topology", lambda world: Topology(1, 1, gpu_gib=0.0001))
+    with (
+        pytest.raises(SystemExit) as ended,
+        job([f"run.folder={tmp_path}", *ARCHITECTURE], "", lambda config: "vae", trains=True),
+    ):
+        raise AssertionError("it began")
+    assert ended.value.code == 2 and "vae: weights, gradients and optimizer take" in caplog.text

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from training.runtime.distributed import FIRST_PORT, NUM_PORTS, PORT_STEP, complete_environment
-from training.runtime.topology import CPUS_PER_PROCESS
+from training.runtime.topology import CPUS_PER_PROCESS, MEMORY_UNKNOWN
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,7 +138,7 @@ def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_b
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_names_what_its_chain_reads(config: Path) -> None:
     result = settings("--phases", "--gres=gpu:1", str(config))
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, f"warning: {MEMORY_UNKNOWN}\n")
 
 
 def test_what_is_wrong_with_the_deepspeed_file_is_said_before_anything_is_queued(tmp_path: Path) -> None:
@@ -189,11 +189,33 @@ def test_where_the_processes_are_not_known_it_is_said_that_batches_were_not_chec
     run = [*options, "configs/math_8b.yaml", f"run.folder={tmp_path}", "run.name=a"]
     result = submit(tmp_path, *run, PHASES="train_vae; encode_latents; train_denoiser stage=rollout")
     assert result.returncode == 0 and result.stdout.count("job 17") == 3
-    (line,) = result.stderr.splitlines()
+    unknown, line = result.stderr.splitlines()
+    assert unknown == f"warning: {MEMORY_UNKNOWN}"
     assert line.startswith("warning: batches were not checked (train_vae; train_denoiser stage=rollout): ")
     assert "--nodes=N and --gres=gpu:N" in line
     result = submit(tmp_path, *run, PHASES="train_denoiser --nodes=4-4 --gpus-per-node=8 stage=rollout")
     assert result.returncode == 2 and "rollout.train.global_batch=16 cannot be shared equally by 32" in result.stderr
+
+
+def test_a_phase_that_does_not_fit_into_a_gpu_is_not_queued(tmp_path: Path) -> None:
+    """The 8B file's VAE under ZeRO-2 on 32 GPUs of 24 GiB; stage 1 barely fits into 22."""
+    run = ["--nodes=4", "--gres=gpu:8", "--cpus-per-task=64", "configs/math_8b.yaml", f"run.folder={tmp_path}", "run.name=a"]
+    phases = "train_vae; encode_latents; train_denoiser"
+    result = submit(tmp_path, *run, PHASES=phases, GPU_MEMORY="24")
+    assert (result.returncode, result.stdout) == (2, "") and not (tmp_path / "a").exists()
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(("error", "warning"))]
+    assert re.fullmatch(
+        r"error: train_vae: takes 3\d\.\d GiB of a GPU with records as long as data\.max_\* lets in, and one has 24 "
+        r"\(GPU_MEMORY\): try vae\.train\.deepspeed=ds_configs/zero3\.json",
+        line,
+    )
+    remedy = line.rpartition(" try ")[2]
+    result = submit(tmp_path, *run, remedy, PHASES=phases, GPU_MEMORY="22")
+    assert result.returncode == 0 and result.stdout.count("job 17") == 3
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(("error", "warning"))]
+    assert line.startswith("warning: train_denoiser: takes 20.7 GiB") and "too little is left for CUDA" in line
+    result = submit(tmp_path, *run, PHASES="train_vae", GPU_MEMORY="80GB")
+    assert result.returncode == 2 and result.stderr.startswith("error: GPU_MEMORY=80GB is no number of GiB")
 
 
 def count_processes(needs: str, **facts: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ladir.config.loader import load_config
+from ladir.errors import UnusableError
 from training.runtime.chain import Step
 from training.runtime.distributed import World
 from training.runtime.ds_config import DeepSpeedConfigError
@@ -36,10 +37,26 @@ from training.runtime.topology import Topology, asked_for, check_topology, deeps
         (["--gres=gpu:4"], {"PROCESSES_PER_NODE": "3"}, Topology(1, 3)),
         (["--gpus-per-socket=4"], {"PROCESSES_PER_NODE": "8"}, Topology(1, 8)),
         (["--gres=none", "--nodes=1"], {"SBATCH_GPUS_PER_NODE": "2"}, Topology(1, 2)),
+        (["--nodes=2", "--gres=gpu:8"], {"GPU_MEMORY": "79.6"}, Topology(2, 8, gpu_gib=79.6)),
+        (["--nodes=2", "--gres=gpu:8"], {"GPU_MEMORY": " "}, Topology(2, 8)),
     ],
 )
 def test_options_of_sbatch_are_understood(options: list[str], variables: dict[str, str], expected: Topology) -> None:
     assert asked_for(options, variables) == expected
+
+
+@pytest.mark.parametrize("told", ["80GB", "0", "-1", "nan", "inf"])
+def test_a_gpus_memory_that_is_no_number_of_gib_is_refused(told: str) -> None:
+    with pytest.raises(UnusableError, match=f"^GPU_MEMORY={told} is no number of GiB: .*GPU_MEMORY=80"):
+        asked_for(["--gres=gpu:8"], {"GPU_MEMORY": told})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_node", "nodes", "processes"),
+    [(1, 8, 1, 1), (8, 8, 1, 8), (32, 8, 4, 8), (12, 8, 2, 6), (9, 8, 3, 3), (11, 8, 11, 1)],
+)
+def test_gpus_are_on_the_fewest_nodes_that_have_as_many_each(gpus: int, per_node: int, nodes: int, processes: int) -> None:
+    assert Topology.of(gpus, per_node, 80.0) == Topology(nodes, processes, gpu_gib=80.0)
 
 
 def test_every_phase_of_the_8b_files_is_checked_for_the_ranks_that_it_gets() -> None:

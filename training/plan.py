@@ -14,6 +14,7 @@ if not __package__:  # started as a program
     import preflight  # noqa: F401
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,14 +25,23 @@ from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from training.planning.models import PlanError
 from training.planning.predict import Planner
-from training.planning.prediction import GIB, Machine
+from training.planning.prediction import Machine
 from training.planning.report import print_report
 from training.runtime.ds_config import DeepSpeedConfigError
+from training.runtime.topology import GIB, GPU_MEMORY, Topology, gpu_memory
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs (processes) of the job")
-    parser.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one GPU, in GiB")
+    told = gpu_memory(os.environ)
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=told,
+        required=told is None,
+        metavar="GIB",
+        help=f"memory of one GPU, in GiB (the variable {GPU_MEMORY}, which slurm/submit.sh reads as well)",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a host's memory (8)")
     parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
@@ -44,11 +54,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    config, arguments = parse_args(argv, __doc__ or "", _add_arguments)
+    try:
+        config, arguments = parse_args(argv, __doc__ or "", _add_arguments)
+    except UnusableError as error:
+        sys.stderr.write(f"plan.py: {error}\n")
+        return 2
     machine = Machine(
-        gpus=arguments.gpus,
-        gpus_per_node=arguments.gpus_per_node,
-        gpu_bytes=int(arguments.gpu_memory * GIB),
+        Topology.of(arguments.gpus, arguments.gpus_per_node, arguments.gpu_memory),
         reserve=int(arguments.reserve * GIB),
         flops=arguments.tflops * 1e12,
         mfu=arguments.mfu,

@@ -24,6 +24,7 @@ from training.planning.prediction import Machine, Prediction
 from training.runtime.distributed import World
 from training.runtime.ds_config import read_ds_config
 from training.runtime.engine import Engine
+from training.runtime.topology import Topology
 from training.runtime.utilisation import counted_flops, measured_peak
 
 #: share of the host's free memory that offloaded state may take, and most layers: what a GPU holds does not grow with them then,
@@ -93,7 +94,7 @@ def fitting_layers(config: Config, phase: str, budget: int) -> int:
 
 def predict(config: Config, phase: str) -> Prediction:
     """What plan.py says of one GPU that is large enough."""
-    return Planner(config, Machine(gpus=1, gpus_per_node=1, gpu_bytes=2**50, reserve=0, flops=1.0, mfu=1.0)).training(phase)
+    return Planner(config, Machine(Topology(1, 1, gpu_gib=2.0**20), reserve=0, flops=1.0, mfu=1.0)).training(phase)
 
 
 def measure(case: Case, size: Size, world: World) -> dict[str, Any]:

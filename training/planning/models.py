@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ladir.config import BackboneSettings, Config
+from ladir.config import BackboneSettings, Config, DataSettings
 from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
 from ladir.data.encode import encode_records
 from ladir.data.latents import LatentRecord
-from ladir.data.records import read_records
+from ladir.data.records import RecordSet, records_of, refuse_empty
 from ladir.data.rollout import Golds, RolloutCollator
-from ladir.data.rows import data_files
+from ladir.data.rows import data_files, file_rows
 from ladir.data.token_lists import GroundedSentence, Joined
 from ladir.inference.rollout import Rollout
 from ladir.models.adapters import with_lora
@@ -65,11 +66,14 @@ class DataSize:
     """Sizes of every record (its blocks' mean), where they were measured."""
 
 
-def data_size(config: Config) -> DataSize:
-    """From ``plan.*``, else measured in a local ``data.train``, else half the limits.  PlanError where the count is unknown."""
+def data_size(config: Config, most: int | None = None) -> DataSize:
+    """From ``plan.*``, else measured in a local ``data.train``, else half the limits.  PlanError where the count is unknown.
+
+    ``most``: of a file so many rows are looked at, None: all.
+    """
     data, plan = config.data, config.plan
     limits = Lengths(data.max_question_tokens, data.max_blocks, data.max_block_tokens, data.max_answer_tokens)
-    measured = _measure(config)
+    measured = _measure(config, most)
     samples, mean, longest, records = measured or (None, None, limits, ())
     half = Lengths(*(max(1, value // 2) for value in (limits.question, limits.blocks, limits.block, limits.answer)))
     mean = mean or half
@@ -85,7 +89,7 @@ def data_size(config: Config) -> DataSize:
     return DataSize(samples, mean, longest, measured is not None, records)
 
 
-def _measure(config: Config) -> tuple[int, Lengths, Lengths, list[Lengths]] | None:
+def _measure(config: Config, most: int | None) -> tuple[int, Lengths, Lengths, list[Lengths]] | None:
     """Number, mean, longest and all sizes of the records in a local file; None where file or tokenizer are not at hand."""
     files = data_files(config.data.train)
     if not files or not all(Path(file).is_file() for file in files):
@@ -94,7 +98,7 @@ def _measure(config: Config) -> tuple[int, Lengths, Lengths, list[Lengths]] | No
         tokenizer = load_tokenizer(config.backbone)
     except (OSError, ValueError):
         return None
-    read = [encode_records(read_records(file, config.data), tokenizer, config.data)[0] for file in files]
+    read = [encode_records(_read(file, config.data, most), tokenizer, config.data)[0] for file in files]
     encoded = Joined(*read)
     if not encoded:
         return None
@@ -110,6 +114,13 @@ def _measure(config: Config) -> tuple[int, Lengths, Lengths, list[Lengths]] | No
         for record in encoded
     ]
     return len(encoded), mean, Lengths(*(max(column) for column in columns)), records
+
+
+def _read(file: str, settings: DataSettings, most: int | None) -> RecordSet:
+    """The records of its first ``most`` rows; UnusableError where it has none."""
+    found = records_of(itertools.islice(file_rows(file), most), settings)
+    refuse_empty(file, found.total)
+    return found
 
 
 def lm_config(backbone: BackboneSettings) -> PretrainedConfig:

@@ -33,7 +33,7 @@ from training.planning.memory import (
     writing_bytes,
 )
 from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
-from training.planning.prediction import Iteration, Machine, Prediction
+from training.planning.prediction import Iteration, Machine, Need, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
 from training.runtime.sampler import BatchSizeError, DataOrder, micro_batch_size
@@ -54,12 +54,16 @@ class Planner:
         self.config, self.machine = config, machine
         self.refused: dict[str, str] = {}
         """Why phases cannot start, of those that were predicted so far."""
-        self.data: DataSize = data_size(config)
         self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int, int | None], nn.Module] = {}
         self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
         self._mean_passes: dict[tuple[str, int], Pass] = {}
+
+    @cached_property
+    def data(self) -> DataSize:
+        """Sizes of the records.  PlanError where nobody knows how many there are."""
+        return data_size(self.config)
 
     def left_out(self) -> Iterator[str]:
         """What will run and is not predicted, and what is assumed, a line each."""
@@ -86,7 +90,7 @@ class Planner:
         """A training phase; none where it cannot start, which is noted in ``refused``."""
         try:
             check_ds_config(self.config.backbone, deepspeed_file(self.config, phase))
-            check_topology(self.config, phase, self.machine.gpus)  # as submit.sh and the phase itself ask
+            check_topology(self.config, phase, self.machine.gpus, self.machine.ranks_per_node)  # as submit.sh and the phase ask
         except (BatchSizeError, DeepSpeedConfigError) as error:
             self.refused[phase] = str(error)
             return
@@ -99,21 +103,34 @@ class Planner:
 
     def training(self, phase: str) -> Prediction:
         """A training phase, with the remedy where it does not fit."""
-        train, backbone = self.train_settings(phase), self.config.backbone
+        found = self._predict(phase)
+        return replace(found, remedy=self._remedy(phase), lighter=self._lighter(phase, found))
+
+    def need(self, phase: str) -> Need:
+        """What a phase takes of a GPU, and the remedy where it does not fit: sooner than :meth:`predictions`, without time."""
+        asking = {"encode": self.encode, "verifier": self.verifier, "evaluate": self.evaluate}
+        if phase in asking:
+            return asking[phase]()
+        return replace(self._need(phase, self.config, self._micro(phase)), remedy=self._remedy(phase))
+
+    def state(self, phase: str) -> Holdings:
+        """What a training holds of a GPU whatever its records are: there are none to be read for it."""
+        return self._held(phase, self.config, self._zero(deepspeed_file(self.config, phase)))
+
+    def _micro(self, phase: str) -> int:
+        """Samples of a micro batch."""
+        train = self.train_settings(phase)
         micro = micro_batch_size(train.global_batch, self.machine.gpus, train.micro_batch)
-        if phase == "rl":
-            micro = max(micro, min(train.micro_batch, sum(self._own_samples(self.config))))
-        found = self._attempt(phase, self.config, micro)
-        if not found.fits:
-            return replace(found, remedy=self._remedy(phase, micro, backbone.activation_checkpointing))
-        return replace(found, lighter=self._lighter(phase, found))
+        return max(micro, min(train.micro_batch, sum(self._own_samples(self.config)))) if phase == "rl" else micro
 
     def _lighter(self, phase: str, found: Prediction) -> str:
-        """The first of the usual DeepSpeed files before ours that fits as well; "" where there is none.
+        """The first of the usual DeepSpeed files before ours that fits as well; "" where there is none, or ours does not fit.
 
         What a pass allocates is no more there: only splitting takes memory for a gradient on its way.
         """
         own = self._zero(deepspeed_file(self.config, phase))
+        if not found.fits:
+            return ""
         for path in ["ds_configs/zero0.json" if self.machine.gpus == 1 else _LIGHTEST, *_LADDER]:
             zero = self._zero(path)
             if zero.weight < own.weight and replace(found, holdings=self._held(phase, self.config, zero)).fits:
@@ -124,22 +141,30 @@ class Planner:
         """What a DeepSpeed file says, on this machine."""
         return Zero.of(read_ds_config(file), self.machine.gpus, self.element_bytes)
 
-    def _attempt(self, phase: str, config: Config, micro: int) -> Prediction:
+    def _need(self, phase: str, config: Config, micro: int) -> Need:
         """The phase under ``config`` (which may differ from ours in checkpointing, offloading and adapters)."""
-        train, machine = self.train_settings(phase), self.machine
+        zero = self._zero(deepspeed_file(config, phase))
+        passes = self._activations(phase, config, micro, zero)
+        return Need(
+            phase=phase,
+            holdings=self._held(phase, config, zero),
+            activations=max(passes, self._own_attempts(config).cache) if phase == "rl" else passes,
+            capacity=self.machine.capacity,
+        )
+
+    def _predict(self, phase: str) -> Prediction:
+        """A training phase, memory and time."""
+        config, train, machine, micro = self.config, self.train_settings(phase), self.machine, self._micro(phase)
         checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
         weights = weights_of(self._model(phase, config), train.optimizer)
         zero = self._zero(deepspeed_file(config, phase))
-        held = self._held(phase, config, zero)
+        need = self._need(phase, config, micro)
         samples = self.data.samples * (self.data.mean.blocks if phase == "vae" else 1)
         arithmetic = samples * self._mean_pass(phase, config).flops / self._speed
         launching = samples / micro / machine.gpus * self._launches(phase, config) * machine.launch_seconds
         found = Prediction(
-            phase=phase,
-            holdings=held,
-            activations=self._activations(phase, config, micro, zero),
-            capacity=machine.gpu_bytes - machine.reserve,
-            host_per_node=held.host * machine.ranks_per_node,
+            **vars(need),
+            host_per_node=need.holdings.host * machine.ranks_per_node,
             checkpoint=checkpoint_bytes(weights, self._averages(phase)),
             saving_per_node=self._saving(phase, weights, zero),
             loading_per_node=self._loading(weights, zero),
@@ -199,24 +224,21 @@ class Planner:
             host_average=held.host_average + old.host_average,
         )
 
+    def _own_attempts(self, config: Config) -> Answering:
+        """A batch of stage 3's questions being answered."""
+        rl = config.rl
+        reads = reads_thoughts(rl.reward)
+        return answering(
+            config, self.data, self._lm, rl.questions_per_batch, rl.group, rl.answers, replayed=self._replayed, reads=reads
+        )
+
     def _reinforced(self, found: Prediction, config: Config, micro: int) -> Prediction:
         """Stage 3: rounds of asking and updates."""
-        rl = config.rl
-        asked = answering(
-            config,
-            self.data,
-            self._lm,
-            rl.questions_per_batch,
-            rl.group,
-            rl.answers,
-            replayed=self._replayed,
-            reads=reads_thoughts(rl.reward),
-        )
+        rl, asked = config.rl, self._own_attempts(config)
         one = self._iteration(config, micro, asked)
         steps = rl.train.max_steps or rl.updates
         return replace(
             found,
-            activations=max(found.activations, asked.cache),
             setup=f"{rl.prompts} questions x {rl.group} x {rl.answers}, {rl.updates} updates, {found.setup}",
             samples=-(-steps // rl.updates) * rl.prompts,
             tokens=-(-steps // rl.updates) * rl.prompts * rl.group * asked.row_tokens,
@@ -356,12 +378,15 @@ class Planner:
     def _tokens(self, phase: str) -> int:
         return int(micro_batch(self.config, phase, self.data.mean, 1, int(self.architecture.vocab_size)).num_tokens)
 
-    def _remedy(self, phase: str, micro: int, checkpointing: str) -> str:
-        """The settings, least costly first, that make the phase fit."""
-        for changes, config, size in self._ladder(phase, micro, checkpointing):
-            if self._attempt(phase, config, size).fits:
+    def _remedy(self, phase: str) -> str:
+        """The settings, least costly first, that make the phase fit; "" where it does."""
+        micro = self._micro(phase)
+        if self._need(phase, self.config, micro).fits:
+            return ""
+        for changes, config, size in self._ladder(phase, micro, self.config.backbone.activation_checkpointing):
+            if self._need(phase, config, size).fits:
                 return " ".join(changes)
-        return "no setting tried makes it fit: take more GPUs or larger ones, or lower data.max_*"
+        return "more GPUs, or larger ones, or a lower data.max_*: no setting that was tried makes it fit"
 
     def _ladder(self, phase: str, micro: int, checkpointing: str) -> Iterator[tuple[list[str], Config, int]]:
         """(changes, configuration, micro batch) to try, each keeping what was changed before."""
@@ -408,7 +433,7 @@ class Planner:
             phase="encode",
             holdings=Holdings(frozen=size),
             activations=traced.peak_bytes,
-            capacity=self.machine.gpu_bytes - self.machine.reserve,
+            capacity=self.machine.capacity,
             host_per_node=size * self.machine.ranks_per_node,
             checkpoint=0,
             model_folder=sentences * self.config.vae.latents_per_block * self.config.vae.latent_dim * self._latent_bytes,
@@ -418,7 +443,7 @@ class Planner:
             steps=None,
             seconds=sentences * flops / self._speed,
             epochs=None,
-            remedy="" if traced.peak_bytes + size <= self.machine.gpu_bytes - self.machine.reserve else "latents.batch_size=8",
+            remedy="" if traced.peak_bytes + size <= self.machine.capacity else "latents.batch_size=8",
         )
 
     def verifier(self) -> Prediction:
@@ -478,7 +503,7 @@ class Planner:
         self, phase: str, found: Answering, questions: int, batch: int, lines: int, batch_name: str, lines_name: str
     ) -> Prediction:
         """``questions`` asked in batches; the names are those of the settings that say how many rows a batch has."""
-        weights, capacity = self._asked_weights(phase), self.machine.gpu_bytes - self.machine.reserve
+        weights, capacity = self._asked_weights(phase), self.machine.capacity
         most = self._most_rows(phase, found)
         return Prediction(
             phase=phase,
@@ -499,7 +524,7 @@ class Planner:
 
     def _most_rows(self, phase: str, found: Answering) -> int:
         """Rows whose keys and values fit beside the weights."""
-        free = self.machine.gpu_bytes - self.machine.reserve - self._asked_weights(phase)
+        free = self.machine.capacity - self._asked_weights(phase)
         return int(max(0, free // found.row_bytes))
 
     def _asked_weights(self, phase: str) -> int:

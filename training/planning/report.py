@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ladir.report.fitting import print_whole
-from training.planning.prediction import GIB, Machine, Prediction
+from training.planning.prediction import Machine, Prediction
+from training.runtime.topology import GIB
 
 _ROWS = (
     ("weights, trained", lambda p: p.holdings.weights),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from safetensors import SafetensorError
 
 from ladir.config import Config
@@ -14,8 +15,9 @@ from ladir.config.loader import parse_args
 from ladir.data.records import BadRecords
 from ladir.errors import UnusableError
 from ladir.models.backbone import choose_dtype
+from training.planning.fitting import check_state
 from training.runtime.checkpoint import CheckpointError
-from training.runtime.distributed import LaunchError, RankLostError, SickRankError, start, stop
+from training.runtime.distributed import LaunchError, RankLostError, SickRankError, World, start, stop
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 from training.runtime.ending import given_settings
 from training.runtime.examination import examine
@@ -24,7 +26,7 @@ from training.runtime.loop import NonFiniteError
 from training.runtime.preemption import INTERRUPTED_STATUS, BrokenOff
 from training.runtime.run import Run, RunConflict, open_run
 from training.runtime.sampler import BatchSizeError
-from training.runtime.topology import check_topology, deepspeed_file
+from training.runtime.topology import GIB, Topology, check_topology, deepspeed_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,13 @@ def _on_this_node() -> int | None:
     return None if told is None else int(told)
 
 
+def _topology(world: World) -> Topology:
+    """All ranks as on one node; a GPU has what the smallest has."""
+    memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else 0
+    smallest = -world.largest([-memory])[0]
+    return Topology(1, world.size, has_gpus=smallest > 0, gpu_gib=smallest / GIB or None)
+
+
 @contextmanager
 def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], str], trains: bool = False) -> Iterator[Run]:
     """``with job(argv, __doc__, lambda config: "vae", trains=True) as run:`` - the opened run of this process' job.
@@ -69,6 +78,8 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         world = start(config.deepspeed)
         if trains:
             check_topology(config, phase(config), world.size, on_this_node)
+            topology = _topology(world)
+            world.on_main(lambda: check_state(config, phase(config), topology))
         examine(world, config)
         config.backbone.dtype = world.broadcast(choose_dtype(config.backbone.dtype, world.device.type))
         try:

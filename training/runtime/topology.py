@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ladir.config import Config, TrainSettings
+from ladir.errors import UnusableError
 from training.runtime.chain import Step
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config, zero_stage
 from training.runtime.sampler import BatchSizeError, micro_batch_size
 
 #: CPUs that a process beside a GPU needs at least, as in slurm/common.sh: one that keeps the GPU busy, one that makes batches
 CPUS_PER_PROCESS = 2
+
+GIB = 2**30
+#: the variable of a submission that says how many GiB a GPU has, which no option of sbatch does
+GPU_MEMORY = "GPU_MEMORY"
+#: what to tell where that is not set
+MEMORY_UNKNOWN = (
+    f"whether the phases fit into a GPU was not checked: no option says what memory one has; say {GPU_MEMORY}=N, its GiB, "
+    "as a variable of this command"
+)
 
 _GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")
 _SECTIONS = ("vae", "denoiser", "rollout", "rl", "verifier")
@@ -68,12 +79,19 @@ def check_groups(config: Config, phase: str, processes: int, whose: str) -> None
 
 @dataclass(frozen=True)
 class Topology:
-    """What a job is to run on: nodes, processes and CPUs on each; None where the options do not say."""
+    """What a job is to run on: nodes, processes and CPUs on each, GiB of a GPU (of the smallest); None where nobody says."""
 
     nodes: int | None
     processes: int | None
     cpus: int | None = None
     has_gpus: bool = True
+    gpu_gib: float | None = None
+
+    @classmethod
+    def of(cls, gpus: int, per_node: int, gpu_gib: float) -> Topology:
+        """So many GPUs on the fewest nodes of at most ``per_node`` that have as many each."""
+        nodes = next(nodes for nodes in range(-(-gpus // per_node), gpus + 1) if gpus % nodes == 0)
+        return cls(nodes, gpus // nodes, gpu_gib=gpu_gib)
 
     @property
     def ranks(self) -> int | None:
@@ -82,7 +100,10 @@ class Topology:
 
 
 def asked_for(options: Sequence[str], environment: Mapping[str, str]) -> Topology:
-    """What options of sbatch (``--name=value``; the last of a name counts) and its variables ask for."""
+    """What options of sbatch (``--name=value``; the last of a name counts) and its variables ask for.
+
+    Raises UnusableError where GPU_MEMORY is no number of GiB.
+    """
     given = _variables(environment) | dict(option.removeprefix("--").partition("=")[::2] for option in options)
     nodes = _nodes(given.get("nodes", "1"))
     gpus = _per_node(given, nodes)
@@ -90,7 +111,22 @@ def asked_for(options: Sequence[str], environment: Mapping[str, str]) -> Topolog
     cpus = _number(given.get("cpus-per-task", ""))
     if cpus is None and gpus is not None and (each := _number(given.get("cpus-per-gpu", ""))) is not None:
         cpus = gpus * each
-    return Topology(nodes, gpus if own is None else _number(own), cpus, own is None or _asks_for_gpus(given))
+    has_gpus = own is None or _asks_for_gpus(given)
+    return Topology(nodes, gpus if own is None else _number(own), cpus, has_gpus, gpu_memory(environment))
+
+
+def gpu_memory(environment: Mapping[str, str]) -> float | None:
+    """A GPU's GiB, where the variable says so.  UnusableError where it says something else."""
+    text = environment.get(GPU_MEMORY, "")
+    if not text.strip():
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UnusableError(f"{GPU_MEMORY}={text} is no number of GiB: say what a GPU has, e.g. {GPU_MEMORY}=80, or unset it")
+    return found
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
