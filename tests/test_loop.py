@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from training.runtime.distributed import RankLostError, World
 from training.runtime.loop import NonFiniteError, train
 from training.runtime.run import Outcome, Run, RunConflict, open_run, relevant_settings
 
+#: ZeRO-3 that keeps the weights a second time over every two ranks (hpZ)
+GROUPS_OF_TWO = "tests/data/zero3_hpz.json"
 HIDDEN = ("phase", "kind", "tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait", "memory_gib", "seconds",
           "data_wait_worst", "memory_rank", "rank_slowest", "rank_slowdown")  # fmt: skip
 
@@ -130,6 +133,49 @@ def test_interrupted_runs_joined_equal_an_undisturbed_one(
     assert not (parts / "toy" / "INTERRUPTED").exists()
     assert 0 < steps[0] < steps[1] < 9
     assert_identical(parts, whole)
+
+
+@pytest.fixture(scope="module")
+def four_processes() -> Iterator[ProcessGroup]:
+    """Four of them, for groups of two."""
+    group = ProcessGroup(4)
+    yield group
+    group.close()
+
+
+def run_in_groups(world: World, folder: Path, file: str, stop_at: int | None = None) -> tuple[Outcome, float]:
+    """Train the toy under a DeepSpeed file; also the largest part of a trained weight that this rank held a second time."""
+    phase, held = ToyPhase(), [0.0]
+
+    def look(model: torch.nn.Module, *inputs: object) -> None:
+        for weight in model.parameters():
+            second = getattr(weight, "ds_secondary_tensor", None)
+            if weight.requires_grad and second is not None and weight.ds_numel % world.size == 0:
+                held.append(second.numel() / weight.ds_numel)
+
+    phase.model.register_forward_pre_hook(look)
+    if stop_at is not None and world.rank == world.size - 1:
+        phase.before_collate = lambda numbers: os.kill(os.getpid(), signal.SIGUSR2) if stop_at in numbers else None
+    config = toy_config(folder, max_steps=7, ema=0.9, validate_every=3, checkpoint_every=2, micro_batch=1, global_batch=8)
+    config.deepspeed.config = file
+    with open_run(config, "ar", world) as run:
+        return train(run, phase), max(held)
+
+
+@pytest.mark.distributed
+def test_two_groups_of_two_ranks_train_what_four_do_and_go_on_where_they_were_stopped(
+    four_processes: ProcessGroup, tmp_path: Path
+) -> None:
+    """hpZ: every group of ranks holds all weights a second time."""
+    plain, grouped, parts = (tmp_path / name for name in ("plain", "grouped", "parts"))
+    for folder, file, second in ((plain, "ds_configs/zero3.json", 0.0), (grouped, GROUPS_OF_TWO, 0.5)):
+        assert [held for _, held in four_processes.run(run_in_groups, folder, file)] == [second] * 4
+    assert len(records(grouped, "validation")) == 3
+    assert_close(grouped, plain, 1e-6)
+    stopped = four_processes.run(run_in_groups, parts, GROUPS_OF_TWO, 35)
+    assert {outcome.status for outcome, _ in stopped} == {"interrupted"} and 0 < stopped[0][0].steps < 7
+    assert all(outcome.finished for outcome, _ in four_processes.run(run_in_groups, parts, GROUPS_OF_TWO))
+    assert_identical(parts, grouped)
 
 
 def test_batches_made_by_other_processes_are_the_same(two_processes: ProcessGroup, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ladir.config.loader import load_config
 from ladir.errors import UnusableError
+from tests.distributed import ProcessGroup
 from training.runtime.chain import Step
 from training.runtime.distributed import World
 from training.runtime.ds_config import DeepSpeedConfigError
@@ -82,13 +83,36 @@ def test_a_group_that_spans_two_nodes_is_refused() -> None:
         (problem,) = step_problems(config, step, topology)
         assert "zero_hpz_partition_size is 8, and a node's 4 processes are no whole number of such groups" in problem
     with pytest.raises(DeepSpeedConfigError, match="a node's 4 processes"):
-        check_topology(config, "vae", 32, 4)
+        check_topology(config, "vae", 32, [4])
+    with pytest.raises(DeepSpeedConfigError, match="a node's 4 processes"):
+        check_topology(config, "vae", 32, [8] * 24 + [4] * 8)
     check_topology(config, "vae", 32)
+    check_topology(config, "vae", 32, [None] * 32)
     for nodes, processes in ((4, 8), (2, 16)):
         assert list(step_problems(config, step, Topology(nodes, processes))) == []
-        check_topology(config, "vae", 32, processes)
+        check_topology(config, "vae", 32, [processes] * 32)
     both = list(step_problems(config, step, Topology(5, 4)))
     assert ["global_batch=32" in both[0], "zero_hpz" in both[1]] == [True, True]
+
+
+def start_on_uneven_nodes(world: World, folder: str, on_nodes: list[int]) -> str:
+    """What a phase says of its start on nodes that have so many of its ranks."""
+    own = [f"run.folder={folder}", "vae.train.deepspeed=tests/data/zero3_hpz.json"]
+    said = list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(on_nodes[world.rank]))
+        patch.setattr("training.runtime.job.start", lambda settings: world)
+        patch.setattr("training.runtime.job.logger.error", lambda text, *values: said.append(text % values))
+        with pytest.raises(SystemExit), job(own, "", lambda config: "vae", trains=True):
+            raise AssertionError("it began")
+    return "".join(said)
+
+
+@pytest.mark.distributed
+def test_nodes_that_differ_are_refused_by_all_ranks_alike(two_processes: ProcessGroup, tmp_path: Path) -> None:
+    """Ranks of the node whose processes are a group do not wait for the others."""
+    first, second = two_processes.run(start_on_uneven_nodes, str(tmp_path), [2, 1])
+    assert first == second and "zero_hpz_partition_size is 2, and a node's 1 processes are no whole number" in first
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Planner:
         """A training phase; none where it cannot start, which is noted in ``refused``."""
         try:
             check_ds_config(self.config.backbone, deepspeed_file(self.config, phase))
-            check_topology(self.config, phase, self.machine.gpus, self.machine.ranks_per_node)  # as submit.sh and the phase ask
+            check_topology(self.config, phase, self.machine.gpus, [self.machine.ranks_per_node])  # as the phase
         except (BatchSizeError, DeepSpeedConfigError) as error:
             self.refused[phase] = str(error)
             return

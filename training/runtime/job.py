@@ -77,7 +77,7 @@ def job(argv: Sequence[str] | None, description: str, phase: Callable[[Config], 
         on_this_node = _on_this_node()  # a start without a launcher sets such a variable itself
         world = start(config.deepspeed)
         if trains:
-            check_topology(config, phase(config), world.size, on_this_node)
+            check_topology(config, phase(config), world.size, world.gather(on_this_node))
             topology = _topology(world)
             world.on_main(lambda: check_state(config, phase(config), topology))
         examine(world, config)

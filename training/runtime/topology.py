@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ladir.config import Config, TrainSettings
@@ -44,13 +44,15 @@ def deepspeed_file(config: Config, phase: str) -> str:
     return train_settings(config, phase).deepspeed or config.deepspeed.config
 
 
-def check_topology(config: Config, phase: str, ranks: int, on_node: int | None = None) -> None:
+def check_topology(config: Config, phase: str, ranks: int, on_nodes: Iterable[int | None] = ()) -> None:
     """Raise BatchSizeError or DeepSpeedConfigError where ``phase`` cannot be trained by so many processes.
 
-    ``on_node``: how many of them a node has, where that is known.
+    ``on_nodes``: how many of them nodes have, which need not be as many each; None where that is not known.
     """
     check_batch(config, phase, ranks)
-    check_groups(config, phase, ranks if on_node is None else on_node, "" if on_node is None else "a node's ")
+    check_groups(config, phase, ranks, "")
+    for processes in sorted({count for count in on_nodes if count is not None}):
+        check_groups(config, phase, processes, "a node's ")
 
 
 def check_batch(config: Config, phase: str, ranks: int) -> None:
