@@ -20,6 +20,7 @@ from ladir.tasks.mathematics.formula import UnreadableError, read_formula
 from ladir.tasks.mathematics.prose import answer_of, read_answer
 from ladir.tasks.mathematics.quantities import read_quantity, same
 from ladir.tasks.mathematics.spelling import spelled
+from ladir.tasks.mathematics.tolerance import gold_numbers
 from ladir.tasks.maths import MathsTask, plain_number, plain_text
 from ladir.tasks.worker import Worker
 
@@ -353,3 +354,65 @@ def test_any_formula_like_text_is_judged(task: MathsTask, text: str) -> None:
 )
 def test_a_number_and_a_variable_are_no_number(number: int, variable: str, form: str) -> None:
     assert plain_number(form.format(number, variable)) is None
+
+
+#: a gold answer as TheoremQA's file has it, an answer, and whether its authors' rule takes it (4 % of a decimal one)
+WITHIN = [
+    ("3.464", "3.47", True),
+    ("3.464", "The answer is 3.6 m.", True),
+    ("3.464", "2\\sqrt{3}", True),
+    ("3.464", "x = \\sqrt{12}", True),
+    ("3.464", "3.61", False),
+    ("3.464", "-3.464", False),
+    ("-0.25", "-0.24", True),
+    ("-0.25", "-0.2399", False),
+    ("0.0", "0.001", False),
+    ("1.0", "1.04", True),
+    ("1.0", "0.95", False),
+    ("14", "14.3", True),
+    ("14", "13.5", True),
+    ("14", "14.6", False),
+    ("100", "98", False),
+    ("100.0", "98", True),
+    ("3.57e-29", "3.6 * 10^{-29}", True),
+    ("1.5708", "\\frac{\\pi}{2}", True),
+    ("[1.5, 2]", "2.2 and 1.45", True),
+    ("[1.5, 2]", "[1.45, 1.9]", True),
+    ("[1.5, 2]", "1.5", False),
+    ("[1.5, 2]", "1.5, 2, 3", False),
+    ("1.5", "[1.5, 2]", False),
+    ("[0, 1.5]", "0, 1.51", True),
+    ("0.5", "1/(1-1)", False),
+    ("1.5", "\\sqrt{-2}", False),
+    ("True", "False", False),
+    ("(b)", "(a)", False),
+    ("3.464", "about three", False),
+    ("3.464", "x", False),
+    ("3.464", "1e400", False),
+    ("14", "1e400", False),
+    ("[]", "", False),
+    ("1/3", "0.3334", False),
+]
+
+
+@pytest.fixture(scope="module")
+def tolerant() -> MathsTask:
+    return MathsTask(seconds=2.0, tolerance=0.04)
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), WITHIN)
+def test_numbers_are_judged_as_theoremqas_authors_do_where_that_is_asked(
+    tolerant: MathsTask, task: MathsTask, gold: str, answer: str, right: bool
+) -> None:
+    assert tolerant.verdict(answer, record(gold)).right == right
+    assert not task.verdict(answer, record(gold)).right  # none is equal
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), NUMBERS)
+def test_what_is_equal_is_right_with_a_tolerance_too(tolerant: MathsTask, answer: str, gold: str, right: bool) -> None:
+    assert tolerant.verdict(answer, record(gold)).right or not right
+
+
+def test_hostile_texts_are_no_gold_numbers() -> None:
+    for text in ("(" * 900, "1e999", "[1, [2]]", "{1}", "f(1)", "9" * 2000, "", "[1, True]"):
+        assert gold_numbers(text) == [], text

@@ -150,6 +150,9 @@ def test_sets_by_name_have_a_task_and_a_file_whatever_its_spelling(models: Path,
     assert names["humaneval+"] == "humaneval+.jsonl" and names["college-math"] == "college_math/test.jsonl"
     assert [config.evaluate.task for config in found.values()] == ["code"] * 4 + ["maths"]
     assert entries(["GSM8K", "Code4"]) == entries(["gsm8k", "code4"])
+    tolerances = {entry.name: entry.settings.get("evaluate.tolerance", 0.0) for entry in entries(["maths7"])}
+    assert tolerances.pop("theoremqa") == 0.04 and set(tolerances.values()) == {0.0}  # its authors' rule, and nobody else's
+    assert entries(["TheoremQA"])[0].settings["evaluate.tolerance"] == 0.04
     assert len(entries(["maths7"])) == 7 and len(entries(["countdown", "gsm8k"])) == 3 and entries([]) == []
 
 

@@ -100,6 +100,11 @@ class EvaluateSettings:
     check_memory_mb: int = setting(
         1024, "memory that judging one answer takes, in MiB; of a program, all its processes together (40 at most)"
     )
+    tolerance: float = setting(
+        0.0,
+        "a gold number with decimals accepts answers within such a share of it, a whole one those that round to it (task=maths), "
+        "as TheoremQA's authors judge with 0.04, which that set of maths7 has; 0: answers that equal it",
+    )
     isolation: str = setting(
         "namespaces",
         "how programs are shut in (task=code); namespaces: no network, no files, no other processes; limits: only limits and an "

@@ -148,6 +148,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("evaluate.*questions_per_batch", _COUNT),
     ("evaluate.ar_batches", _COUNT),
     ("evaluate.check_seconds", _COUNT),
+    ("evaluate.tolerance", Range(at_least=0, below=1)),
     ("evaluate.check_memory_mb", Range(at_least=256)),
     ("evaluate.judges", _COUNT),
     ("evaluate.voters", _COUNT),

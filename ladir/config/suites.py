@@ -17,6 +17,9 @@ SUITES: Mapping[str, Mapping[str, str]] = {
     "countdown": dict.fromkeys(("countdown-4", "countdown-5"), "countdown"),
 }
 
+#: how a set's authors judge its answers, where the task has another rule
+_RULES: Mapping[str, Mapping[str, Any]] = {"theoremqa": {"evaluate.tolerance": 0.04}}
+
 #: settings that a data set may have of its own (by section), and those in these sections that are the evaluation's
 _OWN_SECTIONS = ("data.", "evaluate.", "sample.")
 _SHARED = ("evaluate.suite", "evaluate.suite_folder", "evaluate.name", "evaluate.snapshot", "evaluate.methods", "evaluate.split")
@@ -38,11 +41,15 @@ def entries(suite: Sequence[Any]) -> list[DataSetEntry]:
             own = {str(name): value for name, value in part.items()}
             found.append(DataSetEntry(str(own.pop("name", "")), own))
         elif isinstance(part, str) and part in SUITES:
-            found += [DataSetEntry(name, {"evaluate.task": task}) for name, task in SUITES[part].items()]
+            found += [_entry(name, task) for name, task in SUITES[part].items()]
         else:
             task = next((sets[part] for sets in SUITES.values() if isinstance(part, str) and part in sets), None)
-            found.append(DataSetEntry(str(part), {} if task is None else {"evaluate.task": task}))
+            found.append(_entry(str(part), task))
     return found
+
+
+def _entry(name: str, task: str | None) -> DataSetEntry:
+    return DataSetEntry(name, {} if task is None else {"evaluate.task": task, **_RULES.get(name, {})})
 
 
 def _spelled(part: Any) -> Any:

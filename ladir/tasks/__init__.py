@@ -52,7 +52,7 @@ def get_task(name: str, settings: EvaluateSettings | None = None) -> Task:
     seconds, memory = settings.check_seconds, settings.check_memory_mb << 20
     tasks: dict[str, Callable[[], Task]] = {
         "countdown": CountdownTask,
-        "maths": lambda: MathsTask(seconds, memory),
+        "maths": lambda: MathsTask(seconds, memory, settings.tolerance),
         "code": lambda: isolated_code_task(Limits(seconds=seconds, memory=memory), settings.isolation),
     }
     if name not in tasks:

@@ -21,6 +21,7 @@ from ladir.tasks.mathematics.forms import Form
 from ladir.tasks.mathematics.prose import Reading, answer_of, loosely, read_answer
 from ladir.tasks.mathematics.quantities import last_number, same, same_time
 from ladir.tasks.mathematics.spelling import folded_words, spelled
+from ladir.tasks.mathematics.tolerance import gold_numbers, within
 from ladir.tasks.mathematics.units import stem
 from ladir.tasks.verdict import Verdict
 from ladir.tasks.worker import Worker
@@ -52,8 +53,13 @@ class MathsTask:
 
     name = "maths"
 
-    def __init__(self, seconds: float = 5.0, memory: int = 1 << 30) -> None:
-        """``seconds`` of processor time and ``memory`` (bytes) that judging one answer may take."""
+    def __init__(self, seconds: float = 5.0, memory: int = 1 << 30, tolerance: float = 0.0) -> None:
+        """``seconds`` of processor time and ``memory`` (bytes) that judging one answer may take.
+
+        ``tolerance``: decimal gold numbers accept what is within such a share of them (:mod:`ladir.tasks.mathematics.tolerance`);
+        0: what equals them.
+        """
+        self.tolerance = tolerance
         # The process ends itself at its own limit; a wall time above it is for one that waits for other work.
         worker = Worker(_SCRIPT, [str(seconds), str(memory)], seconds=10 * seconds)
         deadly: set[str] = set()  # answers that had to be killed: each costs its time once
@@ -76,7 +82,11 @@ class MathsTask:
         def canonical(form: str) -> str | None:
             return ask({"form": json.loads(form)}, form).get("canonical")
 
-        self._compare, self._canonical = compare, canonical
+        @lru_cache(maxsize=8192)
+        def values(form: str) -> tuple[float, ...]:
+            return tuple(ask({"numbers": json.loads(form)}, form).get("values", ()))
+
+        self._compare, self._canonical, self._values = compare, canonical, values
 
     def check(self, record: Record) -> None:
         """Raise UnusableError where the record has no answer to compare with."""
@@ -91,7 +101,17 @@ class MathsTask:
         gold, given = answer_of(record.answer), answer_of(answer)
         if not plain_text(given):
             return Verdict(False, "no answer")
-        return _RIGHT if _same_text(gold, given) else self._judge(gold, given)
+        found = _RIGHT if _same_text(gold, given) else self._judge(gold, given)
+        return found if found.right or not self._tolerated(record.answer, given) else _RIGHT
+
+    def _tolerated(self, gold: str, given: str) -> bool:
+        """Whether an answer that is not equal is near enough."""
+        if not (self.tolerance and (numbers := gold_numbers(gold))):
+            return False
+        reading = read_answer(given)
+        if reading.quantity is not None:
+            return within(numbers, _as_float(reading.quantity.value), self.tolerance)
+        return reading.form is not None and within(numbers, self._values(json.dumps(reading.form)), self.tolerance)
 
     def _judge(self, gold_text: str, given_text: str) -> Verdict:
         if _several_choices(gold_text) and _several_choices(gold_text) == _several_choices(given_text):
@@ -135,6 +155,14 @@ class MathsTask:
             return str(reading.quantity.value)
         form: Form | None = reading.form if reading.mathematical else None
         return (self._canonical(json.dumps(form)) if form else None) or plain_text(given)
+
+
+def _as_float(value: Fraction) -> tuple[float, ...]:
+    """The number; nothing where it is more than a float holds."""
+    try:
+        return (float(value),)
+    except OverflowError:
+        return ()
 
 
 def _same_text(gold: str, given: str) -> bool:

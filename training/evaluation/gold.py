@@ -131,6 +131,6 @@ def _start(text: str) -> str:
 
 def _checker(settings: EvaluateSettings) -> str:
     """What a verdict depends on beside the record: the task, its limits and its program."""
-    limits = [settings.task, settings.check_seconds, settings.check_memory_mb, settings.isolation]
+    limits = [settings.task, settings.check_seconds, settings.check_memory_mb, settings.isolation, settings.tolerance]
     digest = hashlib.sha256(json.dumps([*limits, code_digest(ladir.tasks)]).encode())
     return f"{settings.task}-{digest.hexdigest()[:16]}"

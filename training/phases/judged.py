@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 #: settings of the verifier that change nothing of what is sampled
 _ABOUT_TRAINING = ("enabled", "stage", "held_out", "width", "value_weight", "train")
 #: of an evaluation: what a verdict depends on
-_ABOUT_VERDICTS = ("task", "check_seconds", "check_memory_mb", "isolation")
+_ABOUT_VERDICTS = ("task", "check_seconds", "check_memory_mb", "isolation", "tolerance")
 #: programs that never end may keep one rank so much longer than the others
 _BATCH_MINUTES = 24 * 60
 

@@ -69,7 +69,7 @@ SECTIONS = {
     "verifier": ("vae", "latents", "denoiser", "rollout", "sample", "verifier"),
 }
 """Sections of settings a phase depends on besides run, backbone and data; other phases depend on ``ar``."""
-_JUDGED = ("evaluate.task", "evaluate.check_seconds", "evaluate.check_memory_mb")
+_JUDGED = ("evaluate.task", "evaluate.check_seconds", "evaluate.check_memory_mb", "evaluate.tolerance")
 RELEVANT = {"rl": ("sample.", *_JUDGED), "ar-rl": ("evaluate.ar_temperature", "evaluate.ar_max_tokens", *_JUDGED)}
 """Settings that would be irrelevant, but for a phase that answers questions and judges the answers."""
 

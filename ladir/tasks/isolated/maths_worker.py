@@ -1,9 +1,9 @@
 """Compares forms of mathematical answers, in a process that may be killed.  Started by :mod:`ladir.tasks.maths`.
 
 One JSON object a line on standard input, one on standard output: ``{"gold", "answer"}``, two forms
-(:mod:`ladir.tasks.mathematics.forms`), gives ``{"equal"}``; ``{"form"}`` gives ``{"canonical"}``; ``{"undecided": reason}`` where
-that cannot be told.  The arguments are the processor seconds a request may take and the bytes of address space; a request that
-takes more ends the process, whatever it is in the middle of.
+(:mod:`ladir.tasks.mathematics.forms`), gives ``{"equal"}``; ``{"form"}`` gives ``{"canonical"}``; ``{"numbers"}``, a form, gives
+``{"values"}``; ``{"undecided": reason}`` where that cannot be told.  The arguments are the processor seconds a request may take
+and the bytes of address space; a request that takes more ends the process, whatever it is in the middle of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the package that this file is of, wherever it lies
 
-from ladir.tasks.mathematics.comparison import canonical, equal
+from ladir.tasks.mathematics.comparison import canonical, equal, values
 from ladir.tasks.mathematics.formula import UnreadableError
 
 _MAX_FORM = 2000
@@ -30,6 +30,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         if "form" in request:
             form = canonical(request["form"])
             return {"canonical": form if len(form) <= _MAX_FORM else None}
+        if "numbers" in request:
+            return {"values": values(request["numbers"])}
         return {"equal": equal(request["gold"], request["answer"])}
     except UnreadableError as error:
         return {"undecided": str(error)}

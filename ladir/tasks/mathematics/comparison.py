@@ -5,6 +5,7 @@ No tolerance: rational numbers are compared exactly, others and formulas with va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,21 @@ def canonical(form: Form) -> str:
     if kind in ("list", "set", "union"):
         return f"{kind} {sorted(map(canonical, form[-1]))}"
     return f"{form[1]}{', '.join(map(canonical, form[3]))}{form[2]}" if kind == "tuple" else kind
+
+
+def values(form: Form) -> list[float]:
+    """The real number that a form states, or those of a list, set or tuple.  UnreadableError where it states none."""
+    form = _unwrapped(form)
+    if form[0] == "equation":
+        return values(form[2])
+    if form[0] in ("list", "set", "tuple"):
+        return [number for entry in form[-1] for number in values(entry)]
+    value = sympy.N(read_formula(form[1]), _DIGITS[0]) if form[0] == "scalar" else None
+    if not (isinstance(value, sympy.Expr) and value.is_number and value.is_real):
+        raise UnreadableError("no number")
+    if not math.isfinite(number := float(value)):
+        raise UnreadableError("no number that a float holds")
+    return [number]
 
 
 def _unwrapped(form: Form) -> Form:
