@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ladir.config import Config
 from ladir.models.backbone import Backbone
 from ladir.rl.policy import Policy
 from ladir.rl.text import TextPolicy
@@ -25,7 +26,9 @@ from training.phases.rl_text import rl_text_phase
 from training.reinforcement import steps
 from training.reinforcement.asking import Asker
 from training.runtime import loop
+from training.runtime.alarm import APART_MINUTES
 from training.runtime.distributed import World
+from training.runtime.engine import Engine
 from training.runtime.loop import Trainer, train
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import RunFolder, open_run
@@ -351,3 +354,34 @@ def test_a_reward_that_never_returns_on_one_rank_ends_the_run_on_all(two_process
 
 def nothing_in_time(world: World, root: Path, name: str) -> str:
     return ended(world, root, name, reward="tests.toy_reward:never_on_the_last_rank", reward_seconds=0.2)
+
+
+def patience_while_asking(world: World, root: Path) -> list[Any]:
+    """The longest waits in force, in order, and when questions were asked, and attempts learned from."""
+    events: list[Any] = []
+    ask, backward = Asker.ask, Engine.backward
+
+    def asked(*arguments: Any) -> Any:
+        events.append("asked")
+        return ask(*arguments)
+
+    def learned(*arguments: Any, **named: Any) -> None:
+        events.append("learned")
+        backward(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "wait_at_most", lambda self, minutes: events.append(minutes))
+        patch.setattr(Asker, "ask", asked)
+        patch.setattr(Engine, "backward", learned)
+        reinforce(world, root, "patient", 0, 8)
+    return events
+
+
+def test_ranks_wait_for_the_slowest_ones_answers_as_long_as_in_an_evaluation(one_process: ProcessGroup, start: Path) -> None:
+    """Not as long as for one that is lost within a step."""
+    prepared(start, "patient")
+    (events,) = one_process.run(patience_while_asking, start)
+    places = [place for place, event in enumerate(events) if event == "asked"]
+    assert len(places) > 1 and all(events[place - 1] == APART_MINUTES for place in places)
+    in_steps = [events[place - 1] for place, event in enumerate(events) if event == "learned" and place > places[1]]
+    assert APART_MINUTES not in in_steps and Config().deepspeed.step_timeout_minutes in in_steps

@@ -18,7 +18,7 @@ from training.evaluation.answers import Answered, cut
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
 from training.evaluation.rows import GREEDY, model_of, questions_at_a_time
-from training.runtime.alarm import Alarm
+from training.runtime.alarm import APART_MINUTES, Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
@@ -27,8 +27,6 @@ from training.runtime.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
-#: at the end the ranks wait for the last batches of the others; one of programs that never end takes long
-_BATCH_MINUTES = 24 * 60
 #: as many portions of several batches every rank has at least, so that none waits long for another's last
 _PORTIONS = 4
 
@@ -122,7 +120,7 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
         benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))
         busy += time.perf_counter() - begun
     run.status.say("waits for the last batches of the other ranks" if run.world.size > 1 else None)
-    run.world.wait_at_most(_BATCH_MINUTES)
+    run.world.wait_at_most(APART_MINUTES)
     if alarm.meet():
         return None
     return _busy(run, busy, models.loading, time.perf_counter() - start)

@@ -38,6 +38,7 @@ from ladir.tokens import load_tokenizer
 from training.evaluation.answerers import Sampled
 from training.evaluation.judging import judge_samples, judges_of
 from training.phases.tokens import Tokens
+from training.runtime.alarm import APART_MINUTES
 from training.runtime.alone import GiveWay
 from training.runtime.files import known_sha256, read_json, remove_folder, write_json
 from training.runtime.preemption import BrokenOff
@@ -51,8 +52,6 @@ logger = logging.getLogger(__name__)
 _ABOUT_TRAINING = ("enabled", "stage", "held_out", "width", "value_weight", "train")
 #: of an evaluation: what a verdict depends on
 _ABOUT_VERDICTS = ("task", "check_seconds", "check_memory_mb", "isolation", "tolerance")
-#: programs that never end may keep one rank so much longer than the others
-_BATCH_MINUTES = 24 * 60
 
 
 def collect(run: Run, denoiser: Path) -> Path | None:
@@ -69,7 +68,7 @@ def collect(run: Run, denoiser: Path) -> Path | None:
     if (begun := run.alone(lambda give_way: _begun(run, denoiser, vae, records, give_way))) is None:
         return None
     folder, left = begun
-    run.world.wait_at_most(_BATCH_MINUTES)
+    run.world.wait_at_most(APART_MINUTES)
     run.status.say("loading the models whose trajectories are judged")
     reasoner = load_trained_reasoner(run.config, denoiser, vae, tokenizer, run.world.device) if left else None
     pace = Pace()

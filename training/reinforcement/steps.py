@@ -28,7 +28,7 @@ from ladir.rl.lines import Group, figures
 from ladir.rl.policy import Policy
 from ladir.rl.text import TextPolicy
 from training.reinforcement.asking import Asked, Asker
-from training.runtime.alarm import Alarm
+from training.runtime.alarm import APART_MINUTES, Alarm
 from training.runtime.distributed import World
 from training.runtime.phase import Underway
 from training.runtime.sampler import DataOrder
@@ -102,7 +102,7 @@ class OwnSteps:
         numbers = range(iteration * self.settings.prompts, (iteration + 1) * self.settings.prompts)
         records = [self.records[self.order.index(number)] for number in numbers]
         say(f"step {training.progress.step + 1}: answers {len(records)} questions, {self.settings.group} times each")
-        with training.clock.patience(), training.ranges("own samples"):
+        with training.clock.patience(APART_MINUTES), training.ranges("own samples"):
             seed, steps = derive(self.seed, "rl", iteration), self._random_steps(iteration)
             asked = self.asker.ask(records, seed, training.world, alarm, steps)
         self.last = asked.groups if asked is not None else []

@@ -11,6 +11,8 @@ from training.runtime.distributed import World
 from training.runtime.preemption import BrokenOff, StopRequest
 from training.runtime.words import Words
 
+#: where ranks go their own ways, those that are done wait so long for the slowest: one program that is judged may take long
+APART_MINUTES = 24 * 60
 #: seconds between two looks at whether another rank was asked to stop
 _LOOK_SECONDS = 1.0
 _STOP = "stop"

@@ -38,12 +38,11 @@ class Clock:
             self._wait_at_most(self._short)
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Inside, ranks may wait long for one another: it is training time, but no step."""
-        self._wait_at_most(self._long)
+    def patience(self, minutes: float | None = None) -> Iterator[None]:
+        """Inside, ranks may wait long for one another, ``minutes`` where they are given: it is training time, but no step."""
+        self._wait_at_most(self._long if minutes is None else minutes)
         yield
-        if self._steps:
-            self._wait_at_most(self._short)
+        self._wait_at_most(self._short if self._steps else self._long)
 
     @contextmanager
     def off(self) -> Iterator[None]:
