@@ -21,7 +21,7 @@ from ladir.models.attention import causal, set_attention
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import save_lm
-from ladir.models.loading import load_lm
+from ladir.models.loading import check_lm, load_lm
 from ladir.reference import reference_blocks
 from tests.test_denoiser import assert_one_pass_is_the_reference
 from tests.tiny import COMMON, VOCAB, random_records, randomise, tiny_denoiser
@@ -210,6 +210,33 @@ def test_other_architectures_are_refused_by_their_config(kind: str) -> None:
         refuse_unusable(config, "some/model")
     message = str(refused.value)
     assert "\n" not in message and "'some/model'" in message and "docs/models.md" in message
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "of_next_year"])
+def test_a_quantized_lm_is_refused_before_its_weights_are_read(method: str, tmp_path: Path) -> None:
+    """On a CPU some would be trained as floats, and the same command would fail or freeze them on a GPU."""
+    config = lm_of("llama").config
+    config.quantization_config = {"quant_method": method, "bits": 4}
+    config.save_pretrained(tmp_path / "lm")
+    with pytest.raises(UnusableError, match=rf"is quantized \({method}: .*dequantize\(\) .* save_pretrained") as refused:
+        check_lm(BackboneSettings(name_or_path=str(tmp_path / "lm")))
+    assert "\n" not in str(refused.value) and str(tmp_path / "lm") in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["whole", "text part"])
+def test_so_is_one_that_also_sees_wherever_its_config_says_it(place: str) -> None:
+    config = AutoConfig.for_model("gemma3", text_config={**_COMMON, **TESTED["gemma3_text"]})
+    (config if place == "whole" else config.text_config).quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnusableError, match=r"is quantized \(gptq"):
+        refuse_unusable(config, "some/model")
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "clip"])
+def test_what_transformers_makes_no_causal_lm_of_is_told_in_short(kind: str) -> None:
+    """Its own message lists every class that it has, some kilobytes."""
+    with pytest.raises(UnusableError, match=rf"\({kind}\) cannot be used: transformers makes no causal LM of it") as refused:
+        refuse_unusable(AutoConfig.for_model(kind), "some/model")
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize(

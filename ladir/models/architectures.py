@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ladir.errors import UnusableError
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 _STATE = "its layers carry state from token to token, which no mask hides and no cache of keys and values holds"
 _ALIBI = "its attention goes by a token's place in the row (ALiBi), where LaDiR gives positions of its own"
 _TWO_PARTS = "it is an encoder with a decoder, not one causal LM"
+_NO_LM = (
+    "transformers makes no causal LM of it (most that see or hear are none, nor are encoders, and code that comes with a model "
+    "is not run)"
+)
 _PER_LAYER = "its layers read embeddings of token ids of their own, where LaDiR gives vectors that are no token's"
 
 #: kinds of layers, as configs list them, that are no attention
@@ -46,6 +51,7 @@ def refuse_unusable(config: PretrainedConfig, name: str) -> None:
     Nothing but the config is needed.  One of which no miniature can be made is warned of and let through.
     """
     _refuse_padding(config, name)
+    _refuse_quantized(config, name)
     if fault := _known_fault(config) or _found_fault(_Kind(config)):
         raise UnusableError(
             f"the LM {name!r} ({config.model_type}) cannot be used: {fault}; choose an LM of an architecture that docs/models.md "
@@ -66,7 +72,9 @@ def _known_fault(config: PretrainedConfig) -> str:
         return _ALIBI
     if getattr(text, "hidden_size_per_layer_input", 0):
         return _PER_LAYER
-    return _TWO_PARTS if config.is_encoder_decoder else ""
+    if config.is_encoder_decoder:
+        return _TWO_PARTS
+    return "" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else _NO_LM
 
 
 def _refuse_padding(config: PretrainedConfig, name: str) -> None:
@@ -78,6 +86,23 @@ def _refuse_padding(config: PretrainedConfig, name: str) -> None:
             f"the LM {name!r} has pad_token_id={pad} in its config.json, but embeddings for the ids up to {rows - 1} only; set "
             "it to null there"
         )
+
+
+def _refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    """Weights of a few bits cannot be trained, and transformers reads them as such or as others, by the machine."""
+    settings = next((found for part in (config, config.get_text_config()) if (found := _quantization(part))), None)
+    if settings is not None:
+        method = settings.get("quant_method") or "a method that it does not name"
+        raise UnusableError(
+            f"the LM {name!r} is quantized ({getattr(method, 'value', method)}: quantization_config in its config.json), and "
+            "such weights cannot be trained; take the LM as it was before, or write it so: transformers' from_pretrained, "
+            "dequantize() where it is quantized still, and save_pretrained"
+        )
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def has_position_table(config: PretrainedConfig) -> bool:
