@@ -65,3 +65,31 @@ def test_a_narrow_place_takes_no_word_of_the_lengths(
     assert "…" not in out and (max(map(len, lines)) <= 44) == terminal
     names = "question", "blocks per record", "mean", "50 %", "95 %", "99 %", "longest", "total", "limit"
     assert all(name in "\n".join(lines) for name in names)
+
+
+def test_too_many_blocks_are_bad_without_a_tokenizer_as_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training refuses them whatever the tokenizer is; what needs one is said not to have been looked at."""
+    file = tmp_path / "my.jsonl"
+    rows = [{"input": "How many?", "output": "\n".join(["It is so."] * count + ["#### 7"])} for count in (2, 33)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_word_tokenizer(["How", "many?", "It", "is", "so.", "7"]).save_pretrained(str(tmp_path / "words"))
+    for arguments, unchecked in ([], " (token lengths not checked)"), (["--tokenizer", str(tmp_path / "words")], ""):
+        assert main(["inspect", str(file), "--show", "0", *arguments]) == 1
+        out = capsys.readouterr().out
+        assert f"2 records: 1 usable, 1 bad{unchecked}\n" in out
+        assert f"{file}:2: it has 33 blocks, more than data.max_blocks=32; raise data.max_blocks" in out
+        (row,) = [cells(line) for line in out.splitlines() if "blocks per record" in line]
+        assert row[5] == "2", "the longest of the usable ones"
+        assert main(["inspect", str(file), "--show", "0", *arguments, "data.max_blocks=33"]) == 0
+        assert f"2 records: 2 usable, 0 bad{unchecked}\n" in capsys.readouterr().out
+
+
+def test_records_that_repeat_others_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, row = tmp_path / "my.jsonl", {"input": "How many?", "output": "It is so.\n#### 7"}
+    others = [{**row, "input": "How much?"}, {**row, "output": "So it is.\n#### 7"}]
+    file.write_text("".join(json.dumps(one) + "\n" for one in (row, *others, row, row, others[1])))
+    assert main(["inspect", str(file), "--show", "0"]) == 0
+    assert f"Warning: 3 records repeat an earlier one word for word, the first at {file}:4 ({file}:1)." in capsys.readouterr().out
+    file.write_text("".join(json.dumps(one) + "\n" for one in (row, *others)))
+    assert main(["inspect", str(file), "--show", "0"]) == 0
+    assert "repeat" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from ladir.arguments import LineParser
 from ladir.config import BackboneSettings, DataSettings
 from ladir.config.loader import load_config
-from ladir.data.encode import EncodedRecord, check_records
-from ladir.data.records import BadRecord, RecordSet, list_bad_records, read_records
+from ladir.data.encode import EncodedRecord, check_blocks, check_records
+from ladir.data.records import BadRecord, Record, RecordSet, list_bad_records, read_records
 from ladir.report.fitting import print_whole
 from ladir.tokens import load_tokenizer
 
@@ -37,16 +38,17 @@ def run(argv: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     record_set = read_records(arguments.file, config.data)
     _show_records(console, record_set, arguments.show)
-    bad = list(record_set.bad)
     tokenizer = _tokenizer(console, config.backbone, arguments.tokenizer)
     if tokenizer is None:
-        row = _blocks_row((len(r.blocks) for r in record_set.records), config.data)
-        _show_rows(console, "blocks of readable records (limit: data.max_blocks)", [row])
+        texts, bad = check_blocks(record_set, config.data)
+        row = _blocks_row((len(r.blocks) for r in texts), config.data)
+        _show_rows(console, "blocks of usable records (limit: data.max_blocks)", [row])
     else:
         usable, bad = check_records(record_set, tokenizer, config.data)
         _show_lengths(console, usable, config.data)
         _show_unknown(console, usable, tokenizer)
-    return _verdict(console, record_set, bad, config.data)
+    _show_repeated(console, record_set.records)
+    return _verdict(console, record_set, bad, config.data, "" if tokenizer else " (token lengths not checked)")
 
 
 def _tokenizer(console: Console, backbone: BackboneSettings, name: str | None) -> PreTrainedTokenizerBase | None:
@@ -129,9 +131,24 @@ def _show_unknown(console: Console, records: Sequence[EncodedRecord], tokenizer:
         )
 
 
-def _verdict(console: Console, record_set: RecordSet, bad: Sequence[BadRecord], settings: DataSettings) -> int:
+def _show_repeated(console: Console, records: Sequence[Record]) -> None:
+    """Warn of records that are there again, word for word: each is trained on as often as it stands there."""
+    seen: dict[tuple[Any, ...], Record] = {}
+    again = [(r, first) for r in records if (first := seen.setdefault((r.question, r.blocks, r.answer), r)) is not r]
+    if again:
+        record, first = again[0]
+        count = f"{len(again)} {'record repeats' if len(again) == 1 else 'records repeat'}"
+        console.print(
+            f"Warning: {count} an earlier one word for word, the first at {escape(record.source)} ({escape(first.source)}).",
+            highlight=False,
+        )
+
+
+def _verdict(
+    console: Console, record_set: RecordSet, bad: Sequence[BadRecord], settings: DataSettings, unchecked: str = ""
+) -> int:
     usable = record_set.total - len(bad)
-    console.print(f"{record_set.total} records: {usable} usable, {len(bad)} bad", highlight=False)
+    console.print(f"{record_set.total} records: {usable} usable, {len(bad)} bad{unchecked}", highlight=False)
     if bad:
         console.print(escape(list_bad_records(list(bad), record_set.total)), highlight=False)
     if not usable or (bad and settings.on_bad_record == "error"):

@@ -102,6 +102,22 @@ def check_records(
     return usable, bad
 
 
+def check_blocks(record_set: RecordSet, settings: DataSettings) -> tuple[list[Record], list[BadRecord]]:
+    """The same as far as it needs no tokenizer: usable records in order, and all that are bad whatever the tokenizer is."""
+    problems = [(record, _too_many_blocks(len(record.blocks), settings)) for record in record_set.records]
+    usable = [record for record, problem in problems if problem is None]
+    return usable, [*record_set.bad, *(BadRecord(record.source, *problem) for record, problem in problems if problem)]
+
+
+def _too_many_blocks(count: int, settings: DataSettings) -> tuple[str, str] | None:
+    if count <= settings.max_blocks:
+        return None
+    return (
+        f"it has {count} blocks, more than data.max_blocks={settings.max_blocks}",
+        "raise data.max_blocks or data.sentences_per_block",
+    )
+
+
 def _tokenize(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedRecord]:
     ids = encode_stream(tokenizer, (text for record in records for text in (record.question, *record.blocks, record.answer)))
     for record in records:
@@ -127,10 +143,7 @@ def _problem(encoded: EncodedRecord, settings: DataSettings) -> tuple[str, str] 
     for check in checks:
         if problem := length_problem(*check):
             return problem
-    if len(encoded.blocks) > settings.max_blocks:
-        return (
-            f"it has {len(encoded.blocks)} blocks, more than data.max_blocks={settings.max_blocks}",
-            "raise data.max_blocks or data.sentences_per_block",
-        )
+    if problem := _too_many_blocks(len(encoded.blocks), settings):
+        return problem
     empty = next((i for i, block in enumerate(encoded.blocks) if not block), None)
     return None if empty is None else (f"its block {empty + 1} has no tokens", "check the text and the tokenizer")
