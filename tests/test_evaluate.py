@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,8 @@ from hypothesis import strategies as st
 from ladir.config import Config, CountdownSettings, EvaluateSettings, SampleSettings
 from ladir.config.loader import load_config
 from ladir.data.batches import ArCollator
+from ladir.data.latent_parts import write_latents
+from ladir.data.latents import LatentForm
 from ladir.data.prompts import ChainText, parse_completion, prompt_ids
 from ladir.data.question_store import Questions
 from ladir.data.records import BadRecords, Record
@@ -645,6 +648,33 @@ def test_reasoning_leaves_no_question_out_and_what_is_left_out_is_counted(left_o
     assert results["left_out"]["counted"] == (left_out == "count") and "math.jsonl:4" in results["left_out"]["reasons"][0]
     (row,) = results["rows"]
     assert row["pass@1"] == row["majority"] == row["pass_curve"]["1"] == pytest.approx(0.75 if left_out == "count" else 1.0)
+
+
+def test_questions_that_were_trained_on_are_told_and_counted(
+    taught: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the tokens of the encoded training records, wherever their file is now; no word of it where none are encoded."""
+    file = tmp_path / "math.jsonl"
+    file.write_text("".join(json.dumps({"input": text, "answer": "7"}) + "\n" for text in ("sum", "half", "nine")))
+    asked = (f"data.test={file}", "evaluate.task=maths", "evaluate.methods=[ar-greedy]", "evaluate.check_seconds=60")
+    evaluate_in(taught, tmp_path, *asked)
+    assert outcome(tmp_path)[0]["trained_on"] == 0 and "trained on" not in caplog.text + capsys.readouterr().out
+    config = configure(taught, tmp_path)
+    tokenizer = load_tokenizer(config.backbone)
+    latents = np.zeros((1, 1, 2), np.float32)
+    rows = [
+        {"question": encode_text(tokenizer, text), "blocks": [[3]], "answer": [3], "mu": latents, "logvar": latents}
+        for text in ("nine", "other", "nine", "half")
+    ]
+    write_latents(RunFolder(config).latents / "train", rows, "vae", LatentForm(2, 1))
+    evaluate_in(taught, tmp_path, *asked)
+    assert outcome(tmp_path)[0]["trained_on"] == 2
+    assert f"2 of 3 questions were trained on, the first at {file}:2" in caplog.text
+    assert "2 of 3 questions were trained on" in capsys.readouterr().out
+    for part in (RunFolder(config).latents / "train").glob("*.arrow"):
+        part.write_bytes(b"torn")
+    evaluate_in(taught, tmp_path, *asked)
+    assert outcome(tmp_path)[0]["trained_on"] == 0
 
 
 def test_a_file_whose_own_answers_are_refused_is_refused_or_counted(

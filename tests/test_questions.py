@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 
 from ladir.config import DataSettings
 from ladir.data import tokenizing
+from ladir.data.columns import digest_of_ids
 from ladir.data.question_store import Questions, QuestionStore, answered_of, contents_of, write_questions
 from ladir.data.records import BadRecords, Record, read_records
 from ladir.data.rows import data_files
 from ladir.data.token_store import Store
 from ladir.errors import UnusableError
 from ladir.tasks import get_task
-from ladir.tokens import build_word_tokenizer
+from ladir.tokens import build_word_tokenizer, encode_text
 
 TOKENIZER = build_word_tokenizer(["q", "\n"])
 TESTS = "def check(candidate):\n    assert candidate(1) == 2\n"
@@ -253,3 +255,16 @@ def test_what_is_known_of_all_questions_without_reading_is_what_reading_gives(tm
     assert contents_of(found)[12] == contents_of(found)[1] and len(set(contents_of(found).tolist())) == 12
     some = found.chosen([3, 0, 7])
     assert contents_of(some).tolist() == contents_of(found)[[3, 0, 7]].tolist() and answered_of(some).tolist() == [0, 2]
+
+
+def test_a_question_is_known_again_by_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the records that were trained on know theirs; of a line that is not asked nothing is taken for a question's."""
+    monkeypatch.setattr(tokenizing, "_ROWS", 3)
+    texts = ["q", "q q", "q \n q", "q", "q q q"]
+    rows: list[Any] = [{"input": text, "answer": "7"} for text in texts]
+    rows.insert(2, "no JSON")
+    questions = read(tmp_path / "test.jsonl", *rows, on_bad_record="skip")
+    wanted = [digest_of_ids(np.array(encode_text(TOKENIZER, text), np.int32)) for text in texts]
+    assert questions.ids.tolist() == wanted and len(set(wanted)) == 4
+    assert questions.store.ids()[2] == b""
+    assert questions.chosen([4, 0]).ids.tolist() == [wanted[4], wanted[0]]

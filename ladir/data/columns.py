@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -176,6 +177,10 @@ class TokenChunk:
         first, end = self.blocks_of[i], self.blocks_of[i + 1]
         return int(self.blocks.offsets[end] - self.blocks.offsets[first])
 
+    def question_digests(self) -> Iterator[bytes]:
+        """:func:`digest_of_ids` of each record's question."""
+        return (digest_of_ids(self.questions[i]) for i in range(len(self)))
+
     def tokens(self, i: int) -> TokenRecord:
         """The i-th record."""
         return TokenRecord(
@@ -183,6 +188,11 @@ class TokenChunk:
             [self.blocks[b].tolist() for b in range(self.blocks_of[i], self.blocks_of[i + 1])],
             self.answers[i].tolist(),
         )
+
+
+def digest_of_ids(ids: np.ndarray[Any, Any]) -> bytes:
+    """16 bytes, none of them last and zero, that stand for a text's token ids [n] (int32)."""
+    return hashlib.blake2b(ids.tobytes(), digest_size=15).digest() + b"."
 
 
 class RecordStore(Measured):
@@ -201,6 +211,10 @@ class RecordStore(Measured):
         """Tokens of question and of answer, number of blocks, tokens of these, and of those of the last span, of every record
         [N, 5]."""
         return np.concatenate([np.zeros((0, 5), np.int64), *(chunk.sizes(span) for chunk in self.chunks)])
+
+    def question_digests(self) -> np.ndarray[Any, Any]:
+        """:func:`digest_of_ids` of every record's question [n]."""
+        return np.array([digest for chunk in self.chunks for digest in chunk.question_digests()], dtype="S16")
 
     @property
     def most_blocks(self) -> int:

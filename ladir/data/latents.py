@@ -7,10 +7,9 @@ index (``stats.json``); :mod:`ladir.data.latent_parts` writes it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ class LatentStore(RecordStore):
 
     def same_question(self) -> list[list[int]]:
         """Which records have the same question: the places of each group of several, by the first of each."""
-        digests = np.array([digest for chunk in self._chunks.all for digest in chunk.question_digests()], dtype="S16")
+        digests = self.question_digests()
         order = np.argsort(digests, kind="stable")
         edges = np.flatnonzero(digests[order][1:] != digests[order][:-1]) + 1
         groups = (group.tolist() for group in np.split(order, edges) if len(group) > 1)
@@ -172,11 +171,6 @@ class _Chunk(TokenChunk):
         self._form = form
         self._mu = Lists(batch.column("mu"))
         self._logvar = Lists(batch.column("logvar")) if form.logvar else None
-
-    def question_digests(self) -> Iterator[bytes]:
-        """16 bytes, none of them last and zero, that stand for each record's question."""
-        for i in range(len(self)):
-            yield hashlib.blake2b(self.questions[i].tobytes(), digest_size=15).digest() + b"."
 
     def record(self, i: int) -> LatentRecord:
         """The i-th record; its tensors are copies."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
@@ -20,7 +20,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import DataSettings
-from ladir.data.columns import Chunks
+from ladir.data.columns import Chunks, digest_of_ids
 from ladir.data.encode import length_problem, refuse_or_list
 from ladir.data.questions import question_of
 from ladir.data.records import BadRecord, Record
@@ -30,8 +30,11 @@ from ladir.data.tokenizing import Made, Rows, write_parts
 from ladir.errors import UnusableError
 from ladir.tokens import encode_stream
 
+_DIGEST_BYTES = 16
+
 #: a line as JSON, its file's number, its place there, its :class:`Kind`, digests of its question and of all that it says
-#: (0: it has none), whether it has an answer of its own (1, else 0)
+#: (0: it has none), whether it has an answer of its own (1, else 0), :func:`~ladir.data.columns.digest_of_ids` of its question
+#: (zeros: it has none)
 QUESTIONS = pa.schema(
     [
         ("line", pa.large_string()),
@@ -41,6 +44,7 @@ QUESTIONS = pa.schema(
         ("digest", pa.int64()),
         ("content", pa.uint64()),
         ("answered", pa.int8()),
+        ("ids", pa.binary(_DIGEST_BYTES)),
     ]
 )
 
@@ -76,8 +80,9 @@ def write_questions(
         read = [question_of(source, load, settings) for source, load in part.rows]
         texts = [_written(entry) for entry in read]
         entries = list(map(_as_kept, read, texts))
-        lengths = encode_stream(tokenizer, (entry.question for entry in entries if isinstance(entry, Record)))
-        lines = [_line(entry, text, lengths, settings, check) for entry, text in zip(entries, texts, strict=True)]
+        encoded = encode_stream(tokenizer, (entry.question for entry in entries if isinstance(entry, Record)))
+        ids = [next(encoded) if isinstance(entry, Record) else [] for entry in entries]
+        lines = [_line(*one, settings, check) for one in zip(entries, texts, map(len, ids), strict=True)]
         columns = {
             "line": [line for line, _ in lines],
             "file": [part.file] * len(lines),
@@ -86,6 +91,7 @@ def write_questions(
             "digest": [_digest(entry.question) if isinstance(entry, Record) else 0 for entry in entries],
             "content": [content_of(entry) if isinstance(entry, Record) else 0 for entry in entries],
             "answered": [int(isinstance(entry, Record) and bool(entry.answer)) for entry in entries],
+            "ids": [digest_of_ids(np.array(one, np.int32)) if one else bytes(_DIGEST_BYTES) for one in ids],
         }
         return Made(pa.RecordBatch.from_pydict(columns, schema=QUESTIONS), [])
 
@@ -110,14 +116,13 @@ def _as_kept(entry: Record | BadRecord, line: str) -> Record | BadRecord:
 def _line(
     entry: Record | BadRecord,
     line: str,
-    lengths: Iterator[Sequence[int]],
+    tokens: int,
     settings: DataSettings,
     check: Callable[[Record], None],
 ) -> tuple[str, Kind]:
-    """What becomes of an entry: its ``line``, or why it is not asked; ``lengths`` gives the next question's token ids."""
+    """What becomes of an entry, whose question has so many ``tokens``: its ``line``, or why it is not asked."""
     if isinstance(entry, BadRecord):
         return line, Kind.UNREAD
-    tokens = len(next(lengths))
     try:
         check(entry)
     except UnusableError as error:
@@ -152,6 +157,13 @@ class QuestionStore(MadeWhenRead[Record | BadRecord]):
         """A column of numbers of :data:`QUESTIONS` [n]."""
         dtype = QUESTIONS.field(column).type.to_pandas_dtype()
         return np.concatenate([np.zeros(0, dtype), *(batch.column(column).to_numpy() for batch in self.store.batches)])
+
+    def ids(self) -> np.ndarray[Any, Any]:
+        """The column of digests of the questions' token ids [n]."""
+        columns = (batch.column("ids") for batch in self.store.batches)
+        size, dtype = _DIGEST_BYTES, np.dtype(f"S{_DIGEST_BYTES}")
+        read = (np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * size) for column in columns)
+        return np.concatenate([np.zeros(0, dtype), *read])
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -225,6 +237,11 @@ class Questions(MadeWhenRead[Record]):
     def answered(self) -> np.ndarray[Any, Any]:
         """Places of those that have an answer of their own [m]."""
         return np.flatnonzero(self.store.numbers("answered")[self.places])
+
+    @property
+    def ids(self) -> np.ndarray[Any, Any]:
+        """:func:`~ladir.data.columns.digest_of_ids` of every question [n]."""
+        return self.store.ids()[self.places]
 
     @property
     def passed_over(self) -> list[BadRecord]:

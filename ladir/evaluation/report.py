@@ -69,6 +69,8 @@ def remarks(results: Mapping[str, Any]) -> Iterator[str]:
     if number := left_out.get("number"):
         share = f"{number} of {number + results['num_questions']} questions were not asked (see data.on_bad_record)"
         yield f"{share}; {'they count as not solved' if left_out.get('counted') else 'no figure counts them'}"
+    if number := results.get("trained_on"):
+        yield f"{number} of {results['num_questions']} questions were trained on"
     if refused := gold.get("refused"):
         done = "left out of all figures" if gold.get("on_bad_gold") == "skip" else "asked all the same"
         yield f"{refused} of {gold.get('judged')} own answers are refused by the task's checker: {done}"

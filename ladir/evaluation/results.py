@@ -129,14 +129,16 @@ def write_results(
     ar: Mapping[str, Any] | None = None,
     left_out: Mapping[str, Any] | None = None,
     gold: Mapping[str, Any] | None = None,
+    trained_on: int = 0,
     busy: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``results.json``: rates from 0 to 1; null where there are too few trajectories or the task cannot tell.
 
     ``sample`` and ``ar``: the controls of LaDiR's generation and of the baseline's; ``snapshot``: the training step of models
     that are not the finished ones; ``left_out`` and ``gold``: what was not asked, and what the checker said of the records' own
-    answers; ``in_file``: questions in the file, asked or not; ``benchmark``: name of the data set in a suite; ``busy``: the
-    seconds of the last start, and the share of them that every process worked.
+    answers; ``trained_on``: questions that the training records have, too; ``in_file``: questions in the file, asked or not;
+    ``benchmark``: name of the data set in a suite; ``busy``: the seconds of the last start, and the share of them that every
+    process worked.
     """
     content = {
         "benchmark": benchmark,
@@ -151,6 +153,7 @@ def write_results(
         "ar": dict(ar or {}),
         "left_out": dict(left_out or {}),
         "gold": dict(gold or {}),
+        "trained_on": trained_on,
         "busy": dict(busy or {}),
         "rows": [method.row() for method in methods],
     }

@@ -14,6 +14,7 @@ from ladir.tasks import Task
 from ladir.tokens import load_tokenizer
 from training.evaluation.gold import GoldCheck, check_gold
 from training.evaluation.readiness import question_file
+from training.evaluation.seen import count_seen
 from training.phases.tokens import Tokens
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
@@ -30,6 +31,8 @@ class Asked:
     gold: GoldCheck
     in_file: int
     """Lines of the file, whether they are asked or not."""
+    trained_on: int = 0
+    """How many of the questions were trained on."""
 
 
 def choose_questions(run: Run, task: Task) -> Asked | None:
@@ -48,7 +51,9 @@ def choose_questions(run: Run, task: Task) -> Asked | None:
     records = found.chosen(np.delete(np.arange(len(found)), skipped))
     if not records:
         raise UnusableError(f"{question_file(run.config)}: no question is left whose own answer is right; nothing can be asked")
-    return Asked(records, found.passed_over, gold, len(found.store))
+    if (seen := run.alone(lambda give_way: count_seen(run, records))) is None:
+        return None
+    return Asked(records, found.passed_over, gold, len(found.store), seen)
 
 
 def read_split(run: Run, task: Task) -> Questions:

@@ -99,6 +99,7 @@ def report(
         ar={name: getattr(settings, f"ar_{name}") for name in ("temperature", "top_p", "max_tokens")},
         left_out={"number": len(asked.left_out), "counted": counted, "reasons": list(map(str, asked.left_out[:_LISTED]))},
         gold=gold_facts(asked.gold, settings.on_bad_gold),
+        trained_on=asked.trained_on,
         busy=asdict(busy),
     )
 
