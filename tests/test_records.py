@@ -127,6 +127,8 @@ BAD_LINES = {
     b'{"input": "q", "output": "a.", "answer": " "}': "field 'answer' is empty",
     b'{"input": "q", "output": "a."}': "no final answer in it; .* '####' or 'The answer is'",
     b'{"input": "q", "output": "a. ####"}': "its final answer is empty",
+    b'{"input": "q", "output": "a. The answer is ."}': "its final answer is empty",
+    b'{"input": "q", "output": "a. **The answer is:**"}': "its final answer is empty",
     b'{"input": "q", "output": "#### 3"}': "no reasoning, only an answer",
     b'{"input": "q", "output": "<<1+2=3>>\\n#### 3"}': "no reasoning beside calculator annotations.*data.strip_calculator=false",
     b'{"input": "\xff", "output": "a. #### 3"}': "not UTF-8 .byte 0xff at position 11",

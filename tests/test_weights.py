@@ -22,6 +22,15 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "lm"
 
 
+def test_parts_without_their_index_are_told(sharded: Path) -> None:
+    """transformers would ask for one whole file, which there never was."""
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        UnusableError, match=r"index\.json is missing, without which the parts \(model-00001-of-\d+\.safeten.*copy"
+    ):
+        check_weights(sharded)
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_weights_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)

@@ -259,7 +259,9 @@ def _merge(
             fits = False
         if not fits:
             expected = _type_name(entry.annotation)
-            errors.append(f"{where(entry.name)}: {entry.name}={show_value(value)}: must be {expected}")
+            listed = typing.get_origin(entry.annotation) is list and not isinstance(value, (list, Mapping)) and value is not None
+            example = f", e.g. {entry.name}=[{show_value(value)}]" if listed else ""
+            errors.append(f"{where(entry.name)}: {entry.name}={show_value(value)}: must be {expected}{example}")
 
     def unknown(name: str) -> None:
         owner = next((entry for entry in known if name.startswith(f"{entry}.")), None)

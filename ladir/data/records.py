@@ -218,6 +218,8 @@ def _taken_apart(output: str, explicit: str | None, prefixes: list[str], remedy:
         answer = answer or explicit
     elif answer is None:
         raise Refused("no final answer in it", remedy)
+    elif not bare(answer):
+        raise Refused("its final answer is empty", "write the answer after the prefix")
     elif (more := goes_on(output, answer, prefixes)) is not None:
         raise AmbiguousAnswer(
             f"behind its answer it goes on: {_shortened(more)}",

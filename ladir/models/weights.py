@@ -23,6 +23,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _REMEDY = "copy it again, or train or export it anew"
 _LFS_POINTER = b"version https://git-lfs"
+_SHARDS = "model-*-of-*.safetensors"
 _LENGTH_BYTES = 8
 _SAMPLE_BYTES = 64
 
@@ -40,12 +41,14 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of an LM folder, by name; empty where it has no safetensors.
 
-    UnusableError for an index that cannot be read, and for a shard that it names and that is missing.
+    UnusableError for an index that is missing or cannot be read, and for a shard that it names and that is missing.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     if not index.is_file():
+        if parts := sorted(folder.glob(_SHARDS)):
+            raise UnusableError(f"{index} is missing, without which the parts ({parts[0].name}, ...) cannot be read; {_REMEDY}")
         return []
     shards = sorted({folder / shard for shard in read_index(index).values()})
     for shard in shards:

@@ -228,6 +228,8 @@ def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | 
     if not run.config.latents.report_sentences:
         return {}
     run.status.say("finding out what the latents are good for", fraction=None, seconds_left=None)
+    if run.world.is_main:
+        logger.info("finding out what the latents are good for (a probe of %d steps)", run.config.latents.probe_steps)
     figures = run.alone(lambda give_way: _figures(run, int(tokenizer.eos_token_id), give_way))
     if figures is None:
         return None
