@@ -122,6 +122,7 @@ prepare_run_folder() {
     rm -f "$INTERRUPTED_MARK" "$FAILURE_MARK"
     FAILED_NODES=$RUN_FOLDER/slurm/failed-nodes
     count_restarts
+    note_lost_node
     export RANK_LOGS HOSTFILE LOG INTERRUPTED_MARK FAILURE_MARK
 }
 
@@ -135,6 +136,37 @@ count_restarts() {
         if [ "$mark" = "$before" ]; then idle_restarts=$((idle_restarts + 1)); else idle_restarts=0; fi
     fi
     echo "$idle_restarts $mark" >"$file"
+}
+
+# Where Slurm itself put the job back, since it lost a node, the script of that start could note nothing: this one does.
+note_lost_node() {
+    STARTED=$RUN_FOLDER/slurm/started-$SLURM_JOB_ID # is there until a start has come to its own end
+    local number list begun node=''
+    if [ "$restarts" -gt 0 ] && [ -f "$STARTED" ] && read -r number list begun <"$STARTED" && [ "$number" -lt "$restarts" ]; then
+        node=$(lost_node "$list" "$begun")
+    fi
+    if [ -n "$node" ]; then
+        echo "$node node-lost job $SLURM_JOB_ID $(date '+%F %T')" >>"$FAILED_NODES"
+        echo "Slurm put this job back after it lost $node (noted in $FAILED_NODES)"
+        find_bad_nodes
+        [ -z "$bad_nodes" ] || those_that_wait_leave_it_out
+    fi
+    echo "$restarts $SLURM_JOB_NODELIST $(date '+%FT%T')" >"$STARTED"
+}
+
+# lost_node LIST TIME: the node of LIST that Slurm has lost since TIME: by its accounts where it keeps them, else the one that is
+# down, does not respond or has booted since.  Nothing where there are several, or none: a job is also put back for others.
+lost_node() {
+    local nodes found
+    nodes=$(scontrol show hostnames "$1")
+    found=$(sacct --jobs="$SLURM_JOB_ID" --duplicates --allocations --noheader --parsable2 --format=State,FailedNode 2>/dev/null |
+        tail -n 2 | awk -F'|' 'NR == 1 && $1 ~ /^NODE_FAIL/ { print $2 }' | grep -Fx "$nodes") || true
+    [ -n "$found" ] || found=$(scontrol show node -o "$1" 2>/dev/null | awk -v since="$2" '
+        { name = state = booted = "" }
+        { for (i = 1; i <= NF; i++) { split($i, part, "="); value[part[1]] = part[2] } }
+        { name = value["NodeName"]; state = value["State"]; booted = value["BootTime"] }
+        state ~ /DOWN|NOT_RESPONDING|\*/ || (booted ~ /^[0-9]/ && booted > since) { print name }') || true
+    [ "$(wc -w <<<"$found")" -ne 1 ] || echo "$found"
 }
 
 # Stands for what the run has saved: newest checkpoints, stores of tokens and questions, parts of latents, judged trajectories,
@@ -186,7 +218,7 @@ start_step() {
 finish() {
     local entry=$1 status=$2 most=$max_restarts limit=MAX_RESTARTS what='interrupted and saved'
     if [ "$status" -ne "$INTERRUPTED_STATUS" ] && ! [ -e "$INTERRUPTED_MARK" ]; then
-        [ "$status" -ne 0 ] || exit 0
+        [ "$status" -ne 0 ] || exit 0 # so it is for srun as well where Slurm has lost a node
         echo "error: $entry failed with status $status; its output is in $LOG, by rank in $RANK_LOGS" >&2
         find_blame
         may_come_back || exit "$status"
@@ -199,6 +231,7 @@ finish() {
         echo "$entry: $what; this job was cancelled, submit it again to continue"
         exit 1
     fi
+    rm -f "$STARTED"
     [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$most" ] ||
         fail "$entry: ${what% and saved} before anything more was saved, and $limit=$most is used up; submit it again to continue"
     echo "$entry: $what; back to the queue (restart $((restarts + 1)); at most $most without progress)"
@@ -221,6 +254,7 @@ find_blame() {
     local node
     for node in ${nodes//,/ }; do
         echo "$node $kind job $SLURM_JOB_ID $(date '+%F %T')" >>"$FAILED_NODES"
+        rm -f "$STARTED" # what Slurm loses is not noted a second time
     done
 }
 
@@ -242,9 +276,13 @@ find_bad_nodes() {
 }
 
 leave_out_bad_nodes() {
-    local job state
     [ -n "$bad_nodes" ] || return 0
     leave_out "$SLURM_JOB_ID" "$left_out" # at once: Slurm soon ends this script
+    those_that_wait_leave_it_out
+}
+
+those_that_wait_leave_it_out() {
+    local job state
     [ -f "$RUN_FOLDER/slurm/jobs" ] || return 0
     while read -r job _; do
         state=$(scontrol show job -o "$job" 2>/dev/null) || continue

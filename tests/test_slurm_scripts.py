@@ -280,6 +280,7 @@ source slurm/common.sh
 prepare() { mkdir -p "$RUN_FOLDER/slurm" "$RUN_FOLDER/checkpoints/vae"; mark=$(saved_so_far); }
 max_restarts=20 max_crashes=2 restarts=$IDLE idle_restarts=$IDLE LOG=log RANK_LOGS=ranks
 INTERRUPTED_MARK=$RUN_FOLDER/interrupted FAILURE_MARK=$RUN_FOLDER/failure FAILED_NODES=$RUN_FOLDER/slurm/failed-nodes
+STARTED=$RUN_FOLDER/slurm/started-7
 prepare
 [ -z "$SAVED" ] || echo "$SAVED" >"$RUN_FOLDER/checkpoints/vae/latest"
 [ -z "$FAILURE" ] || echo "$FAILURE" >"$FAILURE_MARK"
@@ -361,6 +362,90 @@ def test_a_node_that_failed_twice_is_left_out_by_the_job_and_by_those_of_its_cha
         "updated JobId=7 ExcNodeList=nodeX,nodeB",
         "updated JobId=8 ExcNodeList=nodeX,nodeB",
     }
+
+
+RESTART = """
+source slurm/common.sh
+restarts=$RESTARTS FAILED_NODES=$RUN_FOLDER/slurm/failed-nodes
+mkdir -p "$RUN_FOLDER/slurm"
+note_lost_node
+"""
+ACCOUNTS = '#!/bin/sh\n[ -f "$RUN_FOLDER/sacct" ] && cat "$RUN_FOLDER/sacct"\n'
+NODES = """#!/bin/sh
+case "$1 $2" in
+    "show hostnames") printf 'nodeA\\nnodeB\\n' ;;
+    "show node") cat "$RUN_FOLDER/nodes" ;;
+    "show job") echo "JobId=$4 JobState=PENDING ExcNodeList=(null) MinCPUsNode=1" ;;
+    update*) echo "updated $2 $3" ;;
+esac
+"""
+
+
+def restart(folder: Path, number: int, nodes: dict[str, str], accounts: str = "") -> str:
+    """What a batch script says at start ``number`` of its job, where Slurm tells that of its nodes and in its accounts."""
+    for name, text in (("scontrol", NODES), ("sacct", ACCOUNTS)):
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    facts = {"State": "IDLE", "BootTime": "2020-01-01T00:00:00"}
+    lines = [
+        f"NodeName={name} Arch=x86_64 BootTime={told if told[0].isdigit() else facts['BootTime']} "
+        f"State={facts['State'] if told[0].isdigit() else told} Reason=a b"
+        for name, told in nodes.items()
+    ]
+    (folder / "nodes").write_text("\n".join(lines) + "\n")
+    (folder / "sacct").write_text(accounts)
+    facts = {"RUN_FOLDER": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[A-B]", "RESTARTS": str(number)}
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **facts}
+    done = subprocess.run(["bash", "-c", RESTART], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def failed(folder: Path) -> list[str]:
+    file = folder / "slurm" / "failed-nodes"
+    return [" ".join(line.split()[:2]) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "accounts", "lost"),
+    [
+        ({"nodeA": "IDLE", "nodeB": "DOWN+NOT_RESPONDING"}, "", "nodeB"),
+        ({"nodeA": "IDLE*", "nodeB": "ALLOCATED"}, "", "nodeA"),
+        ({"nodeA": "IDLE", "nodeB": "9999-01-01T00:00:00"}, "", "nodeB"),  # it has booted since
+        ({"nodeA": "IDLE", "nodeB": "IDLE"}, "NODE_FAIL|nodeB\nRUNNING|None assigned\n", "nodeB"),
+        ({"nodeA": "IDLE", "nodeB": "DOWN"}, "NODE_FAIL|nodeA\nRUNNING|\n", "nodeA"),
+        ({"nodeA": "IDLE", "nodeB": "IDLE"}, "NODE_FAIL|nodeB\nPREEMPTED|\nRUNNING|\n", ""),  # noted by the start before
+        ({"nodeA": "IDLE", "nodeB": "IDLE"}, "NODE_FAIL|elsewhere\nRUNNING|\n", ""),
+        ({"nodeA": "DOWN", "nodeB": "DOWN"}, "", ""),  # a switch, or the whole site
+        ({"nodeA": "IDLE", "nodeB": "IDLE"}, "", ""),  # put back for another job
+    ],
+)
+def test_a_node_that_slurm_has_lost_is_noted_by_the_next_start(
+    tmp_path: Path, nodes: dict[str, str], accounts: str, lost: str
+) -> None:
+    assert restart(tmp_path, 0, {"nodeA": "IDLE", "nodeB": "DOWN"}) == "" and not failed(tmp_path)
+    told = restart(tmp_path, 1, nodes, accounts)
+    assert (f"after it lost {lost} (noted" in told if lost else told == "") and failed(tmp_path) == [f"{lost} node-lost"] * bool(
+        lost
+    )
+
+
+def test_a_node_that_slurm_has_lost_twice_is_left_out_and_what_a_start_has_noted_itself_is_not_noted_again(
+    tmp_path: Path,
+) -> None:
+    lost = {"nodeA": "IDLE", "nodeB": "DOWN"}
+    restart(tmp_path, 0, lost)
+    (tmp_path / "slurm" / "jobs").write_text("7 train_vae\n8 encode_latents\n")
+    assert "updated" not in restart(tmp_path, 1, lost)
+    crash(tmp_path, "absent -")  # it has come to its own end, and blames none
+    assert restart(tmp_path, 2, lost) == ""
+    crash(tmp_path, "lost nodeC")
+    assert failed(tmp_path) == ["nodeB node-lost", "nodeC lost"]
+    restart(tmp_path, 3, lost)
+    assert "updated JobId=8 ExcNodeList=nodeB" in restart(tmp_path, 4, lost)
+    assert failed(tmp_path)[2:] == ["nodeB node-lost"]
 
 
 def test_processes_that_die_without_a_word_are_told_of_by_their_node(tmp_path: Path) -> None:

@@ -97,6 +97,24 @@ class Cluster:
         """Ids of all jobs that were ever queued, those that have ended included."""
         return set(self.run("squeue", "--noheader", "--states=all", "--format=%i").stdout.split())
 
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
+        start = f"hostname {name} && exec slurmd -N {name} -f {self.folder}/slurm.conf"
+        if "proctrack/cgroup" in (self.folder / "slurm.conf").read_text():  # each node has its own, as on a machine of its own
+            own = FREEZER / f"{self.folder.name}-{name}"
+            own.mkdir(exist_ok=True)
+            start = f"mount --bind {own} {FREEZER} && {start}"
+        self.run("unshare", "--uts", "--mount", "sh", "-c", start)
+
+    def lose_node(self, name: str) -> None:
+        """Kill what runs on a node, as if its power had failed, and have Slurm know at once."""
+        for process in _processes(self):
+            with contextlib.suppress(psutil.Error):
+                daemon = process.name() == "slurmd" and name in process.cmdline()
+                if daemon or process.name() == "slurmstepd" or process.environ().get("SLURMD_NODENAME") == name:
+                    process.kill()
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+
     def state(self, job: str) -> str:
         """Its state, e.g. RUNNING."""
         return self.job(job)["JobState"]
@@ -183,12 +201,7 @@ def _start(cluster: Cluster) -> None:
     cluster.run("slurmctld", "-f", str(folder / "slurm.conf"))
     for name in NODES:
         (folder / f"spool-{name}").mkdir()
-        start = f"hostname {name} && exec slurmd -N {name} -f {folder}/slurm.conf"
-        if proctrack == "cgroup":  # each node has its own, as on a machine of its own
-            own = FREEZER / f"{folder.name}-{name}"
-            own.mkdir()
-            start = f"mount --bind {own} {FREEZER} && {start}"
-        cluster.run("unshare", "--uts", "--mount", "sh", "-c", start)
+        cluster.start_node(name)
     end = time.monotonic() + 30
     while (
         cluster.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=gpu", check=False).stdout.split() != ["idle"] * 2

@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 PAGE = (REPOSITORY / "docs" / "slurm.md").read_text()
 PHASES = "train_vae; encode_latents; train_denoiser; export --time=00:30:00; evaluate evaluate.methods=[ladir]"
+#: a base LM's training, which needs nothing of other runs
+ENDLESS = ["ar.phase=base", "ar.from_scratch=true", "ar.train.max_steps=1000000"]
 
 
 def shown_submission() -> tuple[list[str], list[str]]:
@@ -234,6 +236,27 @@ def test_a_killed_rank_brings_the_job_back_and_a_node_that_failed_twice_is_left_
         step: set(found) for step, found in project.losses("first", "vae").items()
     }
     assert project.weights(name, "vae") == project.weights("first", "vae")
+
+
+def test_a_node_that_slurm_declares_lost_is_noted_by_the_next_start(project: Project) -> None:
+    """Its script is gone with it.  It stays down, so that the job begins again on the other node."""
+    cluster, name = project.cluster, "node-lost"
+    own = [*project.settings(name), f"backbone.name_or_path={project.folder}/{name}/models/base", *ENDLESS]
+    job = cluster.submit("--nodes=1", *SIZE[1:], "slurm/train_ar.sbatch", CONFIG, *own)
+    project.started(job)
+    lost = cluster.job(job)["NodeList"]
+    noted = project.folder / name / "slurm" / "failed-nodes"
+    cluster.lose_node(lost)  # where nothing else runs
+    try:
+        cluster.until(noted.is_file, "the next start to note the node", job)
+        assert noted.read_text().startswith(f"{lost} node-lost job {job} ")
+        assert cluster.job(job)["NodeList"] in {"nodeA", "nodeB"} - {lost}
+        assert f"Slurm put this job back after it lost {lost}" in project.log(job)
+    finally:
+        cluster.run("scancel", job)
+        cluster.start_node(lost)
+        cluster.run("scontrol", "update", f"NodeName={lost}", "State=RESUME", check=False)
+        cluster.wait(job)
 
 
 def test_a_job_that_finds_its_port_taken_comes_back_and_meets_at_another(chain: dict[str, str], project: Project) -> None:
