@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def hub(sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[str]:
         def do_GET(self) -> None:
             data = found.get(unquote(urlsplit(self.path).path))
             self.send_response(404 if data is None else 200)
-            self.send_header("X-Repo-Commit", _COMMIT)
+            self.send_header("X-Repo-Commit", COMMIT)
             if data is None:
                 known = any(f"/{name}/" in self.path for name in sets)
                 self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
@@ -62,7 +62,7 @@ def model_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
         def answer(self, content: object, status: int = 200, **headers: str) -> None:
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            for name, value in {"X-Repo-Commit": _COMMIT, **headers, "Content-Length": str(len(data))}.items():
+            for name, value in {"X-Repo-Commit": COMMIT, **headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -86,7 +86,7 @@ def model_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         models[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                self.answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{_COMMIT}", "commitOid": _COMMIT})
+                self.answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
         def do_GET(self) -> None:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
@@ -96,7 +96,7 @@ def model_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
                     entries = [{"type": "file", "path": p, "size": len(d), "oid": _digest(d)} for p, d in (files or {}).items()]
                     self.answer(entries)
                     return
-                facts = {"id": "/".join(parts[2:4]), "sha": _COMMIT, "siblings": [{"rfilename": path} for path in files or {}]}
+                facts = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": path} for path in files or {}]}
                 self.answer(facts if files is not None else {}, 200 if files is not None else 404)
                 return
             data = models.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
@@ -118,8 +118,8 @@ def model_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
 
 def _answers(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """What the client gets, by path: the files, the repository's facts, the list of every folder."""
-    facts = {"id": name, "sha": _COMMIT, "siblings": [{"rfilename": path} for path in files]}
-    answers = {f"/api/datasets/{name}": facts, **{f"/api/datasets/{name}/revision/{at}": facts for at in ("main", _COMMIT)}}
+    facts = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+    answers = {f"/api/datasets/{name}": facts, **{f"/api/datasets/{name}/revision/{at}": facts for at in ("main", COMMIT)}}
     folders = {parent for path in files for parent in PurePosixPath(path).parents}
     for folder in folders:
         entries = [
@@ -128,14 +128,14 @@ def _answers(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
             if PurePosixPath(path).parent == folder
         ]
         entries += [
-            {"type": "directory", "path": str(other), "oid": _COMMIT, "size": 0}
+            {"type": "directory", "path": str(other), "oid": COMMIT, "size": 0}
             for other in folders
             if other.parent == folder != other
         ]
         tree = "" if folder == PurePosixPath(".") else f"/{folder}"
-        answers[f"/api/datasets/{name}/tree/{_COMMIT}{tree}"] = entries
+        answers[f"/api/datasets/{name}/tree/{COMMIT}{tree}"] = entries
     served = {path: json.dumps(content).encode() for path, content in answers.items()}
-    return served | {f"/datasets/{name}/resolve/{at}/{path}": data for path, data in files.items() for at in ("main", _COMMIT)}
+    return served | {f"/datasets/{name}/resolve/{at}/{path}": data for path, data in files.items() for at in ("main", COMMIT)}
 
 
 def _digest(data: bytes) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tests.hub import hub
+from tests.hub import COMMIT, hub
 
 #: name, configuration and split; a row as it is published, the field that asks first; its question and answer for us
 SETS: list[tuple[tuple[str, str, str], dict[str, Any], tuple[str, str]]] = [
@@ -62,6 +62,7 @@ READ = """
 import json, sys
 from ladir.config import DataSettings
 from ladir.data.records import read_records
+from ladir.data.rows import hub_commit
 from ladir.errors import UnusableError
 
 found = {}
@@ -71,7 +72,7 @@ for name in sys.argv[1:]:
         found[name] = [[[record.question, record.answer] for record in result.records], [bad.source for bad in result.bad]]
     except UnusableError as error:
         found[name] = str(error)
-json.dump(found, sys.stdout)
+json.dump({**found, "commits": [hub_commit(name) for name in sys.argv[1:]]}, sys.stdout)
 """
 
 
@@ -107,6 +108,11 @@ def test_sets_are_fetched_whole_and_kept_and_what_is_not_there_is_named(tmp_path
         fetched = read([*names, *absent], endpoint, tmp_path)
     for name, (*_, expected) in zip(names, SETS, strict=True):
         assert fetched[name] == [[list(expected)] * 2, [f"{name}:row 2"]]
+    at = f"openai/gsm8k@{COMMIT}:main:train"
+    assert fetched.pop("commits") == [COMMIT] * len(names) + [COMMIT, None, None]  # a split is no part of it
     for name in absent:
         assert fetched[name].startswith(f"{name}: neither a file")
-    assert read(names, "http://127.0.0.1:9", tmp_path, offline=True) == {name: fetched[name] for name in names}
+    kept = read([*names, at], "http://127.0.0.1:9", tmp_path, offline=True)
+    assert kept.pop("commits") == [COMMIT] * (len(names) + 1)
+    assert kept.pop(at)[0] == fetched[names[0]][0]
+    assert kept == {name: fetched[name] for name in names}

@@ -353,3 +353,44 @@ def test_a_stop_is_obeyed_while_another_job_makes_the_same_store_and_while_a_fil
     (tmp_path / "file").write_bytes(b"content")
     with pytest.raises(BrokenOff):
         sha256(tmp_path / "file", give_way)
+
+
+def test_a_hub_sets_store_goes_by_its_commit_which_a_run_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that share their stores get the set as it is when they begin; later starts of theirs ask nobody."""
+    import datasets
+
+    now, read = ["a" * 40], list[str | None]()
+
+    def load(name: str, config: str | None, split: str, streaming: bool, revision: str | None = None) -> Any:
+        read.append(revision)
+        return datasets.Dataset.from_list([record(len(read))])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("training.phases.tokens.hub_commit", lambda name: now[0])
+
+    def texts(run: str) -> list[str]:
+        shared = [f"run.name={run}", f"data.store={tmp_path}/stores", "data.processes=1"]
+        store = Tokens(configure(tmp_path, *shared), ALONE, WORDS).records("some/set:train")
+        assert store is not None
+        return [store.text(0).question, store.text(0).source]
+
+    first = texts("one")
+    assert first[1] == "some/set:train:row 1"
+    now[0] = "b" * 40
+    assert texts("one") == first and read == ["a" * 40]
+    second = texts("two")
+    assert second != first and read == ["a" * 40, "b" * 40]
+    now[0] = "a" * 40
+    assert texts("three") == first and len(read) == 2
+
+
+def test_a_hub_set_of_which_no_commit_is_known_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: datasets.Dataset.from_list([record(len(options))]))
+    monkeypatch.setattr("training.phases.tokens.hub_commit", lambda name: None)
+    assert Tokens(configure(tmp_path, "data.processes=1"), ALONE, WORDS).records("some/set") is not None
+    assert "some/set: which commit of it is read is not known" in caplog.text and "ID@COMMIT" in caplog.text
+    assert not list(tmp_path.rglob("hub-commits.json"))

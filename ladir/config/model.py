@@ -89,8 +89,8 @@ class DataSettings:
     sentences: str | None = setting(None, 'extra sentences the VAE also trains on: JSONL of {"text": sentence} (optional)')
     store: str | None = setting(
         None,
-        "folder of the token stores, which several runs may share: records are read and tokenized once per content, settings and "
-        "tokenizer, and mapped afterwards; not set: the run's own, <folder>/<name>/tokens",
+        "folder of the token stores, which several runs may share: records are read and tokenized once per content (Hub sets: "
+        "per commit), settings and tokenizer, and mapped afterwards; not set: the run's own, <folder>/<name>/tokens",
     )
     stream_hub: bool = setting(
         False,

@@ -96,7 +96,8 @@ class RecordSet:
 
 
 def read_records(path: str, settings: DataSettings) -> RecordSet:
-    """All records of a file (``.jsonl``, ``.json``, either with ``.gz``, ``.parquet``) or a Hub set (``name[:config][:split]``).
+    """All records of a file (``.jsonl``, ``.json``, either with ``.gz``, ``.parquet``) or a Hub set
+    (``name[@commit][:config][:split]``).
 
     A row without ``data.input_field`` is read by its own field names where it is one of a known public set
     (:mod:`ladir.data.formats`).  Bad records are collected, never dropped and never raised.  Raises FileNotFoundError for

@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -360,13 +361,56 @@ def _parquet_row(batch: Any, i: int) -> dict[str, Any]:
     return row
 
 
+@dataclass(frozen=True)
+class HubName:
+    """A Hub set as settings name it, ``id[@commit][:config][:split]``."""
+
+    hub_id: str
+    commit: str | None
+    config: str | None
+    split: str
+
+    @classmethod
+    def of(cls, name: str) -> HubName:
+        """The parts of a name."""
+        first, *rest = name.split(":")
+        hub_id, _, commit = first.partition("@")
+        config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
+        return cls(hub_id, commit or None, config, split)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is that of no file, there or not."""
+    return not Path(name).exists() and not name.lower().endswith((*EXTENSIONS, *_OTHER_FILES))
+
+
+def with_commit(name: str, commit: str) -> str:
+    """The name of a Hub set with the commit that is to be read."""
+    first, colon, rest = name.partition(":")
+    return f"{first}@{commit}{colon}{rest}"
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a Hub set that would be read now, without network that of datasets' copy; None where nobody knows."""
+    import datasets
+
+    asked = HubName.of(name)
+    if asked.commit is not None:
+        return asked.commit
+    try:
+        found = str(datasets.load_dataset_builder(asked.hub_id, asked.config).hash)
+    except Exception:  # whoever reads the set says what is wrong with it
+        return None
+    return found if re.fullmatch("[0-9a-f]{40}", found) else None
+
+
 def _hub_rows(name: str, stream: bool) -> Iterator[Row]:
     import datasets
 
-    hub_id, *rest = name.split(":")
-    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
+    asked = HubName.of(name)
+    commit = {} if asked.commit is None else {"revision": asked.commit}
     try:
-        found = datasets.load_dataset(hub_id, config, split=split, streaming=stream)
+        found = datasets.load_dataset(asked.hub_id, asked.config, split=asked.split, streaming=stream, **commit)
     except Exception as error:  # the Hub client raises many unrelated types
         raise UnusableError(
             f"{name}: neither a file ({', '.join(EXTENSIONS)}) nor a data set that can be loaded "

@@ -34,8 +34,8 @@ _ASIDE = ("train", "validation", "test", "sentences", "on_bad_record", "store", 
 def store_key(kind: str, sources: Sequence[str], settings: DataSettings, *others: str) -> str:
     """What a store depends on, in 16 hex digits.
 
-    ``sources``: digests of the files, in order (of Hub sets: their names); ``others``: whatever else, such as the tokenizer's
-    fingerprint (:func:`ladir.tokens.tokenization_fingerprint`).
+    ``sources``: digests of the files, in order (of Hub sets: their names with their commits); ``others``: whatever else, such as
+    the tokenizer's fingerprint (:func:`ladir.tokens.tokenization_fingerprint`).
     """
     read = {name: value for name, value in asdict(settings).items() if name not in _ASIDE}
     facts = json.dumps([_VERSION, kind, list(sources), read, *others], sort_keys=True)

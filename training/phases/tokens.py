@@ -19,7 +19,7 @@ from ladir.config import Config
 from ladir.data import answers, blocks, formats, question_store, questions, records, rows
 from ladir.data.encode import refuse_or_list
 from ladir.data.question_store import Questions, QuestionStore, write_questions
-from ladir.data.rows import data_files
+from ladir.data.rows import data_files, hub_commit, is_hub_name, with_commit
 from ladir.data.token_lists import TokenPairs
 from ladir.data.token_store import Store, TokenStore, open_or_make, store_key, stored_chains, stored_sentences
 from ladir.data.tokenizing import write_chains, write_records, write_sentences
@@ -27,7 +27,7 @@ from ladir.tasks import Task
 from ladir.tokens import tokenization_fingerprint
 from training.runtime.alone import GiveWay, unbroken
 from training.runtime.distributed import World
-from training.runtime.files import code_digest, digests, locked
+from training.runtime.files import code_digest, digests, locked, read_json, write_json
 from training.runtime.preemption import StopRequest
 from training.runtime.run import RunFolder
 from training.runtime.status import say
@@ -97,10 +97,10 @@ class Tokens:
         files = self.world.on_main(lambda: data_files(named))
         if not files:
             return None
-        key = self._alone(lambda give_way: self._key(kind, files, others, give_way))
+        key, read = self._alone(lambda give_way: self._key(kind, files, others, give_way))
 
         def make(folder: Path, give_way: GiveWay) -> None:
-            write(folder, files, self.config.data, self.tokenizer, self._processes, give_way)
+            write(folder, read, self.config.data, self.tokenizer, self._processes, give_way)
 
         return self._made(kind, key, files, make)
 
@@ -118,8 +118,27 @@ class Tokens:
         """What ``work`` returns on rank 0, on every rank."""
         return unbroken(self.world, self.stop, work)
 
-    def _key(self, kind: str, files: Sequence[str], others: Sequence[str], give_way: GiveWay) -> str:
-        return store_key(kind, digests(files, give_way), self.config.data, tokenization_fingerprint(self.tokenizer), *others)
+    def _key(self, kind: str, files: Sequence[str], others: Sequence[str], give_way: GiveWay) -> tuple[str, list[str]]:
+        """A store's key, and what it is to be read from: of Hub sets the commits that this run reads (rank 0)."""
+        read, words = self._at_their_commits(files), tokenization_fingerprint(self.tokenizer)
+        return store_key(kind, digests(read, give_way), self.config.data, words, *others), read
+
+    def _at_their_commits(self, files: Sequence[str]) -> list[str]:
+        """Files as they are, Hub sets with the commits that they had when this run first read them.
+
+        Later starts ask nobody, and a commit that comes meanwhile changes nothing.
+        """
+        note = RunFolder(self.config).path / "hub-commits.json"
+        known = read_json(note) if note.is_file() else {}
+        for name in set(filter(is_hub_name, files)) - known.keys():
+            if (commit := hub_commit(name)) is not None:
+                known[name] = commit
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_json(note, known)
+            else:
+                logger.warning("%s: which commit of it is read is not known; its store goes by its name alone, so that a newer "
+                               "commit is not noticed: delete the store to read it, or name one, ID@COMMIT", name)  # fmt: skip
+        return [name if (commit := known.get(name)) is None or "@" in name else with_commit(name, commit) for name in files]
 
     def _made(self, kind: str, key: str, files: Sequence[str], make: Callable[[Path, GiveWay], None]) -> Store:
         folder = RunFolder(self.config).tokens / f"{kind}-{key}"

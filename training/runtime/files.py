@@ -184,5 +184,5 @@ def code_digest(*modules: ModuleType) -> str:
 
 
 def digests(names: Sequence[str], give_way: Callable[[], None] | None = None) -> list[str]:
-    """What stands for the content of data sets: of a file its digest, of anything else (an id of the Hub) its name."""
+    """What stands for the content of data sets: of a file its digest, of a Hub set its name, with the commit."""
     return [known_sha256(Path(name), give_way) if Path(name).is_file() else name for name in names]
