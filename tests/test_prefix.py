@@ -69,6 +69,31 @@ def test_shared_prefixes_give_what_copies_give(kind: str, lengths: Tensor) -> No
         assert backbone.base.config._attn_implementation == attention
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_texts_of_different_lengths_may_stand_behind_a_shared_prefix(kind: str) -> None:
+    """Then their padding stands among the rows' own tokens; rows that leave take what is theirs."""
+    backbone, sizes = Backbone(tiny_lm(kind, dtype=torch.float32)), torch.tensor([4, 1, 2, 4, 1, 3, 2])
+    prefixes = shared_and_copied(backbone, OWNERS["ragged"])
+    kept = torch.tensor([0, 2, 4, 5])
+    for seed, rows in ((1, torch.arange(7)), (2, torch.arange(7)), (3, kept)):
+        if len(rows) < len(prefixes[0]):
+            prefixes = (prefixes[0].select(rows), prefixes[1].select(rows))
+        text = new_tokens(prefixes[0], 4, seed)
+        with torch.no_grad():
+            ours, theirs = (prefix.append_text(text, (sizes * seed % 4 + 1)[rows]) for prefix in prefixes)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+        assert prefixes[0].shared is not None and torch.equal(prefixes[0].next_position, prefixes[1].next_position)
+        assert_same(*prefixes, seed=10 * seed)
+    text = new_tokens(prefixes[0], 4, 7)
+    with torch.no_grad():  # what stands where padding does is seen by nobody
+        other = torch.where(torch.arange(4)[:, None] < sizes[kept][:, None, None], text, 100 * text)
+        seen = [prefix.select(torch.arange(4)) for prefix in prefixes for _ in range(2)]
+        for prefix, inputs in zip(seen, (text, other, text, other), strict=True):
+            prefix.append_text(inputs, sizes[kept])
+        behind = [prefix.append(new_tokens(prefix, 2, 8)) for prefix in seen]
+    assert all(torch.allclose(one, behind[0], rtol=0, atol=1e-5) for one in behind[1:])
+
+
 def test_rows_may_leave_in_any_number() -> None:
     backbone = Backbone(tiny_lm("qwen3", dtype=torch.float32))
     prefixes = shared_and_copied(backbone, [0] * 4 + [1] * 3 + [2] * 2)

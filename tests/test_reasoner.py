@@ -22,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.inference import generation, memory
 from ladir.inference.ar import complete
 from ladir.inference.asking import Ask
-from ladir.inference.cache import Prefix
+from ladir.inference.cache import SHORTEST_SHARED, Prefix
 from ladir.inference.decode import TokenHeadReading, choose_tokens, thought_ids
 from ladir.inference.generation import BlockReader
 from ladir.inference.guidance import diversity_force, reward_gradient
@@ -431,6 +431,7 @@ def cut_unevenly(ids: list[int]) -> list[int]:
     return ids[: (7 * ids[0] + ids[-1] + 1) % 6] if ids else ids
 
 
+@pytest.mark.parametrize("shortest", [SHORTEST_SHARED, 1], ids=["copied", "shared"])
 @pytest.mark.parametrize(
     "controls",
     [
@@ -439,8 +440,11 @@ def cut_unevenly(ids: list[int]) -> list[int]:
     ],
     ids=["guided-span", "sliding-window"],
 )
-def test_the_lm_writes_along_with_sentences_of_all_lengths(controls: dict[str, Any]) -> None:
-    """Rows then end one after another, in two caches."""
+def test_the_lm_writes_along_with_sentences_of_all_lengths(
+    controls: dict[str, Any], shortest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows then end one after another, in two caches; the question in front of them is copied, or stays where it is."""
+    monkeypatch.setattr("ladir.inference.cache.SHORTEST_SHARED", shortest)
     reasoner = tiny_reasoner(context="text", max_thought_tokens=9, **controls)
     with torch.no_grad():  # an end is now the likeliest token, now the least likely one
         reasoner.thought_decoder.backbone.base.get_output_embeddings().weight[EOS] *= 4
@@ -448,6 +452,7 @@ def test_the_lm_writes_along_with_sentences_of_all_lengths(controls: dict[str, A
     assert len({len(ids) for trajectory in found for ids in trajectory.thought_ids or []}) > 3
 
 
+@pytest.mark.parametrize("shortest", [SHORTEST_SHARED, 1], ids=["copied", "shared"])
 @pytest.mark.parametrize(
     "controls",
     [
@@ -456,8 +461,11 @@ def test_the_lm_writes_along_with_sentences_of_all_lengths(controls: dict[str, A
     ],
     ids=["guided-span", "sliding-window"],
 )
-def test_sentences_of_all_lengths_stand_beside_one_another(controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentences_of_all_lengths_stand_beside_one_another(
+    controls: dict[str, Any], shortest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding then stands in the middle of the cache, where nobody may see it, and nobody may count it."""
+    monkeypatch.setattr("ladir.inference.cache.SHORTEST_SHARED", shortest)
     plain, fast = plain_thought, thought_ids
     monkeypatch.setitem(globals(), "plain_thought", lambda *how: cut_unevenly(plain(*how)))
     monkeypatch.setattr(generation, "thought_ids", lambda *how: [cut_unevenly(ids) for ids in fast(*how)])

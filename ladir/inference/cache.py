@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,9 +87,9 @@ class PrefixCache(Cache):
 class Prefix:
     """R sequences of equal padded length behind which tokens are generated.
 
-    ``cache`` holds the rows' own tokens, P each; ``valid`` bool [R, P] marks the real ones (questions are padded on the left),
-    ``padded`` says whether there are others; ``next_position`` int64 [R]; ``shared`` is what the rows read together, in front of
-    their own tokens.
+    ``cache`` holds the rows' own tokens, P each; ``valid`` bool [R, P] marks the real ones (questions are padded on the left,
+    texts behind them on the right), ``padded`` says whether there are others; ``next_position`` int64 [R]; ``shared`` is what the
+    rows read together, in front of their own tokens.
     """
 
     def __init__(
@@ -169,9 +170,11 @@ class Prefix:
 
     def visible(self, length: int) -> WholePrefix | SharedPrefix:
         """What ``length`` new tokens see: the prefix and each other."""
-        if self.shared is not None:
+        if self.shared is not None and not self.padded:
             return self.shared
         valid = torch.cat([self.valid, self.valid.new_ones(len(self), length)], dim=1)
+        if self.shared is not None:
+            return replace(self.shared, own=valid[:, None].expand(-1, length, -1))
         return WholePrefix(valid, length, self.padded)
 
     def positions(self, offsets: Tensor) -> Tensor:
@@ -194,13 +197,13 @@ class Prefix:
     def append_text(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """Add ordinary text, causal, ``lengths`` [R] of the tokens [R, T, H], padding behind; the last hidden states [R, H].
 
-        Of rows that share nothing (:meth:`share`): padding stays in the cache, where nobody sees it.
+        Padding stays in the cache, where nobody sees it.
         """
-        assert self.shared is None
         length, device = inputs.shape[1], inputs.device
         real = torch.arange(length, device=device) < lengths[:, None]
         among = causal(length, device) & real[:, None] | torch.eye(length, dtype=torch.bool, device=device)
-        visible = torch.cat([self.valid[:, None].expand(-1, length, -1), among], dim=2)
+        own = torch.cat([self.valid[:, None].expand(-1, length, -1), among], dim=2)
+        visible = own if self.shared is None else replace(self.shared, own=own)
         hidden = self.backbone(inputs, visible, self.positions(torch.arange(length, device=device)), self.cache)
         self.valid = torch.cat([self.valid, real], dim=1)
         self.padded = self.padded or not bool(real.all())

@@ -393,8 +393,7 @@ class TrajectoryGenerator:
             inputs, lengths = torch.cat([inputs, free]), lengths.repeat(2)
             owner = torch.cat([owner, owner + len(questions)])
         prefix, _ = Prefix.start(self.denoiser.backbone, inputs, lengths, self.denoiser.settings.bidirectional_question)
-        # Behind a shared prefix rows are of one length; sentences are not.
-        return prefix.share(owner) if self.denoiser.settings.context == "latents" else prefix.select(owner)
+        return prefix.share(owner)
 
     def _finish(
         self, group: FinishedTrajectories, settings: SampleSettings, noise: TrajectoryNoise, extras: Extras, watch: Watch

@@ -46,7 +46,8 @@ class SharedPrefix:
 
     ``keys`` and ``values``: per layer [Q, kv heads, P, head]; ``valid`` bool [Q, P]; ``owner`` int64 [R], the prefix of every
     row.  ``most``: rows of the prefix that has most; ``slots`` [R]: a row's place among Q x most, None where every prefix has
-    as many rows; ``bias`` [Q, 1, 1, P]: what hides padding, None where there is none.
+    as many rows; ``bias`` [Q, 1, 1, P]: what hides padding, None where there is none; ``own`` bool [R, T, O + T]: which of its
+    own tokens each of a row's new ones sees, None where all.
     """
 
     keys: Sequence[Tensor]
@@ -56,6 +57,7 @@ class SharedPrefix:
     most: int
     slots: Tensor | None
     bias: Tensor | None
+    own: Tensor | None = None
 
     @classmethod
     def build(cls, keys: Sequence[Tensor], values: Sequence[Tensor], valid: Tensor, owner: Tensor) -> SharedPrefix:
@@ -105,8 +107,8 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention output [R, T, heads, head] of ``query`` [R, heads, T, head] over the shared prefix and a row's own tokens.
 
-    ``key`` and ``value`` [R, kv heads, O + T, head] are the row's own, all of which it sees.  One matrix product serves all
-    rows of a prefix; the softmax runs over both parts together.
+    ``key`` and ``value`` [R, kv heads, O + T, head] are the row's own.  One matrix product serves all rows of a prefix; the
+    softmax runs over both parts together.
     """
     assert attention_mask is None, "a shared prefix brings its own mask"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -116,8 +118,11 @@ def prefix_attention(
     before = shared_prefix.gather(grouped) @ before_keys.transpose(2, 3)
     if shared_prefix.bias is not None:
         before = before + shared_prefix.bias
-    own = shared_prefix.gather(grouped @ key.transpose(2, 3))
-    weights = torch.cat([before, own], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    among = grouped @ key.transpose(2, 3)
+    if shared_prefix.own is not None:
+        hidden = ~shared_prefix.own.repeat(1, grouped.shape[2] // query.shape[2], 1)[:, None]
+        among = among.masked_fill(hidden, torch.finfo(among.dtype).min)
+    weights = torch.cat([before, shared_prefix.gather(among)], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     output = shared_prefix.scatter(weights[..., :width] @ before_values)
     output = output + shared_prefix.scatter(weights[..., width:]) @ value
