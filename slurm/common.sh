@@ -6,6 +6,7 @@ readonly FIRST_PORT=20000 NUM_PORTS=12000 # below the ports that Linux gives to 
 readonly PORT_STEP=1009 # from one start of a job to the next, which may find the first one's port taken
 readonly CPUS_PER_PROCESS=2 # at least, beside a GPU: one that keeps it busy, one that makes batches
 readonly INTERRUPTED_STATUS=75                # of a program that was asked to stop and has saved
+readonly NOT_AR='vae|denoiser|rollout|rl|ar-rl|verifier' # phases that the baseline may be trained beside
 
 fail() {
     echo "error: $*" >&2
@@ -15,12 +16,14 @@ fail() {
 # run_phase ENTRY NEEDS CONFIG [section.key=value ...]: run training/ENTRY.py on all nodes of this job.
 # NEEDS is "gpus" (one process per GPU) or "cpu" (one process in all).
 run_phase() {
-    local entry=$1 needs=$2
+    local needs=$2
+    entry=$1
     shift 2
     [ $# -gt 0 ] || fail "$entry: no configuration; submit: sbatch slurm/$entry.sbatch configs/NAME.yaml [section.key=value ...]"
     local config=$1
     shift
     [ -f "$config" ] || fail "$entry: no configuration file '$config' in $PWD"
+    if [[ " $* " =~ \ evaluate\.lane=(ar|ladir)\  ]]; then lane=${BASH_REMATCH[1]}; fi
     use_environment
     read_settings "$config" "$@"
     count_processes "$entry" "$needs"
@@ -33,6 +36,104 @@ run_phase() {
     trap : TERM USR1 USR2 "$STOP_SIGNAL" # the step's processes answer signals; this shell only waits for them
     start_step "$entry" --config "$config" "$@" || status=$?
     finish "$entry" "$status"
+}
+
+# run_snapshots CONFIG [section.key=value ...]: ask the snapshots that wait, one after another, each in a step of its own.
+# Where none waits and the training TRAINING_JOB goes on, the job returns to the queue for SNAPSHOT_SECONDS and holds no GPU.
+run_snapshots() {
+    entry=evaluate_snapshots
+    [ $# -gt 0 ] || fail "$entry: no configuration; submit: sbatch slurm/$entry.sbatch configs/NAME.yaml [section.key=value ...]"
+    local config=$1 goes_on snapshot asked=0 given_port=${MASTER_PORT:-}
+    shift
+    [ -f "$config" ] || fail "$entry: no configuration file '$config' in $PWD"
+    use_environment
+    read_settings "$config" "$@"
+    count_processes "$entry" gpus
+    prepare_run_folder
+    keep_others_out
+    export_environment
+    trap : TERM USR1 USR2 "$STOP_SIGNAL"
+    while true; do
+        goes_on=no
+        ! is_under_way "${TRAINING_JOB:-}" || goes_on=yes # before the look: behind its end a training leaves no snapshot
+        snapshot=$(next_snapshots "$config" "$@") || exit 2
+        [ -n "$snapshot" ] || break
+        if [ "$asked" -gt 0 ]; then
+            ! is_short_of_time || finish "$entry" "$INTERRUPTED_STATUS" # a stop signal between two steps has reached nobody
+            # The port of the step before may not be free yet.
+            [ -n "$given_port" ] || MASTER_PORT=$((FIRST_PORT + (MASTER_PORT - FIRST_PORT + PORT_STEP) % NUM_PORTS))
+        fi
+        asked=$((asked + 1))
+        ask_snapshot "$snapshot" "$config" "$@"
+    done
+    [ "$goes_on" = no ] || wait_for_snapshots
+    snapshot=$(next_snapshots --given-up "$config" "$@") || exit 2
+    [ -z "$snapshot" ] || fail "$entry: given up after two failures each: ${snapshot//$'\n'/, }; why, and what to remove to try again: $FAILED_SNAPSHOTS"
+    echo "$(date '+%F %T') $entry: all are asked, and no training goes on"
+}
+
+next_snapshots() {
+    where_python_is python slurm/snapshots.py "$@"
+}
+
+# One job at a time looks for the snapshots of a phase, so that none is asked twice.  It lets go when this script ends.
+keep_others_out() {
+    FAILED_SNAPSHOTS=$RUN_FOLDER/slurm/failed-snapshots
+    local status=0
+    exec 9>"$RUN_FOLDER/slurm/.snapshots-${SNAPSHOTS_OF:-all}.lock"
+    flock --wait 60 9 || status=$?
+    if [ "$status" -eq 1 ]; then # anything else: the file system knows no locks
+        echo "$entry: another job asks these snapshots"
+        exit 0
+    fi
+}
+
+# ask_snapshot 'PHASE STEP SETTING ...' CONFIG [section.key=value ...]: returns when it is asked, or fails by itself.
+ask_snapshot() {
+    local words status=0
+    read -r -a words <<<"$1"
+    echo "$(date '+%F %T') $SLURM_JOB_NAME, job $SLURM_JOB_ID, start $((restarts + 1)): step ${words[1]} of ${words[0]}," \
+        "$NODES node(s) x $PROCESSES process(es), $LAUNCHER"
+    start_step evaluate --config "${@:2}" "${words[@]:2}" 9>&- || status=$?
+    [ "$status" -ne 0 ] || return 0
+    read_blame
+    if [ -e "$INTERRUPTED_MARK" ] || [ "$status" -eq "$INTERRUPTED_STATUS" ] || ! [[ $kind =~ ^(refused|fault)$ ]]; then
+        finish "$entry" "$status"
+    fi
+    # The others are asked all the same, and this one once more.
+    echo "error: step ${words[1]} of ${words[0]} was not asked: ${meaning[$kind]}; see above, and by rank $RANK_LOGS" >&2
+    echo "${words[0]} ${words[1]} job $SLURM_JOB_ID $(date '+%F %T') ${meaning[$kind]}" >>"$FAILED_SNAPSHOTS"
+    rm -f "$FAILURE_MARK"
+}
+
+# Whether a job waits, runs or is on its way back to the queue; where Slurm does not answer it is taken to be.
+is_under_way() {
+    [ -n "$1" ] || return 1
+    local answer
+    if ! answer=$(scontrol show job -o "$1" 2>&1); then
+        [[ $answer != *"Invalid job id"* ]]
+        return
+    fi
+    ! [[ $answer =~ \ JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE)\  ]]
+}
+
+# Whether the time in which a step can be told to stop is over.
+is_short_of_time() {
+    local end
+    end=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
+    [ -n "$end" ] && [ $(($(date -d "$end" +%s) - $(date +%s))) -le "${STOP_SECONDS:-300}" ]
+}
+
+# Back to the queue, which is no restart without progress.
+wait_for_snapshots() {
+    local seconds=${SNAPSHOT_SECONDS:-600}
+    echo "$(date '+%F %T') $entry: job $TRAINING_JOB goes on; the next look is in $seconds seconds"
+    echo '0 waits' >"$RUN_FOLDER/slurm/restarts-$SLURM_JOB_ID"
+    rm -f "$STARTED" # no node was lost
+    trap '' TERM "$STOP_SIGNAL"
+    scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again for the snapshots to come"
+    scontrol update "JobId=$SLURM_JOB_ID" "StartTime=now+$seconds" || true # it then looks sooner
+    exit 0
 }
 
 # The Python of the cluster's user: in CONTAINER, VENV, .venv of this project, or whatever is on the path.
@@ -169,15 +270,25 @@ lost_node() {
     [ "$(wc -w <<<"$found")" -ne 1 ] || echo "$found"
 }
 
-# Stands for what the run has saved: newest checkpoints, stores of tokens and questions, parts of latents, judged trajectories,
-# answers (asked ones, and records' own that are accepted), finished phases.
+# Stands for what this job has saved: newest checkpoints, stores of tokens and questions, parts of latents, judged trajectories,
+# answers (asked ones, and records' own that are accepted), finished phases.  What jobs beside it save is none of its progress.
 saved_so_far() {
     {
-        cat "$RUN_FOLDER"/checkpoints/*/latest || true
-        ls "$RUN_FOLDER"/tokens/*/index.json "$RUN_FOLDER"/latents/*.parts-*/*.json "$RUN_FOLDER"/outcome-*.json || true
-        find "$RUN_FOLDER/judged" -name '*.safetensors' | sort || true # too many, perhaps, for a command line
-        wc -c "$RUN_FOLDER"/evaluation/*/*/*.jsonl "$RUN_FOLDER/gold.json" || true
-    } 2>/dev/null | cksum | tr ' ' -
+        cd "$RUN_FOLDER"
+        ls tokens/*/index.json
+        wc -c gold.json
+        case ${entry:-} in
+            evaluate | evaluate_snapshots | table) wc -c evaluation/*/"${lane:-}"*/*.jsonl ;;
+            train_ar) saved_models | grep -Ev "^((checkpoints/|outcome-)($NOT_AR)|latents/|judged/)" ;;
+            *) saved_models | grep -Ev '^(checkpoints/ar/|outcome-ar(-[0-9]+)?\.json)' ;;
+        esac
+    } 2>/dev/null | { cksum | tr ' ' -; } || true
+}
+
+saved_models() {
+    grep -H . checkpoints/*/latest
+    ls latents/*.parts-*/*.json outcome-*.json
+    find judged -name '*.safetensors' | sort # too many, perhaps, for a command line
 }
 
 export_environment() {
@@ -246,11 +357,16 @@ finish() {
 declare -rA meaning=([refused]="an error to be mended" [fault]="an error in the program" [device]="a device or network fails"
     [lost]="a process was lost" [absent]="its processes did not find one another" [sick]="a device is wrong or slow" [ended]="processes died without a word")
 
-# Sets kind and nodes, and notes the nodes that are to blame.
-find_blame() {
+# Sets kind and nodes.
+read_blame() {
     kind=ended nodes=''
     [ ! -f "$FAILURE_MARK" ] || read -r kind nodes <"$FAILURE_MARK"
     nodes=${nodes#-}
+}
+
+# The same, and notes the nodes that are to blame.
+find_blame() {
+    read_blame
     local node
     for node in ${nodes//,/ }; do
         echo "$node $kind job $SLURM_JOB_ID $(date '+%F %T')" >>"$FAILED_NODES"

@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
-# Queue the whole chain, each phase after the one before it has succeeded.
+# Queue the whole chain, each phase after those that it needs have succeeded; the AR baseline beside LaDiR.
+#
 # Usage: slurm/submit.sh [--sbatch-option=value ...] CONFIG [section.key=value ...]
-# PHASES overrides the chain: entries separated by ';', each an entry point with sbatch options and settings of its own,
-# e.g. PHASES='train_vae --time=04:00:00; encode_latents --nodes=1'.  See docs/cluster.md.
+#
+# PHASES     another chain: entries separated by ';', each an entry point with sbatch options and settings of its own,
+#            e.g. PHASES='train_vae --time=04:00:00; encode_latents --nodes=1'
+# SNAPSHOTS  sbatch options and settings of jobs that ask the snapshots of every training with <phase>.train.snapshot_every
+#            while it goes on, on GPUs of their own, e.g. SNAPSHOTS='--nodes=1 --gres=gpu:2 evaluate.num_questions=200'
+#
+# All variables: docs/cluster.md.
 set -euo pipefail
+
+if [ "${1:-}" = --help ]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 
 fail() {
     echo "error: $*" >&2
@@ -40,7 +51,7 @@ fi
 answer=$(PYTHONPATH="$LADIR_ROOT" "${python[@]}" slurm/settings.py --phases ${options[@]+"${options[@]}"} "$config" "$@") || exit 2
 mapfile -t lines <<<"$answer"
 run_folder=${lines[0]} stop_signal=${lines[1]}
-phases=("${lines[@]:2}")
+phases=("${lines[@]:2}") # each behind what it begins after, see settings.py
 
 mkdir -p "$run_folder/logs" "$run_folder/slurm" || fail "$run_folder cannot be written; choose another run.folder"
 # Jobs read this copy, so that editing the file does not change what is queued.
@@ -55,11 +66,11 @@ cancel() {
 trap cancel ERR
 echo "run folder   $run_folder"
 for phase in "${phases[@]}"; do
-    read -r -a words <<<"$phase"
-    entry=${words[0]:-}
+    read -r begin entry rest <<<"$phase"
+    read -r -a words <<<"$entry $rest"
     [ -f "slurm/$entry.sbatch" ] || { cancel; fail "PHASES: no slurm/$entry.sbatch"; }
     own=(${options[@]+"${options[@]}"}) settings=()
-    if [ "$entry" = export ]; then # copies files: one node, no GPU
+    if [[ $entry =~ ^(export|table)$ ]]; then # write files: one node, no GPU
         own=(--nodes=1 --gres=none)
         for option in ${options[@]+"${options[@]}"}; do
             [[ $option =~ ^--(nodes|ntasks|gres|gpu) ]] || own+=("$option")
@@ -68,13 +79,20 @@ for phase in "${phases[@]}"; do
     for word in "${words[@]:1}"; do
         if [[ $word == --* ]]; then own+=("$word"); else settings+=("$word"); fi
     done
-    after=()
-    [ ${#jobs[@]} -eq 0 ] || after=(--dependency="afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
-    job=$(sbatch --parsable --output="$run_folder/logs/%x-%j.log" --signal="$stop_signal@${STOP_SECONDS:-300}" \
+    after=() when='' watched='' watched_phase=''
+    if [[ $begin == +* ]]; then
+        watched=${jobs[${begin//[!0-9]/}]} watched_phase=${begin#*:}
+        after=(--dependency="after:$watched") when="  (beside $watched)"
+    elif [ "$begin" != - ]; then
+        needed=''
+        for number in ${begin//:/ }; do needed+=:${jobs[$number]}; done
+        after=(--dependency="afterok$needed" --kill-on-invalid-dep=yes) when="  (after ${needed:1})"
+    fi
+    job=$(TRAINING_JOB=$watched SNAPSHOTS_OF=$watched_phase sbatch --parsable --output="$run_folder/logs/%x-%j.log" --signal="$stop_signal@${STOP_SECONDS:-300}" \
         ${own[@]+"${own[@]}"} ${after[@]+"${after[@]}"} \
         "slurm/$entry.sbatch" "$submitted" "$@" ${settings[@]+"${settings[@]}"})
     job=${job%%;*} # with several clusters: ID;CLUSTER
-    echo "job $job  ${words[*]}${after:+  (after ${jobs[-1]})}"
+    echo "job $job  ${words[*]}$when"
     jobs+=("$job")
     echo "$job ${words[*]}" >>"$run_folder/slurm/jobs" # python -m ladir status asks what waits in the queue
 done

@@ -34,8 +34,11 @@ from ladir.evaluation.metrics import summarise
 from ladir.evaluation.results import QuestionResult, Trajectory, read_questions
 from ladir.inference.ar import complete
 from ladir.models.ar import ArModel
+from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone
-from ladir.models.folders import save_denoiser, save_lm
+from ladir.models.folders import save_denoiser, save_lm, save_vae
+from ladir.models.pairing import TrainedOn
+from ladir.models.store import folder_fingerprint
 from ladir.reasoner import Reasoner
 from ladir.tasks import countdown, get_task
 from ladir.tasks.countdown import CountdownTask
@@ -46,12 +49,15 @@ from tests.tiny import EOS, VOCAB, tiny_denoiser, tiny_lm, tiny_vae
 from training.evaluation import asking, stages, table
 from training.evaluation.answerers import VARIANTS, Answerer, Answers, ar_answerers
 from training.evaluation.answers import AnswerLog, cut
+from training.evaluation.rows import lane_of
 from training.evaluation.stages import evaluate
 from training.evaluation.table import tell_of_limits, tell_of_undecided
 from training.phases.tokens import Tokens
+from training.runtime import run as run_module
 from training.runtime.distributed import World
 from training.runtime.files import write_json
-from training.runtime.run import Outcome, RunFolder, open_run
+from training.runtime.profiling import MemorySnapshot
+from training.runtime.run import Outcome, RunConflict, RunFolder, open_run
 from training.runtime.stages import stage_folder
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -103,14 +109,20 @@ def configure(models: Path, folder: Path, *overrides: str) -> Config:
 def evaluate_in(models: Path, folder: Path, *overrides: str, world: World = ALONE) -> None:
     """Evaluate the models in a run folder of their own."""
     config = configure(models, folder, *overrides)
-    run = RunFolder(config)
-    if world.is_main and not run.path.is_dir():
-        run.path.mkdir(parents=True)
-        for name in ("export", "models"):
-            (run.path / name).symlink_to(models / "tiny" / name)
+    if world.is_main:
+        link_models(models, folder)
     world.barrier()
     with open_run(config, "evaluate", world) as opened:
         evaluate(opened)
+
+
+def link_models(models: Path, folder: Path) -> None:
+    """A run folder that has them, unless it is there."""
+    run = RunFolder(configure(models, folder))
+    if not run.path.is_dir():
+        run.path.mkdir(parents=True)
+        for name in ("export", "models"):
+            (run.path / name).symlink_to(models / "tiny" / name)
 
 
 def outcome(folder: Path) -> tuple[dict[str, Any], str]:
@@ -137,23 +149,29 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Death = tuple[str, int]
 
 
-def child(models: Path, folder: Path, death: Death | None) -> None:
+def child(models: Path, folder: Path, death: Death | None, *overrides: str) -> None:
     """Evaluate in a process of its own; ``death``: there it must die of SIGKILL."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_evaluate"])
-    process = context.Process(target=evaluate_until, args=(models, folder, death))
-    process.start()
+    process = start_child(models, folder, death, *overrides)
     process.join()
     assert process.exitcode == (0 if death is None else -signal.SIGKILL)
 
 
-def evaluate_until(models: Path, folder: Path, death: Death | None) -> None:
+def start_child(models: Path, folder: Path, death: Death | None, *overrides: str) -> Any:
+    """:func:`child`, which goes on by itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_evaluate"])
+    process = context.Process(target=evaluate_until, args=(models, folder, death, *overrides))
+    process.start()
+    return process
+
+
+def evaluate_until(models: Path, folder: Path, death: Death | None, *overrides: str) -> None:
     """Evaluate in a process of its own; see :func:`die_at` and :func:`asked`."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         die_at(death, patch)
         note_questions(folder, patch)
-        evaluate_in(models, folder)
+        evaluate_in(models, folder, *overrides)
 
 
 def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
@@ -180,7 +198,7 @@ def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
         if last:
             if doing == "write":
                 log, method, _ = arguments
-                file = log._folder / f"{method}.{log._run.world.rank:05d}.jsonl"
+                file = log.folder(lane_of(method)) / f"{method}.{log._run.world.rank:05d}.jsonl"
                 os.truncate(file, file.stat().st_size - 40)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -253,6 +271,48 @@ def test_sigkilled_and_resumed_it_ends_the_same(models: Path, whole: Path, tmp_p
         assert (tmp_path / "tiny" / "results.json").exists() == done
         assert not done or outcome(tmp_path) == outcome(whole)
     assert not (tmp_path / "tiny" / "evaluation").exists()
+
+
+def test_two_lanes_at_once_end_in_the_table_of_one_job(models: Path, whole: Path, tmp_path: Path) -> None:
+    """Each asks its own rows, is killed and goes on; the table is written by a third job where another dtype would be chosen."""
+    link_models(models, tmp_path)
+    beside = "run.exclusive=false"
+    with pytest.raises(UnusableError, match=r"0 of 8 answers of ar-greedy can be read.* or ask them first: evaluate\.lane=ar"):
+        evaluate_in(models, tmp_path, "evaluate.lane=table")
+    first = {lane: start_child(models, tmp_path, ("write", 2), f"evaluate.lane={lane}", beside) for lane in ("ar", "ladir")}
+    for process in first.values():
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    second = [start_child(models, tmp_path, None, f"evaluate.lane={lane}", beside) for lane in first]
+    for process in second:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(set(asked(tmp_path))) == sorted(asked(whole))
+    assert len(asked(tmp_path)) == 44  # a torn batch of each lane is asked again
+    assert not (tmp_path / "tiny" / "results.json").exists()
+    with pytest.raises(FileNotFoundError, match=r"nothing is left to ask in evaluate\.lane=ar"):
+        evaluate_in(models, tmp_path, "evaluate.lane=ar", "evaluate.methods=[ladir]", "evaluate.name=other")
+    evaluate_in(models, tmp_path, "evaluate.lane=ar", "evaluate.methods=[ladir,ar-rl]", "evaluate.name=other")  # not trained
+    shutil.rmtree(tmp_path / "tiny" / "evaluation" / "answers-other")
+    evaluate_in(models, tmp_path, "evaluate.lane=table", "backbone.dtype=bfloat16")
+    assert outcome(tmp_path) == outcome(whole)
+    assert not (tmp_path / "tiny" / "evaluation").exists()
+    evaluate_in(models, tmp_path, "evaluate.lane=table")  # once more, as after a node was lost in the last moment
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_no_two_jobs_ask_the_same_lane(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
+
+    def opened(*overrides: str) -> Any:
+        return open_run(configure(models, tmp_path, "run.exclusive=false", *overrides), "evaluate", ALONE)
+
+    with opened("evaluate.lane=ar"), opened("evaluate.lane=ladir"), opened("evaluate.lane=ar", "evaluate.name=x"):
+        for lane in ("ar", "ladir", "all", "table"):
+            with pytest.raises(RunConflict, match="is in use by phase evaluate"), opened(f"evaluate.lane={lane}"):
+                pass
+    with opened("evaluate.lane=all"), pytest.raises(RunConflict, match="is in use by"), opened("evaluate.lane=ar"):
+        pass
 
 
 def test_the_baseline_is_given_several_batches_while_every_rank_still_gets_some() -> None:
@@ -580,6 +640,50 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     expected = reasoner.generate([record.question for record in asked[:2]], 10, seed=config.run.seed)
     found = read_questions(folder.path / "generations-7.jsonl")["ladir"]
     assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]
+
+
+def test_a_snapshot_is_asked_while_its_training_has_no_export(models: Path, tmp_path: Path) -> None:
+    """With the run's own VAE; one of another VAE's latents is refused."""
+    folder = RunFolder(configure(models, tmp_path))
+    vae = tiny_vae(dtype=torch.float32, decoder="trained")
+    save_vae(vae, folder.model("vae"))
+    known = TrainedOn(vae=folder_fingerprint(folder.model("vae")))
+    save_denoiser(tiny_denoiser(tiny_lm(dtype=torch.float32, seed=5)), folder.model("denoiser-7"), trained_on=known)
+    write_json(folder.outcome_file("denoiser-7"), dataclasses.asdict(Outcome("unfinished", 7, 7, 1.0, {})))
+    settings = ("evaluate.methods=[ladir]", "evaluate.snapshot=7", "evaluate.name=denoiser")
+    with open_run(configure(models, tmp_path, *settings), "evaluate", ALONE) as run:
+        evaluate(run)
+    export = tmp_path / "export"
+    assemble_export(
+        folder.model("denoiser-7"), folder.model("vae"), load_tokenizer(run.config.backbone), export, SampleSettings()
+    )
+    reasoner = Reasoner.from_pretrained(export, "cpu")
+    reasoner.settings = run.config.sample
+    expected = reasoner.generate([record.question for record in countdown_questions(run.config)[:2]], 10)
+    found = read_questions(folder.path / "generations-denoiser-7.jsonl")["ladir"]
+    assert [[t.answer for t in group] for group in expected] == [[t.answer for t in q.trajectories] for q in found[:2]]
+    save_vae(tiny_vae(dtype=torch.float32, seed=9, decoder="trained"), folder.model("vae"))
+    with (
+        pytest.raises(UnusableError, match="another VAE"),
+        open_run(configure(models, tmp_path, *settings), "evaluate", ALONE) as run,
+    ):
+        evaluate(run)
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_explained(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*about: Any) -> Answers:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MemorySnapshot, "dumped", lambda self: iter([str(self._file)]))
+    monkeypatch.setattr(asking, "load_answerers", lambda *about: [dict.fromkeys(("ar", "ladir"), full)])
+    for lane, file in (("all", "evaluate"), ("ar", "evaluate.ar")):  # two lanes may be at work at once
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            evaluate_in(models, tmp_path, "evaluate.methods=[ar,ladir]", f"evaluate.lane={lane}")
+        remedy, snapshot = caught.value.__notes__
+        assert remedy.startswith("Lower evaluate.questions_per_batch")
+        assert snapshot.endswith(f"tiny/memory/{file}/rank-00000.pickle")
 
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,4 +75,4 @@ def test_a_training_names_its_parts_and_says_what_lay_in_memory(one_process: Pro
         *("forward", "backward", "optimizer step") * 2,
         "forward",
     ]
-    assert notes[-1].endswith("toy/memory/ar/rank-00000.pickle") and "micro_batch" in notes[-2]
+    assert notes[-1].endswith("toy/memory/ar/rank-00000.pickle") and "micro_batch" in notes[0]

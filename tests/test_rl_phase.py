@@ -31,6 +31,7 @@ from training.runtime.distributed import World
 from training.runtime.engine import Engine
 from training.runtime.loop import Trainer, train
 from training.runtime.preemption import BrokenOff
+from training.runtime.profiling import MemorySnapshot
 from training.runtime.run import RunFolder, open_run
 from training.runtime.stages import last_denoiser
 
@@ -249,6 +250,29 @@ def test_few_attempts_go_beside_their_gold_records_and_learn_the_same(
         assert_same_weights(start, "apart", name, rtol=1e-3, atol=5e-5)
         for row, other in zip(metrics(start, "apart"), metrics(start, name), strict=True):
             assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
+def out_of_memory(world: World, root: Path, name: str) -> list[str]:
+    """What is said of memory that runs out while questions are answered."""
+    prepared(root, name)
+    config = configure(root, name, 0, 8, settings(4))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as caught:
+        patch.setattr(MemorySnapshot, "dumped", lambda self: iter([str(self._file)]))
+        with open_run(config, "rl", world) as run:
+            phase = rl_phase(config, world)
+            patch.setattr("ladir.reasoner.Reasoner.answer", full)
+            train(run, phase)
+    return list(caught.value.__notes__)
+
+
+def full(*about: Any, **named: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_memory_that_runs_out_while_questions_are_answered_is_explained(one_process: ProcessGroup, start: Path) -> None:
+    (notes,) = one_process.run(out_of_memory, start, "full")
+    assert notes[0].startswith("Lower rl.questions_per_batch") and not any("micro_batch" in note for note in notes)
+    assert notes[-1].endswith("full/memory/rl/rank-00000.pickle")
 
 
 def apart(world: World, root: Path, name: str) -> str:

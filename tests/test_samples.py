@@ -571,6 +571,16 @@ def test_an_evaluation_is_a_row_of_what_is_not_the_default_and_of_what_came_out(
     events = read_events(folder)
     assert {f"pass@{k}/{method}" for k in (1, 10) for method in ("ladir", "ar")} == set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("pass@1/ladir")] == [(12, 0.0)]
+    config.evaluate.name = "mine"
+    for step, rate in ((20, False), (40, True), (20, True)):  # the first is asked once more
+        config.evaluate.snapshot = step
+        write_json(run.folder.outcome_file(f"denoiser-{step}"), dataclasses.asdict(Outcome("unfinished", step, 48, 1.0, {})))
+        questions = [QuestionResult("1 2", [Trajectory("3", rate, "3")] * 10)]
+        row = MethodResult("ladir", summarise(questions), 1.0, 1.0)
+        write_results(result_files(run)[0], [row], task="countdown", num_questions=1, num_trajectories=10, seed=3)
+        draw_results(run)
+    curve = read_events(run.folder.tensorboard("evaluate-mine-snapshots")).Scalars("pass@1/ladir")
+    assert sorted((event.step, event.value) for event in curve) == [(20, 1.0), (40, 1.0)]
     config.telemetry.loggers, config.evaluate.name = [], "quiet"
     draw_results(run)
     assert not run.folder.tensorboard("evaluate-quiet").exists()

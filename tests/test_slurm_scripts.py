@@ -110,22 +110,136 @@ def test_scripts_and_programs_choose_the_same_port_and_none_that_may_be_taken() 
     assert FIRST_PORT + NUM_PORTS <= 32768  # where Linux's ip_local_port_range starts
 
 
-def settings(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "slurm/settings.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+def settings(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "slurm/settings.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables})
 
 
 def test_settings_name_run_folder_signal_and_the_phases_a_configuration_needs() -> None:
     first, second = settings("configs/demo.yaml", "run.name=x", "deepspeed.stop_signal=USR1").stdout.splitlines()
     assert (first, second) == (str(ROOT / "runs" / "x"), "USR1")
     phases = settings("--phases", "configs/demo.yaml").stdout.splitlines()[2:]
-    base = "train_ar ar.phase=base ar.from_scratch=true"
-    denoiser = ["train_denoiser", "train_denoiser stage=rollout"]
-    assert phases == [base, "train_vae", "encode_latents", *denoiser, "train_ar ar.copy_fraction=0", "export", "evaluate"]
+    beside = "run.exclusive=false"
+    assert phases == [
+        "- train_ar ar.phase=base ar.from_scratch=true",
+        "0 train_vae",
+        "1 encode_latents",
+        "2 train_denoiser",
+        "3 train_denoiser stage=rollout",
+        f"0 train_ar ar.copy_fraction=0 {beside}",
+        "4 export",
+        f"6 evaluate evaluate.lane=ladir {beside}",
+        f"5 evaluate evaluate.lane=ar {beside}",
+        "7:8 table",
+    ]
+    assert all((ROOT / "slurm" / f"{phase.split()[1]}.sbatch").is_file() for phase in phases)
     phases = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]").stdout.splitlines()[2:]
-    assert phases == ["train_vae", "encode_latents", "train_denoiser", "train_denoiser stage=rollout", "export", "evaluate"]
+    ladir = ["train_vae", "encode_latents", "train_denoiser", "train_denoiser stage=rollout", "export", "evaluate"]
+    assert phases == [f"{number - 1 if number else '-'} {words}" for number, words in enumerate(ladir)]
     more = settings("--phases", "configs/gsm8k.yaml", "evaluate.methods=[ladir]", "rl.enabled=true").stdout.splitlines()[2:]
-    assert more == [*phases[:4], "train_rl", *phases[4:]]
-    assert all((ROOT / "slurm" / f"{phase.split()[0]}.sbatch").is_file() for phase in more)
+    assert [line.split(" ", 1)[1] for line in more] == [*ladir[:4], "train_rl", *ladir[4:]]
+
+
+def test_stage_3_of_the_baseline_stands_behind_it_and_ladirs_evaluation_waits_for_neither() -> None:
+    given = ("configs/gsm8k.yaml", "evaluate.methods=[ladir,ar-rl]", "rl.enabled=true", "rl.policy=text")
+    phases = settings("--phases", *given).stdout.splitlines()[2:]
+    assert phases[4:] == [
+        "- train_ar run.exclusive=false",
+        "4 train_rl",
+        "3 export",
+        "6 evaluate evaluate.lane=ladir run.exclusive=false",
+        "5 evaluate evaluate.lane=ar run.exclusive=false",
+        "7:8 table",
+    ]
+
+
+def test_snapshots_are_asked_beside_the_training_that_keeps_them() -> None:
+    kept = ("denoiser.train.snapshot_every=100", "ar.train.snapshot_every=200", "evaluate.methods=[ar,ladir]")
+    own = "--nodes=1 --gres=gpu:2 evaluate.num_questions=20"
+    phases = settings("--phases", "configs/gsm8k.yaml", *kept, SNAPSHOTS=own).stdout.splitlines()[2:]
+    assert [line for line in phases if "evaluate_snapshots" in line] == [
+        f"+2:denoiser evaluate_snapshots {own}",
+        f"+5:ar evaluate_snapshots {own}",
+    ]
+    assert phases[4] == "2 train_denoiser stage=rollout" and phases[7] == "4 export"  # nothing waits for them
+    named = "train_vae; train_denoiser; train_ar; evaluate_snapshots --nodes=1"
+    assert settings("--phases", "configs/gsm8k.yaml", kept[0], PHASES=named).stdout.splitlines()[-1].startswith("+1:denoiser ")
+    result = settings("--phases", "configs/gsm8k.yaml", SNAPSHOTS=own)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: SNAPSHOTS: no training of the chain keeps any")
+    result = settings("--phases", "configs/gsm8k.yaml", PHASES=named)
+    assert result.returncode == 2 and "no training before it keeps snapshots" in result.stderr
+    result = settings("--phases", "configs/gsm8k.yaml", *kept, SNAPSHOTS="evaluate.num_question=20")
+    assert result.returncode == 2 and result.stderr.count("unknown setting evaluate.num_question;") == 1
+
+
+def next_snapshots(*arguments: str, **variables: str) -> list[str]:
+    environment = {**os.environ, "SNAPSHOTS_OF": "", **variables}
+    command = [sys.executable, "slurm/snapshots.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+
+
+def test_every_snapshot_is_asked_once_under_a_name_of_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    for name in ("denoiser-20", "denoiser-100", "denoiser-best-7", "ar-20", "rollout-5", "denoiser-300"):
+        (run / "models" / name).mkdir(parents=True)
+        if name != "denoiser-300":  # its training is still at it
+            (run / f"outcome-{name}.json").write_text("{}")
+    given = ("configs/gsm8k.yaml", f"run.folder={tmp_path}", "run.name=a", "evaluate.methods=[ar,ladir,ladir-best,ar-greedy]")
+    of_denoiser = {"SNAPSHOTS_OF": "denoiser"}
+
+    def line(phase: str, step: int, methods: str) -> str:
+        own = f"evaluate.snapshot={step} evaluate.name={phase} evaluate.methods=[{methods}] evaluate.lane=all"
+        return f"{phase} {step} {own} run.exclusive=false"
+
+    assert next_snapshots(*given) == next_snapshots(*given, **of_denoiser) == [line("denoiser", 20, "ladir")]
+    assert next_snapshots(*given, SNAPSHOTS_OF="ar") == [line("ar", 20, "ar,ar-greedy")]
+    assert next_snapshots(*given, SNAPSHOTS_OF="rollout") == [line("rollout", 5, "ladir-rollout")]
+    failed = run / "slurm" / "failed-snapshots"
+    failed.parent.mkdir()
+    failed.write_text("denoiser 20 job 7 2026-01-01 00:00:00 an error\n")
+    assert next_snapshots(*given, **of_denoiser) == [line("denoiser", 100, "ladir")]
+    (run / "results-denoiser-100.json").write_text("{}")
+    assert next_snapshots(*given, **of_denoiser) == [line("denoiser", 20, "ladir")]
+    failed.write_text(2 * failed.read_text())
+    assert next_snapshots(*given, **of_denoiser) == []
+    assert next_snapshots("--given-up", *given, **of_denoiser) == ["denoiser 20"]
+    assert next_snapshots("--given-up", *given, SNAPSHOTS_OF="ar") == []
+    suite = [*given, "evaluate.suite=maths7", "evaluate.name=x"]
+    assert next_snapshots(*suite, SNAPSHOTS_OF="ar")[0].split()[3] == "evaluate.name=x-ar"
+    (run / "suite-x-ar-20.json").write_text("{}")
+    assert next_snapshots(*suite, SNAPSHOTS_OF="ar") == []
+
+
+def test_what_jobs_beside_a_job_save_is_none_of_its_progress(tmp_path: Path) -> None:
+    saved = {
+        "train_denoiser": ("checkpoints/rollout/latest", "outcome-denoiser-20.json", "latents/train.parts-1/3.json"),
+        "train_ar": ("checkpoints/ar/latest", "checkpoints/mine/latest", "outcome-ar-20.json"),
+        "evaluate evaluate.lane=ar": ("evaluation/answers-x/ar-12-float32/ar.00000.jsonl",),
+        "evaluate evaluate.lane=ladir": ("evaluation/answers/ladir-12-float32/ladir.00000.jsonl",),
+    }
+    program = 'source slurm/common.sh; entry=$1 lane=${2#evaluate.lane=}; echo "$(saved_so_far)"'
+
+    def marks() -> dict[str, str]:
+        environment = {**os.environ, "RUN_FOLDER": str(tmp_path)}
+        commands = {words: ["bash", "-c", program, "-", *words.split(), ""] for words in saved}
+        run = {words: subprocess.run(line, cwd=ROOT, env=environment, capture_output=True) for words, line in commands.items()}
+        return {words: done.stdout.decode() for words, done in run.items()}
+
+    before = marks()
+    for words, files in saved.items():
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text("something\n")
+            after = marks()
+            assert [name for name in saved if before[name] != after[name]] in ([words], ["train_denoiser", words])
+            assert file == "checkpoints/mine/latest" or before["train_denoiser"] == after["train_denoiser"] or "deno" in words
+            before = after
+
+
+def test_help_of_the_submission_names_its_variables() -> None:
+    told = subprocess.run(["slurm/submit.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("Queue the whole chain") and "PHASES " in told and "SNAPSHOTS " in told and "set -" not in told
 
 
 def test_a_chain_that_would_lack_its_test_records_in_the_end_is_refused_in_the_beginning() -> None:
@@ -337,7 +451,8 @@ def test_what_may_end_otherwise_goes_back_to_the_queue_and_what_must_be_mended_d
 )
 def test_whatever_a_phase_keeps_for_the_next_start_is_progress_and_what_is_half_written_is_not(file: str, tmp_path: Path) -> None:
     def mark() -> str:
-        command, environment = "source slurm/common.sh; saved_so_far", {**os.environ, "RUN_FOLDER": str(tmp_path)}
+        entry = "evaluate" if file.startswith("evaluation") else "train_vae"
+        command, environment = f"source slurm/common.sh; entry={entry}; saved_so_far", {**os.environ, "RUN_FOLDER": str(tmp_path)}
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         assert not done.stderr
         return done.stdout

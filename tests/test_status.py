@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from ladir.__main__ import main
@@ -42,7 +43,7 @@ from ladir.report.status import (
     read_status,
 )
 from tests.distributed import ProcessGroup
-from tests.toy_phase import ToyPhase, toy_config
+from tests.toy_phase import ToyBatch, ToyModel, ToyPhase, toy_config
 from training.runtime.distributed import World, start
 from training.runtime.files import try_lock, write_json
 from training.runtime.loop import train
@@ -101,7 +102,7 @@ def until_it_trains(folder: Path, process: multiprocessing.process.BaseProcess) 
             (job,) = read_status(folder).jobs
             if job.facts["process"] == process.pid and job.facts.get("seconds_left") and job.facts.get("checkpoint_step"):
                 return job
-        time.sleep(0.05)
+        time.sleep(0.2)
     pytest.fail("the training has ended")
 
 
@@ -345,7 +346,7 @@ def test_from_its_lock_on_a_job_is_what_the_status_speaks_of(tmp_path: Path, mon
 
 
 class Slow(nn.Linear):
-    """A linear layer whose products take ``seconds``."""
+    """A linear layer whose products take ``seconds``, or what comes behind them."""
 
     seconds = 0.0
 
@@ -354,8 +355,8 @@ class Slow(nn.Linear):
         return super().forward(inputs)
 
 
-def watch_ranks(world: World) -> tuple[list[dict[str, float]], list[dict[str, str]], list[str]]:
-    layer, watch, said = Slow(8, 8), RankWatch(world, 1.3), []
+def watch_ranks(world: World, sharded: bool) -> tuple[list[dict[str, float]], list[dict[str, str]], list[str]]:
+    layer, watch, said = Slow(8, 8), RankWatch(world, 1.3, sharded), []
     layer.seconds = 0.03 if world.rank == 1 else 0.001
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -363,21 +364,62 @@ def watch_ranks(world: World) -> tuple[list[dict[str, float]], list[dict[str, st
     rows = []
     for _ in range(4):
         watch.waited(0.5 * world.rank)
-        with watch.timed(layer):
+        with watch.timed(layer, 256.0):
             layer(torch.zeros(2, 8))
         rows.append(watch.figures(1.0 + world.rank, 2.0))
     logging.getLogger("training.runtime.ranks").removeHandler(handler)
     return [row[0] for row in rows], [row[1] for row in rows], said
 
 
-def test_the_slow_rank_has_a_name(two_processes: ProcessGroup) -> None:
-    (figures, names, said), (_, _, others) = two_processes.run(watch_ranks)
+@pytest.mark.parametrize("sharded", [True, False])
+def test_the_slow_rank_has_a_name(sharded: bool, two_processes: ProcessGroup) -> None:
+    (figures, names, said), (_, _, others) = two_processes.run(watch_ranks, sharded)
     for row, named in zip(figures, names, strict=True):
         assert (row["rank_slowest"], row["memory_gib"], row["memory_rank"], row["data_wait_worst"]) == (1.0, 2.0, 1.0, 0.25)
         assert (
             row["rank_slowdown"] > 1.3 and named["slow_rank"].startswith("rank 1 (") and named["memory_rank"].startswith("rank 1")
         )
+        assert named["data_wait_rank"].startswith("rank 1 (")
     assert len(said) == 1 and "rank 1 (" in said[0] and "is slow" in said[0] and not others
+    assert ("matrix products" if sharded else "forward passes") in said[0]
+
+
+class SlowPasses(ToyModel):
+    """Its passes take long outside of its layers."""
+
+    def forward(self, batch: ToyBatch) -> dict[str, torch.Tensor]:
+        time.sleep(0.2)
+        return super().forward(batch)
+
+
+def train_with_a_slow_rank(world: World, folder: Path, stage: int) -> list[str]:
+    phase, said = ToyPhase(), list[str]()
+    if world.rank == 1:
+        phase.model.__class__ = SlowPasses
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("training.runtime.ranks").addHandler(handler)
+    config = toy_config(folder, stage, max_steps=8)
+    config.telemetry.loggers = ["tensorboard"]
+    with open_run(config, "ar", world) as run:
+        train(run, phase)
+    logging.getLogger("training.runtime.ranks").removeHandler(handler)
+    return said
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_slow_rank_of_a_training_is_named_in_log_record_board_and_status(
+    stage: int, two_processes: ProcessGroup, tmp_path: Path
+) -> None:
+    """Both ranks' steps take equally long: one waits for the other in the collectives."""
+    said, _ = two_processes.run(train_with_a_slow_rank, tmp_path, stage)
+    run = tmp_path / "toy"
+    rows = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "rank_slowest" in row]
+    assert rows and {row["rank_slowest"] for row in rows} == {1.0} and min(row["rank_slowdown"] for row in rows) > 1.3
+    assert len([line for line in said if line.startswith("rank 1 (") and "forward passes" in line]) == 1
+    events = EventAccumulator(str(run / "tensorboard" / "ar")).Reload()
+    assert {event.value for event in events.Scalars("5 speed/ar/rank_slowest")} == {1.0}
+    assert any(line.startswith("  slowest: rank 1 (") for line in lines(read_status(run)))
 
 
 def test_a_rank_is_slow_beside_the_median_one() -> None:

@@ -157,6 +157,12 @@ class EvaluateSettings:
     snapshot: int | None = setting(
         None, "ask the models of this training step (train.snapshot_every) in place of the finished ones; results-<step>.json"
     )
+    lane: str = setting(
+        "all",
+        "which rows a job asks; ladir or ar: those of these models alone, whose answers it keeps, so that two jobs ask side by "
+        "side (run.exclusive=false); table: none, it writes the table of what both have kept; all: everything",
+        ("all", "ladir", "ar", "table"),
+    )
     methods: list[str] = setting(
         [
             "ar-greedy",

@@ -20,8 +20,8 @@ class TelemetrySettings:
     status_every_seconds: float = setting(5.0, "seconds between two writings of status.json, which python -m ladir status reads")
     slow_rank_factor: float = setting(
         1.3,
-        "a rank whose matrix products take so many times as long as the median rank's, in three log lines on end, is named in a "
-        "warning (not measured where backbone.compile=true)",
+        "a rank whose own forward passes (ZeRO-3, where they wait for others: matrix products) take so many times as long as the "
+        "median rank's, in three log lines on end, is named in a warning",
     )
     profile_steps: list[int] = setting(
         [],
@@ -33,8 +33,9 @@ class TelemetrySettings:
     )
     memory_events: int = setting(
         0,
-        "where a GPU's memory runs out in a training, memory/<phase> says what lay in it (pytorch.org/memory_viz); this many "
-        "allocations before that are told with the code that made them, which costs a little time; 0: none",
+        "where a GPU's memory runs out, in a training, an evaluation or elsewhere, memory/<phase> says what lay in it "
+        "(pytorch.org/memory_viz); this many allocations before that are told with the code that made them, which costs a little "
+        "time; 0: none",
     )
     samples: int = setting(4, "held-out samples shown in TensorBoard (text, histograms, pictures) at validations; 0: none")
     samples_share: float = setting(

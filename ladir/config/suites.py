@@ -22,7 +22,7 @@ _RULES: Mapping[str, Mapping[str, Any]] = {"theoremqa": {"evaluate.tolerance": 0
 
 #: settings that a data set may have of its own (by section), and those in these sections that are the evaluation's
 _OWN_SECTIONS = ("data.", "evaluate.", "sample.")
-_SHARED = ("evaluate.suite", "evaluate.suite_folder", "evaluate.name", "evaluate.snapshot", "evaluate.methods", "evaluate.split")
+_SHARED = tuple(f"evaluate.{name}" for name in ("suite", "suite_folder", "name", "snapshot", "methods", "lane", "split"))
 
 
 @dataclass(frozen=True)

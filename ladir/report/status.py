@@ -162,12 +162,19 @@ def _squeue(numbers: Iterable[str]) -> dict[str, tuple[str, str]] | None:
 
 def lines(status: RunStatus) -> list[str]:
     """Everything, in lines for people."""
-    found = [line for job in status.jobs for line in _job_lines(job)]
+    told = [job for job in status.jobs if not _is_behind(job, status.jobs)]
+    found = [line for job in told for line in _job_lines(job)]
     done = {job.facts["phase"] for job in status.jobs}
     before = [words for words in status.finished if words.split(" (")[0] not in done]
+    before += [job.lane.removeprefix("-") for job in status.jobs if _is_behind(job, status.jobs)]
     if before:
         found.append(f"finished: {', '.join(before)}")
     return [printable(line) for line in [*found, *_in_slurm(status)]]
+
+
+def _is_behind(job: JobStatus, jobs: Sequence[JobStatus]) -> bool:
+    """Whether it is one of many that are finished, as an evaluation of a snapshot, behind which there were others."""
+    return bool(job.lane) and job.state == FINISHED and job.facts["phase"] == "evaluate" and job is not jobs[-1]
 
 
 def _in_slurm(status: RunStatus) -> list[str]:
@@ -242,6 +249,8 @@ def _job_lines(job: JobStatus) -> Iterator[str]:
         yield f"  restarts: {facts['starts'] - 1}"
     if facts.get("slow_rank"):
         yield f"  slowest: {facts['slow_rank']}"
+    if facts.get("data_wait_rank") and facts.get("data_wait"):
+        yield f"  waits longest for data: {facts['data_wait_rank']}"
     number = f", job {facts['job']}" if facts.get("job") else ""
     many = f", {facts['ranks']} processes" if facts["ranks"] > 1 else ""
     yield f"  process {facts['process']} on {facts['host']}{number}{many}, {_period(job)}"

@@ -168,12 +168,15 @@ def running_cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def _host_names() -> Iterator[None]:
-    before = HOSTS.read_text()
-    HOSTS.write_text(before.rstrip("\n") + "\n" + "".join(f"{address} {name}\n" for name, address in NODES.items()))
+    own = [f"{address} {name}" for name, address in NODES.items()]
+    HOSTS.write_text("\n".join([*HOSTS.read_text().splitlines(), *own]) + "\n")
     try:
         yield
     finally:
-        HOSTS.write_text(before)
+        lines = HOSTS.read_text().splitlines()
+        for line in own:  # once each: another cluster may need the same
+            lines.remove(line)
+        HOSTS.write_text("\n".join(lines) + "\n")
 
 
 def _start(cluster: Cluster) -> None:

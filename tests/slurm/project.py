@@ -41,7 +41,7 @@ class Project:
         """A chain through submit.sh: job ids by phase."""
         result = self.cluster.run("slurm/submit.sh", *SIZE, CONFIG, *self.settings(name), *settings, **variables)
         jobs = re.findall(r"^job (\d+)  (\S+)(.*)", result.stdout, re.MULTILINE)
-        named = {"from_scratch": "base", "stage=rollout": "rollout"}
+        named = {"from_scratch": "base", "stage=rollout": "rollout", "lane=ar": "evaluate ar", "lane=ladir": "evaluate ladir"}
         return {next((name for word, name in named.items() if word in rest), entry): job for job, entry, rest in jobs}
 
     def finish(self, job: str) -> None:
@@ -94,17 +94,26 @@ class Project:
         """Wait until a process of the job exists; it is still loading its libraries then."""
         self.cluster.until(lambda: bool(list(self.folder.glob(f"*/logs/ranks/*-{job}-rank-*.log"))), "a rank to start", job)
 
-    def rank(self, name: str, rank: int) -> psutil.Process:
-        """The process of a rank of a run."""
+    def rank(self, name: str, rank: int, job: str | None = None) -> psutil.Process:
+        """The process of a rank of a run, of this ``job`` where several are at work in it."""
         for process in psutil.process_iter():
             try:
                 environment, command = process.environ(), process.cmdline()
             except psutil.Error:
                 continue
             mine = environment.get("RUN_FOLDER") == str(self.folder / name) and environment.get("RANK") == str(rank)
+            mine = mine and job in (None, environment.get("SLURM_JOB_ID"))
             if mine and command and "python" in command[0]:
                 return process
         raise AssertionError(f"no process of rank {rank} of run {name}")
+
+    def table(self, name: str, label: str = "") -> tuple[list[dict[str, Any]], str]:
+        """The rows of an evaluation without what they took, and its judged answers."""
+        run = self.folder / name
+        rows = json.loads((run / f"results{label}.json").read_text())["rows"]
+        times = [time for time in rows[0] if "seconds" in time]
+        kept = [{key: value for key, value in row.items() if key not in times} for row in rows]
+        return kept, (run / f"generations{label}.jsonl").read_text()
 
     def weights(self, name: str, phase: str) -> dict[str, bytes]:
         """The files of a finished model's weights."""

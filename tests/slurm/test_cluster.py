@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -85,9 +86,9 @@ def test_a_batch_that_32_gpus_cannot_share_is_refused_and_with_the_remedy_the_ch
     accepted = cluster.run(*command, f"{remedy[1]}={remedy[2]}")
     entries = dict(re.findall(r"^job (\d+)  (\S+)", accepted.stdout, re.MULTILINE))
     assert cluster.known() == before | entries.keys()
-    on_gpus = ",".join(job for job, entry in entries.items() if entry != "export")
+    on_gpus = ",".join(job for job, entry in entries.items() if entry not in ("export", "table"))
     waiting = cluster.run("squeue", "--noheader", f"--jobs={on_gpus}", "--format=%T %D %b").stdout.splitlines()
-    assert waiting == ["PENDING 4 gres:gpu:8"] * 6
+    assert waiting == ["PENDING 4 gres:gpu:8"] * 7
     cluster.run("scancel", *entries)
 
 
@@ -119,7 +120,8 @@ def test_a_job_that_cannot_work_ends_at_once_in_one_line(
 
 
 def test_the_chain_leaves_everything_in_the_run_folder(chain: dict[str, str], project: Project) -> None:
-    assert list(chain) == ["base", "train_vae", "encode_latents", "train_denoiser", "rollout", "train_ar", "export", "evaluate"]
+    ladir = ["train_vae", "encode_latents", "train_denoiser", "rollout"]
+    assert list(chain) == ["base", *ladir, "train_ar", "export", "evaluate ladir", "evaluate ar", "table"]
     run = project.folder / "first"
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["ar-greedy", "ladir", "ladir-rollout"]
@@ -137,6 +139,70 @@ def test_the_chain_leaves_everything_in_the_run_folder(chain: dict[str, str], pr
     assert "2 node(s) x 1 process(es), torchrun" in project.log(job)
     steps = project.losses("first", "vae")
     assert list(steps) == list(range(1, max(steps) + 1))
+
+
+def test_both_lanes_go_on_at_once_and_their_table_is_that_of_one_job(chain: dict[str, str], project: Project) -> None:
+    """The baseline waits for none of LaDiR's phases.  Of the two that ask, one is stopped and the other's rank is killed."""
+    begun = {phase: project.cluster.job(job)["StartTime"] for phase, job in chain.items()}
+    assert begun["train_ar"] < begun["encode_latents"]
+    project.finish(project.submit("evaluate", "first", "evaluate.name=one"))
+    expected = project.table("first", "-one")
+    assert project.table("first") == expected
+    asking = [f"evaluate evaluate.lane={lane} run.exclusive=false" for lane in ("ladir", "ar")]
+    phases = "; ".join([*asking, "table"])
+    jobs = project.submit_chain("first", "evaluate.name=two", PHASES=phases, STOP_SECONDS="60")
+    ladir, ar = jobs["evaluate ladir"], jobs["evaluate ar"]
+    for job in (ladir, ar):
+        project.started(job)
+    project.cluster.run("scancel", "--signal=USR2", ladir)
+    project.rank("first", 1, ar).kill()
+    for job in (ladir, ar):
+        project.restarted(job, 1)
+    assert project.cluster.state(jobs["table"]) == "PENDING"
+    for job in jobs.values():
+        project.finish(job)
+    assert project.table("first", "-two") == expected
+    assert not (project.folder / "first" / "evaluation").exists()
+
+
+def test_snapshots_are_asked_while_their_training_goes_on_each_once_and_without_harm(
+    chain: dict[str, str], project: Project
+) -> None:
+    """The training is frozen behind its first snapshot: what asks it is stopped, comes back, and waits without GPUs.
+
+    Another snapshot cannot be asked: it is given up, the rest is not.
+    """
+    cluster, name, run = project.cluster, "beside", project.folder / "beside"
+    settings = ("denoiser.train.max_steps=12", "denoiser.train.snapshot_every=4", "evaluate.questions_per_batch=1")
+    phases, own = "train_denoiser --nodes=1; export", "--nodes=1 evaluate.num_questions=4"
+    for part in ("models/vae", "latents"):
+        shutil.copytree(project.folder / "first" / part, run / part)
+    jobs = project.submit_chain(name, *settings, PHASES=phases, SNAPSHOTS=own, SNAPSHOT_SECONDS="1")
+    assert list(jobs) == ["train_denoiser", "evaluate_snapshots", "export"]
+    training, asking = jobs["train_denoiser"], jobs["evaluate_snapshots"]
+    cluster.until(lambda: (run / "outcome-denoiser-4.json").is_file(), "the first snapshot", training)
+    process = project.rank(name, 0, training)
+    process.suspend()
+    broken = run / "models" / "denoiser-2"
+    broken.mkdir()
+    (run / "outcome-denoiser-2.json").write_text((run / "outcome-denoiser-4.json").read_text())
+    project.started(asking)
+    cluster.run("scancel", "--signal=USR2", asking)
+    cluster.until(lambda: (run / "results-denoiser-4.json").is_file(), "its results", asking)
+    assert not (run / "outcome-denoiser-8.json").exists()
+    cluster.until(lambda: "the next look is in 1 seconds" in project.log(asking), "it to wait", asking)
+    restarts = int(cluster.job(asking)["Restarts"])
+    project.restarted(asking, restarts + 2)
+    process.resume()
+    project.finish(training)
+    assert cluster.wait(asking) == "FAILED"
+    project.finish(jobs["export"])
+    log = project.log(asking)
+    assert "given up after two failures each: denoiser 2; " in log
+    assert {path.name for path in run.glob("results*")} == {"results-denoiser-4.json", "results-denoiser-8.json"}
+    assert log.count("evaluate finished: 4 questions") == 2
+    assert log.count("step 2 of denoiser was not asked") == 2
+    assert {path.name for path in (run / "tensorboard").glob("evaluate*")} == {"evaluate-denoiser-snapshots"}
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "srun"])

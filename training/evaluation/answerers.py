@@ -18,8 +18,18 @@ from ladir.inference.asking import Ask, Watch
 from ladir.inference.cost import Cost, count_cost
 from ladir.inference.decode import Between, between_tokens
 from ladir.models.backbone import Backbone
-from ladir.models.folders import load_backbone, question_frame, reads_questions_both_ways
-from ladir.models.verifier import belongs_to
+from ladir.models.folders import (
+    load_backbone,
+    load_denoiser,
+    load_thought_decoder,
+    load_vae,
+    question_frame,
+    reads_questions_both_ways,
+    vae_folder,
+)
+from ladir.models.pairing import TrainedOn, adapter_base, check_tokenizer
+from ladir.models.store import load_settings
+from ladir.models.verifier import belongs_to, load_verifier
 from ladir.reasoner import Reasoner, Trajectory
 from ladir.tokens import decode_text, load_tokenizer
 from training.evaluation.rows import questions_at_a_time, stage_of
@@ -75,9 +85,29 @@ def load_answerers(
     if model.startswith("ar"):
         return ar_answerers(configs, folder, samplings, device, stage_of(model), give_way)
     denoiser = stage_folder(folder, stage_of(model), config.evaluate.snapshot)
-    verifier = verifier_of(folder, denoiser)
-    reasoner = Reasoner.from_pretrained(folder.export, device, config.backbone.attention, denoiser=denoiser, verifier=verifier)
+    load = _exported if folder.export.is_dir() else _trained
+    reasoner = load(config, folder, denoiser, device)
     return [{sampling: ladir_answerer(config, reasoner, sampling, give_way) for sampling in samplings} for config in configs]
+
+
+def _exported(config: Config, folder: RunFolder, denoiser: Path | None, device: torch.device) -> Reasoner:
+    """The export, or ``denoiser`` in place of its own."""
+    verifier = verifier_of(folder, denoiser)
+    return Reasoner.from_pretrained(folder.export, device, config.backbone.attention, denoiser=denoiser, verifier=verifier)
+
+
+def _trained(config: Config, folder: RunFolder, denoiser: Path | None, device: torch.device) -> Reasoner:
+    """A snapshot with the run's VAE, while there is no export (whether they belong together was looked at before)."""
+    assert denoiser is not None  # else the run was not ready
+    vae, backbone, tokenizer = vae_folder(denoiser, folder.model("vae")), config.backbone, load_tokenizer(config.backbone)
+    trained_on = TrainedOn.of(load_settings(denoiser, "denoiser"))
+    check_tokenizer(trained_on, tokenizer, adapter_base(denoiser) or denoiser, denoiser)
+    model, _ = load_denoiser(denoiser, backbone, device)
+    decoder = load_thought_decoder(vae, backbone, device)
+    encoder = load_vae(vae, backbone, device, encoder_only=True) if config.sample.reencode else None
+    found = verifier_of(folder, denoiser)
+    verifier = None if found is None else load_verifier(found, device)
+    return Reasoner(model, decoder, tokenizer, config.sample, encoder, trained_on, verifier=verifier)
 
 
 def verifier_of(folder: RunFolder, denoiser: Path | None) -> Path | None:

@@ -21,12 +21,17 @@ from training.evaluation.rows import GREEDY, model_of, questions_at_a_time
 from training.runtime.alarm import APART_MINUTES, Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.preemption import BrokenOff
+from training.runtime.profiling import when_full
 from training.runtime.run import Run
 from training.runtime.status import Pace
 from training.runtime.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
+_FULL = (
+    "Lower evaluate.questions_per_batch (greedy rows: greedy_questions_per_batch; results do not change), then "
+    "evaluate.num_trajectories."
+)
 #: as many portions of several batches every rank has at least, so that none waits long for another's last
 _PORTIONS = 4
 
@@ -100,6 +105,11 @@ class Busy:
     ranks: list[float]
 
 
+def together(busy: Sequence[Busy]) -> Busy:
+    """Of jobs that asked side by side: the longest one's seconds, and the ranks of all, each with its share of its own job's."""
+    return Busy(max((one.seconds for one in busy), default=0.0), [share for one in busy for share in one.ranks])
+
+
 def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> Busy | None:
     """Add all answers to the logs; None when a signal asked to stop: portions that are done are kept, those under way are not."""
     left, tickets, alarm = portions(run, benchmarks, samplings), Tickets(run.world), Alarm(run.world, run.stop)
@@ -114,7 +124,8 @@ def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> 
             answerer = models.answerer(portion)
             told.taken(number)
             begun = time.perf_counter()
-            answered = _answer(benchmark.task, judges, records, answerer, run.world.rank, alarm.give_way)
+            with when_full(_FULL):
+                answered = _answer(benchmark.task, judges, records, answerer, run.world.rank, alarm.give_way)
         except BrokenOff:
             break  # what is answered again is answered in the same company
         benchmark.log.add(portion.sampling, dict(zip(portion.batch, answered, strict=True)))

@@ -1,4 +1,6 @@
-"""What loggers are told of an evaluation; TensorBoard's HPARAMS get a row: settings that are not the defaults, what came out."""
+"""What loggers are told of an evaluation: TensorBoard's HPARAMS get a row, settings that are not the defaults and what came out;
+those of a training's snapshots are one curve over its steps.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,17 @@ def passes(row: Mapping[str, Any]) -> dict[str, float]:
 
 def draw_results(run: Run) -> None:
     """Tell the loggers of an evaluation; what they cannot take is still in its files."""
-    label, names = f"evaluate{evaluation_label(run.config.evaluate)}", run.config.telemetry.loggers
+    snapshot, names = run.config.evaluate.snapshot, run.config.telemetry.loggers
     if not names:
         return
+    whole = dataclasses.replace(run.config.evaluate, snapshot=None)
+    label = f"evaluate{evaluation_label(whole)}{'' if snapshot is None else '-snapshots'}"
     rows = read_results(result_files(run)[0])["rows"]
     rates = [(name, rate, _step(run, row["method"])) for row in rows for name, rate in passes(row).items()]
-    if "tensorboard" in names:
+    if "tensorboard" in names and snapshot is None:
         _draw_row(run, label, rates)
+    elif "tensorboard" in names and snapshot is not None:
+        _draw_point(run, label, snapshot, rates)
     others = Loggers(run, label, [name for name in names if name != "tensorboard"])
     for rate in rates:
         _tell(others, *rate)
@@ -81,6 +87,21 @@ def _draw_row(run: Run, label: str, rates: Sequence[tuple[str, float, int]]) -> 
                 writer.file_writer.add_summary(summary)
             for name, rate, step in rates:
                 writer.add_scalar(name, rate, step)
+    except OSError as error:
+        logger.warning("TensorBoard's files cannot be written (%s): make room; this evaluation is not shown there", error)
+
+
+def _draw_point(run: Run, label: str, snapshot: int, rates: Sequence[tuple[str, float, int]]) -> None:
+    """The curve of a training's snapshots gets those of one more step, in place of what an earlier evaluation said of it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder, ending = run.folder.tensorboard(label), f".step-{snapshot}"
+    try:
+        for file in folder.glob(f"*{ending}"):
+            file.unlink(missing_ok=True)
+        with SummaryWriter(str(folder), filename_suffix=ending) as writer:
+            for name, rate, _ in rates:
+                writer.add_scalar(name, rate, snapshot)
     except OSError as error:
         logger.warning("TensorBoard's files cannot be written (%s): make room; this evaluation is not shown there", error)
 

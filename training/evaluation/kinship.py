@@ -29,6 +29,10 @@ def check_export(run: Run, methods: Sequence[str]) -> None:
 def _problem(run: Run, models: Sequence[str], give_way: GiveWay) -> str:
     snapshot = run.config.evaluate.snapshot
     try:
+        if not run.folder.export.is_dir():  # of snapshots, which then have the run's own VAE
+            for model in models:
+                _check_trained(run.folder, run.folder.model(run.folder.snapshot(stage_of(model), snapshot)), give_way)
+            return ""
         _check_is_current(run.folder, give_way)
         vae = run.folder.export / DECODER_FOLDER
         others = [stage_folder(run.folder, stage_of(model), snapshot) for model in models]
@@ -51,6 +55,13 @@ def _check_is_current(folder: RunFolder, give_way: GiveWay) -> None:
             raise UnusableError(
                 f"{folder.export} was made before {model} was trained anew: run training/export.py, then the same command again"
             )
+
+
+def _check_trained(folder: RunFolder, denoiser: Path, give_way: GiveWay) -> None:
+    """UnusableError where a denoiser was trained on latents of another VAE than the run's."""
+    vae = vae_folder(denoiser, folder.model("vae"))
+    fingerprint = folder_fingerprint(vae, "vae", partial(known_sha256, give_way=give_way))
+    check_vae(TrainedOn.of(load_settings(denoiser, "denoiser")), fingerprint, denoiser, vae)
 
 
 def _check_pair(denoiser: Path, vae: Path) -> None:

@@ -10,7 +10,8 @@ from ladir.config import Config
 from ladir.data.rows import EXTENSIONS
 from ladir.models.exports import VERIFIER_FOLDER
 from training.evaluation.answerers import verifier_of
-from training.evaluation.rows import PHASES, SCORED, model_of, sampling_of, stage_of
+from training.evaluation.rows import PHASES, SCORED, is_asked, model_of, sampling_of, stage_of
+from training.runtime.chain import LANES
 from training.runtime.run import Run, RunFolder
 from training.runtime.stages import stage_folder
 
@@ -22,12 +23,13 @@ OPTIONAL = ("rollout", "rl", "ar-rl")
 
 
 def ready_methods(run: Run, asked: Mapping[str, Config]) -> list[str]:
-    """The rows of the table that can be filled: all, or all but those of the later stages that were not trained.
+    """The rows of the table that can be filled: all of the job's lane, or all but those of later stages that were not trained.
 
     ``asked``: the settings of every data set by its name in a suite.  Raises FileNotFoundError with a line for everything else
     that is missing: models, their snapshots, the files of questions.
     """
-    methods = [method for method in run.config.evaluate.methods if _is_trained(run, method)]
+    settings = run.config.evaluate
+    methods = [method for method in settings.methods if is_asked(settings, method) and _is_trained(run, method)]
     files = (problem for name, config in asked.items() for problem in _missing_file(name, config))
     problems = [*files, *_missing_models(run, methods)] if run.world.is_main else None
     if problems := run.world.broadcast(problems):
@@ -69,16 +71,21 @@ def _missing_models(run: Run, methods: Sequence[str]) -> Iterator[str]:
     rows: dict[str, list[str]] = {}
     for method in methods:
         rows.setdefault(model_of(sampling_of(method)[0]), []).append(method)
-    if not methods:
-        yield "evaluate.methods: nothing is left to ask; run training/train_denoiser.py stage=rollout, or name other rows"
+    settings = run.config.evaluate
+    # Of a lane that has rows, each of a stage that was not trained, there is nothing to do: the table has none of them either.
+    if not methods and not (settings.lane in LANES and any(is_asked(settings, method) for method in settings.methods)):
+        lane = f" in evaluate.lane={settings.lane}" if settings.lane in LANES else ""
+        yield f"evaluate.methods: nothing is left to ask{lane}; run training/train_denoiser.py stage=rollout, or name other rows"
     if "ar" in rows and step is None and not folder.model("ar").is_dir():
         yield _lacking(rows["ar"], folder.model("ar"), "training/train_ar.py")
     denoisers = [method for model in ("ladir", *OPTIONAL) if not model.startswith("ar") for method in rows.get(model, [])]
-    if denoisers and not folder.export.is_dir():
+    if denoisers and not folder.export.is_dir() and step is None:
         yield _lacking(denoisers, folder.export, "training/export.py (behind the trainings)")
     elif "ladir" in rows and step is None and (first := stage_folder(folder, "denoiser", None)) and not first.is_dir():
         yield _lacking(rows["ladir"], first, "training/train_denoiser.py")
-    elif folder.export.is_dir():
+    elif denoisers and not folder.export.is_dir() and not folder.model("vae").is_dir():
+        yield _lacking(denoisers, folder.model("vae"), "training/train_vae.py")
+    else:
         for model in sorted(rows.keys() & {"ladir", "rollout", "rl"}):
             yield from _missing_verifier(folder, model, rows[model], step)
     if step is not None:

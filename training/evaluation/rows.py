@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ladir.config import EvaluateSettings
 from ladir.evaluation.voting import RULES
+from training.runtime.chain import LANES
 
 #: phases behind a model's row besides the base LM
 PHASES = {
@@ -20,6 +21,20 @@ SCORED = ("best", "weighted")
 
 #: samplings of one answer per question, without randomness
 GREEDY = ("ar-greedy", "ladir-zero-noise")
+
+
+#: asks nothing: writes what the lanes have kept
+TABLE = "table"
+
+
+def lane_of(sampling: str) -> str:
+    """The lane that asks it."""
+    return "ar" if model_of(sampling).startswith("ar") else "ladir"
+
+
+def is_asked(settings: EvaluateSettings, method: str) -> bool:
+    """Whether a row of the table is the present job's to fill."""
+    return settings.lane not in LANES or settings.lane == lane_of(sampling_of(method)[0])
 
 
 def questions_at_a_time(settings: EvaluateSettings, greedy: bool) -> int:

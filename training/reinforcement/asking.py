@@ -22,6 +22,7 @@ from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.distributed import World, until
 from training.runtime.preemption import BrokenOff
+from training.runtime.profiling import when_full
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Asker:
             for batch in batches:
                 try:
                     start = time.perf_counter()  # all that the tokenizer does is done here: it is not for two threads
-                    tries = self.sampler([records[i] for i in batch], seed, steps, give_way)
+                    with when_full("Lower rl.questions_per_batch (results do not change), then rl.group."):
+                        tries = self.sampler([records[i] for i in batch], seed, steps, give_way)
                     self._sampling += time.perf_counter() - start
                     coming.append((batch, judge.submit(self._judge, tries, give_way)))
                 except UnusableError as caught:

@@ -23,6 +23,11 @@ class Step:
         return " ".join((self.entry, *self.settings))
 
 
+#: what may go on side by side: LaDiR's trainings and the asking of its models, and those of the AR baseline
+LANES = ("ladir", "ar")
+#: phases whose models of a training step (train.snapshot_every) can be asked
+SNAPSHOT_PHASES = ("denoiser", "rollout", "rl", "ar", "ar-rl")
+
 #: settings by which a step is told from others of the same entry point: the next one does not inherit them
 OWN_SETTINGS = ("stage", "ar.phase", "ar.from_scratch", "ar.copy_fraction")
 
@@ -38,11 +43,37 @@ def chain(config: Config, also: str = "") -> list[Step]:
     joint = ("stage=joint",) if config.stage == "joint" else ()
     wanted_second = (config.rollout.enabled and config.stage != "joint") or also == "rollout"
     second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if wanted_second else []
-    third = [Step("rl", "train_rl")] if config.rl.enabled or also == "rl" else []
+    text = config.rl.policy == "text"  # it goes on from the baseline
+    reinforced = Step("ar-rl" if text else "rl", "train_rl")
+    third = [reinforced] if config.rl.enabled or also == reinforced.phase else []
     first = Step("denoiser", "train_denoiser", joint)
-    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), first, *second, *third]
+    ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), first, *second, *([] if text else third)]
     judging = [Step("verifier", "train_verifier")] if config.verifier.enabled else []
+    baseline += third if text else []
     return [*base, *ladir, *judging, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
+
+
+def side_by_side(config: Config) -> list[Step]:
+    """:func:`chain` for a queue of jobs, where both lanes may be trained and asked at the same time."""
+    *steps, evaluate = chain(config)
+    beside = ("run.exclusive=false",)
+    found = [Step(step.phase, step.entry, step.settings + beside) if step.phase == "ar" else step for step in steps]
+    if len(lanes_of(config, evaluate)) < len(LANES):
+        return [*found, evaluate]
+    asking = [Step(evaluate.phase, evaluate.entry, (f"evaluate.lane={lane}", *beside)) for lane in LANES]
+    return [*found, *asking, Step("evaluate", "table")]
+
+
+def lanes_of(config: Config, step: Step) -> tuple[str, ...]:
+    """The lanes that ``step``, under its own settings, is part of: what it needs and makes."""
+    if step.entry in ("evaluate", "table"):
+        if config.evaluate.lane in LANES:
+            return (config.evaluate.lane,)
+        rows = {"ar" if method.startswith("ar") else "ladir" for method in config.evaluate.methods}
+        return tuple(lane for lane in LANES if lane in rows)
+    if step.entry == "train_ar" and config.ar.phase != "ar":  # the LM that everything stands on
+        return LANES
+    return ("ar",) if step.entry == "train_ar" or step.phase == "ar-rl" else ("ladir",)
 
 
 def following(config: Config, phase: str, finished: Callable[[str], bool]) -> Step | None:

@@ -31,7 +31,7 @@ from training.runtime.heartbeat import GRADIENTS_COMPUTED, SAMPLES_READ, Heartbe
 from training.runtime.host_room import HostRoom
 from training.runtime.meters import LossSums, Meters
 from training.runtime.phase import Batch, Measured, OnPolicy, Phase
-from training.runtime.profiling import MemorySnapshot, Ranges, StepProfiler
+from training.runtime.profiling import Ranges, StepProfiler, when_full
 from training.runtime.ranks import RankWatch
 from training.runtime.run import Outcome, Run
 from training.runtime.sampler import DataOrder, micro_batch_size
@@ -113,11 +113,9 @@ class Trainer:
         self._heartbeat = Heartbeat(run.world, run.phase)
         self.clock = Clock(run.world, deepspeed, self._heartbeat)
         telemetry = run.config.telemetry
-        self._ranks = RankWatch(run.world, telemetry.slow_rank_factor)
+        self._ranks = RankWatch(run.world, telemetry.slow_rank_factor, sharded=self.engine.stage == 3)
         self._profiler = StepProfiler(telemetry.profile_steps, run.folder.profile(run.phase), run.world)
         self.ranges = Ranges(telemetry.nvtx)
-        snapshot = run.folder.memory_snapshot(run.phase, run.world.rank)
-        self._memory = MemorySnapshot(telemetry.memory_events, snapshot, run.world.device)
         self._pace = Pace()
         self._flops_per_token: dict[str, float] = {}
         self._peak = 0.0
@@ -165,15 +163,12 @@ class Trainer:
         if self.world.device.type == "cuda":
             self._heartbeat.watch()
         try:
-            yield
+            with when_full(f"Lower {self.run.phase}'s micro_batch (results do not change), or see ds_configs/README.md."):
+                yield
         except Exception as error:
             if isinstance(error, RuntimeError) and is_lost_rank(error):
                 raise self._heartbeat.rank_lost(error) from error
             error.add_note(f"This happened in {self._heartbeat.where()}.")
-            if isinstance(error, torch.OutOfMemoryError):
-                error.add_note(f"Lower {self.run.phase}'s micro_batch (results do not change), or see ds_configs/README.md.")
-                for note in self._memory.dumped():
-                    error.add_note(note)
             raise
         finally:
             self._heartbeat.end()
@@ -253,7 +248,7 @@ class Trainer:
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The engine's forward pass; the FLOPs per token of the first batch of a kind stand for all of it (MFU)."""
         if batch.kind in self._flops_per_token:
-            with self._ranks.timed(self.engine.model):
+            with self._ranks.timed(self.engine.model, self._flops_per_token[batch.kind] * batch.num_tokens):
                 outputs = self.engine.forward(batch)
         else:
             with counted_flops(self.engine.model) as count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 _NOTHING = nullcontext()
+#: says of an error that somebody has named a remedy
+_REMEDIED = "remedied"
 
 
 class Ranges:
@@ -40,6 +42,16 @@ class MemorySnapshot:
         if events and self._on_cuda:
             torch.cuda.memory._record_memory_history(max_entries=events)
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Where memory runs out inside, the error says what lay in it."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            for note in self.dumped():
+                error.add_note(note)
+            raise
+
     def dumped(self) -> Iterator[str]:
         """Write the file; what to say of it, if anything."""
         if not self._on_cuda:
@@ -54,6 +66,18 @@ class MemorySnapshot:
             f"What lay in memory: {self._file} (open it at pytorch.org/memory_viz; telemetry.memory_events=100000 also tells "
             "which code allocated it)."
         )
+
+
+@contextmanager
+def when_full(remedy: str) -> Iterator[None]:
+    """What is to be done where memory runs out inside, unless something further in has said so."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not getattr(error, _REMEDIED, False):
+            error.add_note(remedy)
+            setattr(error, _REMEDIED, True)
+        raise
 
 
 class StepProfiler:

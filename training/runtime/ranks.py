@@ -1,7 +1,8 @@
-"""Which rank holds the others up: how fast each one's matrix products are, how long it waits for data, how much memory it takes.
+"""Which rank holds the others up: how fast each one computes, how long it waits for data, how much memory it takes.
 
-A step takes as long as its slowest rank does, and with sharded weights every rank spends that time, since the others wait in the
-collectives inside the passes.  So what is timed is what no rank waits in: the linear layers' own products in a forward pass.
+A step takes as long as its slowest rank does, and every rank spends that time, since the others wait for it in the collectives.
+So what is timed is what no rank waits in: the forward passes, in which there is no collective; with sharded weights, which are
+gathered inside the passes, the linear layers' own products in one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ _IN_A_ROW = 3  # log lines on end that name the same rank, before it is warned o
 
 @dataclass(frozen=True)
 class Slowest:
-    """The rank whose products take longest, and how many times the median rank's time they take."""
+    """The rank that takes longest for the same work, and how many times the median rank's time that is."""
 
     rank: int
     factor: float
@@ -36,11 +37,14 @@ class Slowest:
 class RankWatch:
     """What the ranks of a training say of themselves between two log lines.  Made by all ranks together."""
 
-    def __init__(self, world: World, warn_factor: float) -> None:
-        """``warn_factor``: a rank is warned of that takes so many times as long as the median one, several times on end."""
-        self._world, self._warn_factor = world, warn_factor
+    def __init__(self, world: World, warn_factor: float, sharded: bool) -> None:
+        """``warn_factor``: a rank is warned of that takes so many times as long as the median one, several times on end.
+
+        ``sharded``: the passes gather weights, and wait for the other ranks.
+        """
+        self._world, self._warn_factor, self._sharded = world, warn_factor, sharded
         self.names: list[str] = world.gather(name_of(world))
-        self._products = Products(world.device)
+        self._own = self._nothing()
         self._wait = 0.0
         self._suspect, self._times = -1, 0
 
@@ -48,31 +52,35 @@ class RankWatch:
         """This rank waited so long for its batch."""
         self._wait += seconds
 
-    @contextmanager
-    def timed(self, model: nn.Module) -> Iterator[None]:
-        """The forward pass inside is timed, where it is the first since the last log line.
+    def timed(self, model: nn.Module, flops: float) -> AbstractContextManager[None]:
+        """The forward pass inside, of so many operations, is timed.
 
-        Not where there is one rank, which no other waits for, nor of compiled layers, which would be compiled anew for it.
+        Not where there is one rank, which no other waits for.  With sharded weights it is but the first since the last log line,
+        and none of compiled layers, which would be compiled anew for it.
         """
-        if self._world.size == 1 or self._products or any(part._compiled_call_impl is not None for part in model.modules()):
-            yield
-            return
-        with self._products.measured(model):
-            yield
+        if self._world.size == 1:
+            return nullcontext()
+        if isinstance(self._own, Passes):
+            return self._own.measured(flops)
+        compiled = any(part._compiled_call_impl is not None for part in model.modules())
+        return nullcontext() if self._own or compiled else self._own.measured(model)
+
+    def _nothing(self) -> Passes | Products:
+        return Products(self._world.device) if self._sharded else Passes(self._world.device)
 
     def figures(self, memory_gib: float, seconds: float) -> tuple[dict[str, float], dict[str, str]]:
         """Of all ranks since the last time, ``seconds`` ago (collective): figures by name, and names of ranks by what they are.
 
         ``memory_gib``: this rank's; the figure is the worst rank's.
         """
-        own = (self._products.seconds_per_tflop(), self._wait, memory_gib)
-        self._products, self._wait = Products(self._world.device), 0.0
+        own = (self._own.seconds_per_tflop(), self._wait, memory_gib)
+        self._own, self._wait = self._nothing(), 0.0
         times, waits, memory = zip(*self._world.gather(own), strict=True)
         fullest = max(range(len(memory)), key=memory.__getitem__)
         if self._world.size == 1:
             return {"memory_gib": memory[0]}, {}
         figures = {"memory_gib": memory[fullest], "memory_rank": float(fullest), "data_wait_worst": max(waits) / seconds}
-        names = {"memory_rank": self.names[fullest]}
+        names = {"memory_rank": self.names[fullest], "data_wait_rank": self.names[max(range(len(waits)), key=waits.__getitem__)]}
         if (slowest := slowest_rank(times)) is not None:
             figures |= {"rank_slowest": float(slowest.rank), "rank_slowdown": slowest.factor}
             names["slow_rank"] = f"{self.names[slowest.rank]}, {slowest.factor:.2f} times the median"
@@ -86,9 +94,10 @@ class RankWatch:
         self._suspect = slowest.rank
         if self._times == _IN_A_ROW and self._world.is_main:
             logger.warning(
-                "%s is slow: its matrix products take %.2f times as long as the median rank's, and every rank waits for it; look "
-                "at that device (clock, temperature, other processes) or leave its node out",
+                "%s is slow: its own %s take %.2f times as long as the median rank's, and every rank waits for it; look at that "
+                "device (clock, temperature, other processes) or leave its node out",
                 self.names[slowest.rank],
+                "matrix products" if self._sharded else "forward passes",
                 slowest.factor,
             )
 
@@ -102,17 +111,49 @@ def slowest_rank(times: tuple[float | None, ...]) -> Slowest | None:
     return Slowest(slowest, known[slowest] / statistics.median_low(known))
 
 
-class Products:
-    """Time and FLOPs of linear layers in one forward pass; on a GPU by its own clock, without waiting for it."""
+class Spans:
+    """Time of what no rank waits in, and the operations in it; on a GPU by its own clock, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._flops = 0
+        self._flops = 0.0
         self._spans: list[tuple[Any, Any]] = []
 
     def __bool__(self) -> bool:
         """Whether something was measured."""
         return bool(self._spans)
+
+    def seconds_per_tflop(self) -> float | None:
+        """None where nothing was measured."""
+        if not self._flops:
+            return None
+        if self._cuda:
+            self._spans[-1][1].synchronize()
+            return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3 / (self._flops / 1e12)
+        return sum(end - start for start, end in self._spans) / (self._flops / 1e12)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Passes(Spans):
+    """Whole forward passes, with whatever keeps a GPU waiting for its process."""
+
+    @contextmanager
+    def measured(self, flops: float) -> Iterator[None]:
+        """The forward pass inside counts."""
+        start = self._now()
+        yield
+        self._spans.append((start, self._now()))
+        self._flops += flops
+
+
+class Products(Spans):
+    """The linear layers of one forward pass."""
 
     @contextmanager
     def measured(self, model: nn.Module) -> Iterator[None]:
@@ -132,22 +173,6 @@ class Products:
                 hooks.callback(layer.register_forward_pre_hook(before).remove)
                 hooks.callback(layer.register_forward_hook(after).remove)
             yield
-
-    def seconds_per_tflop(self) -> float | None:
-        """None where nothing was measured."""
-        if not self._flops:
-            return None
-        if self._cuda:
-            self._spans[-1][1].synchronize()
-            return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3 / (self._flops / 1e12)
-        return sum(end - start for start, end in self._spans) / (self._flops / 1e12)
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def name_of(world: World) -> str:

@@ -30,10 +30,12 @@ from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
 from training.runtime.alarm import give_way, stop_agreed
 from training.runtime.alone import GiveWay, alone, unbroken
+from training.runtime.chain import LANES
 from training.runtime.distributed import World
 from training.runtime.files import digests_kept, publish_folder, read_json, try_lock, write_json, write_text
 from training.runtime.inputs import input_digests
 from training.runtime.preemption import BrokenOff, StopRequest
+from training.runtime.profiling import MemorySnapshot
 from training.runtime.status import Status
 from training.runtime.topology import section_of, train_settings
 
@@ -190,7 +192,7 @@ class Run:
         """Set where the phase was asked to stop, and waits to be continued."""
         self.given: Sequence[str] = ()
         """The settings of the command line, as they were written, --config first."""
-        self._lock: TextIO | None = None
+        self._locks: list[TextIO] = []
         self._changes: dict[str, list[Any]] = {}
         self.status = Status(phase, world.size)
 
@@ -271,18 +273,19 @@ class Run:
         owner = f"phase {self.phase}, process {os.getpid()} on {platform.node()}"
         if job := os.environ.get("SLURM_JOB_ID"):
             owner = f"{owner}, job {job}"
-        file = self.folder.lock(self._locked_lane())
         end, waiting = time.monotonic() + LOCK_SECONDS, False
-        while (lock := try_lock(file, owner)) is None:
-            other = file.read_text(encoding="utf-8")
-            if time.monotonic() > end:
-                return f"{self.folder.path} is in use by {other}: wait for it or end it, then start the same command again"
-            if not waiting:
-                logger.info("%s is in use by %s: waiting at most %.0f seconds", self.folder.path, other, LOCK_SECONDS)
-            waiting = True
-            give_way()
-            time.sleep(0.5)
-        self._lock = lock
+        for lane in dict.fromkeys([self._locked_lane(), *self._asked_lanes()]):
+            file = self.folder.lock(lane)
+            while (lock := try_lock(file, owner)) is None:
+                other = file.read_text(encoding="utf-8")
+                if time.monotonic() > end:
+                    return f"{self.folder.path} is in use by {other}: wait for it or end it, then start the same command again"
+                if not waiting:
+                    logger.info("%s is in use by %s: waiting at most %.0f seconds", self.folder.path, other, LOCK_SECONDS)
+                waiting = True
+                give_way()
+                time.sleep(0.5)
+            self._locks.append(lock)
         return ""
 
     def _locked_lane(self) -> str:
@@ -292,18 +295,32 @@ class Run:
         """What else may go on in the folder beside this job is in another lane.
 
         The AR baseline reads and writes nothing that LaDiR's phases do, but metrics.jsonl, which several may write; an evaluation
-        that has a label writes under it.
+        that has a label writes under it, and that of a lane its answers alone.
         """
         if self.phase == self.config.ar.phase:
             return self.phase
-        label = evaluation_label(self.config.evaluate) if self.phase == "evaluate" else ""
-        return f"evaluate{label}" if label else ""
+        if self.phase != "evaluate":
+            return ""
+        label, lane = evaluation_label(self.config.evaluate), self.config.evaluate.lane
+        return f"evaluate{label}.{lane}" if lane in LANES else f"evaluate{label}" if label else ""
+
+    @property
+    def lane(self) -> str:
+        """What the job's own files are named after: no other job that is at work in the folder has the same."""
+        return self._lane() or self.phase
+
+    def _asked_lanes(self) -> list[str]:
+        """Which answers this job adds or takes: no two jobs do so with the same."""
+        if self.phase != "evaluate":
+            return []
+        label, lane = evaluation_label(self.config.evaluate), self.config.evaluate.lane
+        return [f"evaluate{label}.{name}" for name in ([lane] if lane in LANES else LANES)]
 
     def release(self) -> None:
         """Let other jobs into the run folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for lock in self._locks:
+            lock.close()
+        self._locks = []
 
     def _conflict(self, inputs: dict[str, str]) -> str:
         """What differs from the settings and ``inputs`` this phase was started with, where it left work behind."""
@@ -362,7 +379,7 @@ class Run:
         self.interrupted = True
         self.status.stopped()
         if self.world.is_main:
-            shared = [self.folder.interrupted] if self._lock is not None else []  # else it is another job's
+            shared = [self.folder.interrupted] if self._locks else []  # else it is another job's
             own = os.environ.get("INTERRUPTED_MARK")
             for mark in (*shared, *([Path(own)] if own else [])):
                 write_text(mark, f"{self.phase}\n")
@@ -415,7 +432,9 @@ def open_run(config: Config, phase: str, world: World) -> Iterator[Run]:
             with run.status:  # from here on it speaks of this job
                 run.prepare()
                 seed_everything(config.run.seed, phase)
-                yield run
+                file, events = run.folder.memory_snapshot(run.lane, world.rank), config.telemetry.memory_events
+                with MemorySnapshot(events, file, world.device).explained():
+                    yield run
     except BrokenOff:
         run.interrupt()
         raise

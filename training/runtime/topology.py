@@ -179,7 +179,7 @@ def _number(text: str) -> int | None:
 
 def step_problems(config: Config, step: Step, topology: Topology) -> Iterator[str]:
     """Why ``step`` of a chain cannot start there."""
-    if step.entry == "export":  # one process
+    if step.entry in ("export", "table"):  # one process
         return
     processes, cpus = topology.processes, topology.cpus
     if topology.has_gpus and cpus is not None and processes is not None and cpus < (least := CPUS_PER_PROCESS * processes):
