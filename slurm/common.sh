@@ -17,7 +17,7 @@ fail() {
 # NEEDS is "gpus" (one process per GPU) or "cpu" (one process in all).
 run_phase() {
     local needs=$2
-    entry=$1
+    entry=$1 lane=''
     shift 2
     [ $# -gt 0 ] || fail "$entry: no configuration; submit: sbatch slurm/$entry.sbatch configs/NAME.yaml [section.key=value ...]"
     local config=$1
@@ -76,14 +76,17 @@ next_snapshots() {
     where_python_is python slurm/snapshots.py "$@"
 }
 
-# One job at a time looks for the snapshots of a phase, so that none is asked twice.  It lets go when this script ends.
+# One job at a time looks for the snapshots of a phase, and none beside one that looks for those of all, so that none is asked
+# twice.  It lets go when this script ends.
 keep_others_out() {
     FAILED_SNAPSHOTS=$RUN_FOLDER/slurm/failed-snapshots
-    local status=0
-    exec 9>"$RUN_FOLDER/slurm/.snapshots-${SNAPSHOTS_OF:-all}.lock"
-    flock --wait 60 9 || status=$?
+    local locks=$RUN_FOLDER/slurm/.snapshots share=--exclusive status=0
+    [ -z "${SNAPSHOTS_OF:-}" ] || share=--shared
+    exec 8<>"$locks.lock" 9<>"$locks-${SNAPSHOTS_OF:-all}.lock"
+    { flock "$share" --wait 60 8 && flock --wait 60 9; } || status=$?
     if [ "$status" -eq 1 ]; then # anything else: the file system knows no locks
         echo "$entry: another job asks these snapshots"
+        ! is_under_way "${TRAINING_JOB:-}" || wait_for_snapshots # the other one may not wait for those to come
         exit 0
     fi
 }
@@ -94,7 +97,7 @@ ask_snapshot() {
     read -r -a words <<<"$1"
     echo "$(date '+%F %T') $SLURM_JOB_NAME, job $SLURM_JOB_ID, start $((restarts + 1)): step ${words[1]} of ${words[0]}," \
         "$NODES node(s) x $PROCESSES process(es), $LAUNCHER"
-    start_step evaluate --config "${@:2}" "${words[@]:2}" 9>&- || status=$?
+    start_step evaluate --config "${@:2}" "${words[@]:2}" 8>&- 9>&- || status=$?
     [ "$status" -ne 0 ] || return 0
     read_blame
     if [ -e "$INTERRUPTED_MARK" ] || [ "$status" -eq "$INTERRUPTED_STATUS" ] || ! [[ $kind =~ ^(refused|fault)$ ]]; then
@@ -127,6 +130,7 @@ is_short_of_time() {
 # Back to the queue, which is no restart without progress.
 wait_for_snapshots() {
     local seconds=${SNAPSHOT_SECONDS:-600}
+    end_if_cancelled "job $TRAINING_JOB goes on"
     echo "$(date '+%F %T') $entry: job $TRAINING_JOB goes on; the next look is in $seconds seconds"
     echo '0 waits' >"$RUN_FOLDER/slurm/restarts-$SLURM_JOB_ID"
     rm -f "$STARTED" # no node was lost
@@ -278,8 +282,12 @@ saved_so_far() {
         ls tokens/*/index.json
         wc -c gold.json
         case ${entry:-} in
-            evaluate | evaluate_snapshots | table) wc -c evaluation/*/"${lane:-}"*/*.jsonl ;;
-            train_ar) saved_models | grep -Ev "^((checkpoints/|outcome-)($NOT_AR)|latents/|judged/)" ;;
+            evaluate) wc -c evaluation/*/"${lane:-}"*/*.jsonl ;;
+            evaluate_snapshots) # where the results are, the answers are gone
+                ls results*-"${SNAPSHOTS_OF:-}"*.json suite*-"${SNAPSHOTS_OF:-}"*.json
+                wc -c evaluation/*-"${SNAPSHOTS_OF:-}"*/*/*.jsonl
+                ;;
+            train_ar) saved_models | grep -Ev "^(checkpoints/($NOT_AR)/|outcome-($NOT_AR)(-[0-9]+)?\.json|latents/|judged/)" ;;
             *) saved_models | grep -Ev '^(checkpoints/ar/|outcome-ar(-[0-9]+)?\.json)' ;;
         esac
     } 2>/dev/null | { cksum | tr ' ' -; } || true
@@ -337,11 +345,7 @@ finish() {
         [ "$max_crashes" -gt "$most" ] || most=$max_crashes limit=MAX_CRASHES
     fi
     rm -f "$INTERRUPTED_MARK" "$FAILURE_MARK"
-    # A job that somebody has cancelled is not RUNNING any more and stays cancelled.
-    if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
-        echo "$entry: $what; this job was cancelled, submit it again to continue"
-        exit 1
-    fi
+    end_if_cancelled "$what"
     rm -f "$STARTED"
     [ "$(saved_so_far)" != "$mark" ] || [ "$idle_restarts" -lt "$most" ] ||
         fail "$entry: ${what% and saved} before anything more was saved, and $limit=$most is used up; submit it again to continue"
@@ -351,6 +355,14 @@ finish() {
     scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
     leave_out_bad_nodes
     exit 0
+}
+
+# A job that somebody has cancelled is not RUNNING any more and stays cancelled.
+end_if_cancelled() {
+    if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+        echo "$entry: $1; this job was cancelled, submit it again to continue"
+        exit 1
+    fi
 }
 
 # Kinds of failures, as training/runtime/failures.py tells them apart.

@@ -27,7 +27,7 @@ from ladir.config import Config
 from ladir.config.loader import ConfigError, load_config
 from ladir.errors import UnusableError
 from training.evaluation.rows import is_asked
-from training.runtime.chain import SNAPSHOT_PHASES, Step, lanes_of, side_by_side
+from training.runtime.chain import LANES, SNAPSHOT_PHASES, Step, lanes_of, side_by_side
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config
 from training.runtime.topology import (
     MEMORY_UNKNOWN,
@@ -143,7 +143,10 @@ def _own_rows(config: Config) -> Config:
 
 
 def begins(jobs: Sequence[Asked]) -> Iterator[str]:
-    """When each begins: behind the last ones of its lanes, or beside the training before it."""
+    """When each begins: behind the last ones of its lanes, or beside the training before it.
+
+    One of the baseline's that keeps others out of the run's folder (run.exclusive) is beside none.
+    """
     last: dict[str, int] = {}
     for number, job in enumerate(jobs):
         if job.step.entry == SNAPSHOT_JOB:
@@ -151,6 +154,8 @@ def begins(jobs: Sequence[Asked]) -> Iterator[str]:
             yield f"+{trained}:{jobs[trained].step.phase}"
             continue
         lanes = lanes_of(job.config, job.step)
+        if "ar" in lanes and job.config.run.exclusive:
+            lanes = LANES
         yield ":".join(map(str, sorted({last[lane] for lane in lanes if lane in last}))) or "-"
         last |= dict.fromkeys(lanes, number)
 

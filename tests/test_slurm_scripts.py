@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -145,12 +146,28 @@ def test_stage_3_of_the_baseline_stands_behind_it_and_ladirs_evaluation_waits_fo
     phases = settings("--phases", *given).stdout.splitlines()[2:]
     assert phases[4:] == [
         "- train_ar run.exclusive=false",
-        "4 train_rl",
+        "4 train_rl run.exclusive=false",
         "3 export",
         "6 evaluate evaluate.lane=ladir run.exclusive=false",
         "5 evaluate evaluate.lane=ar run.exclusive=false",
         "7:8 table",
     ]
+
+
+def test_who_keeps_others_out_of_the_folder_is_queued_beside_none() -> None:
+    """Two jobs that want the folder for themselves at the same time: one would be refused."""
+
+    def begins(phases: str, methods: str = "[ar,ladir]") -> list[str]:
+        given = ("configs/gsm8k.yaml", f"evaluate.methods={methods}", "rollout.enabled=false")
+        return [line.split()[0] for line in settings("--phases", *given, PHASES=phases).stdout.splitlines()[2:]]
+
+    phases = "train_vae; encode_latents; train_denoiser; train_ar; export; evaluate"
+    assert begins(phases) == ["-", "0", "1", "2", "3", "3:4"]
+    assert begins(phases.replace("train_ar", "train_ar run.exclusive=false")) == ["-", "0", "1", "-", "2", "3:4"]
+    lanes = "evaluate evaluate.lane=ladir; evaluate evaluate.lane=ar; table"
+    assert begins(lanes) == ["-", "0", "1"]
+    assert begins(lanes.replace(";", " run.exclusive=false;")) == ["-", "-", "0:1"]
+    assert begins("", "[ar]") == ["-", "0", "1", "-", "2", "3:4"]
 
 
 def test_snapshots_are_asked_beside_the_training_that_keeps_them() -> None:
@@ -214,7 +231,7 @@ def test_every_snapshot_is_asked_once_under_a_name_of_its_own(tmp_path: Path) ->
 def test_what_jobs_beside_a_job_save_is_none_of_its_progress(tmp_path: Path) -> None:
     saved = {
         "train_denoiser": ("checkpoints/rollout/latest", "outcome-denoiser-20.json", "latents/train.parts-1/3.json"),
-        "train_ar": ("checkpoints/ar/latest", "checkpoints/mine/latest", "outcome-ar-20.json"),
+        "train_ar": ("checkpoints/ar/latest", "checkpoints/rl-mine/latest", "outcome-ar-20.json"),
         "evaluate evaluate.lane=ar": ("evaluation/answers-x/ar-12-float32/ar.00000.jsonl",),
         "evaluate evaluate.lane=ladir": ("evaluation/answers/ladir-12-float32/ladir.00000.jsonl",),
     }
@@ -233,7 +250,7 @@ def test_what_jobs_beside_a_job_save_is_none_of_its_progress(tmp_path: Path) -> 
             (tmp_path / file).write_text("something\n")
             after = marks()
             assert [name for name in saved if before[name] != after[name]] in ([words], ["train_denoiser", words])
-            assert file == "checkpoints/mine/latest" or before["train_denoiser"] == after["train_denoiser"] or "deno" in words
+            assert file == "checkpoints/rl-mine/latest" or before["train_denoiser"] == after["train_denoiser"] or "deno" in words
             before = after
 
 
@@ -407,16 +424,21 @@ SCONTROL = """#!/bin/sh
 """
 
 
-def crash(folder: Path, failure: str, saved: str = "", idle: int = 0) -> tuple[int, str]:
-    """Status and output of a batch script whose step has failed, with a scontrol that only tells."""
+def with_scontrol(folder: Path, state: str) -> None:
+    """A scontrol that only tells, of jobs in this state."""
     scontrol = folder / "bin" / "scontrol"
     scontrol.parent.mkdir(exist_ok=True)
     scontrol.write_text(SCONTROL)
     scontrol.chmod(0o755)
-    (folder / "state").write_text("RUNNING\n")
+    (folder / "state").write_text(f"{state}\n")
+
+
+def crash(folder: Path, failure: str, saved: str = "", idle: int = 0) -> tuple[int, str]:
+    """Status and output of a batch script whose step has failed, with a scontrol that only tells."""
+    with_scontrol(folder, "RUNNING")
     facts = {"RUN_FOLDER": str(folder), "SLURM_JOB_ID": "7", "STOP_SIGNAL": "USR2"}
     facts |= {"IDLE": str(idle), "FAILURE": failure, "SAVED": saved}
-    environment = {**os.environ, "PATH": f"{scontrol.parent}:{os.environ['PATH']}", **facts}
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **facts}
     done = subprocess.run(["bash", "-c", CRASH], cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -447,11 +469,13 @@ def test_what_may_end_otherwise_goes_back_to_the_queue_and_what_must_be_mended_d
         "evaluation/answers/1/ladir.00000.jsonl",
         "gold.json",
         "outcome-vae.json",
+        "results-denoiser-20.json",
     ],
 )
 def test_whatever_a_phase_keeps_for_the_next_start_is_progress_and_what_is_half_written_is_not(file: str, tmp_path: Path) -> None:
     def mark() -> str:
-        entry = "evaluate" if file.startswith("evaluation") else "train_vae"
+        entries = {"evaluation": "evaluate", "results-denoiser-20.json": "evaluate_snapshots"}
+        entry = entries.get(file.partition("/")[0], "train_vae")
         command, environment = f"source slurm/common.sh; entry={entry}; saved_so_far", {**os.environ, "RUN_FOLDER": str(tmp_path)}
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         assert not done.stderr
@@ -465,6 +489,42 @@ def test_whatever_a_phase_keeps_for_the_next_start_is_progress_and_what_is_half_
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text("1")
     assert mark() != before and mark() == mark()
+
+
+LOOK = """
+source slurm/common.sh
+flock() { command flock "${@/60/0}"; }
+entry=evaluate_snapshots STARTED=$RUN_FOLDER/slurm/started-7
+mkdir -p "$RUN_FOLDER/slurm"
+keep_others_out
+echo looks
+wait_for_snapshots
+"""
+
+
+def look(folder: Path, state: str = "RUNNING", training: str = "5", phase: str = "denoiser") -> tuple[int, bool, bool]:
+    """Status of a job that finds no snapshot, whether it could look at all, and whether it went back to the queue."""
+    with_scontrol(folder, state)
+    facts = {"RUN_FOLDER": str(folder), "SLURM_JOB_ID": "7", "STOP_SIGNAL": "USR2"}
+    facts |= {"TRAINING_JOB": training, "SNAPSHOTS_OF": phase}
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **facts}
+    done = subprocess.run(["bash", "-c", LOOK], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, "looks" in done.stdout, (folder / "state").read_text() == "PENDING\n"
+
+
+def test_a_job_that_waits_for_snapshots_leaves_none_to_another_that_does_not_and_stays_cancelled(tmp_path: Path) -> None:
+    assert look(tmp_path) == look(tmp_path, phase="") == (0, True, True)
+    assert look(tmp_path, state="COMPLETING") == (1, True, False)
+    with (tmp_path / "slurm" / ".snapshots.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a job for all phases
+        assert look(tmp_path) == (0, False, True)
+        assert look(tmp_path, training="") == (0, False, False)
+        fcntl.flock(held, fcntl.LOCK_SH)  # as one for another phase
+        assert look(tmp_path) == (0, True, True)
+        assert look(tmp_path, training="", phase="") == (0, False, False)
+    with (tmp_path / "slurm" / ".snapshots-denoiser.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert look(tmp_path) == (0, False, True)
 
 
 def test_a_node_that_failed_twice_is_left_out_by_the_job_and_by_those_of_its_chain_that_wait(tmp_path: Path) -> None:

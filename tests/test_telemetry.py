@@ -407,7 +407,7 @@ def test_jobs_that_write_other_files_may_share_a_folder_where_that_is_wished(run
         return open_run(config, phase, ALONE)
 
     others = [opened("ar"), opened("evaluate", name="long"), opened("evaluate", snapshot=20), opened("evaluate", snapshot=30)]
-    with opened("denoiser"), others[0], others[1], others[2], others[3]:
+    with opened("denoiser"), opened("ar-rl"), others[0], others[1], others[2], others[3]:
         for taken in (opened("evaluate", name="long"), opened("evaluate", snapshot=20), opened("evaluate"), opened("vae")):
             with pytest.raises(RunConflict, match="is in use by phase"):
                 taken.__enter__()

@@ -15,8 +15,8 @@ class RunSettings:
     seed: int = setting(0, "seed of initialisation, data order, noise and sampling")
     exclusive: bool = setting(
         True,
-        "keep other jobs out of the run's folder; false: train_ar.py, and evaluations with a name, of a snapshot or of one lane "
-        "(evaluate.lane), may work in it beside LaDiR's phases and one another",
+        "keep other jobs out of the run's folder; false: train_ar.py, train_rl.py with rl.policy=text, and evaluations with a "
+        "name, of a snapshot or of one lane (evaluate.lane), may work in it beside LaDiR's phases and one another",
     )
     allow_changes: list[str] = setting(
         [],

@@ -57,7 +57,7 @@ def side_by_side(config: Config) -> list[Step]:
     """:func:`chain` for a queue of jobs, where both lanes may be trained and asked at the same time."""
     *steps, evaluate = chain(config)
     beside = ("run.exclusive=false",)
-    found = [Step(step.phase, step.entry, step.settings + beside) if step.phase == "ar" else step for step in steps]
+    found = [Step(step.phase, step.entry, step.settings + beside) if step.phase in ("ar", "ar-rl") else step for step in steps]
     if len(lanes_of(config, evaluate)) < len(LANES):
         return [*found, evaluate]
     asking = [Step(evaluate.phase, evaluate.entry, (f"evaluate.lane={lane}", *beside)) for lane in LANES]

@@ -294,10 +294,10 @@ class Run:
     def _lane(self) -> str:
         """What else may go on in the folder beside this job is in another lane.
 
-        The AR baseline reads and writes nothing that LaDiR's phases do, but metrics.jsonl, which several may write; an evaluation
-        that has a label writes under it, and that of a lane its answers alone.
+        The AR baseline and its stage 3 read and write nothing that LaDiR's phases do, but metrics.jsonl, which several may write;
+        an evaluation that has a label writes under it, and that of a lane its answers alone.
         """
-        if self.phase == self.config.ar.phase:
+        if self.phase in (self.config.ar.phase, "ar-rl"):
             return self.phase
         if self.phase != "evaluate":
             return ""
