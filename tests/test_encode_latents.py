@@ -15,6 +15,7 @@ from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from tests.distributed import ProcessGroup
 from training.phases import latents as encode_latents
+from training.phases.tokens import Tokens
 from training.runtime.distributed import World
 from training.runtime.run import Run, RunFolder
 
@@ -48,8 +49,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Ten records of one to three blocks, in place of a file's; any VAE folder has the fingerprint ``vae``."""
     made = [SimpleNamespace(question=[i], blocks=[[i, b] for b in range(1 + i % 3)], answer=[i, i]) for i in range(10)]
-    stored = SimpleNamespace(records=lambda named: made)
-    monkeypatch.setattr(encode_latents, "Tokens", lambda config, world, tokenizer, stop: stored)
+    monkeypatch.setattr(Tokens, "records", lambda tokens, named: made)
     monkeypatch.setattr(encode_latents, "fingerprint", lambda *of: "vae")
     monkeypatch.setattr(encode_latents, "_check_lengths", lambda *arguments: None)
     monkeypatch.setattr(encode_latents, "load_tokenizer", lambda backbone: TOKENIZER)
@@ -120,6 +120,21 @@ def test_latents_of_other_records_are_made_again(tmp_path: Path, monkeypatch: py
     file.write_text("two")
     RunFolder(load_config(None, [f"run.folder={tmp_path}"])).outcome_file("latents").unlink()
     assert encode(tmp_path, monkeypatch)[1].sentences > 0
+
+
+def test_latents_of_a_hub_set_go_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:
+    """Which a run keeps as it has read it first, until its note of it is gone."""
+    now = ["a" * 40]
+    monkeypatch.setattr("training.phases.tokens.hub_commit", lambda name: name.partition("@")[2] or now[0])
+
+    def sentences(name: str) -> int:
+        return encode(tmp_path, monkeypatch, settings=[f"data.train={name}"])[1].sentences
+
+    assert sentences("some/set") > 0
+    now[0] = "b" * 40
+    assert sentences("some/set") == 0
+    (RunFolder(load_config(None, [f"run.folder={tmp_path}"])).path / "hub-commits.json").unlink()
+    assert sentences("some/set") > 0 and sentences("some/set") == 0
 
 
 def test_damaged_latents_are_made_again(

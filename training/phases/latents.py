@@ -32,7 +32,7 @@ from training.phases.tokens import Tokens
 from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
-from training.runtime.files import digests, read_json, remove_folder, write_json
+from training.runtime.files import read_json, remove_folder, write_json
 from training.runtime.run import Outcome, Run, RunFolder
 from training.runtime.stages import fingerprint
 from training.runtime.status import Pace
@@ -72,13 +72,14 @@ def encode_split(
     False when a signal asked to stop: the parts that are written wait for the next start.
     """
     target = run.folder.latents / name
-    source = run.alone(lambda give_way: _source(run, named, give_way))
+    tokens = Tokens(run.config, run.world, tokenizer, run.stop)
+    source = run.alone(lambda give_way: _source(run, tokens.contents(named, give_way)))
     if source is None:
         return False
     if run.world.on_main(lambda: _is_current(run, name, watch.mark, source)):
         return True
     watch.used = True
-    records = Tokens(run.config, run.world, tokenizer, run.stop).records(named)
+    records = tokens.records(named)
     assert records is not None  # something is named
     _check_lengths(run, vae, records)
     form = _form(run, vae)
@@ -107,10 +108,10 @@ def _form(run: Run, vae: Vae) -> LatentForm:
     return LatentForm(settings.latent_dim, settings.latents_per_block, run.config.latents.dtype, logvar=sampled)
 
 
-def _source(run: Run, named: str | Sequence[str], give_way: GiveWay) -> str:
-    """Stands for the records of the files (of Hub ids: their names) as the settings read them."""
+def _source(run: Run, contents: Sequence[str]) -> str:
+    """Stands for the records of files with such :meth:`~training.phases.tokens.Tokens.contents` as the settings read them."""
     settings = {name: value for name, value in dataclasses.asdict(run.config.data).items() if name not in _ASIDE}
-    facts = [*digests(data_files(named), give_way), settings]
+    facts = [*contents, settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

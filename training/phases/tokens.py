@@ -86,6 +86,10 @@ class Tokens:
 
         return stored_chains(self._made("chains", key, [], make))
 
+    def contents(self, named: str | Sequence[str], give_way: GiveWay) -> list[str]:
+        """What stands for the content of the files that a setting names, of Hub sets as this run reads them (rank 0)."""
+        return digests(self._at_their_commits(data_files(named)), give_way)
+
     def _open(
         self,
         kind: str,
