@@ -171,11 +171,14 @@ def measured_peak(model: nn.Module, batch: Any) -> int:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("phase", "variant"), [("vae", "full"), ("vae", "lora"), ("denoiser", "full"), ("rollout", "full"), ("ar", "full")]
+    ("phase", "variant"),
+    [("vae", "full"), ("vae", "lora"), ("denoiser", "full"), ("joint", "full"), ("rollout", "full"), ("ar", "full")],
 )
 def test_activations_are_within_a_fifth_of_a_measured_peak(phase: str, variant: str, checkpointing: str, attention: str) -> None:
     config = tiny_config(variant, attention=attention)
     config.rollout.num_steps = 4
+    if phase == "joint":
+        phase, config.stage = "denoiser", "joint"
     trace = trace_rollout if phase == "rollout" else trace_training
     planned = trace(meta_model(config, phase, checkpointing), micro_batch(config, phase, LENGTHS, 3, VOCAB)).peak_bytes
     model = real_model(config, phase, checkpointing).train()
@@ -749,6 +752,33 @@ def test_what_does_not_fit_is_refused_what_nearly_fits_is_warned_of_and_the_reme
     assert verdict(config, Step("export", "export"), Topology(1, 2, gpu_gib=0.01)) == Verdict()
     for own in (Step("base", "train_ar", ("ar.phase=base",)), Step("latents", "encode_latents"), Step("vae", "train_vae")):
         assert verdict(config, own, Topology(1, 2, gpu_gib=0.0001)).refused.startswith(f"{own.words}: takes ")
+
+
+def test_joint_training_is_planned_with_its_vae() -> None:
+    """What it holds is what both hold; what is stored is what is trained; a second stage is no part of it."""
+    config = tiny_config()
+    config.plan.samples = 1000
+    machine = Machine(Topology(1, 2, gpu_gib=80.0))
+    apart = Planner(config, machine)
+    vae, denoiser = apart.training("vae"), apart.training("denoiser")
+    config.stage = "joint"
+    planned = {one.phase: one for one in Planner(config, machine).predictions()}
+    joint = planned["denoiser"]
+    assert "rollout" not in planned and joint.setup.startswith("with the VAE, ")
+    for item in ("weights", "frozen", "gradients", "optimizer"):
+        both = getattr(vae.holdings, item) + getattr(denoiser.holdings, item)
+        assert getattr(joint.holdings, item) == pytest.approx(both, abs=256), item  # partitions are padded
+    assert joint.model_folder == vae.model_folder + denoiser.model_folder
+    assert joint.seconds > denoiser.seconds and joint.read_bytes < denoiser.read_bytes
+    step = Step("denoiser", "train_denoiser", ("stage=joint",))
+    assert verdict(config, step, Topology(1, 2, gpu_gib=denoiser.holdings.resident / GIB)).refused.startswith(step.words)
+
+
+def test_what_is_not_planned_is_said_to_be_so() -> None:
+    config = tiny_config()
+    config.rl.policy = "text"
+    found = verdict(config, Step("ar-rl", "train_rl"), Topology(1, 2, gpu_gib=0.0001))
+    assert found == Verdict(unknown="train_rl: stage 3 of the AR baseline (rl.policy=text) is not planned")
 
 
 def test_an_evaluation_is_refused_for_its_weights_alone() -> None:

@@ -34,10 +34,12 @@ class Verdict:
 
 
 def verdict(config: Config, step: Step, topology: Topology) -> Verdict:
-    """Whether a step of a chain fits there.  Where nodes or processes are left open, or it is not planned, nothing is said."""
-    gib, text = topology.gpu_gib, step.phase in ("rl", "ar-rl") and config.rl.policy == "text"
-    if gib is None or topology.ranks is None or not topology.has_gpus or step.phase == "export" or text:
+    """Whether a step of a chain fits there.  Where nodes or processes are left open, nothing is said."""
+    gib = topology.gpu_gib
+    if gib is None or topology.ranks is None or not topology.has_gpus or step.phase == "export":
         return Verdict()
+    if step.phase in ("rl", "ar-rl") and config.rl.policy == "text":
+        return Verdict(unknown=f"{step.words}: stage 3 of the AR baseline (rl.policy=text) is not planned")
     config = deepcopy(config)
     config.plan.samples = config.plan.samples or 1  # how many there are does not matter
     try:

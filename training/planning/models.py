@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ladir.config import BackboneSettings, Config, DataSettings
 from ladir.data.batches import ArCollator, DenoiserCollator, VaeCollator
+from ladir.data.columns import TokenRecord
 from ladir.data.encode import encode_records
+from ladir.data.joint import JointCollator, JointRecord
 from ladir.data.latents import LatentRecord
 from ladir.data.records import RecordSet, records_of, refuse_empty
 from ladir.data.rollout import Golds, RolloutCollator
@@ -27,6 +29,7 @@ from ladir.models.ar import ArModel
 from ladir.models.attention import set_attention
 from ladir.models.backbone import DTYPES, Backbone, choose_dtype, for_training
 from ladir.models.denoiser import Denoiser
+from ladir.models.joint import Joint
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer, vocabulary_size
 
@@ -192,20 +195,32 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
     ``layers``: of the LM, where not all.
     """
     with device:
-        encoder = _backbone(config, checkpointing, device, layers=layers)
         if phase == "vae":
-            shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-            decoder = None if shares else _backbone(config, checkpointing, device, False, layers)
-            return Vae(encoder, decoder, config.vae, bos_of(config), separator_of(config))
+            return _new_vae(config, checkpointing, device, layers)
+        encoder = _backbone(config, checkpointing, device, layers=layers)
         if phase in ("denoiser", "rollout", "rl"):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
+            if trains_jointly(config, phase):
+                return Joint(_new_vae(config, checkpointing, device, layers), denoiser)
             if phase != "rollout":
                 return denoiser
             return Rollout(
                 denoiser, config.rollout, config.data.max_blocks, recompute=checkpointing != "none", sample=config.sample
             )
         return ArModel(encoder)
+
+
+def trains_jointly(config: Config, phase: str) -> bool:
+    """Whether stage 1 trains the VAE along."""
+    return phase == "denoiser" and config.stage == "joint"
+
+
+def _new_vae(config: Config, checkpointing: str, device: torch.device, layers: int | None) -> Vae:
+    encoder = _backbone(config, checkpointing, device, layers=layers)
+    shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
+    decoder = None if shares else _backbone(config, checkpointing, device, False, layers)
+    return Vae(encoder, decoder, config.vae, bos_of(config), separator_of(config))
 
 
 def bos_of(config: Config) -> tuple[int, ...]:
@@ -229,14 +244,8 @@ def micro_batch(
     """``count`` samples of the given sizes, as the phase's collator makes them."""
     numbers = list(range(count))
     if phase == "vae":
-        sentences: list[Any] = [[_ID] * lengths.block] * count
-        if config.vae.objective == "grounded":
-            follows = [_ID] * ((lengths.blocks - 1) * lengths.block // 2 + lengths.answer)
-            sentences = [GroundedSentence([_ID] * lengths.block, [_ID] * lengths.question, follows)] * count
-        collate = VaeCollator(
-            config.vae, range(vocab_size), _ID, 0, config.vae.train.pack_tokens, bos_of(config), separator_of(config)
-        )
-        return collate(sentences, numbers, training=False).to(device)
+        collate = _vae_collator(config, config.vae.train.pack_tokens, vocab_size)
+        return collate(_sentences(config, lengths, count), numbers, training=False).to(device)
     if phase in ("denoiser", "rollout", "rl"):
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
@@ -250,9 +259,25 @@ def micro_batch(
         collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
         if phase == "rl" and config.rl.algorithm == "flow_grpo":  # a noisy copy for every random step
             collator = replace(collator, settings=replace(every_step, draws=config.rl.random_steps))
+        if trains_jointly(config, phase):
+            whole = JointRecord(TokenRecord(record.question, blocks, record.answer), _sentences(config, lengths, lengths.blocks))
+            joint = JointCollator(collator, _vae_collator(config, pack, vocab_size), lengths.blocks)
+            return joint([whole] * count, numbers).to(device)
         if phase != "rollout":
             return collator([record] * count, numbers).to(device)
         behind_true_blocks = replace(config.rollout, own_context=0.0)  # the larger of the two: it has the answer
         return RolloutCollator(collator, behind_true_blocks, 0)([Golds(record)] * count, numbers).to(device)
     pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
     return ArCollator(config.ar.train.pack_tokens, config.ar.bidirectional_question)([pair] * count, numbers).to(device)
+
+
+def _sentences(config: Config, lengths: Lengths, count: int) -> list[Any]:
+    """So many sentences, with what follows them where the VAE learns that."""
+    if config.vae.objective != "grounded":
+        return [[_ID] * lengths.block] * count
+    follows = [_ID] * ((lengths.blocks - 1) * lengths.block // 2 + lengths.answer)
+    return [GroundedSentence([_ID] * lengths.block, [_ID] * lengths.question, follows)] * count
+
+
+def _vae_collator(config: Config, pack_tokens: int, vocab_size: int) -> VaeCollator:
+    return VaeCollator(config.vae, range(vocab_size), _ID, 0, pack_tokens, bos_of(config), separator_of(config))

@@ -32,7 +32,16 @@ from training.planning.memory import (
     weights_of,
     writing_bytes,
 )
-from training.planning.models import DataSize, Lengths, data_size, layer_period, lm_config, meta_model, micro_batch
+from training.planning.models import (
+    DataSize,
+    Lengths,
+    data_size,
+    layer_period,
+    lm_config,
+    meta_model,
+    micro_batch,
+    trains_jointly,
+)
 from training.planning.prediction import Iteration, Machine, Need, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
@@ -77,7 +86,7 @@ class Planner:
         yield from self._startable("vae")
         yield self.encode()
         yield from self._startable("denoiser")
-        if self.config.rollout.enabled:
+        if self.config.rollout.enabled and self.config.stage != "joint":  # as in the chain
             yield from self._startable("rollout")
         if self.config.rl.enabled and self.config.rl.policy != "text":
             yield from self._startable("rl")
@@ -155,7 +164,7 @@ class Planner:
     def _predict(self, phase: str) -> Prediction:
         """A training phase, memory and time."""
         config, train, machine, micro = self.config, self.train_settings(phase), self.machine, self._micro(phase)
-        checkpointing, rank = config.backbone.activation_checkpointing, config.backbone.lora.rank
+        checkpointing, along = config.backbone.activation_checkpointing, "with the VAE, " * trains_jointly(config, phase)
         weights = weights_of(self._model(phase, config), train.optimizer)
         zero = self._zero(deepspeed_file(config, phase))
         need = self._need(phase, config, micro)
@@ -168,8 +177,8 @@ class Planner:
             checkpoint=checkpoint_bytes(weights, self._averages(phase)),
             saving_per_node=self._saving(phase, weights, zero),
             loading_per_node=self._loading(weights, zero),
-            model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, rank)),
-            setup=f"micro {micro} x {self._rounds(phase, config, micro)}, recompute {checkpointing}",
+            model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, config)),
+            setup=f"{along}micro {micro} x {self._rounds(phase, config, micro)}, recompute {checkpointing}",
             samples=samples,
             tokens=samples * self._tokens(phase),
             steps=samples / train.global_batch,
@@ -286,7 +295,7 @@ class Planner:
             return _ID_BYTES * mean.block
         tokens = _ID_BYTES * (mean.question + mean.blocks * mean.block + mean.answer)
         latents = mean.blocks * config.vae.latents_per_block * config.vae.latent_dim * self._latent_bytes
-        return tokens + latents * (phase != "ar")
+        return tokens + latents * (phase != "ar" and not trains_jointly(config, phase))
 
     def _balance(self, phase: str, train: TrainSettings, micro: int) -> float | None:
         """How even the shares are that ranks get of the first global batches, by the work that the phase goes by."""
@@ -565,6 +574,7 @@ class Planner:
         return int(2 * a.num_hidden_layers * heads * head * self.element_bytes)
 
 
-def _saved(phase: str, weights: list[Weight], lora_rank: int) -> list[Weight]:
+def _saved(phase: str, weights: list[Weight], config: Config) -> list[Weight]:
     """What the finished model's folder holds: everything trained; the frozen base stays where it is."""
-    return [w for w in weights if w.trained] if phase == "vae" or lora_rank else weights
+    frozen = phase == "vae" or trains_jointly(config, phase) or config.backbone.lora.rank
+    return [w for w in weights if w.trained] if frozen else weights
