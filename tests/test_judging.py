@@ -111,6 +111,23 @@ class Asked(Judge):
         return Verdict(True)
 
 
+def test_what_another_evaluation_has_accepted_meanwhile_is_kept(tmp_path: Path) -> None:
+    records = [Record(str(i), (), str(i), f"y:{i}") for i in range(4)]
+
+    def judge(task: Asked, asked: list[Record]) -> None:
+        gold._judged(tmp_path / "gold.json", EvaluateSettings(), task, asked, 1, lambda: None)
+
+    class Slow(Asked):
+        def verdict(self, answer: str, record: Record) -> Verdict:
+            judge(Asked(), records[1:])
+            return super().verdict(answer, record)
+
+    judge(Slow(), records[:1])
+    again = Asked()
+    judge(again, records)
+    assert again.asked == 0
+
+
 def test_judging_of_own_answers_stops_when_asked_to_and_keeps_what_was_accepted(tmp_path: Path) -> None:
     records = [Record(str(i), (), str(i), f"y:{i}") for i in range(5)]
     first, second = Asked(), Asked()

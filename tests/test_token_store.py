@@ -383,6 +383,14 @@ def test_a_hub_sets_store_goes_by_its_commit_which_a_run_keeps(tmp_path: Path, m
     now[0] = "a" * 40
     assert texts("three") == first and len(read) == 2
 
+    def beside(name: str) -> str:
+        monkeypatch.setattr("training.phases.tokens.hub_commit", lambda name: "a" * 40)
+        assert texts("four") == first  # another job of the run, which is there first
+        return "b" * 40
+
+    monkeypatch.setattr("training.phases.tokens.hub_commit", beside)
+    assert texts("four") == first
+
 
 def test_a_hub_set_of_which_no_commit_is_known_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -22,7 +22,7 @@ from ladir.errors import UnusableError
 from ladir.tasks import Task
 from training.evaluation.judging import judges_of
 from training.runtime.alone import GiveWay
-from training.runtime.files import code_digest, read_json, write_json
+from training.runtime.files import code_digest, locked, read_json, write_json
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
 
@@ -85,8 +85,9 @@ def _judged(
     verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
     if right := [place for place, reason in verdicts.items() if reason is None]:
-        accepted = np.union1d(known, contents[right])
-        write_json(file, {**read_json(file), checker: [f"{content:016x}" for content in accepted.tolist()]})
+        with locked(file):  # several evaluations of a run may write it
+            accepted = np.union1d(_accepted(file, checker), contents[right])
+            write_json(file, {**read_json(file), checker: [f"{content:016x}" for content in accepted.tolist()]})
     if len(verdicts) < len(new):
         return None
     seconds = time.perf_counter() - start

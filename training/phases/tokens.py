@@ -133,12 +133,13 @@ class Tokens:
         Later starts ask nobody, and a commit that comes meanwhile changes nothing.
         """
         note = RunFolder(self.config).path / "hub-commits.json"
-        known = read_json(note) if note.is_file() else {}
+        known = read_json(note)
         for name in set(filter(is_hub_name, files)) - known.keys():
             if (commit := hub_commit(name)) is not None:
-                known[name] = commit
                 note.parent.mkdir(parents=True, exist_ok=True)
-                write_json(note, known)
+                with locked(note):  # of two jobs side by side the first one's counts
+                    known = {name: commit, **read_json(note)}
+                    write_json(note, known)
             else:
                 logger.warning("%s: which commit of it is read is not known; its store goes by its name alone, so that a newer "
                                "commit is not noticed: delete the store to read it, or name one, ID@COMMIT", name)  # fmt: skip

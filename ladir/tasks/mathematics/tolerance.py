@@ -7,7 +7,7 @@ The rule is that of TheoremQA's own script (Chen et al. 2023, arXiv 2305.12524):
 from __future__ import annotations
 
 import ast
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +25,7 @@ def gold_numbers(text: str) -> list[int | float]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
     numbers = list(found) if isinstance(found, list | tuple) else [found]
-    return numbers if all(type(number) in (int, float) and math.isfinite(number) for number in numbers) else []
+    return numbers if all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers) else []
 
 
 def within(gold: Sequence[int | float], given: Sequence[float], share: float) -> bool:
