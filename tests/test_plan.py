@@ -831,3 +831,10 @@ def test_a_training_that_no_gpu_of_the_job_holds_ends_before_anything_is_loaded(
     ):
         raise AssertionError("it began")
     assert ended.value.code == 2 and "vae: weights, gradients and optimizer take" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--gpus-per-node"])
+def test_there_are_one_gpu_and_one_on_a_node_at_least(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--gpus", "8", "--gpu-memory", "80", option, "0"])
+    assert ended.value.code == 2 and f"argument {option}: must be a number from 1 on, not 0" in capsys.readouterr().err

@@ -31,8 +31,14 @@ from training.runtime.ds_config import DeepSpeedConfigError
 from training.runtime.topology import GIB, GPU_MEMORY, Topology, gpu_memory
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text}")
+    return int(text)
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs (processes) of the job")
+    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs (processes) of the job")
     told = gpu_memory(os.environ)
     parser.add_argument(
         "--gpu-memory",
@@ -42,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help=f"memory of one GPU, in GiB (the variable {GPU_MEMORY}, which slurm/submit.sh reads as well)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a host's memory (8)")
+    parser.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="GPUs that share a host's memory (8)")
     parser.add_argument("--reserve", type=float, default=3.0, metavar="GIB", help="kept for CUDA, NCCL, fragmentation (3)")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU in TFLOP/s (989: H100 SXM)")
     parser.add_argument("--launch-us", type=float, default=20.0, metavar="US", help="microseconds to launch an operator (20)")
