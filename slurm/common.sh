@@ -98,7 +98,7 @@ ask_snapshot() {
     echo "$(date '+%F %T') $SLURM_JOB_NAME, job $SLURM_JOB_ID, start $((restarts + 1)): step ${words[1]} of ${words[0]}," \
         "$NODES node(s) x $PROCESSES process(es), $LAUNCHER"
     start_step evaluate --config "${@:2}" "${words[@]:2}" 8>&- 9>&- || status=$?
-    [ "$status" -ne 0 ] || return 0
+    [ "$status" -ne 0 ] || [ -e "$INTERRUPTED_MARK" ] || return 0
     read_blame
     if [ -e "$INTERRUPTED_MARK" ] || [ "$status" -eq "$INTERRUPTED_STATUS" ] || ! [[ $kind =~ ^(refused|fault)$ ]]; then
         finish "$entry" "$status"

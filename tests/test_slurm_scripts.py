@@ -527,6 +527,33 @@ def test_a_job_that_waits_for_snapshots_leaves_none_to_another_that_does_not_and
         assert look(tmp_path) == (0, False, True)
 
 
+ASK = """
+source slurm/common.sh
+start_step() { [ -z "$MARKED" ] || touch "$INTERRUPTED_MARK"; return "$STATUS"; }
+finish() { echo "ends as stopped"; exit; }
+entry=evaluate_snapshots restarts=0 NODES=1 PROCESSES=1 LAUNCHER=srun RANK_LOGS=ranks FAILED_SNAPSHOTS=$RUN_FOLDER/failed
+INTERRUPTED_MARK=$RUN_FOLDER/interrupted FAILURE_MARK=$RUN_FOLDER/failure
+echo "fault -" >"$FAILURE_MARK"
+ask_snapshot "denoiser 20 evaluate.snapshot=20" config
+echo "goes on"
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "marked", "told", "failures"),
+    [(0, "", "goes on", 0), (0, "1", "ends as stopped", 0), (75, "", "ends as stopped", 0), (1, "", "goes on", 1)],
+)
+def test_a_snapshot_whose_asking_was_stopped_is_not_taken_for_asked(
+    tmp_path: Path, status: int, marked: str, told: str, failures: int
+) -> None:
+    """Some launchers garble the status, which is why there is a mark."""
+    facts = {"RUN_FOLDER": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a", "STATUS": str(status), "MARKED": marked}
+    done = subprocess.run(["bash", "-c", ASK], cwd=ROOT, env={**os.environ, **facts}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == told
+    failed = tmp_path / "failed"
+    assert (len(failed.read_text().splitlines()) if failed.is_file() else 0) == failures
+
+
 def test_a_node_that_failed_twice_is_left_out_by_the_job_and_by_those_of_its_chain_that_wait(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "jobs").write_text("7 train_vae\n8 encode_latents\n")
