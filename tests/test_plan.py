@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
 from ladir.config.loader import load_config
+from ladir.data.batches import ArCollator
 from ladir.errors import UnusableError
+from ladir.models.ar import ArModel
+from ladir.rl.batches import Attempt
+from ladir.rl.text import JudgedTextCollator, TextPolicy
 from ladir.tokens import build_word_tokenizer
 from tests.distributed import ProcessGroup
 from training.benchmarks.large import CASES, predict, with_layers
@@ -677,10 +681,6 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
             assert planner._asked_models("verifier") == models
     config.denoiser.context, config.sample.reencode, config.backbone.lora.rank = "latents", True, 0
 
-    assert not [line for line in planner.left_out() if "rl.policy=text" in line]
-    config.rl.policy = "text"
-    assert [line for line in planner.left_out() if "rl.policy=text" in line]
-
 
 def test_asking_launches_every_pass_that_is_not_replayed() -> None:
     """A question, spans of two blocks in as many passes as they have, blocks that follow, the answer with its <eos>; and text."""
@@ -774,11 +774,31 @@ def test_joint_training_is_planned_with_its_vae() -> None:
     assert verdict(config, step, Topology(1, 2, gpu_gib=denoiser.holdings.resident / GIB)).refused.startswith(step.words)
 
 
-def test_what_is_not_planned_is_said_to_be_so() -> None:
+def test_stage_3_of_the_baseline_is_planned() -> None:
+    """It holds the LM that answers beside the one that learns, and its old weights' average; its pass is as a real one."""
     config = tiny_config()
-    config.rl.policy = "text"
-    found = verdict(config, Step("ar-rl", "train_rl"), Topology(1, 2, gpu_gib=0.0001))
-    assert found == Verdict(unknown="train_rl: stage 3 of the AR baseline (rl.policy=text) is not planned")
+    config.plan.samples, config.rl.enabled, config.rl.policy = 1000, True, "text"
+    config.rl.prompts, config.rl.group, config.rl.questions_per_batch, config.rl.train.micro_batch = 8, 4, 2, 4
+    planner = Planner(config, Machine(Topology.of(2, 8, 1024.0), reserve=0, launch_seconds=1e-5))
+    found = {one.phase: one for one in planner.predictions()}
+    rl, weights = found["rl"], sum(p.numel() for p in planner._model("ar", config).parameters())
+    assert list(found)[-3:] == ["ar", "rl", "evaluate"]  # it goes on from the baseline
+    assert rl.holdings.frozen == planner.element_bytes * weights and rl.holdings.weights == found["ar"].holdings.weights
+    assert rl.holdings.average > 0 and rl.iteration is not None and min(*rl.iteration.sampling, *rl.iteration.learning) > 0
+    rows = 2 * 4 * (config.data.max_question_tokens + 1 + config.evaluate.ar_max_tokens)
+    assert rl.activations >= rows * planner._cache_bytes
+    step, held = Step("ar-rl", "train_rl"), planner.state("rl").resident / GIB
+    assert verdict(config, step, Topology(1, 2, gpu_gib=held)).refused.startswith("train_rl: takes ")
+    with pytest.raises(UnusableError, match=r"^ar-rl: weights, gradients and optimizer take "):
+        check_state(config, "ar-rl", Topology(1, 2, gpu_gib=held * 0.99))
+
+    collate = JudgedTextCollator(ArCollator(0), 1)
+    attempts = [Attempt([1] * LENGTHS.question, [1] * (LENGTHS.completion - 1), torch.zeros(0), None, 1.0)] * 3
+    model = real_model(config, "rl", "none").train()
+    assert isinstance(model, ArModel)
+    policy = TextPolicy(model, config.rl, 1.0)
+    planned = trace_training(meta_model(config, "rl", "none"), micro_batch(config, "rl", LENGTHS, 3, VOCAB)).peak_bytes
+    assert planned == pytest.approx(measured_peak(policy, policy.remembered(collate(attempts, [0, 1, 2]))), rel=0.2)
 
 
 def test_an_evaluation_is_refused_for_its_weights_alone() -> None:

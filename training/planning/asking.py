@@ -93,6 +93,15 @@ def answering(
     )
 
 
+def completing(config: Config, data: DataSize, lm: Architecture, questions: int, lines: int) -> Answering:
+    """``questions`` in a batch, ``lines`` completions of the AR baseline each, a pass for every token, up to the longest one."""
+    most = config.evaluate.ar_max_tokens
+    mean = data.mean.question + min(most, data.mean.completion)
+    row = 2 * (data.longest.question + 1 + most) * lm.cache_bytes  # twice: rows that go on are copied
+    flops = 2.0 * lm.parameters * lines * mean
+    return Answering(1, row, questions * lines * row, mean, flops, 1 + min(most, data.longest.completion))
+
+
 def greedy(found: Answering, rows: int) -> Answering:
     """With as many rows of one answer at a time as they may be."""
     return replace(found, cache=max(found.cache, rows * found.row_bytes))

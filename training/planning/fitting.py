@@ -19,7 +19,7 @@ from training.runtime.topology import GIB, GPU_MEMORY, Topology, section_of
 #: rows of each file whose lengths are looked at: what the longest of these takes, the longest of all does at least
 _LOOKED_AT = 2000
 #: steps of a chain as the plan calls them
-_PLANNED = {"latents": "encode", "base": "ar"}
+_PLANNED = {"latents": "encode", "base": "ar", "ar-rl": "rl"}
 #: phases that answer questions: where memory runs out they ask fewer at a time, and what is planned is an upper bound
 _ASKING = ("verifier", "evaluate")
 
@@ -38,8 +38,6 @@ def verdict(config: Config, step: Step, topology: Topology) -> Verdict:
     gib = topology.gpu_gib
     if gib is None or topology.ranks is None or not topology.has_gpus or step.phase == "export":
         return Verdict()
-    if step.phase in ("rl", "ar-rl") and config.rl.policy == "text":
-        return Verdict(unknown=f"{step.words}: stage 3 of the AR baseline (rl.policy=text) is not planned")
     config = deepcopy(config)
     config.plan.samples = config.plan.samples or 1  # how many there are does not matter
     try:
@@ -62,7 +60,7 @@ def verdict(config: Config, step: Step, topology: Topology) -> Verdict:
 def check_state(config: Config, phase: str, topology: Topology) -> None:
     """Raise UnusableError where what a training holds all the time, whatever its records are, is more than a GPU there has."""
     section = section_of(phase)
-    if topology.gpu_gib is None or phase == "ar-rl" or section not in PHASES:
+    if topology.gpu_gib is None or section not in PHASES:
         return
     try:
         held = Planner(config, Machine(topology)).state(section).resident / GIB

@@ -198,7 +198,7 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         if phase == "vae":
             return _new_vae(config, checkpointing, device, layers)
         encoder = _backbone(config, checkpointing, device, layers=layers)
-        if phase in ("denoiser", "rollout", "rl"):
+        if phase in ("denoiser", "rollout", "rl") and not learns_text(config, phase):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
             if trains_jointly(config, phase):
@@ -214,6 +214,11 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
 def trains_jointly(config: Config, phase: str) -> bool:
     """Whether stage 1 trains the VAE along."""
     return phase == "denoiser" and config.stage == "joint"
+
+
+def learns_text(config: Config, phase: str) -> bool:
+    """Whether stage 3 is the AR baseline's, which learns from its own completions."""
+    return phase == "rl" and config.rl.policy == "text"
 
 
 def _new_vae(config: Config, checkpointing: str, device: torch.device, layers: int | None) -> Vae:
@@ -246,7 +251,7 @@ def micro_batch(
     if phase == "vae":
         collate = _vae_collator(config, config.vae.train.pack_tokens, vocab_size)
         return collate(_sentences(config, lengths, count), numbers, training=False).to(device)
-    if phase in ("denoiser", "rollout", "rl"):
+    if phase in ("denoiser", "rollout", "rl") and not learns_text(config, phase):
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
         blocks = [[_ID] * lengths.block] * lengths.blocks
@@ -268,7 +273,8 @@ def micro_batch(
         behind_true_blocks = replace(config.rollout, own_context=0.0)  # the larger of the two: it has the answer
         return RolloutCollator(collator, behind_true_blocks, 0)([Golds(record)] * count, numbers).to(device)
     pair = ([_ID] * (lengths.question + 1), [_ID] * lengths.completion)
-    return ArCollator(config.ar.train.pack_tokens, config.ar.bidirectional_question)([pair] * count, numbers).to(device)
+    pack = (config.rl if phase == "rl" else config.ar).train.pack_tokens
+    return ArCollator(pack, config.ar.bidirectional_question)([pair] * count, numbers).to(device)
 
 
 def _sentences(config: Config, lengths: Lengths, count: int) -> list[Any]:

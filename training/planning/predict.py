@@ -19,7 +19,7 @@ from ladir.models.vae import Vae
 from ladir.rl.batches import attempts_of, terms
 from ladir.rl.beside import MOST_TOGETHER
 from ladir.rl.rewards import decodes_thoughts, reads_thoughts
-from training.planning.asking import Answering, Architecture, answering, drifting, greedy, remedy
+from training.planning.asking import Answering, Architecture, answering, completing, drifting, greedy, remedy
 from training.planning.evaluating import UNKNOWN, Questions, questions, samplings, work
 from training.planning.memory import (
     Holdings,
@@ -37,6 +37,7 @@ from training.planning.models import (
     Lengths,
     data_size,
     layer_period,
+    learns_text,
     lm_config,
     meta_model,
     micro_batch,
@@ -76,8 +77,6 @@ class Planner:
 
     def left_out(self) -> Iterator[str]:
         """What will run and is not predicted, and what is assumed, a line each."""
-        if self.config.rl.enabled and self.config.rl.policy == "text":
-            yield "Stage 3 of the AR baseline (rl.policy=text) is not counted."
         if unknown := [asked.name or "the questions" for asked in self._questions if asked.assumed]:
             yield f"How many questions there are is not known, {UNKNOWN:,} are counted of each: {', '.join(unknown)}."
 
@@ -88,11 +87,14 @@ class Planner:
         yield from self._startable("denoiser")
         if self.config.rollout.enabled and self.config.stage != "joint":  # as in the chain
             yield from self._startable("rollout")
-        if self.config.rl.enabled and self.config.rl.policy != "text":
+        text = self.config.rl.policy == "text"  # it goes on from the baseline
+        if self.config.rl.enabled and not text:
             yield from self._startable("rl")
         if self.config.verifier.enabled:
             yield self.verifier()
         yield from self._startable("ar")
+        if self.config.rl.enabled and text:
+            yield from self._startable("rl")
         yield self.evaluate()
 
     def _startable(self, phase: str) -> Iterator[Prediction]:
@@ -225,7 +227,11 @@ class Planner:
             return held
         old = holdings(weights, zero, averaged=True)
         # The old model, the VAE's decoder where thoughts are read, its encoder where they are encoded again, and the start.
-        whole = 1 + int(decodes_thoughts(config)) + int(config.sample.reencode) + int("kl" in terms(config.rl))
+        whole = (
+            1
+            if learns_text(config, phase)
+            else 1 + int(decodes_thoughts(config)) + int(config.sample.reencode) + int("kl" in terms(config.rl))
+        )
         return replace(
             held,
             frozen=held.frozen + self.element_bytes * self._lm.parameters * whole,
@@ -236,6 +242,8 @@ class Planner:
     def _own_attempts(self, config: Config) -> Answering:
         """A batch of stage 3's questions being answered."""
         rl = config.rl
+        if learns_text(config, "rl"):
+            return completing(config, self.data, self._lm, rl.questions_per_batch, rl.group)
         reads = reads_thoughts(rl.reward)
         return answering(
             config, self.data, self._lm, rl.questions_per_batch, rl.group, rl.answers, replayed=self._replayed, reads=reads
@@ -295,7 +303,8 @@ class Planner:
             return _ID_BYTES * mean.block
         tokens = _ID_BYTES * (mean.question + mean.blocks * mean.block + mean.answer)
         latents = mean.blocks * config.vae.latents_per_block * config.vae.latent_dim * self._latent_bytes
-        return tokens + latents * (phase != "ar" and not trains_jointly(config, phase))
+        without = phase == "ar" or trains_jointly(config, phase) or learns_text(config, phase)
+        return tokens + latents * (not without)
 
     def _balance(self, phase: str, train: TrainSettings, micro: int) -> float | None:
         """How even the shares are that ranks get of the first global batches, by the work that the phase goes by."""
