@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ladir.data.batches import ArCollator
 from ladir.data.prompts import ChainText, completion_text, parse_completion
@@ -20,7 +23,7 @@ from ladir.models.backbone import Backbone
 from ladir.models.folders import reads_questions_both_ways, save_lm
 from ladir.models.store import SETTINGS_FILE
 from ladir.reference import plain_forward
-from tests.tiny import SHAPES, assert_same_gradients, gradients, tiny_lm
+from tests.tiny import EOS, PAD, SHAPES, assert_same_gradients, gradients, tiny_lm
 
 PAIRS = [([5, 6, 7], [8, 9, 1]), ([10], [11, 12, 13, 14, 1]), ([15, 16], [1])]
 
@@ -120,6 +123,32 @@ def test_samples_join_one_by_one_where_there_is_room_for_one_question_alone(most
     assert asked(0, 6, most_rows) == one_by_one
     assert max(rows) <= most_rows and sum(rows) == written  # every prompt is read once
     assert most_rows < 4 or len(rows) < 0.75 * passes
+
+
+def by_transformers_engine(kind: str, prompts: list[list[int]], most_rows: int, **sampling: Any) -> list[list[int]]:
+    """Texts of transformers' own continuous batching, for at most 60 tokens."""
+    generation = GenerationConfig(max_new_tokens=60, eos_token_id=EOS, pad_token_id=PAD, **sampling)
+    pages = {"page_size": 16, "num_blocks": 256, "max_batch_tokens": 128, "max_requests_per_batch": most_rows}
+    with torch.random.fork_rng():  # it seeds the process's generator
+        found = tiny_lm(kind).generate_batch(prompts, generation, ContinuousBatchingConfig(**pages, seed=5), warmup=False)
+    assert all(output.error is None for output in found.values())
+    return [[token for token in output.generated_tokens if token != EOS] for output in found.values()]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_greedy_texts_are_those_of_transformers_continuous_batching(kind: str) -> None:
+    prompts = [list(range(2 + n, 3 + n + n % 7)) for n in range(12)]
+    ours = complete(Backbone(tiny_lm(kind)), prompts, list(map(str, prompts)), 1, EOS, 60, 0.0, 5, most_rows=5)
+    assert [text for (text,) in ours] == by_transformers_engine(kind, prompts, 5, do_sample=False)
+
+
+def test_transformers_continuous_batching_draws_a_sample_by_who_is_asked_beside_it() -> None:
+    """Why it is not used (docs/evaluation.md); should this ever fail, it can be looked at again."""
+    prompts = [list(range(2 + n, 3 + n + n % 7)) for n in range(12)]
+    apart, together = (
+        by_transformers_engine("llama", asked, 12, do_sample=True, temperature=20.0) for asked in (prompts[:6], prompts)
+    )
+    assert apart != together[:6]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
