@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,18 @@ def wide_table(columns: Any) -> Table:
         table.add_column(name, justify="right")
     table.add_row("row", *("communication" for _ in columns))
     return table
+
+
+def test_a_column_that_is_not_to_be_wrapped_is_folded_where_it_is_wider_than_the_terminal() -> None:
+    name = "name-of-a-benchmark-" * 3 + "end"
+    table, text = Table(padding=0), io.StringIO()
+    table.add_column("method", no_wrap=True)
+    table.add_column(name, no_wrap=True)
+    table.add_row("ladir-tournament", "50.0 ± 3.0")
+    print_whole(Console(file=text, width=40, force_terminal=True, color_system=None), lambda _: table, [name])
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.getvalue().splitlines()]
+    method, shown = ("".join(words) for words in zip(*filter(None, cells), strict=True))
+    assert (method, shown) == ("methodladir-tournament", f"{name}50.0 ± 3.0")
 
 
 @pytest.mark.parametrize(("width", "terminal"), [(80, False), (80, True), (40, True), (10, True)])

@@ -34,7 +34,7 @@ def print_text(console: Console, text: RenderableType) -> None:
 
 def _print(console: Console, table: Table, room: int) -> None:
     for column in table.columns:
-        column.overflow = "fold"
+        column.overflow, column.no_wrap = "fold", False  # a column that is not to be wrapped would be cut
     texts = [str(text) for text in (table.title, table.caption) if text]
     lines = [len(line) for text in texts for line in text.splitlines()]
     width = min(max(_width(table), *lines, 1), room)
