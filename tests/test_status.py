@@ -47,7 +47,7 @@ from tests.toy_phase import ToyBatch, ToyModel, ToyPhase, toy_config
 from training.runtime.distributed import World, start
 from training.runtime.files import try_lock, write_json
 from training.runtime.loop import train
-from training.runtime.ranks import RankWatch, Slowest, slowest_rank
+from training.runtime.ranks import RankWatch, Slowest, seconds_for_the_same, slowest_rank
 from training.runtime.run import RunConflict, open_run
 from training.runtime.status import Pace, Status, say
 
@@ -364,9 +364,9 @@ def watch_ranks(world: World, sharded: bool) -> tuple[list[dict[str, float]], li
     rows = []
     for _ in range(4):
         watch.waited(0.5 * world.rank)
-        with watch.timed(layer, 256.0):
+        with watch.timed(layer, "gold", 2):
             layer(torch.zeros(2, 8))
-        rows.append(watch.figures(1.0 + world.rank, 2.0))
+        rows.append(watch.figures(1.0 + world.rank, 2.0, {"gold": 64.0 + 640 * world.rank}))  # mostly padding at first
     logging.getLogger("training.runtime.ranks").removeHandler(handler)
     return [row[0] for row in rows], [row[1] for row in rows], said
 
@@ -420,6 +420,13 @@ def test_the_slow_rank_of_a_training_is_named_in_log_record_board_and_status(
     events = EventAccumulator(str(run / "tensorboard" / "ar")).Reload()
     assert {event.value for event in events.Scalars("5 speed/ar/rank_slowest")} == {1.0}
     assert any(line.startswith("  slowest: rank 1 (") for line in lines(read_status(run)))
+
+
+def test_what_a_token_costs_is_the_same_on_all_ranks_and_not_what_the_first_batch_had_of_padding() -> None:
+    costs = [{"gold": 2.0}, {"gold": 4.0, "own": 9.0}]
+    assert seconds_for_the_same([6.0, 6.0], [{"gold": 2}, {"gold": 2}], costs) == (1.0, 1.0)
+    assert seconds_for_the_same([6.0, 15.0, 1.0], [{"gold": 2}, {"gold": 2, "own": 1}, {}], [*costs, {}]) == (1.0, 1.0, None)
+    assert seconds_for_the_same([6.0, 9.0], [{"FLOPs": 3.0}, {"FLOPs": 3.0}], costs) == (2.0, 3.0)
 
 
 def test_a_rank_is_slow_beside_the_median_one() -> None:

@@ -248,7 +248,7 @@ class Trainer:
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The engine's forward pass; the FLOPs per token of the first batch of a kind stand for all of it (MFU)."""
         if batch.kind in self._flops_per_token:
-            with self._ranks.timed(self.engine.model, self._flops_per_token[batch.kind] * batch.num_tokens):
+            with self._ranks.timed(self.engine.model, batch.kind, batch.num_tokens):
                 outputs = self.engine.forward(batch)
         else:
             with counted_flops(self.engine.model) as count:
@@ -327,7 +327,7 @@ class Trainer:
         now = self.clock.seconds()
         seconds = max(now - self._interval["seconds"], 1e-9)
         per_device = self._interval["tokens"] / seconds / self.world.size
-        of_ranks, ranks = self._ranks.figures(self._telemetry.memory_gib(), seconds)
+        of_ranks, ranks = self._ranks.figures(self._telemetry.memory_gib(), seconds, self._flops_per_token)
         speed = {
             "lr": lr,
             **({"heads_lr": lr * self.settings.heads_lr_factor} if self.settings.heads_lr_factor != 1 else {}),

@@ -11,7 +11,8 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,8 @@ class RankWatch:
         """This rank waited so long for its batch."""
         self._wait += seconds
 
-    def timed(self, model: nn.Module, flops: float) -> AbstractContextManager[None]:
-        """The forward pass inside, of so many operations, is timed.
+    def timed(self, model: nn.Module, kind: str, tokens: int) -> AbstractContextManager[None]:
+        """The forward pass inside, of a batch of this kind with so many tokens, is timed.
 
         Not where there is one rank, which no other waits for.  With sharded weights it is but the first since the last log line,
         and none of compiled layers, which would be compiled anew for it.
@@ -61,21 +62,25 @@ class RankWatch:
         if self._world.size == 1:
             return nullcontext()
         if isinstance(self._own, Passes):
-            return self._own.measured(flops)
+            return self._own.measured(kind, tokens)
         compiled = any(part._compiled_call_impl is not None for part in model.modules())
         return nullcontext() if self._own or compiled else self._own.measured(model)
 
     def _nothing(self) -> Passes | Products:
         return Products(self._world.device) if self._sharded else Passes(self._world.device)
 
-    def figures(self, memory_gib: float, seconds: float) -> tuple[dict[str, float], dict[str, str]]:
+    def figures(
+        self, memory_gib: float, seconds: float, flops_per_token: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, str]]:
         """Of all ranks since the last time, ``seconds`` ago (collective): figures by name, and names of ranks by what they are.
 
-        ``memory_gib``: this rank's; the figure is the worst rank's.
+        ``memory_gib``: this rank's; the figure is the worst rank's.  ``flops_per_token``: of a kind of batches, as this rank has
+        counted it.
         """
-        own = (self._own.seconds_per_tflop(), self._wait, memory_gib)
+        own = (self._own.seconds(), self._own.done, dict(flops_per_token), self._wait, memory_gib)
         self._own, self._wait = self._nothing(), 0.0
-        times, waits, memory = zip(*self._world.gather(own), strict=True)
+        spent, done, costs, waits, memory = zip(*self._world.gather(own), strict=True)
+        times = seconds_for_the_same(spent, done, costs)
         fullest = max(range(len(memory)), key=memory.__getitem__)
         if self._world.size == 1:
             return {"memory_gib": memory[0]}, {}
@@ -102,6 +107,20 @@ class RankWatch:
             )
 
 
+def seconds_for_the_same(
+    spent: Sequence[float], done: Sequence[Mapping[str, float]], costs: Sequence[Mapping[str, float]]
+) -> tuple[float | None, ...]:
+    """The ranks' times for the same work; None where one has measured none.
+
+    ``done``: tokens by the kind of their batches (of :class:`Products`: FLOPs).  What a token of a kind costs is the same on all:
+    each has counted it in its first batch, and how much of that was padding says nothing of the later ones.
+    """
+    kinds = {kind for cost in costs for kind in cost}
+    mean = {kind: statistics.fmean(cost[kind] for cost in costs if kind in cost) for kind in kinds}
+    work = [sum(mean.get(kind, 1.0) * count for kind, count in own.items()) for own in done]
+    return tuple(seconds / flops if flops else None for seconds, flops in zip(spent, work, strict=True))
+
+
 def slowest_rank(times: tuple[float | None, ...]) -> Slowest | None:
     """Among the ranks' times for the same work; None where a rank did not measure any (the median of two is the smaller)."""
     known = [entry for entry in times if entry is not None]
@@ -112,25 +131,24 @@ def slowest_rank(times: tuple[float | None, ...]) -> Slowest | None:
 
 
 class Spans:
-    """Time of what no rank waits in, and the operations in it; on a GPU by its own clock, without waiting for it."""
+    """Time of what no rank waits in, and what was ``done`` in it; on a GPU by its own clock, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._flops = 0.0
+        self.done: Counter[str] = Counter()
         self._spans: list[tuple[Any, Any]] = []
 
     def __bool__(self) -> bool:
         """Whether something was measured."""
         return bool(self._spans)
 
-    def seconds_per_tflop(self) -> float | None:
-        """None where nothing was measured."""
-        if not self._flops:
-            return None
-        if self._cuda:
+    def seconds(self) -> float:
+        """All of it together."""
+        if not self._cuda:
+            return sum(end - start for start, end in self._spans)
+        if self._spans:
             self._spans[-1][1].synchronize()
-            return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3 / (self._flops / 1e12)
-        return sum(end - start for start, end in self._spans) / (self._flops / 1e12)
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -144,12 +162,12 @@ class Passes(Spans):
     """Whole forward passes, with whatever keeps a GPU waiting for its process."""
 
     @contextmanager
-    def measured(self, flops: float) -> Iterator[None]:
+    def measured(self, kind: str, tokens: int) -> Iterator[None]:
         """The forward pass inside counts."""
         start = self._now()
         yield
         self._spans.append((start, self._now()))
-        self._flops += flops
+        self.done[kind] += tokens
 
 
 class Products(Spans):
@@ -166,7 +184,7 @@ class Products(Spans):
         def after(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             assert isinstance(layer, nn.Linear)
             self._spans.append((begun.pop(layer), self._now()))
-            self._flops += 2 * inputs[0].numel() * layer.out_features
+            self.done["FLOPs"] += 2 * inputs[0].numel() * layer.out_features
 
         with ExitStack() as hooks:
             for layer in [layer for layer in model.modules() if isinstance(layer, nn.Linear)]:
