@@ -787,6 +787,13 @@ def test_stage_3_of_the_baseline_is_planned() -> None:
     assert rl.holdings.average > 0 and rl.iteration is not None and min(*rl.iteration.sampling, *rl.iteration.learning) > 0
     rows = 2 * 4 * (config.data.max_question_tokens + 1 + config.evaluate.ar_max_tokens)
     assert rl.activations >= rows * planner._cache_bytes
+    config.data.max_blocks *= 4  # gold chains are longer; own completions end at evaluate.ar_max_tokens
+    longer = Planner(config, planner.machine)
+    assert longer._activations("rl", config, 4, zero := longer._zero(config.deepspeed.config)) > longer._completions(
+        config, 1, zero
+    )
+    own = [key[4].completion for key in longer._peaks if not key[4].blocks]
+    assert own == [config.evaluate.ar_max_tokens + 1]
     step, held = Step("ar-rl", "train_rl"), planner.state("rl").resident / GIB
     assert verdict(config, step, Topology(1, 2, gpu_gib=held)).refused.startswith("train_rl: takes ")
     with pytest.raises(UnusableError, match=r"^ar-rl: weights, gradients and optimizer take "):

@@ -67,7 +67,7 @@ class Planner:
         self.element_bytes = DTYPES[choose_dtype(config.backbone.dtype, "cuda")].itemsize
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int, int | None], nn.Module] = {}
-        self._peaks: dict[tuple[Zero, str, str, int, int], int] = {}
+        self._peaks: dict[tuple[Zero, str, str, int, Lengths, int], int] = {}
         self._mean_passes: dict[tuple[str, int], Pass] = {}
 
     @cached_property
@@ -155,7 +155,8 @@ class Planner:
     def _need(self, phase: str, config: Config, micro: int) -> Need:
         """The phase under ``config`` (which may differ from ours in checkpointing, offloading and adapters)."""
         zero = self._zero(deepspeed_file(config, phase))
-        passes = self._activations(phase, config, micro, zero)
+        text = learns_text(config, phase)
+        passes = self._completions(config, micro, zero) if text else self._activations(phase, config, micro, zero)
         return Need(
             phase=phase,
             holdings=self._held(phase, config, zero),
@@ -347,14 +348,27 @@ class Planner:
         total = int(self.architecture.num_hidden_layers)
         return total, layer_period(self._model("ar", self.config), self.architecture)
 
-    def _activations(self, phase: str, config: Config, micro: int, zero: Zero) -> int:
-        """Peak bytes of a pass over ``micro`` of the longest records."""
-        key = (zero, phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, micro)
+    def _completions(self, config: Config, micro: int, zero: Zero) -> int:
+        """Peak bytes of a pass of the baseline's stage 3: of its own completions, of gold records, or of both together."""
+        of_rank, gold_of_rank = self._own_samples(config)
+        own = replace(self.data.longest, blocks=0, answer=config.evaluate.ar_max_tokens)
+        together = of_rank + gold_of_rank <= min(micro, MOST_TOGETHER)
+        attempts = self._activations("rl", config, min(micro, of_rank), zero, own)
+        if not gold_of_rank:
+            return attempts
+        size = micro_batch_size(config.rl.train.global_batch, self.machine.gpus, micro)
+        gold = self._activations("rl", config, size, zero)
+        return attempts + gold if together else max(attempts, gold)
+
+    def _activations(self, phase: str, config: Config, micro: int, zero: Zero, longest: Lengths | None = None) -> int:
+        """Peak bytes of a pass over ``micro`` of the longest records (of ``longest`` ones where they are given)."""
+        lengths = longest or self.data.longest
+        key = (zero, phase, config.backbone.activation_checkpointing, config.backbone.lora.rank, lengths, micro)
         if key not in self._peaks:
             taken = partial(taking_in, zero=zero)
 
             def traced(layers: int | None) -> Pass:
-                return self._trace(phase, config, self.data.longest, micro, taken, layers)
+                return self._trace(phase, config, lengths, micro, taken, layers)
 
             # A rollout's many passes have their peak where all layers' gradients are on their way.  A single pass may have it
             # elsewhere where there are few layers, and costs little.
