@@ -152,6 +152,8 @@ def test_stage_3_of_the_baseline_stands_behind_it_and_ladirs_evaluation_waits_fo
         "5 evaluate evaluate.lane=ar run.exclusive=false",
         "7:8 table",
     ]
+    phases = settings("--phases", given[0], "evaluate.methods=[ladir]", *given[2:]).stdout.splitlines()[2:]
+    assert phases[4:] == ["- train_ar run.exclusive=false", "4 train_rl run.exclusive=false", "3 export", "6 evaluate"]
 
 
 def test_who_keeps_others_out_of_the_folder_is_queued_beside_none() -> None:

@@ -39,17 +39,17 @@ def chain(config: Config, also: str = "") -> list[Step]:
     wanted = config.backbone.name_or_path is not None and Path(config.backbone.name_or_path) == own
     base = [Step("base", "train_ar", ("ar.phase=base", "ar.from_scratch=true"))] if config.backbone.scratch and wanted else []
     again = ("ar.copy_fraction=0",) if base else ()  # the sentences to repeat are for the base LM
-    baseline = [Step("ar", "train_ar", again)] if any(method.startswith("ar") for method in config.evaluate.methods) else []
     joint = ("stage=joint",) if config.stage == "joint" else ()
     wanted_second = (config.rollout.enabled and config.stage != "joint") or also == "rollout"
     second = [Step("rollout", "train_denoiser", ("stage=rollout",))] if wanted_second else []
     text = config.rl.policy == "text"  # it goes on from the baseline
     reinforced = Step("ar-rl" if text else "rl", "train_rl")
     third = [reinforced] if config.rl.enabled or also == reinforced.phase else []
+    asked = any(method.startswith("ar") for method in config.evaluate.methods)
+    baseline = [Step("ar", "train_ar", again), *(third if text else [])] if asked or (text and third) else []
     first = Step("denoiser", "train_denoiser", joint)
     ladir = [Step("vae", "train_vae"), Step("latents", "encode_latents"), first, *second, *([] if text else third)]
     judging = [Step("verifier", "train_verifier")] if config.verifier.enabled else []
-    baseline += third if text else []
     return [*base, *ladir, *judging, *baseline, Step("export", "export"), Step("evaluate", "evaluate")]
 
 
