@@ -89,6 +89,10 @@ def test_a_batch_that_32_gpus_cannot_share_is_refused_and_with_the_remedy_the_ch
     on_gpus = ",".join(job for job, entry in entries.items() if entry not in ("export", "table"))
     waiting = cluster.run("squeue", "--noheader", f"--jobs={on_gpus}", "--format=%T %D %b").stdout.splitlines()
     assert waiting == ["PENDING 4 gres:gpu:8"] * 7
+    (run,) = tmp_path.iterdir()
+    told = cluster.run(sys.executable, "-m", "ladir", "status", str(run)).stdout
+    assert re.findall(r"^waits in the queue: job (\d+) ", told, re.MULTILINE) == sorted(entries, key=int)
+    assert "(Dependency)" in told  # Slurm's own word of why
     cluster.run("scancel", *entries)
 
 
