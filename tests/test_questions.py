@@ -71,6 +71,7 @@ def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, *
         ({"question": "q", "answer": "One. Two.\n#### 7"}, "7"),
         ({"question": "q", "answer": "#### 7"}, "7"),
         ({"question": "q", "answer": "7"}, "7"),
+        ({"question": "b'q\\n'", "answer": "b'-2*(x - 1)**2\\n'"}, "-2*(x - 1)**2"),  # DeepMind's mathematics on the Hub
         ({"question": "q", "answer": "x = 3.5 or x = 7"}, "x = 3.5 or x = 7"),
         ({"question": "q", "answer": "One. Two. It is $\\boxed{7}$."}, "7"),
         ({"question": "q", "solution": ["One.", "Two."], "final_answer": ["$7$", "8"], "answer_type": "Numerical"}, "$7$, 8"),
@@ -85,6 +86,19 @@ def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, *
 def test_a_question_with_an_answer_is_asked_in_every_form(row: dict[str, Any], answer: str, tmp_path: Path) -> None:
     (record,) = read(tmp_path / "a.jsonl", row)
     assert (record.question, record.answer, record.blocks, record.source) == ("q", answer, (), f"{tmp_path}/a.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "b'q'", "answer": "7"},
+        {"question": "b'q'", "answer": "b'7' + b'1'"},
+        {"question": "b'q'", "answer": r"b'\xff'"},
+    ],
+)
+def test_what_is_not_all_bytes_written_out_stays_as_it_is(row: dict[str, Any], tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "a.jsonl", row)
+    assert (record.question, record.answer) == ("b'q'", row["answer"])
 
 
 @pytest.mark.parametrize(

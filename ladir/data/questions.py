@@ -7,6 +7,8 @@ reasoning is read as well: chains of any length, answers without a chain, questi
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,12 +32,14 @@ from ladir.data.records import (
 _GOLD_FIELDS = ("answer", "solution", "code", "canonical_solution")
 #: names under which question-answer sets publish their answers
 _ANSWER_FIELDS = ("final_answer", "answer")
+#: Python's bytes, written out
+_BYTES = re.compile(r"b(['\"]).*\1")
 
 
 def question_of(source: str, load: Callable[[], Any], settings: DataSettings) -> Record | BadRecord:
     """The question on one line, as a record without blocks."""
     try:
-        row = mapping_of(load())
+        row = _decoded(mapping_of(load()))
         try:
             return replace(record_of(row, source, settings), blocks=())
         except AmbiguousAnswer:
@@ -44,6 +48,17 @@ def question_of(source: str, load: Callable[[], Any], settings: DataSettings) ->
             return _bare_question(row, source, settings)
     except Refused as refused:
         return BadRecord(source, refused.reason, refused.remedy)
+
+
+def _decoded(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of DeepMind's mathematics as the Hub has it, whose texts are Python's bytes written out; any other as it is."""
+    texts = {name: row.get(name) for name in ("question", "answer")}
+    if not all(isinstance(text, str) and _BYTES.fullmatch(text) for text in texts.values()):
+        return row
+    try:
+        return {**row, **{name: ast.literal_eval(str(text)).decode().strip() for name, text in texts.items()}}
+    except (ValueError, SyntaxError):
+        return row
 
 
 def _bare_question(row: Mapping[str, Any], source: str, settings: DataSettings) -> Record:
