@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ladir.config import DataSettings, EvaluateSettings
 from ladir.data.blocks import last_boxed, strip_calculator
+from ladir.data.questions import question_of
 from ladir.data.records import Record, RecordSet, read_records
+from ladir.data.rows import file_rows
 from ladir.errors import UnusableError
 from ladir.tasks import get_task, sandbox
 from ladir.tasks.code import CodeTask
+from ladir.tasks.isolated.plus_tests import plus_near
 from ladir.tasks.maths import MathsTask
 from ladir.tasks.verdict import Verdict
 
@@ -88,6 +93,42 @@ COMPLETION_PLUS_BY_REFERENCE = {
     + "def ref_func(a, b):\n    return a + b\n\n\ndef check(candidate):\n    inputs = [[1, 2], [0.1, 0.2]]\n"
     + "    for i, inp in enumerate(inputs):\n        assertion(candidate(*inp), ref_func(*inp), 0)\n",
 }
+# EvalPlus' own release.
+RELEASED = {
+    "task_id": "HumanEval/900",
+    "prompt": COMPLETION["prompt"],
+    "entry_point": "add",
+    "canonical_solution": '\n    text = "\\n\\"\\\\"\n    return a + b if text else 0\n\n',
+    "contract": "\n    assert True\n",
+    "base_input": [[1, 2]],
+    "plus_input": [[0.1, 0.2], [1e300, 1e300], [[1.5, 2.5], [3.5]]],
+    "atol": 0,
+}
+DOUBLE = {
+    **RELEASED,
+    "prompt": "import math\n\n\ndef double(items: list) -> list:\n",
+    "entry_point": "double",
+    "canonical_solution": "    for i, item in enumerate(items):\n        items[i] = math.prod((item, 2))\n    return items",
+    "base_input": [[[1, 2]], [["a", "\u2028\n"]]],
+    "plus_input": [[[math.inf, -math.inf]], [list(range(30_000))]],
+}
+FIND_ZERO = {
+    **RELEASED,
+    "prompt": "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\n\ndef find_zero(xs):\n",
+    "entry_point": "find_zero",
+    "canonical_solution": "    return next(x for x in range(-9, 9) if poly(xs, x) == 0)\n",
+    "base_input": [[[-1, 0, 1]]],
+    "plus_input": [[[-4, 0, 1]]],
+    "atol": 1e-4,
+}
+RELEASED_FIELDS = ("prompt", "canonical_solution", "entry_point", "base_input", "plus_input", "atol")
+MBPP_RELEASED = {
+    **RELEASED,
+    "task_id": "Mbpp/2",
+    "prompt": '"""\nWrite a function. assert shared((3, 4)) == 3\n"""\n',
+    "canonical_solution": MBPP["code"],
+    "assertion": "assert shared((3, 4)) == 3",
+}
 MBPP_PLUS = {
     **SANITIZED,
     "source_file": "a notebook.ipynb",
@@ -150,6 +191,61 @@ def test_human_eval_plus_is_judged_with_numpy(tmp_path: Path, row: dict[str, Any
         assert task.verdict(answer, record) == Verdict(True)
     reason = task.verdict("    return a + b + 1e-3", record).reason
     assert reason.startswith("AssertionError") and "(tests, line" in reason
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "reason"),
+    [
+        (RELEASED, RELEASED["canonical_solution"], ""),
+        (RELEASED, RELEASED["prompt"] + RELEASED["canonical_solution"], ""),
+        (RELEASED, "def add(a, b):\n    return a + b if isinstance(a, list) else a + b + 1e-7 * isinstance(a, float)", ""),
+        (RELEASED, "    return a + b + 1e-7", "AssertionError: input 1 of base_input"),  # nothing is near a whole number
+        (RELEASED, "    return a + b + 1e-3 * isinstance(a, float)", "AssertionError: input 1 of plus_input"),
+        (RELEASED, "    return [4.0] if isinstance(a, list) else a + b", "AssertionError: input 3 of plus_input"),
+        (RELEASED, "    return tuple(a + b) if isinstance(a, list) else a + b", "AssertionError: input 3 of plus_input"),
+        (RELEASED, "    return [x + 1e-8 for x in a + b] if isinstance(a, list) else a + b", ""),
+        (RELEASED, "    return str(a + b) if a == 0.1 else a + b", "AssertionError: input 1 of plus_input"),
+        (RELEASED, "    return a + b if a == 1 else a / 0", "ZeroDivisionError: "),
+        (RELEASED, "    raise SystemExit", "SystemExit"),
+        ({**RELEASED, "atol": 0.01}, "    return a + b + 1e-3 if isinstance(a, float) else a + b", ""),
+        (DOUBLE, DOUBLE["canonical_solution"], ""),  # which changes its input
+        (DOUBLE, "    found = [item * 2 for item in items]\n    items.clear()\n    return found", ""),
+        (DOUBLE, "    items.clear()\n    return items", "AssertionError: input 1 of base_input"),
+        (DOUBLE, "    return [item * 2 for item in items][:20_000]", "AssertionError: input 2 of plus_input"),
+        (DOUBLE, "import math\nmath.prod = sum\ndef double(items): return items", "changed what its tests use: math.prod"),
+        (FIND_ZERO, FIND_ZERO["canonical_solution"], ""),
+        (FIND_ZERO, "    return max(x for x in range(-9, 9) if poly(xs, x) == 0) + 1e-6", ""),
+        (FIND_ZERO, "    return 1.0", "AssertionError: input 1 of plus_input"),
+        (FIND_ZERO, "    xs[:] = [0]\n    return 5.0", "AssertionError: input 1 of base_input"),
+        (FIND_ZERO, "    return float('nan')", "AssertionError: input 1 of base_input"),
+    ],
+)
+def test_human_eval_plus_as_evalplus_releases_it_is_judged_by_its_inputs(
+    tmp_path: Path, row: dict[str, Any], answer: str, reason: str
+) -> None:
+    rows = [{**row, "test": COMPLETION["test"]}, {name: row[name] for name in row if name not in ("contract", "task_id")}]
+    records = read(tmp_path / "HumanEvalPlus.jsonl", *rows).records
+    assert records[0].reference["tests"] == records[1].reference["tests"]  # whatever else the row has
+    assert records[0].question == row["prompt"] and records[0].answer == (row["prompt"] + row["canonical_solution"]).strip()
+    verdict = get_task("code", PATIENT).verdict(answer, records[0])
+    assert verdict.right == (not reason) and verdict.reason.startswith(reason), verdict
+
+
+def test_a_released_row_has_a_time_limit_for_its_inputs_together(tmp_path: Path) -> None:
+    (record,) = read(tmp_path / "HumanEvalPlus.jsonl", RELEASED).records
+    task = get_task("code", EvaluateSettings(check_seconds=1.0))
+    assert task.verdict("    while True: pass", record).reason.startswith("timeout: ")
+
+
+NUMBERS = st.one_of(st.floats(), st.sampled_from([1.0, 1.0 + 1e-7, 1.0 + 2e-6, 1e9, 1e9 + 100.0]))
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=3), st.sampled_from([1e-6, 1e-4]))
+def test_outputs_are_near_where_numpy_says_so(pairs: list[tuple[float, float]], tolerance: float) -> None:
+    found, expected = [one for one, _ in pairs], [other for _, other in pairs]
+    with np.errstate(all="ignore"):
+        assert plus_near(found, expected, tolerance) == bool(np.allclose(found, expected, rtol=1e-7, atol=tolerance))
+    assert not plus_near([*found, 1.0], expected, tolerance) and not plus_near("1", 1.0, tolerance)
 
 
 def test_mbpp_plus_is_judged_by_its_own_tests_and_shows_the_others(tmp_path: Path) -> None:
@@ -264,6 +360,17 @@ def test_named_fields_hold_a_chain_of_annotations_or_a_list_of_steps(tmp_path: P
         ({**MBPP, "test_list": 1}, "'test_list' is neither a program text"),
         ({**MBPP, "test_list": [None]}, "'test_list' is neither a program text"),
         ({**COMPLETION, "test": 3}, "'test' is neither a program text"),
+        *(({**RELEASED, name: None}, f"release form, and lacks '{name}'; .*as the Hub has it") for name in RELEASED_FIELDS),
+        ({"plus_input": [[1]], "prompt": "p"}, "lacks 'canonical_solution', 'entry_point', 'base_input', 'atol'"),
+        ({**RELEASED, "canonical_solution": " "}, "'canonical_solution' is no text, or empty"),
+        ({**RELEASED, "prompt": 3}, "'prompt' is no text"),
+        ({**RELEASED, "entry_point": "add or 1"}, "'entry_point' is no function's name"),
+        ({**RELEASED, "atol": True}, "'atol' is no tolerance"),
+        ({**RELEASED, "atol": math.nan}, "'atol' is no tolerance"),
+        ({**RELEASED, "plus_input": [1]}, "'plus_input' is no list of inputs"),
+        ({**RELEASED, "base_input": "[[1, 2]]"}, "'base_input' is no list of inputs"),
+        ({**RELEASED, "base_input": [], "plus_input": []}, "has no inputs"),
+        (MBPP_RELEASED, "of MBPP\\+ in EvalPlus' release form, .*take MBPP\\+ with a field 'test'"),
         ({**MBPP, "code": 1}, "'reasoning' is of type number"),
         ({**COMPLETION, "canonical_solution": ""}, "'reasoning' is empty"),
         ({**COMPLETION, "prompt": None}, "'question' is of type null"),
@@ -287,6 +394,12 @@ def test_rows_that_lack_something_are_refused(tmp_path: Path, row: dict[str, Any
         raise ValueError(str(bad))
 
 
+@pytest.mark.parametrize("row", [{**RELEASED, "atol": None}, {**RELEASED, "canonical_solution": None}, MBPP_RELEASED])
+def test_released_rows_that_cannot_be_judged_are_not_asked_either(tmp_path: Path, row: dict[str, Any]) -> None:
+    trained = read(tmp_path / "a.jsonl", row).bad
+    assert [question_of(source, load, DataSettings()) for source, load in file_rows(str(tmp_path / "a.jsonl"))] == trained
+
+
 VALUES: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.text(max_size=20), st.integers(), st.lists(st.one_of(st.none(), st.text(max_size=9)), max_size=3)
 )
@@ -302,6 +415,9 @@ FIELDS = [
     "test",
     "entry_point",
     "canonical_solution",
+    "base_input",
+    "plus_input",
+    "atol",
 ]
 
 

@@ -7,6 +7,9 @@ GSM8K          question, answer                             before ``####``     
 MATH           problem, solution [, answer]                 solution                answer, or last ``\\boxed``
 HumanEval      prompt, canonical_solution, test,            lines of the solution   prompt and solution
                entry_point
+HumanEval+     prompt, canonical_solution,                  lines of the solution   prompt and solution
+(EvalPlus'     entry_point, base_input, plus_input, atol
+release)
 MBPP           text or prompt, code, test_list [, test]     lines of the code       code
 MetaMath       query, response                              before the mark         behind it
 completions    prompt, completion                           before the mark         behind it
@@ -18,18 +21,25 @@ The mark is one of ``data.answer_prefixes`` (GSM8K's own is ``####``).  A chat i
 
 Programs get the fields ``setup``, ``tests`` and ``entry_point`` that :mod:`ladir.tasks.code` asks for.  The sets without
 written reasoning have their programs' lines as blocks: a draft before the answer.  HumanEval+ and MBPP+ have the fields of
-the sets that they extend; MBPP+ shows ``test_list`` and is judged by ``test``.
+the sets that they extend; MBPP+ shows ``test_list`` and is judged by ``test``.  EvalPlus' own release has inputs in place of
+tests: HumanEval+ gets tests of them, which compare an attempt with the row's own solution.
 """
 
 from __future__ import annotations
 
 import json
+import keyword
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ladir.data.blocks import last_boxed
+
+_PLUS_TESTS = Path(__file__).parents[1] / "tasks" / "isolated" / "plus_tests.py"
+_PLUS_INPUTS = ("base_input", "plus_input")
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,65 @@ def _human_eval(row: Mapping[str, Any]) -> Published:
     tests = f"{_program(row, 'test')}\n\ncheck({_program(row, 'entry_point')})\n"
     answer = f"{prompt}{solution}" if isinstance(prompt, str) else None
     return Published(question=prompt, reasoning=solution, answer=answer, extra={"setup": prompt, "tests": tests})
+
+
+def _evalplus(row: Mapping[str, Any]) -> Published:
+    """HumanEval+ as EvalPlus releases it.  MBPP+ is not read so: many of its tasks have inputs that JSON cannot hold, or outputs
+    that are compared in ways of their own."""
+    if "assertion" in row or str(row.get("task_id")).lower().startswith("mbpp"):
+        raise FormatError(
+            "it is of MBPP+ in EvalPlus' release form, in which only HumanEval+ is read",
+            "take MBPP+ with a field 'test', as the Hub has it (evalplus/mbppplus)",
+        )
+    fault = _plus_fault(row)
+    try:
+        if not fault:
+            return _human_eval({**row, "test": _plus_tests(row)})
+    except RecursionError:
+        fault = "nests its inputs too deeply"
+    remedy = "take it as EvalPlus releases it, or with a field 'test' in its place, as the Hub has it (evalplus/humanevalplus)"
+    raise FormatError(f"it is of HumanEval+ in EvalPlus' release form, and {fault}", remedy)
+
+
+def _plus_fault(row: Mapping[str, Any]) -> str:
+    """What keeps a row from being judged by its inputs; empty where nothing does."""
+    texts = ("prompt", "canonical_solution", "entry_point")
+    lacking = ", ".join(repr(name) for name in (*texts, *_PLUS_INPUTS, "atol") if row.get(name) is None)
+    if lacking:
+        return f"lacks {lacking}"
+    for name in texts:
+        if not isinstance(row[name], str) or not row[name].strip():
+            return f"field {name!r} is no text, or empty"
+    if not row["entry_point"].isidentifier() or keyword.iskeyword(row["entry_point"]):
+        return "field 'entry_point' is no function's name"
+    if isinstance(row["atol"], bool) or not isinstance(row["atol"], (int, float)) or not 0 <= row["atol"] <= 1:
+        return "field 'atol' is no tolerance (0 to 1)"
+    for name in _PLUS_INPUTS:
+        if not isinstance(row[name], list) or not all(isinstance(given, list) for given in row[name]):
+            return f"field {name!r} is no list of inputs, each a list of arguments"
+    return "" if any(row[name] for name in _PLUS_INPUTS) else "has no inputs"
+
+
+def _plus_tests(row: Mapping[str, Any]) -> str:
+    """A program text that defines ``check``, as HumanEval's tests do."""
+    # On lines of its own: what the solution imports is then guarded like what the tests import.
+    solution = f"{row['prompt']}{row['canonical_solution']}".replace("\\", "\\\\").replace('"', '\\"')
+    task = f"solution, {row['entry_point']!r}, {float(row['atol'])!r}"
+    # Python writes as inf and nan what has no literal.
+    makers = [f"    def {name}(): return {row[name]!r}" for name in _PLUS_INPUTS]
+    check = [
+        "def check(candidate):",
+        "    inf, nan = 1e999, 1e999 - 1e999",
+        *makers,
+        f'    solution = """\n{solution}\n"""',
+        f"    plus_judge(candidate, ({task}), [{', '.join(_PLUS_INPUTS)}])",
+    ]
+    return "\n".join([_plus_judge(), "", *check])
+
+
+@lru_cache(maxsize=1)
+def _plus_judge() -> str:
+    return _PLUS_TESTS.read_text(encoding="utf-8")
 
 
 def _mbpp(row: Mapping[str, Any]) -> Published:
@@ -182,6 +251,7 @@ def _first(row: Mapping[str, Any], known: Sequence[str], taken: set[str]) -> str
 
 
 _FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published]], ...] = (
+    *((frozenset({name}), _evalplus) for name in _PLUS_INPUTS),  # first: such a row may have HumanEval's tests, too
     (frozenset({"prompt", "canonical_solution", "test", "entry_point"}), _human_eval),
     (frozenset({"code", "test_list"}), _mbpp),
     (frozenset({"problem", "solution"}), _math),

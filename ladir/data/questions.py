@@ -15,7 +15,7 @@ from typing import Any
 
 from ladir.config import DataSettings
 from ladir.data.blocks import last_boxed, split_answer, split_sentences
-from ladir.data.formats import Published, read_published
+from ladir.data.formats import FormatError, Published, read_published
 from ladir.data.records import (
     AmbiguousAnswer,
     BadRecord,
@@ -82,8 +82,8 @@ def _published(row: Mapping[str, Any]) -> Published | None:
         filled = {**names, missing: names.get(missing) or ""}
         try:
             published = read_published(filled)
-        except ValueError as error:
-            raise Refused(str(error), "write it as the published set does") from error
+        except FormatError as error:
+            raise Refused(str(error), error.remedy) from error
         if published is not None:
             return published if names.get(missing) else replace(published, answer=None)
     return None
