@@ -359,7 +359,7 @@ def test_the_8b_configurations_are_asked_on_80_gb_and_greedy_rows_have_a_remedy_
 def test_an_update_of_the_8b_configurations_fits_and_launches_a_third_of_one_of_small_passes(name: str, gpus: int) -> None:
     config = load_config(f"configs/{name}_8b.yaml")
     config.rl.enabled = True
-    machine = Machine(gpus=gpus, gpus_per_node=8, gpu_bytes=80 * GIB, reserve=3 * GIB, flops=1e15, mfu=0.4)
+    machine = Machine(Topology.of(gpus, 8, 80.0), reserve=3 * GIB, flops=1e15, mfu=0.4)
     planner = Planner(config, machine)
     found = planner.training("rl")
     config.rl.train.micro_batch = 4
