@@ -85,7 +85,6 @@ def _judged(
     verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
     refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
     if right := [place for place, reason in verdicts.items() if reason is None]:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file):  # several evaluations of a run may write it
             accepted = np.union1d(_accepted(file, checker), contents[right])
             write_json(file, {**read_json(file), checker: [f"{content:016x}" for content in accepted.tolist()]})

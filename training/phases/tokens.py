@@ -136,7 +136,6 @@ class Tokens:
         known = read_json(note)
         for name in set(filter(is_hub_name, files)) - known.keys():
             if (commit := hub_commit(name)) is not None:
-                note.parent.mkdir(parents=True, exist_ok=True)
                 with locked(note):  # of two jobs side by side the first one's counts
                     known = {name: commit, **read_json(note)}
                     write_json(note, known)
@@ -149,7 +148,6 @@ class Tokens:
         folder = RunFolder(self.config).tokens / f"{kind}-{key}"
 
         def first(give_way: GiveWay) -> bool:
-            folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder, give_way):  # another job may want the same
                 open_or_make(folder, files, lambda path: self._told(make, path, give_way))
             return True

@@ -102,8 +102,9 @@ def try_lock(path: Path, owner: str) -> TextIO | None:
 def locked(path: Path, give_way: Callable[[], None] | None = None) -> Iterator[None]:
     """Inside, other processes that ask for the same wait; where the file system knows no locks nobody does.
 
-    ``give_way`` is called again and again while this one waits, and may raise.
+    ``give_way`` is called again and again while this one waits, and may raise.  The folder is made where it is not there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("a", encoding="utf-8") as file:
         with suppress(OSError):
             _lock(file, give_way)
