@@ -679,6 +679,10 @@ def test_stage_3_and_the_verifier_are_counted() -> None:
         ways = (("latents", False), ("text", False), ("text", True))
         for (config.denoiser.context, config.sample.reencode), models in zip(ways, expected, strict=True):
             assert planner._asked_models("verifier") == models
+        config.denoiser.context, config.sample.reencode = "text", False
+        less = planner.training("rl").holdings.frozen
+        config.sample.reencode = True
+        assert planner.training("rl").holdings.frozen - less == (0 if rank else planner.element_bytes * weights)
     config.denoiser.context, config.sample.reencode, config.backbone.lora.rank = "latents", True, 0
 
 

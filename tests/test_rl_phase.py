@@ -198,7 +198,7 @@ def stopped_while_loading(world: World, root: Path) -> bool:
             return real(*about)
 
         patch.setattr(rl, "load_denoiser", signalled)
-        patch.setattr(rl, "load_thought_decoder", loaded.append)
+        patch.setattr(rl, "load_readers", loaded.append)
         with pytest.raises(BrokenOff):
             rl_phase(config, world, run.stop)
     return not loaded
@@ -219,8 +219,8 @@ def test_the_vae_is_in_memory_where_somebody_reads_blocks(one_process: ProcessGr
 
 def loaded(patch: pytest.MonkeyPatch) -> list[Any]:
     """What was loaded of the VAE, from now on."""
-    found, real = [], rl.load_thought_decoder
-    patch.setattr(rl, "load_thought_decoder", lambda *about: found.append(about) or real(*about))
+    found, real = [], rl.load_readers
+    patch.setattr(rl, "load_readers", lambda *about: found.append(about) or real(*about))
     return found
 
 

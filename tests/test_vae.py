@@ -29,7 +29,7 @@ from ladir.inference.decode import decode, thought_ids
 from ladir.models.assembling import assemble_export
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_thought_decoder, load_vae, new_vae, save_denoiser, save_lm, save_vae
+from ladir.models.folders import load_readers, load_thought_decoder, load_vae, new_vae, save_denoiser, save_lm, save_vae
 from ladir.models.store import ShardWriter, folder_fingerprint, load_settings, own_state
 from ladir.models.vae import ThoughtDecoder, Vae, encode_sentences
 from ladir.tokens import build_word_tokenizer, encode_text
@@ -357,6 +357,10 @@ def test_a_vae_comes_back_from_its_folder(tmp_path: Path, kind: str, variant: st
     assert (back.own_decoder is None) == (variant == "lora")
     assert isinstance(back.encoder.lm, PeftModel) == ("lora" in variant)
     assert_same_weights(back, load_vae(tmp_path / "vae", backbone, CPU))
+    reader, encoder = load_readers(tmp_path / "vae", backbone, CPU, encoder=True)
+    assert encoder is not None and (reader.backbone is encoder.encoder) == (variant == "lora")  # one LM for both
+    assert torch.equal(teacher_forced(reader, z, twice), teacher_forced(back.thought_decoder, z, twice))
+    assert load_readers(tmp_path / "vae", backbone, CPU, encoder=False)[1] is None
     assert not back.training
     assert not list(tmp_path.glob("**/*.writing")) and not list(tmp_path.glob("**/*.bin"))
 

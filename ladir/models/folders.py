@@ -212,6 +212,19 @@ def load_thought_decoder(folder: str | Path, backbone: BackboneSettings, device:
     return ThoughtDecoder(lm.to(device).eval(), from_latent.to(device, lm.dtype), **saved_marks(saved))
 
 
+def load_readers(
+    folder: str | Path, backbone: BackboneSettings, device: torch.device, encoder: bool
+) -> tuple[ThoughtDecoder, Vae | None]:
+    """What a reasoner reads blocks with: the decoding half of a trained VAE and, where it is asked for, the encoding half.
+
+    One LM serves both where the VAE has only one (LoRA over a frozen decoder).  ValueError when the folder is not whole.
+    """
+    if not encoder:
+        return load_thought_decoder(folder, backbone, device), None
+    whole = load_vae(folder, backbone, device)
+    return whole.thought_decoder, whole
+
+
 def load_backbone(
     folder: str | Path, settings: BackboneSettings, device: torch.device, trainable: bool = False, base: str | None = None
 ) -> Backbone:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -84,6 +85,10 @@ class Cluster:
         if check and result.returncode != 0:
             raise AssertionError(f"{' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}")
         return result
+
+    def start(self, *command: str, stdout: IO[str]) -> subprocess.Popen[str]:
+        """A command from the repository's folder that goes on beside the test."""
+        return subprocess.Popen(command, stdout=stdout, text=True, env=self.environment, cwd=REPOSITORY)
 
     def submit(self, *arguments: str, **variables: str) -> str:
         """``sbatch arguments``; returns the job id."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import REPOSITORY, Cluster
+from tests.slurm.cluster import PATIENCE, REPOSITORY, Cluster
 from tests.slurm.project import CONFIG, SIZE, Project
 from training.runtime.distributed import FIRST_PORT, NUM_PORTS
 
@@ -90,10 +90,18 @@ def test_a_batch_that_32_gpus_cannot_share_is_refused_and_with_the_remedy_the_ch
     waiting = cluster.run("squeue", "--noheader", f"--jobs={on_gpus}", "--format=%T %D %b").stdout.splitlines()
     assert waiting == ["PENDING 4 gres:gpu:8"] * 7
     (run,) = tmp_path.iterdir()
-    told = cluster.run(sys.executable, "-m", "ladir", "status", str(run)).stdout
-    assert re.findall(r"^waits in the queue: job (\d+) ", told, re.MULTILINE) == sorted(entries, key=int)
-    assert "(Dependency)" in told  # Slurm's own word of why
-    cluster.run("scancel", *entries)
+    status = [sys.executable, "-m", "ladir", "status", str(run)]
+
+    def told() -> str:
+        return cluster.run(*status).stdout
+
+    # Slurm's own word of why, which it finds when it goes through its queue
+    cluster.until(lambda: "(Dependency)" in told(), "the queue's reason in the status", next(iter(entries)))
+    assert re.findall(r"^waits in the queue: job (\d+) ", told(), re.MULTILINE) == sorted(entries, key=int)
+    with (tmp_path / "watched").open("w+") as watched, cluster.start(*status, "--watch", "1", stdout=watched) as watch:
+        cluster.until(lambda: "waits in the queue" in Path(watched.name).read_text(), "a watch to tell", next(iter(entries)))
+        cluster.run("scancel", *entries)
+        assert watch.wait(timeout=PATIENCE) == 0  # nothing waits any more: it ends by itself
 
 
 def test_a_chain_is_queued_as_a_whole_or_not_at_all(cluster: Cluster, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from ladir.models.backbone import Backbone
 from ladir.models.folders import (
     load_backbone,
     load_denoiser,
-    load_thought_decoder,
-    load_vae,
+    load_readers,
     question_frame,
     reads_questions_both_ways,
     vae_folder,
@@ -103,8 +102,7 @@ def _trained(config: Config, folder: RunFolder, denoiser: Path | None, device: t
     trained_on = TrainedOn.of(load_settings(denoiser, "denoiser"))
     check_tokenizer(trained_on, tokenizer, adapter_base(denoiser) or denoiser, denoiser)
     model, _ = load_denoiser(denoiser, backbone, device)
-    decoder = load_thought_decoder(vae, backbone, device)
-    encoder = load_vae(vae, backbone, device, encoder_only=True) if config.sample.reencode else None
+    decoder, encoder = load_readers(vae, backbone, device, config.sample.reencode)
     found = verifier_of(folder, denoiser)
     verifier = None if found is None else load_verifier(found, device)
     return Reasoner(model, decoder, tokenizer, config.sample, encoder, trained_on, verifier=verifier)

@@ -26,7 +26,7 @@ from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.inference.asking import Ask, Extras, Watch
 from ladir.inference.trajectory import Trajectory
-from ladir.models.folders import load_denoiser, load_thought_decoder, load_vae, vae_folder
+from ladir.models.folders import load_denoiser, load_readers, vae_folder
 from ladir.models.pairing import TrainedOn, check_vae
 from ladir.models.store import HEADS_FILE, heads_fingerprint, load_settings, settings_of
 from ladir.models.vae import ThoughtDecoder
@@ -124,10 +124,8 @@ def load_trained_reasoner(
     settings, known = replace(config.sample, verifier_scale=0.0), TrainedOn.of(load_settings(denoiser, "denoiser"))
     if vae is None:
         return Reasoner(model, ThoughtDecoder(model.backbone, model.latent_in), tokenizer, settings, trained_on=known)
-    if not settings.reencode:  # nobody asks the encoder
-        return Reasoner(model, load_thought_decoder(vae, config.backbone, device), tokenizer, settings, trained_on=known)
-    whole = load_vae(vae, config.backbone, device)  # with LoRA and a frozen decoder one LM for both
-    return Reasoner(model, whole.thought_decoder, tokenizer, settings, whole, known)
+    decoder, encoder = load_readers(vae, config.backbone, device, settings.reencode)
+    return Reasoner(model, decoder, tokenizer, settings, encoder, known)
 
 
 def judged_trajectories(folder: Path) -> JudgedStore:

@@ -17,7 +17,7 @@ from ladir.data.question_store import Questions
 from ladir.data.randomness import derive
 from ladir.errors import UnusableError
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_thought_decoder, load_vae, save_denoiser
+from ladir.models.folders import load_denoiser, load_denoiser_to_train, load_readers, save_denoiser
 from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner
@@ -153,11 +153,9 @@ def _reasoner(
 
     The VAE's LMs, a whole one on every rank, are loaded where somebody reads blocks.
     """
-    vae, device = folder.model("vae"), old.latent_mean.device
     if not decodes_thoughts(config):
         return Reasoner(old, ThoughtDecoder(old.backbone, old.latent_in), tokenizer, config.sample, trained_on=before)
-    decoder = load_thought_decoder(vae, config.backbone, device)
-    encoder = load_vae(vae, config.backbone, device, encoder_only=True) if config.sample.reencode else None
+    decoder, encoder = load_readers(folder.model("vae"), config.backbone, old.latent_mean.device, config.sample.reencode)
     return Reasoner(old, decoder, tokenizer, config.sample, encoder, before)
 
 

@@ -221,10 +221,14 @@ def learns_text(config: Config, phase: str) -> bool:
     return phase == "rl" and config.rl.policy == "text"
 
 
+def vae_has_one_lm(config: Config) -> bool:
+    """Whether the VAE's halves are one LM: adapters on, to encode, and off, to decode."""
+    return config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
+
+
 def _new_vae(config: Config, checkpointing: str, device: torch.device, layers: int | None) -> Vae:
     encoder = _backbone(config, checkpointing, device, layers=layers)
-    shares = config.backbone.lora.rank > 0 and config.vae.decoder == "frozen"
-    decoder = None if shares else _backbone(config, checkpointing, device, False, layers)
+    decoder = None if vae_has_one_lm(config) else _backbone(config, checkpointing, device, False, layers)
     return Vae(encoder, decoder, config.vae, bos_of(config), separator_of(config))
 
 

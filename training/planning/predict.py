@@ -42,6 +42,7 @@ from training.planning.models import (
     meta_model,
     micro_batch,
     trains_jointly,
+    vae_has_one_lm,
 )
 from training.planning.prediction import Iteration, Machine, Need, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
@@ -228,11 +229,10 @@ class Planner:
             return held
         old = holdings(weights, zero, averaged=True)
         # The old model, the VAE's decoder where thoughts are read, its encoder where they are encoded again, and the start.
-        whole = (
-            1
-            if learns_text(config, phase)
-            else 1 + int(decodes_thoughts(config)) + int(config.sample.reencode) + int("kl" in terms(config.rl))
-        )
+        whole = 1
+        if not learns_text(config, phase):
+            encoders = int(config.sample.reencode and not vae_has_one_lm(config))
+            whole += int(decodes_thoughts(config)) + encoders + int("kl" in terms(config.rl))
         return replace(
             held,
             frozen=held.frozen + self.element_bytes * self._lm.parameters * whole,
@@ -569,7 +569,7 @@ class Planner:
         An export's decoder may be the denoiser's LM without its adapters.  The verifier's phase asks trained parts, without a VAE
         where no blocks are read; there encoder and decoder may be one LM.
         """
-        shares = self.config.backbone.lora.rank > 0 and self.config.vae.decoder == "frozen"
+        shares = vae_has_one_lm(self.config)
         encoder = int(self.config.sample.reencode)
         if phase == "evaluate":
             return (1 if shares else 2) + encoder
