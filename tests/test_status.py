@@ -303,6 +303,23 @@ def test_watching_into_a_file_writes_what_is_new_and_ends(
     assert last.endswith("vae has finished, step 4, 26 %")
 
 
+@pytest.mark.parametrize("watch", [[], ["--watch", "1"]])
+def test_jobs_that_were_cancelled_before_they_began_are_said_to_be_gone(
+    watch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = tmp_path / "run" / "slurm" / "jobs"
+    jobs.parent.mkdir(parents=True)
+    jobs.write_text("7 train_ar\n8 evaluate\n")
+    command = ["status", str(tmp_path / "run"), *watch]
+    squeue = stub_squeue(tmp_path, monkeypatch).with_name("squeue")
+    assert main(command) == 0
+    (told,) = capsys.readouterr().out.splitlines()
+    assert "none of the jobs that were submitted has begun" in told
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert main(command) == 1
+    assert "squeue does not answer: ask again" in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path / "none")]) == 1
     assert "no job has left a status.json there" in capsys.readouterr().err

@@ -65,7 +65,7 @@ class RunStatus:
 
 
 def read_status(folder: str | Path, queue: Queue | None = None) -> RunStatus:
-    """How a run stands.  UnusableError where nothing was started in ``folder`` and nothing is queued for it.
+    """How a run stands.  UnusableError where nothing was started in ``folder`` and nothing was ever queued for it.
 
     ``queue``: what is known of Slurm's, by one who looks often.
     """
@@ -73,9 +73,12 @@ def read_status(folder: str | Path, queue: Queue | None = None) -> RunStatus:
     files = sorted(path.glob("status*.json"), key=lambda file: file.stat().st_mtime)
     jobs = [job for job in map(_job, files) if job is not None]
     finished = [_finished(file) for file in sorted(path.glob("outcome-*.json"), key=lambda file: file.stat().st_mtime)]
-    queued, starting = (queue or Queue()).look(path, jobs)
-    if not jobs and not queued and not starting:
+    queue = queue or Queue()
+    queued, starting = queue.look(path, jobs)
+    if not jobs and not (path / _JOBS).is_file():
         raise UnusableError(f"{path}: no job has left a status.json there; name a run's folder (runs/<name>)")
+    if not jobs and queue.is_silent:
+        raise UnusableError(f"{path}: no job has begun, and squeue does not answer: ask again")
     return RunStatus(path, jobs, finished, queued, starting)
 
 
@@ -112,13 +115,15 @@ class Queue:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._asked = clock, -math.inf
         self._rows: dict[str, tuple[str, str]] = {}
+        self.is_silent = False
+        """Whether Slurm did not answer when it was asked last."""
 
     def look(self, folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], list[str]]:
         """The run's jobs that Slurm has not started, or has put back; those that it has started and that say nothing yet."""
         names = _slurm_jobs(folder, jobs)
         if names and self._clock() - self._asked >= _QUEUE_EVERY_SECONDS:
             found, self._asked = _squeue(names), self._clock()
-            self._rows = self._rows if found is None else found
+            self.is_silent, self._rows = found is None, self._rows if found is None else found
         for job in jobs:
             if job.state == RUNNING:  # whatever the queue said of it before
                 self._rows.pop(str(job.facts.get("job")), None)
@@ -177,8 +182,13 @@ def _is_behind(job: JobStatus, jobs: Sequence[JobStatus]) -> bool:
     return bool(job.lane) and job.state == FINISHED and job.facts["phase"] == "evaluate" and job is not jobs[-1]
 
 
+_NOTHING = "none of the jobs that were submitted has begun, and squeue, if it is here, knows of none that waits"
+
+
 def _in_slurm(status: RunStatus) -> list[str]:
     waiting = [f"waits in the queue: {words}" for words in status.queued]
+    if not (status.jobs or waiting or status.starting):
+        return [_NOTHING]
     return [*waiting, *(f"begins: {words}" for words in status.starting)]
 
 
