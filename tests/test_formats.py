@@ -122,13 +122,7 @@ FIND_ZERO = {
     "atol": 1e-4,
 }
 RELEASED_FIELDS = ("prompt", "canonical_solution", "entry_point", "base_input", "plus_input", "atol")
-MBPP_RELEASED = {
-    **RELEASED,
-    "task_id": "Mbpp/2",
-    "prompt": '"""\nWrite a function. assert shared((3, 4)) == 3\n"""\n',
-    "canonical_solution": MBPP["code"],
-    "assertion": "assert shared((3, 4)) == 3",
-}
+MBPP_RELEASED = {**RELEASED, "task_id": "Mbpp/1", "prompt": '"""\nAdd.\nassert add(1, 2) == 3\n"""\n'}
 MBPP_PLUS = {
     **SANITIZED,
     "source_file": "a notebook.ipynb",
@@ -370,7 +364,7 @@ def test_named_fields_hold_a_chain_of_annotations_or_a_list_of_steps(tmp_path: P
         ({**RELEASED, "plus_input": [1]}, "'plus_input' is no list of inputs"),
         ({**RELEASED, "base_input": "[[1, 2]]"}, "'base_input' is no list of inputs"),
         ({**RELEASED, "base_input": [], "plus_input": []}, "has no inputs"),
-        (MBPP_RELEASED, "of MBPP\\+ in EvalPlus' release form, .*take MBPP\\+ with a field 'test'"),
+        (MBPP_RELEASED, "of MBPP\\+ in EvalPlus' release form, and Mbpp/1 is none of .*take it as EvalPlus releases it"),
         ({**MBPP, "code": 1}, "'reasoning' is of type number"),
         ({**COMPLETION, "canonical_solution": ""}, "'reasoning' is empty"),
         ({**COMPLETION, "prompt": None}, "'question' is of type null"),
@@ -418,6 +412,8 @@ FIELDS = [
     "base_input",
     "plus_input",
     "atol",
+    "task_id",
+    "assertion",
 ]
 
 

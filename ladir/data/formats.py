@@ -10,6 +10,8 @@ HumanEval      prompt, canonical_solution, test,            lines of the solutio
 HumanEval+     prompt, canonical_solution,                  lines of the solution   prompt and solution
 (EvalPlus'     entry_point, base_input, plus_input, atol
 release)
+MBPP+ (EvalPlus' the same, task_id                           lines of the solution   solution
+release)
 MBPP           text or prompt, code, test_list [, test]     lines of the code       code
 MetaMath       query, response                              before the mark         behind it
 completions    prompt, completion                           before the mark         behind it
@@ -22,13 +24,14 @@ The mark is one of ``data.answer_prefixes`` (GSM8K's own is ``####``).  A chat i
 Programs get the fields ``setup``, ``tests`` and ``entry_point`` that :mod:`ladir.tasks.code` asks for.  The sets without
 written reasoning have their programs' lines as blocks: a draft before the answer.  HumanEval+ and MBPP+ have the fields of
 the sets that they extend; MBPP+ shows ``test_list`` and is judged by ``test``.  EvalPlus' own release has inputs in place of
-tests: HumanEval+ gets tests of them, which compare an attempt with the row's own solution.
+tests: such rows get tests of them, which compare an attempt with the row's own solution (:mod:`ladir.data.mbpp_plus`).
 """
 
 from __future__ import annotations
 
 import json
 import keyword
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +39,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ladir.data import mbpp_plus
 from ladir.data.blocks import last_boxed
 
 _PLUS_TESTS = Path(__file__).parents[1] / "tasks" / "isolated" / "plus_tests.py"
 _PLUS_INPUTS = ("base_input", "plus_input")
+_QUOTED_TASK = re.compile(
+    r"""\s*(?P<quotes>\"{3}|'{3})\s*(?P<task>\S.*?)\s*^(?P<tests>assert\b.*?)\s*(?P=quotes)\s*""", re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -77,28 +84,46 @@ def read_published(row: Mapping[str, Any]) -> Published | None:
 
 
 def _human_eval(row: Mapping[str, Any]) -> Published:
+    return _completion(row, f"{_program(row, 'test')}\n\ncheck({_program(row, 'entry_point')})\n")
+
+
+def _completion(row: Mapping[str, Any], tests: str) -> Published:
     prompt, solution = row["prompt"], row["canonical_solution"]
-    tests = f"{_program(row, 'test')}\n\ncheck({_program(row, 'entry_point')})\n"
     answer = f"{prompt}{solution}" if isinstance(prompt, str) else None
     return Published(question=prompt, reasoning=solution, answer=answer, extra={"setup": prompt, "tests": tests})
 
 
 def _evalplus(row: Mapping[str, Any]) -> Published:
-    """HumanEval+ as EvalPlus releases it.  MBPP+ is not read so: many of its tasks have inputs that JSON cannot hold, or outputs
-    that are compared in ways of their own."""
-    if "assertion" in row or str(row.get("task_id")).lower().startswith("mbpp"):
-        raise FormatError(
-            "it is of MBPP+ in EvalPlus' release form, in which only HumanEval+ is read",
-            "take MBPP+ with a field 'test', as the Hub has it (evalplus/mbppplus)",
-        )
+    """HumanEval+ and MBPP+ as EvalPlus releases them."""
+    quoted = _QUOTED_TASK.fullmatch(str(row.get("prompt")))
+    of_mbpp = quoted is not None or "assertion" in row or str(row.get("task_id")).lower().startswith("mbpp")
     fault = _plus_fault(row)
     try:
         if not fault:
-            return _human_eval({**row, "test": _plus_tests(row)})
+            return _mbpp_plus(row, quoted) if of_mbpp else _human_eval_plus(row)
     except RecursionError:
         fault = "nests its inputs too deeply"
-    remedy = "take it as EvalPlus releases it, or with a field 'test' in its place, as the Hub has it (evalplus/humanevalplus)"
-    raise FormatError(f"it is of HumanEval+ in EvalPlus' release form, and {fault}", remedy)
+    except ValueError as error:
+        fault = str(error)
+    name, release, hub = ("MBPP+", f" ({mbpp_plus.VERSION})", "mbppplus") if of_mbpp else ("HumanEval+", "", "humanevalplus")
+    remedy = f"take it as EvalPlus releases it{release}, or with a field 'test' in its place, as the Hub has it (evalplus/{hub})"
+    raise FormatError(f"it is of {name} in EvalPlus' release form, and {fault}", remedy)
+
+
+def _human_eval_plus(row: Mapping[str, Any]) -> Published:
+    rule = "root" if row["entry_point"] == "find_zero" else "equal"
+    return _completion(row, _plus_tests(row, f"{row['prompt']}{row['canonical_solution']}", rule))
+
+
+def _mbpp_plus(row: Mapping[str, Any], prompt: re.Match[str] | None) -> Published:
+    """Shown is what EvalPlus shows, the task with the first of its tests.  Raises ValueError on a task that is not known."""
+    number, name = mbpp_plus.task_number(row.get("task_id")), row["entry_point"]
+    if prompt is None:
+        raise ValueError("its 'prompt' is no text with an assertion, in quotes")
+    read = {field: [mbpp_plus.arguments(number, given) for given in row[field]] for field in _PLUS_INPUTS}
+    tests = _plus_tests({**row, **read}, row["canonical_solution"], mbpp_plus.rule_of(name))
+    shown = {"prompt": prompt["task"], "test_list": prompt["tests"]}
+    return _mbpp({**shown, "code": row["canonical_solution"], "test": tests})
 
 
 def _plus_fault(row: Mapping[str, Any]) -> str:
@@ -115,26 +140,28 @@ def _plus_fault(row: Mapping[str, Any]) -> str:
     if isinstance(row["atol"], bool) or not isinstance(row["atol"], (int, float)) or not 0 <= row["atol"] <= 1:
         return "field 'atol' is no tolerance (0 to 1)"
     for name in _PLUS_INPUTS:
+        if row[name] == {}:  # as Mbpp/793 has it
+            continue
         if not isinstance(row[name], list) or not all(isinstance(given, list) for given in row[name]):
             return f"field {name!r} is no list of inputs, each a list of arguments"
     return "" if any(row[name] for name in _PLUS_INPUTS) else "has no inputs"
 
 
-def _plus_tests(row: Mapping[str, Any]) -> str:
-    """A program text that defines ``check``, as HumanEval's tests do."""
+def _plus_tests(row: Mapping[str, Any], solution: str, rule: str) -> str:
+    """The tests of a row, whose function may be called ``check``."""
     # On lines of its own: what the solution imports is then guarded like what the tests import.
-    solution = f"{row['prompt']}{row['canonical_solution']}".replace("\\", "\\\\").replace('"', '\\"')
-    task = f"solution, {row['entry_point']!r}, {float(row['atol'])!r}"
+    solution = solution.replace("\\", "\\\\").replace('"', '\\"')
+    task = f"solution, {row['entry_point']!r}, {rule!r}, {float(row['atol'])!r}"
     # Python writes as inf and nan what has no literal.
     makers = [f"    def {name}(): return {row[name]!r}" for name in _PLUS_INPUTS]
     check = [
-        "def check(candidate):",
+        "def plus_check(candidate):",
         "    inf, nan = 1e999, 1e999 - 1e999",
         *makers,
         f'    solution = """\n{solution}\n"""',
         f"    plus_judge(candidate, ({task}), [{', '.join(_PLUS_INPUTS)}])",
     ]
-    return "\n".join([_plus_judge(), "", *check])
+    return "\n".join([_plus_judge(), "", *check, "", f"plus_check({row['entry_point']})", ""])
 
 
 @lru_cache(maxsize=1)
