@@ -23,7 +23,7 @@ from tests.tiny import tiny_denoiser, tiny_lm
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime import files
 from training.runtime.alarm import Alarm
-from training.runtime.alone import GiveWay, alone
+from training.runtime.alone import GiveWay, alone, apart
 from training.runtime.distributed import World
 from training.runtime.loop import train
 from training.runtime.preemption import BrokenOff, StopRequest
@@ -94,9 +94,26 @@ def lose_one(world: World) -> None:
 
 def test_who_waits_for_a_rank_that_dies_does_not_wait_for_ever() -> None:
     group = ProcessGroup()
-    (_, first), (_, second) = group.outcomes(lose_one, timeout=60)
+    (_, first), (_, second) = group.outcomes(lose_one)
     group.close()
     assert second == "the process died" and first is not None and "gloo" in first
+
+
+def test_work_without_pieces_is_left_to_itself_where_a_stop_is_asked_for() -> None:
+    """Else what it returns, or raises, comes back; it sees what the run around it has set."""
+    with files.digests_kept():
+        assert apart(files._known.get, lambda: None) is files._known.get() is not None
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 // 0, lambda: None)
+    released, stop = threading.Event(), StopRequest("USR2")
+
+    def work() -> None:
+        stop.requested = True
+        released.wait()
+
+    with pytest.raises(BrokenOff):
+        apart(work, stop.give_way)
+    released.set()
 
 
 class SamplingPhase(ToyPhase):

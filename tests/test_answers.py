@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -168,6 +169,20 @@ def test_a_stop_is_obeyed_between_two_verdicts(tmp_path: Path) -> None:
     log, task = AnswerLog(run, RECORDS), Stopping(run, last=2)  # the first of the second batch
     assert not ask(run, log, task, "ladir", RECORDS, Model(run))
     assert task.judged == 2 and log.done("ladir") == {0}
+
+
+def test_a_stop_is_obeyed_while_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has no end here."""
+    run, released = open_run(configure(tmp_path)), threading.Event()
+
+    def load(*about: object) -> None:
+        run.stop.requested = True
+        released.wait()
+
+    monkeypatch.setattr(asking, "load_answerers", load)
+    benchmark = Benchmark("", run, TASK, Asked(RECORDS, [], GoldCheck(0, {}, 0.0), len(RECORDS)), AnswerLog(run, RECORDS))
+    assert asking.ask(run, [benchmark], ["ladir"]) is None
+    released.set()
 
 
 def stop_by_another(world: World, folder: Path) -> tuple[bool, set[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,23 @@ def test_a_stopped_encoding_continues_after_its_last_part(
     assert first.sentences + second.sentences == whole.sentences
     assert files(store) == files(expected)
     assert sorted(path.name for path in store.parent.iterdir()) == ["seconds.json", "sources.json", "train"]
+
+
+def test_a_stop_is_obeyed_while_the_decoder_that_reads_the_latents_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has no end here."""
+    run, released = Run(load_config(None, [f"run.folder={tmp_path}"]), "latents", ALONE), threading.Event()
+
+    def load(*about: object) -> None:
+        run.stop.requested = True
+        released.wait()
+
+    monkeypatch.setattr(encode_latents, "load_thought_decoder", load)
+    monkeypatch.setattr(encode_latents, "_judged", lambda *about: (None,) * 4)
+    tokenizer: Any = SimpleNamespace(eos_token_id=0)
+    assert encode_latents._report(run, tokenizer) is None
+    released.set()
 
 
 def test_the_seconds_of_a_stopped_encoding_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Any]) -> None:

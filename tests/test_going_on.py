@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from ladir.config import TrainSettings
 from ladir.config.loader import ConfigError, load_config
 from tests.distributed import ProcessGroup
 from tests.test_loop import assert_identical, records, run_with, toy_settings
 from tests.toy_phase import ToyPhase, toy_config
 from training.runtime.checkpoint import steps_in
 from training.runtime.distributed import World
-from training.runtime.loop import NonFiniteError, train
-from training.runtime.run import Outcome, RunConflict, open_run
+from training.runtime.loop import NonFiniteError, Trainer, train
+from training.runtime.run import SECTIONS, Outcome, RunConflict, open_run
+from training.runtime.schedule import Progress
+from training.runtime.step_batches import StepBatch
+from training.runtime.topology import section_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +73,32 @@ def test_learning_rate_and_clipping_change_under_way_on_request_and_other_settin
     assert [row["lr"] > 0.01 for row in records(tmp_path)] == [False] * 3 + [True] * 3
     (refused,) = one_process.run(go_on, tmp_path, {"lr": 0.7}, ["ar.train.lr"])  # finished
     assert "ar.train.lr" in refused and "allow_changes" not in refused
+
+
+@pytest.mark.parametrize("section", sorted({section_of(phase) for phase in (*SECTIONS, "ar", "base")}))
+def test_every_training_may_be_told_to_go_on_as_its_message_says(section: str) -> None:
+    load_config(
+        None, [f"run.allow_changes=[{section}.train.lr,{section}.train.max_grad_norm]", f"{section}.train.skip_samples=[1]"]
+    )
+
+
+def advice(losses: Sequence[float], made: int) -> str:
+    """What is said of a step of two micro batches with such losses, the first ``made`` of which hold the model's own attempts."""
+    trainer, ids = object.__new__(Trainer), [[7], [16]]
+    trainer.run, trainer.world = SimpleNamespace(phase="rl"), World(0, 1, 0, torch.device("cpu"))  # type: ignore[assignment]
+    trainer.settings, trainer.progress, trainer._sample_ids = TrainSettings(skip_samples=[3]), Progress(step=4), ids
+    batches: Any = [SimpleNamespace(sample_ids=one) for one in ids]
+    with pytest.raises(NonFiniteError) as caught:
+        trainer._report_non_finite(StepBatch(16, batches, [16, 16], 0.0, made=made), [torch.tensor(loss) for loss in losses])
+    return str(caught.value)
+
+
+def test_only_stored_samples_are_said_to_be_left_out() -> None:
+    """The model's own attempts come again as they were."""
+    skipped = "start the same command with this batch left out (rl.train.skip_samples=[3,16]), or with a lower learning rate"
+    assert all(skipped in advice(losses, made) for losses, made in (((1, math.nan), 1), ((1, 1), 1), ((math.nan, 1), 0)))
+    for losses, made in (((math.nan, 1), 1), ((1, math.nan), 2), ((1, 1), 2)):
+        assert "start the same command with a lower learning rate (rl.train.lr=... run.allow" in advice(losses, made)
 
 
 def test_what_cannot_change_under_way_is_refused_by_name() -> None:

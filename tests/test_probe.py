@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -96,3 +98,21 @@ def test_a_report_has_its_figures_and_without_steps_no_probes() -> None:
     }
     assert short.keys() == {name for name in whole if not name.startswith("probe_")}
     assert short["active_units"] == active_units(torch.cat([record.mu for record in records[4:]]))
+
+
+def test_a_report_can_be_ended_between_its_pieces() -> None:
+    """Before what it reads of means, of noisy ones and from half noise, and before every step of the probe."""
+    decoder, records = tiny_vae().thought_decoder, random_records(6)
+
+    def looks(end_at: int) -> int:
+        seen = itertools.count(1)
+
+        def between() -> None:
+            if next(seen) == end_at:
+                raise InterruptedError
+
+        with suppress(InterruptedError):
+            latent_report(decoder, records[:4], records[4:], ZEROS, ONES, 0.0, 2, EOS, seed=0, between=between)
+        return next(seen) - 1
+
+    assert [looks(end_at) for end_at in (0, 1, 2, 3, 4, 5)] == [5, 1, 2, 3, 4, 5]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from training.runtime import loop
 from training.runtime.alarm import APART_MINUTES
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
-from training.runtime.loop import Trainer, train
+from training.runtime.loop import NonFiniteError, Trainer, train
 from training.runtime.preemption import BrokenOff
 from training.runtime.profiling import MemorySnapshot
 from training.runtime.run import RunFolder, open_run
@@ -366,6 +368,30 @@ def test_a_reward_that_is_no_number_ends_the_run(one_process: ProcessGroup, star
 
 def nothing_learned(world: World, root: Path, name: str) -> str:
     return ended(world, root, name, reward="tests.toy_reward:nan_for_the_last")
+
+
+def spoiled(world: World, root: Path, name: str) -> str:
+    """Stage 3 in which what the old model predicts for its attempts is no number; how it ended."""
+    batch = steps.OwnSteps._batch
+
+    def without_numbers(*about: Any) -> Any:
+        found = batch(*about)
+        return replace(found, old_prediction=found.old_prediction * math.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.OwnSteps, "_batch", without_numbers)
+        try:
+            return reinforce(world, root, name, 0, 3)
+        except NonFiniteError as error:
+            return str(error)
+
+
+def test_attempts_that_are_not_finite_are_not_said_to_be_left_out(one_process: ProcessGroup, start: Path) -> None:
+    """They come again as they were; only gold records can be left out."""
+    prepared(start, "spoiled")
+    (message,) = one_process.run(spoiled, start, "spoiled")
+    assert "phase rl, step 1: not finite: loss on rank 0" in message and "skip_samples" not in message
+    assert "start the same command with a lower learning rate (rl.train.lr=... run.allow_changes=[rl.train.lr])" in message
 
 
 @pytest.mark.distributed

@@ -21,7 +21,7 @@ from ladir.config import Config, RlSettings, SampleSettings, TrainSettings
 from ladir.config.suites import suite_errors
 
 #: settings that a training under way may go on with other values of
-CHANGEABLE = re.compile(r"(vae|denoiser|rollout|rl|ar)\.train\.(lr|min_lr_ratio|max_grad_norm)")
+CHANGEABLE = re.compile(r"(vae|denoiser|rollout|rl|verifier|ar)\.train\.(lr|min_lr_ratio|max_grad_norm)")
 
 
 @dataclass(frozen=True)

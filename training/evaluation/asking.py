@@ -18,8 +18,8 @@ from training.evaluation.answers import Answered, cut
 from training.evaluation.benchmarks import Benchmark
 from training.evaluation.judging import judge_samples, judges_of
 from training.evaluation.rows import GREEDY, model_of, questions_at_a_time
-from training.runtime.alarm import APART_MINUTES, Alarm
-from training.runtime.alone import GiveWay
+from training.runtime.alarm import APART_MINUTES
+from training.runtime.alone import GiveWay, apart
 from training.runtime.preemption import BrokenOff
 from training.runtime.profiling import when_full
 from training.runtime.run import Run
@@ -78,7 +78,7 @@ class Models:
     """One model in memory at a time, and how it answers the questions of every data set; seconds of ``loading`` so far."""
 
     def __init__(self, run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str], give_way: GiveWay) -> None:
-        """``give_way`` is called while they answer, after every step and token, and may raise."""
+        """``give_way`` is called while they are loaded and while they answer, after every step and token, and may raise."""
         self._run, self._samplings, self._give_way = run, samplings, give_way
         self._configs = [benchmark.run.config for benchmark in benchmarks]
         self._model, self.loading = "", 0.0
@@ -91,8 +91,8 @@ class Models:
             self._run.status.say(f"loading the model behind {portion.sampling}")
             self._answerers = ()  # lets the other one go before this one comes
             own = [sampling for sampling in self._samplings if model_of(sampling) == model]
-            start = time.perf_counter()
-            self._answerers = load_answerers(self._configs, model, own, self._run.world.device, self._give_way)
+            start, device = time.perf_counter(), self._run.world.device
+            self._answerers = apart(lambda: load_answerers(self._configs, model, own, device, self._give_way), self._give_way)
             self._model, self.loading = model, self.loading + time.perf_counter() - start
         return self._answerers[portion.benchmark][portion.sampling]
 
@@ -112,7 +112,7 @@ def together(busy: Sequence[Busy]) -> Busy:
 
 def ask(run: Run, benchmarks: Sequence[Benchmark], samplings: Sequence[str]) -> Busy | None:
     """Add all answers to the logs; None when a signal asked to stop: portions that are done are kept, those under way are not."""
-    left, tickets, alarm = portions(run, benchmarks, samplings), Tickets(run.world), Alarm(run.world, run.stop)
+    left, tickets, alarm = portions(run, benchmarks, samplings), Tickets(run.world), run.alarm()
     models = Models(run, benchmarks, samplings, alarm.give_way)
     judges = judges_of(run.config, run.world.largest([run.world.local_rank])[0] + 1)
     told, start, busy = _Progress(run, benchmarks, left), time.perf_counter(), 0.0

@@ -29,8 +29,7 @@ from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
 from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
-from training.runtime.alarm import Alarm
-from training.runtime.alone import GiveWay
+from training.runtime.alone import GiveWay, apart
 from training.runtime.ending import in_words, tell_end
 from training.runtime.files import read_json, remove_folder, write_json
 from training.runtime.run import Outcome, Run, RunFolder
@@ -83,7 +82,7 @@ def encode_split(
     assert records is not None  # something is named
     _check_lengths(run, vae, records)
     form = _form(run, vae)
-    parts, alarm = _parts(run, target, watch.mark, source, form), Alarm(run.world, run.stop)
+    parts, alarm = _parts(run, target, watch.mark, source, form), run.alarm()
     if not _encode_parts(run, vae, records, parts, form, watch):
         return False
     run.status.say(f"joining the parts of {target}", fraction=None, seconds_left=None)
@@ -242,7 +241,8 @@ def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | 
 def _figures(run: Run, eos_id: int, give_way: GiveWay) -> dict[str, float]:
     settings, noise = run.config.latents, run.config.vae.latent_noise
     trained, held_out, mean, std = _judged(run.folder, settings.report_sentences)
-    decoder = load_thought_decoder(run.folder.model("vae"), run.config.backbone, run.world.device)
+    vae, device = run.folder.model("vae"), run.world.device
+    decoder = apart(lambda: load_thought_decoder(vae, run.config.backbone, device), give_way)
     seed = derive(run.config.run.seed, "latents/report")
     return latent_report(decoder, trained, held_out, mean, std, noise, settings.probe_steps, eos_id, seed, give_way)
 

@@ -142,9 +142,8 @@ class OwnSteps:
             if alarm.rung():
                 return _nothing()
             batches.append(self._batch(part, counted, step, device))
-        # What is named where a loss is not finite is a global batch of gold records, which alone can be left out.
         numbers = [gold.first for _ in parts]
-        return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics)
+        return StepBatch(gold.first, [*batches, *gold.batches], [*numbers, *gold.numbers], gold.wait, metrics, made=len(parts))
 
     def _are_few(self, attempts: int, training: Underway) -> bool:
         """Whether a rank's attempts and gold records go through the model together; the same on all ranks."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TypeVar
 
+import torch
+
+from ladir.threads import in_thread
 from training.runtime.alarm import Alarm
 from training.runtime.distributed import World, until
 from training.runtime.preemption import BrokenOff, StopRequest
@@ -44,3 +48,20 @@ def unbroken(world: World, stop: StopRequest | None, work: Callable[[GiveWay], T
     if found is None:
         raise BrokenOff
     return found
+
+
+def apart(work: Callable[[], T], give_way: GiveWay) -> T:
+    """What ``work`` returns that has no pieces, such as the loading of a model: a thread does it, while ``give_way`` is called.
+
+    Where that raises, the thread is left behind: nothing but the end of the process may follow.
+    """
+    context, device = copy_context(), torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def there() -> T:
+        if device is not None:  # every thread has its own
+            torch.cuda.set_device(device)
+        return context.run(work)
+
+    found = in_thread(there)
+    until(found.done, give_way, most_seconds=0.1)
+    return found.result()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from training.runtime.alarm import Alarm
 from training.runtime.allowance import Allowance
+from training.runtime.alone import GiveWay
 from training.runtime.best import Best
 from training.runtime.run import Run
 from training.runtime.schedule import Progress
@@ -66,7 +67,15 @@ class Cadence:
 
     def alarm(self) -> Alarm:
         """Whether any rank was asked to stop, for ranks that go their own ways (collective)."""
-        return Alarm(self._run.world, self._run.stop)
+        return self._run.alarm()
+
+    def give_way(self) -> None:
+        """Raise BrokenOff, on all ranks, where any was asked to stop (collective)."""
+        self._run.give_way()
+
+    def alone(self, work: Callable[[GiveWay], object]) -> None:
+        """Have rank 0 do ``work``, unless a stop breaks it off (collective)."""
+        self._run.alone(work)
 
     def ending(self) -> bool:
         """Whether the next step will not be made: a stop was asked for, or this is the end (collective)."""

@@ -142,7 +142,7 @@ class Trainer:
         """Open the records and start the clock."""
         given = self.run.config.telemetry.peak_tflops
         self._peak = given * 1e12 if given else measured_peak(self.world.device, self.engine.dtype)
-        with Telemetry(self.run, self.progress.step, self.cadence.is_validated) as self._telemetry:
+        with Telemetry(self.run, self.progress.step, self.cadence.is_validated, self.cadence) as self._telemetry:
             self.clock.start(self.progress.seconds)
             self._interval["seconds"] = self.progress.seconds
             yield
@@ -261,24 +261,27 @@ class Trainer:
         """Find out together which rank's samples it was."""
         finite = [bool(torch.isfinite(loss)) for loss in losses]
         bad = [list(batch.sample_ids) for batch, fine in zip(step_batch.batches, finite, strict=True) if not fine]
-        first = min((number for number, fine in zip(step_batch.numbers, finite, strict=True) if not fine), default=math.inf)
+        stored = list(zip(step_batch.numbers, finite, strict=True))[step_batch.made :]
+        first = min((number for number, fine in stored if not fine), default=math.inf)
         found = self.world.gather((bad, self._sample_ids, first))
         where = [f"loss on rank {rank}, samples {ids}" for rank, (ids, _, _) in enumerate(found) if ids]
+        named = min(first for *_, first in found)
         if not where:
             where = [f"gradient, from rank {rank}'s samples {ids}" for rank, (_, ids, _) in enumerate(found)]
-        named = min(first for *_, first in found)
+            named = step_batch.first if stored else math.inf
         raise NonFiniteError(
             f"phase {self.run.phase}, step {self.progress.step + 1}: not finite: {'; '.join(where)}. "
-            f"Neither weights nor checkpoints were touched. {self._remedy(step_batch.first if named == math.inf else int(named))}"
+            f"Neither weights nor checkpoints were touched. {self._remedy(None if named == math.inf else int(named))}"
         )
 
-    def _remedy(self, number: int) -> str:
-        """How to go on behind a step that was not finite, sample ``number`` being in it."""
+    def _remedy(self, number: int | None) -> str:
+        """How to go on behind a step that was not finite, sample ``number`` being in it; None: none that can be left out."""
         train = f"{section_of(self.run.phase)}.train"
         skipped = ",".join(map(str, [*self.settings.skip_samples, number]))
+        left_out = "" if number is None else f"with this batch left out ({train}.skip_samples=[{skipped}]), or "
         return (
-            f"To go on after the last checkpoint, start the same command with this batch left out ({train}.skip_samples="
-            f"[{skipped}]), or with a lower learning rate ({train}.lr=... run.allow_changes=[{train}.lr]) or clipping norm "
+            f"To go on after the last checkpoint, start the same command {left_out}with a lower learning rate "
+            f"({train}.lr=... run.allow_changes=[{train}.lr]) or clipping norm "
             f"({train}.max_grad_norm=... run.allow_changes=[{train}.max_grad_norm])"
         )
 

@@ -28,7 +28,7 @@ import yaml
 from ladir.config import Config, EvaluateSettings, TrainSettings
 from ladir.config.checks import CHANGEABLE
 from ladir.config.idle import idle_settings
-from training.runtime.alarm import give_way, stop_agreed
+from training.runtime.alarm import Alarm, give_way, stop_agreed
 from training.runtime.alone import GiveWay, alone, unbroken
 from training.runtime.chain import LANES
 from training.runtime.distributed import World
@@ -387,6 +387,10 @@ class Run:
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop, answered alike on all of them (collective)."""
         return stop_agreed(self.world, self.stop)
+
+    def alarm(self) -> Alarm:
+        """Whether any rank was asked to stop, for ranks that go their own ways (collective)."""
+        return Alarm(self.world, self.stop)
 
     def give_way(self) -> None:
         """Raise BrokenOff, on all ranks, where any was asked to stop (collective)."""

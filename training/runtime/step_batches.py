@@ -34,6 +34,8 @@ class StepBatch:
     """Seconds the loop waited for it."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """``metric/<name>`` of how it was made, as a model's: (sum, count)."""
+    made: int = 0
+    """So many micro batches, the first ones, the model itself has made: they have no samples that could be left out."""
 
     def count(self, term: str) -> float:
         """Labels of a loss term."""

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from ladir.config import TelemetrySettings
 from ladir.report.status import duration
-from training.runtime.alarm import Alarm
 from training.runtime.alone import GiveWay
+from training.runtime.cadence import Cadence
 from training.runtime.files import locked, write_text
 from training.runtime.loggers import Loggers
 from training.runtime.preemption import BrokenOff
@@ -36,11 +36,12 @@ logger = logging.getLogger(__name__)
 class Telemetry:
     """The records of one phase.  Use as a context manager; call with agreed (all-reduced) values."""
 
-    def __init__(self, run: Run, resumed_step: int, validated: bool = True) -> None:
+    def __init__(self, run: Run, resumed_step: int, validated: bool = True, cadence: Cadence | None = None) -> None:
         """``resumed_step``: last step of the checkpoint continued from (0: none); later records are withdrawn, and that of its
-        validation unless it was ``validated`` before it was saved."""
+        validation unless it was ``validated`` before it was saved.  ``cadence``: a training's, which looks at its stop flag."""
         self._settings: TelemetrySettings = run.config.telemetry
         self._run, self._phase, self._device = run, run.phase, run.world.device
+        self._stops = cadence or run
         self._active = run.world.is_main
         self._loggers = Loggers(run, run.phase, [])
         self._bar: tqdm[Any] | None = None
@@ -75,9 +76,9 @@ class Telemetry:
         another after each, in one sum beside that pass's many.  Else each goes its own way, and an alarm tells it.
         """
         if gathered:
-            yield self._run.give_way
+            yield self._stops.give_way
             return
-        alarm = Alarm(self._run.world, self._run.stop)
+        alarm = self._stops.alarm()
         with suppress(BrokenOff):
             yield alarm.give_way
         if alarm.meet():
@@ -90,7 +91,7 @@ class Telemetry:
             if self.shows_samples:
                 work(give_way)
 
-        self._run.alone(shown)
+        self._stops.alone(shown)
 
     def __enter__(self) -> Telemetry:
         return self
