@@ -146,6 +146,7 @@ use_environment() {
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     read -r -a container <<<"${CONTAINER:-}"
     read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+    ! slurm_has_image || container=() # CONTAINER is then for submit.sh alone
     ! has_image || return 0
     if [ -f "$venv/bin/activate" ]; then
         # shellcheck disable=SC1091
@@ -158,7 +159,11 @@ use_environment() {
 
 # Whether Python is in an image: of CONTAINER, or of Slurm's own containers (--container-image=... in SRUN_EXTRA).
 has_image() {
-    [ ${#container[@]} -gt 0 ] || [[ " ${SRUN_EXTRA:-}" == *" --container-"* ]]
+    [ ${#container[@]} -gt 0 ] || slurm_has_image
+}
+
+slurm_has_image() {
+    [[ " ${SRUN_EXTRA:-}" == *" --container-"* ]]
 }
 
 # Runs a command of this job's first node where Python is.

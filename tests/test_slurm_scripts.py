@@ -408,6 +408,14 @@ def test_with_a_container_the_machine_that_submits_needs_no_python(tmp_path: Pat
     assert (tmp_path / "ran").read_text().startswith("python slurm/settings.py --phases")
 
 
+def test_with_slurms_own_containers_the_other_one_is_for_the_submission_alone() -> None:
+    command = 'source slurm/common.sh; use_environment; has_image && echo "${#container[@]} ${srun_extra[*]}"'
+    for extra, expected in (("--container-image=a.sqsh --container-mounts=/b", 0), ("--mpi=none", 2)):
+        environment = {**os.environ, "ROOT": str(ROOT), "SRUN_EXTRA": extra, "CONTAINER": "enroot start"}
+        result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (result.stdout, result.stderr) == (f"{expected} {extra}\n", "")
+
+
 CRASH = """
 source slurm/common.sh
 prepare() { mkdir -p "$RUN_FOLDER/slurm" "$RUN_FOLDER/checkpoints/vae"; mark=$(saved_so_far); }
