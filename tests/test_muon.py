@@ -21,7 +21,7 @@ from tests.tiny import collator, random_records, tiny_denoiser, tiny_lm, tiny_va
 from training.runtime import checkpoint
 from training.runtime.distributed import World
 from training.runtime.engine import Engine, fresh_heads
-from training.runtime.muon import layer_matrices, owners, work
+from training.runtime.muon import Part, Sharing, layer_matrices, owners, work
 
 LR, DECAY, MOMENTUM, BETAS, CLIP, HEADS_FACTOR = 0.01, 0.1, 0.9, (0.9, 0.98), 0.05, 3.0
 """The clipping norm is one that every step exceeds."""
@@ -182,6 +182,31 @@ def test_the_matrices_of_an_8b_model_are_shared_out_evenly() -> None:
         for owner, one in zip(owners(works, ranks), works, strict=True):
             loads[owner] += one
         assert max(loads) <= 1.02 * sum(works) / ranks
+
+
+def shared_out(world: World) -> tuple[float, set[torch.dtype], int]:
+    """How far matrices, halves of which two ranks hold in float32, are from those that one works on alone; what is sent."""
+    numbers = torch.Generator().manual_seed(0)
+    whole = [torch.randn(shape, generator=numbers) for shape in ((4, 6), (6, 4), (8, 8))]
+    halves = [matrix.view(2, -1)[world.rank].clone() for matrix in whole]
+    parts = [
+        Part((m.shape[0], m.shape[1]), world.rank * half.numel(), half.numel()) for m, half in zip(whole, halves, strict=True)
+    ]
+    sent, exchange = list[Tensor](), World.exchange
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "exchange", lambda own, given, counts: sent.extend(given) or exchange(own, given, counts))
+        Sharing(world, parts, torch.bfloat16).orthogonalise(halves)
+    alone = [step_scale(*m.shape) * orthogonalised(m.bfloat16()[None])[0] for m in whole]
+    gaps = [half - m.reshape(2, -1)[world.rank].float() for half, m in zip(halves, alone, strict=True)]
+    return float(max(gap.abs().max() for gap in gaps)), {part.dtype for part in sent}, sum(part.numel() for part in sent)
+
+
+@pytest.mark.distributed
+def test_halves_go_to_the_owner_and_back_in_the_precision_of_the_work(two_processes: ProcessGroup) -> None:
+    """Each element once to and once fro, and not the whole matrices to everybody."""
+    found = two_processes.run(shared_out)
+    assert [(gap, dtypes) for gap, dtypes, _ in found] == [(0.0, {torch.bfloat16})] * 2
+    assert sum(numbers for *_, numbers in found) == 2 * (24 + 24 + 64)
 
 
 def exchanged(world: World) -> list[list[float]]:

@@ -23,6 +23,7 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import chain_pairs
 from ladir.data.records import Record, read_records
 from ladir.errors import UnusableError
+from ladir.models.backbone import Backbone
 from ladir.models.folders import reads_questions_both_ways
 from ladir.models.loading import new_lm
 from ladir.tasks import countdown
@@ -217,6 +218,30 @@ def test_two_ranks_of_zero3_train_what_one_process_trains(
         assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
     assert expected[0]["loss"] != expected[1]["loss"]
     one, two = weights(folder, names[0], phase), weights(folder, names[1], phase)
+    assert one.keys() == two.keys() and one
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def run_compiled(world: World, folder: Path, name: str) -> int:
+    """Train the VAE with compiled layers under ZeRO-2 (of the traced graphs no kernels are made); how many graphs were traced."""
+    compiled, graphs = Backbone.compile_layers, torch._dynamo.utils.counters["stats"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "compile_layers", lambda backbone: compiled(backbone, backend="aot_eager"))
+        before = graphs["unique_graphs"]
+        run_phase(world, folder, name, "vae", 2, 2, ["backbone.compile=true"])
+    return graphs["unique_graphs"] - before
+
+
+@pytest.mark.distributed
+def test_two_ranks_of_zero2_with_compiled_layers_train_what_one_process_trains(
+    one_process: ProcessGroup, two_processes: ProcessGroup, folder: Path
+) -> None:
+    one_process.run(run_phase, folder, "as-written", "vae", 0, 8, [])
+    assert min(two_processes.run(run_compiled, folder, "compiled")) > 0
+    for row, other in zip(losses(folder, "as-written"), losses(folder, "compiled"), strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+    one, two = weights(folder, "as-written", "vae"), weights(folder, "compiled", "vae")
     assert one.keys() == two.keys() and one
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")

@@ -39,6 +39,7 @@ from tests.tiny import (
 from training.planning.trace import trace_training
 from training.runtime.distributed import World
 from training.runtime.engine import Engine
+from training.runtime.sampler import DataOrder
 
 # Rounding grows along the Euler steps.
 TOLERANCE = 2e-5
@@ -431,6 +432,19 @@ def test_a_record_comes_with_the_other_solutions_of_its_question_that_have_as_ma
     )
     assert len(GoldStore(store, 2)[0].others) == 1
     assert read == [0, 2, 3]  # no more than are wanted; the second has fewer blocks
+
+
+def test_ranks_are_given_records_of_as_many_blocks_in_every_pass(tmp_path: Path) -> None:
+    """Blocks are made one after another: whoever has fewer waits.  Sentences and answers of any length change nothing of that."""
+    rows: list[dict[str, Any]] = [
+        {"question": [5], "blocks": [[3] * (1 + 7 * i % 5)] * count, "answer": [7] * (1 + 5 * i % 3), "mu": [0.5] * 6 * count}
+        for i, count in enumerate([1, 2, 3, 4] * 4)
+    ]
+    form = LatentForm(latent_dim=3, latents_per_block=2, logvar=False)
+    order = DataOrder(16, 16, 0, GoldStore(write_latents(tmp_path / "latents", rows, "vae", form), 1).length)
+    ranks = [order.micro_batches(0, rank, 2, 2) for rank in range(2)]
+    for passes in zip(*ranks, strict=True):
+        assert len({len(rows[i]["blocks"]) for indices, _ in passes for i in indices}) == 1
 
 
 def test_the_flow_stands_behind_own_blocks_in_the_share_of_steps_that_is_set() -> None:
