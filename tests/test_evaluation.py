@@ -253,8 +253,9 @@ def test_the_table_s_foot_says_what_the_figures_do_not(tmp_path: Path) -> None:
     assert "2 of 5 questions were not asked (see data.on_bad_record); they count as not solved" in text
     assert "1 of 3 own answers are refused by the task's checker: asked all the same" in text
     assert "answers that could not be judged, counted as wrong: ladir 7" in text
-    told |= {"left_out": {"number": 2, "counted": False}, "gold": {**gold, "on_bad_gold": "skip"}}
+    told |= {"left_out": {"number": 2, "counted": False}, "gold": {**gold, "on_bad_gold": "skip", "unread": 2}}
     text = " ".join(rendered(results_table(told)).split())
+    assert "2 of 3 own answers cannot be read: the same text is right there, the rest undecided" in text
     assert "; no figure counts them" in text and "left out of all figures" in text
 
 

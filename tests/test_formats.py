@@ -343,7 +343,10 @@ def test_named_fields_hold_a_chain_of_annotations_or_a_list_of_steps(tmp_path: P
     [
         ({**MATH, "solution": "It is two thirds."}, "no final answer in it; .*boxed"),
         ({**MATH, "solution": "It is $\\boxed{\\frac{2}{3}$."}, "no final answer in it"),
-        ({**MATH, "solution": None}, "'reasoning' is of type null"),
+        ({**MATH, "solution": None}, "no reasoning to learn from"),
+        ({"question": "q", "answer": "7", "data_source": "college_math.a", "question_number": "1"}, "no reasoning to learn from"),
+        ({"nums": [3, 4], "target": 12}, "no reasoning to learn from"),
+        ({"input": "3,4,12", "output": "3*4=13"}, "no final answer in it"),
         ({**MATH, "solution": [["x"]], "answer": "1"}, "'reasoning' is of type array and holds array"),
         ({**MATH, "problem": 3}, "'question' is of type number"),
         ({**MATH, "solution": "$\\boxed{1}$", "answer": " "}, "'answer' is empty"),
@@ -386,6 +389,45 @@ def test_rows_that_lack_something_are_refused(tmp_path: Path, row: dict[str, Any
     (bad,) = read(tmp_path / "a.jsonl", row).bad
     with pytest.raises(ValueError, match=reason):
         raise ValueError(str(bad))
+
+
+PUZZLE = {"numbers": [3, 4, 4], "target": 16}
+
+
+@pytest.mark.parametrize(
+    ("row", "steps", "answer"),
+    [
+        ({"input": "4,3,4,16", "output": "4*4=16,3+16=19"}, ("4 * 4 = 16", "3 + 16 = 19"), ""),
+        ({"input": "4,3,4,16", "output": "4*3=12,12+4=16"}, ("4 * 3 = 12", "12 + 4 = 16"), "( 4 * 3 ) + 4"),
+        ({"nums": [4, 4, 3], "target": 16, "solution": ["4*3=12", "4+12=16"]}, ("4 * 3 = 12", "4 + 12 = 16"), "4 + ( 4 * 3 )"),
+        ({"nums": [4, 4, 3], "target": 16, "solution": ["as one sees"]}, (), ""),
+        ({"nums": [4, 4, 3], "target": 16}, (), ""),
+    ],
+)
+def test_countdown_as_others_publish_it_is_asked_as_our_own_puzzles_are(
+    tmp_path: Path, row: dict[str, Any], steps: tuple[str, ...], answer: str
+) -> None:
+    found = read(tmp_path / "a.jsonl", row)
+    ((source, load),) = file_rows(str(tmp_path / "a.jsonl"))
+    record = question_of(source, load, DataSettings())
+    assert isinstance(record, Record)
+    assert (record.question, record.answer) == ("3 4 4 -> 16", answer)
+    assert {name: record.reference[name] for name in PUZZLE} == PUZZLE
+    task = get_task("countdown")
+    task.check(record)
+    assert task.verdict("4 * (4 - 3) * 4", record).right is False and task.verdict("3 * 4 + 4", record).right
+    assert not answer or task.verdict(answer, record).right
+    assert [trained.blocks for trained in found.records] == ([steps] if answer else [])
+
+
+def test_what_only_looks_like_a_puzzle_is_read_by_the_settings(tmp_path: Path) -> None:
+    rows = (
+        {"input": "3,4,12", "output": "Three fours. #### 12"},
+        {"input": "3, 4", "output": "3*4=12 #### 12"},
+        {"input": "a", "output": "3*4=12 #### 12", "nums": [3, 4.5], "target": 12},
+    )
+    found = read(tmp_path / "a.jsonl", *rows)
+    assert [(record.question, record.answer) for record in found.records] == [(row["input"], "12") for row in rows]
 
 
 @pytest.mark.parametrize("row", [{**RELEASED, "atol": None}, {**RELEASED, "canonical_solution": None}, MBPP_RELEASED])

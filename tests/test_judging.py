@@ -136,3 +136,32 @@ def test_judging_of_own_answers_stops_when_asked_to_and_keeps_what_was_accepted(
     second.asked = 2
     check = gold._judged(tmp_path / "gold.json", EvaluateSettings(), second, records, 1, second.give_way)
     assert check is not None and (check.records, check.refused, second.asked) == (5, {}, 5)
+
+
+class Reading(Judge):
+    """Accepts every answer; cannot read those that are odd."""
+
+    def verdict(self, answer: str, record: Record) -> Verdict:
+        return Verdict(True)
+
+    def unread(self, record: Record) -> bool:
+        return int(record.answer) % 2 == 1
+
+
+def test_own_answers_that_cannot_be_read_are_told_and_counted_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [Record(str(i), (), str(i), f"y:{i}") for i in range(9)]
+
+    def unread(task: Judge, asked: list[Record]) -> int:
+        check = gold._judged(tmp_path / "gold.json", EvaluateSettings(), task, asked, 1, lambda: None)
+        assert check is not None and not check.refused
+        return check.unread
+
+    assert unread(Reading(), records[:1]) == 0 and not caplog.records
+    assert unread(Reading(), records) == 4
+    assert caplog.messages == [
+        "4 of 9 own answers cannot be read by evaluate.task=none: only the same text is right there, other answers are undecided "
+        "(y:1: '1'; y:3: '3'; y:5: '5'; ...)"
+    ]
+    assert unread(Judge(), records[2:6]) == 2  # known from before: nothing is judged

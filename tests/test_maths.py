@@ -37,11 +37,40 @@ def record(gold: str) -> Record:
     return Record("q", ("b",), gold, "x:1")
 
 
+@pytest.mark.parametrize(
+    ("gold", "unread"),
+    [
+        ("72", False),
+        ("$\\frac{1}{2}$", False),
+        ("x^2 + 1", False),
+        ("(1, 2] \\cup [3, \\infty)", False),
+        ("5 p.m.", False),
+        ("2:3", False),
+        ("101_2", False),
+        ("(C) 12", False),
+        ("A, C", False),
+        ("Monday", False),
+        ("It rises. It has no limit.", False),  # words are compared as words
+        ("\\sum_{n=1}^{k} n", True),
+        ("5 4.6", True),
+        ("min at $\\pi$, max at $2 \\pi$", True),
+    ],
+)
+def test_an_own_answer_that_cannot_be_read_is_known_before_any_other_is_compared(
+    task: MathsTask, gold: str, unread: bool
+) -> None:
+    assert task.verdict(gold, record(gold)).right and task.unread(record(gold)) is unread
+
+
 NUMBERS = [
     ("72", "72", True),
     ("The answer is 72.", "72", True),
     ("72 clips", "72", True),
     ("$1,234.50", "1234.5", True),
+    ("$\\$ 3040$", "$3,040", True),
+    ("it is $\\$5$", "5", True),
+    ("$\\frac{1}{2} $", "0.5", True),
+    ("$\\quad 2$.", "2", True),
     ("-$5", "-5", True),
     ("50%", "50", True),
     ("1/2", "0.5", True),
@@ -140,6 +169,9 @@ def test_answers_of_every_kind_get_the_verdict_that_is_right(task: MathsTask) ->
     ("gold", "answer", "reason"),
     [
         ("7", "not 7", "cannot be read"),
+        ("3", "\u4e09", "no formula at \u4e09"),  # three, in Chinese
+        ("3", "\u7b54\u6848\u662f3", "no formula at \u7b54"),
+        ("120", "1e2+20", "a power of ten, or the number e"),
         ("7", "\\int_0^7 1 dx", "\\int is not read"),
         ("May 5", "June 5", "the gold answer cannot be read"),
         ("5 p.m.", "5:00", "half of the day"),

@@ -77,6 +77,11 @@ def read(path: Path, *rows: Any, task: str = "maths", most: int | None = None, *
         ({"question": "q", "solution": ["One.", "Two."], "final_answer": ["$7$", "8"], "answer_type": "Numerical"}, "$7$, 8"),
         ({"Question": "q", "Answer": "True", "Answer_type": "bool"}, "True"),
         ({"Question": "q", "Answer": [1, 2], "Picture": None}, "1, 2"),
+        # College-Math: what it calls an answer is none but the answer, however many sentences it has.
+        (
+            {"data_source": "college_math.A", "question_number": "1", "question": "q", "answer": "It rises. It has no limit."},
+            "It rises. It has no limit.",
+        ),
         ({"problem": "q", "solution": "One. It is $\\boxed{7}$.", "level": "Level 5"}, "7"),
         ({"problem": "q", "solution": "", "answer": "7"}, "7"),
         ({"problem": "q", "answer": "7", "subject": "Algebra"}, "7"),

@@ -175,7 +175,7 @@ def results_of(rates: dict[str, float | None], passes: float = 1.0, **ranks: flo
         }
         for method, rate in rates.items()
     ]
-    left_out, gold = {"number": 1, "counted": True}, {"judged": 4, "refused": 1}
+    left_out, gold = {"number": 1, "counted": True}, {"judged": 4, "refused": 1, "unread": 2}
     facts = {"task": "maths", "in_file": 5, "num_questions": 4, "num_trajectories": 2, "left_out": left_out, "gold": gold}
     return {**facts, "rows": rows}
 
@@ -187,7 +187,9 @@ def test_the_average_counts_every_benchmark_alike() -> None:
     assert ar["standard_errors"]["pass@1"]["average"] == pytest.approx(0.03 / 2**0.5)
     assert ar["seconds_per_question"] == {"a": None, "b": None, "average": None}
     assert "| ar | pass@1 | 50.0 ± 3.0 | 70.0 ± 3.0 | 60.0 ± 2.1 |" in suite_markdown(suite)
-    assert lines[0].endswith("4 asked, 1 left out, counted as not solved; own answers accepted 3 of 4")
+    assert lines[0].endswith(
+        "4 asked, 1 left out, counted as not solved; own answers accepted 3 of 4, 2 of them without being read"
+    )
     assert [column.header for column in suite_table(suite, suite_columns(suite)).columns][2:] == ["a", "b", "average"]
 
 

@@ -19,6 +19,9 @@ class Judge:
     def verdict(self, answer: str, record: Record) -> Verdict:
         return Verdict(False)
 
+    def unread(self, record: Record) -> bool:
+        return False
+
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         return None
 

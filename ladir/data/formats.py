@@ -5,6 +5,8 @@ format         fields                                       reasoning           
 ============== ============================================ ======================= ===========================
 GSM8K          question, answer                             before ``####``         behind it
 MATH           problem, solution [, answer]                 solution                answer, or last ``\\boxed``
+College-Math   data_source, question_number,                none                    the whole ``answer``
+               question, answer
 HumanEval      prompt, canonical_solution, test,            lines of the solution   prompt and solution
                entry_point
 HumanEval+     prompt, canonical_solution,                  lines of the solution   prompt and solution
@@ -16,6 +18,7 @@ MBPP           text or prompt, code, test_list [, test]     lines of the code   
 MetaMath       query, response                              before the mark         behind it
 completions    prompt, completion                           before the mark         behind it
 Alpaca         instruction [, input], output                before the mark         behind it, or ``answer``
+Countdown      :mod:`ladir.data.puzzles`                    steps                   the expression they make
 chat           messages, or conversations                   before the mark         behind it, or ``answer``
 ============== ============================================ ======================= ===========================
 
@@ -41,6 +44,7 @@ from typing import Any
 
 from ladir.data import mbpp_plus
 from ladir.data.blocks import last_boxed
+from ladir.data.puzzles import published_puzzle
 
 _PLUS_TESTS = Path(__file__).parents[1] / "tasks" / "isolated" / "plus_tests.py"
 _PLUS_INPUTS = ("base_input", "plus_input")
@@ -77,6 +81,9 @@ def read_published(row: Mapping[str, Any]) -> Published | None:
 
     Raises FormatError where its tests are no program texts, or its messages no question with one reply.
     """
+    if (puzzle := published_puzzle(row)) is not None:
+        extra = {"numbers": puzzle.numbers, "target": puzzle.target}
+        return Published(puzzle.question(), puzzle.steps or None, puzzle.expression(), extra)
     for needed, convert in _FORMATS:
         if needed <= row.keys():
             return convert(row)
@@ -196,6 +203,11 @@ def _math(row: Mapping[str, Any]) -> Published:
     return Published(question=row["problem"], reasoning=solution, answer=answer)
 
 
+def _college_math(row: Mapping[str, Any]) -> Published:
+    """Its answers, of whatever length, are no chains: "The sequence is increasing. It diverges." is one of them."""
+    return Published(question=row["question"], reasoning=None, answer=row["answer"])
+
+
 def _gsm8k(row: Mapping[str, Any]) -> Published:
     return Published(question=row["question"], reasoning=row["answer"], answer=None, marked=True, mark="####")
 
@@ -282,6 +294,7 @@ _FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Published]],
     (frozenset({"prompt", "canonical_solution", "test", "entry_point"}), _human_eval),
     (frozenset({"code", "test_list"}), _mbpp),
     (frozenset({"problem", "solution"}), _math),
+    (frozenset({"question", "answer", "data_source", "question_number"}), _college_math),
     (frozenset({"question", "answer"}), _gsm8k),
     (frozenset({"query", "response"}), _marked("query", "response")),
     (frozenset({"instruction", "output"}), _alpaca),

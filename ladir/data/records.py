@@ -14,6 +14,7 @@ from ladir.config import DataSettings
 from ladir.data.answers import bare, goes_on, other_answer, without_repeats
 from ladir.data.blocks import calculations, group_sentences, split_answer, split_sentences, strip_calculator
 from ladir.data.formats import FormatError, Published, chain_elsewhere, fields_hint, read_published
+from ladir.data.puzzles import published_puzzle
 from ladir.data.rows import AmbiguousAnswer, Refused, Row, file_rows
 from ladir.errors import UnusableError
 
@@ -265,9 +266,12 @@ def _published(row: Mapping[str, Any], settings: DataSettings) -> Published | No
 
 
 def has_own_fields(row: Mapping[str, Any], settings: DataSettings) -> bool:
-    """Whether a row's question stands where the settings say; where ``input`` only goes with an ``instruction`` it does not."""
-    alpaca = "instruction" in row and (settings.input_field, settings.output_field) == ("input", "output")
-    return settings.input_field in row and not alpaca
+    """Whether a row's question stands where the settings say; where ``input`` only goes with an ``instruction``, or holds the
+    numbers of a published puzzle, it does not."""
+    if settings.input_field not in row:
+        return False
+    by_default = (settings.input_field, settings.output_field) == ("input", "output")
+    return not (by_default and ("instruction" in row or published_puzzle(row) is not None))
 
 
 def _published_texts(row: Published, settings: DataSettings) -> tuple[str, str, str]:
@@ -280,6 +284,8 @@ def _published_texts(row: Published, settings: DataSettings) -> tuple[str, str, 
     answer = None if row.answer is None else answer_of(texts, "answer", "the answer")
     if row.marked:
         return question, *_marked_texts(row, texts, answer, settings)
+    if row.reasoning is None:
+        raise Refused("it has no reasoning to learn from", "leave the record out, or take a set with solutions")
     reasoning = _chain(texts, "reasoning", "the reasoning")
     if answer is None:
         raise Refused("no final answer in it", "put it into \\boxed{} (MATH), or give it a field 'answer'")

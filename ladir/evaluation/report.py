@@ -74,6 +74,8 @@ def remarks(results: Mapping[str, Any]) -> Iterator[str]:
     if refused := gold.get("refused"):
         done = "left out of all figures" if gold.get("on_bad_gold") == "skip" else "asked all the same"
         yield f"{refused} of {gold.get('judged')} own answers are refused by the task's checker: {done}"
+    if unread := gold.get("unread"):
+        yield f"{unread} of {gold.get('judged')} own answers cannot be read: the same text is right there, the rest undecided"
     if lenient := [f"{row['method']} {100 * row['lenient']:.1f}" for row in results["rows"] if _looser(row)]:
         yield f"lenient, where it differs from chain (exact steps to the target, of any numbers): {', '.join(lenient)}"
     if undecided := [f"{row['method']} {row['undecided']}" for row in results["rows"] if row.get("undecided")]:

@@ -45,6 +45,7 @@ def _facts(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         "left_out_counted": left_out["counted"],
         "gold_judged": gold["judged"],
         "gold_accepted": gold["judged"] - gold["refused"],
+        "gold_unread": gold.get("unread", 0),
         "num_trajectories": content["num_trajectories"],
     }
 
@@ -107,9 +108,10 @@ def set_lines(suite: Mapping[str, Any]) -> Iterator[str]:
         left = f"{entry['left_out']} left out" + (", counted as not solved" if entry["left_out_counted"] else "")
         limited = entry["in_file"] - entry["asked"] - entry["left_out"]
         told = [left if entry["left_out"] else "none left out", *([f"{limited} not asked for"] if limited > 0 else [])]
+        unread = f", {entry['gold_unread']} of them without being read" if entry["gold_unread"] else ""
         yield (
             f"{entry['name']} ({entry['task']}): {entry['in_file']} questions in the file, {entry['asked']} asked, "
-            f"{', '.join(told)}; own answers accepted {entry['gold_accepted']} of {entry['gold_judged']}"
+            f"{', '.join(told)}; own answers accepted {entry['gold_accepted']} of {entry['gold_judged']}{unread}"
         )
 
 

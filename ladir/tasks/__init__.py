@@ -23,6 +23,10 @@ class Task(Protocol):
         """Whether the answer text is right for the record, or why not.  Never raises on any answer text, and ends on any."""
         ...
 
+    def unread(self, record: Record) -> bool:
+        """Whether the record's own answer cannot be read, so that its very text alone is right and others are undecided."""
+        ...
+
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """Whether the thoughts alone solve the record; None where the task cannot judge that."""
         ...

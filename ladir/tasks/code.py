@@ -95,6 +95,10 @@ class CodeTask:
         program = assembled(answer, record)
         return self._run(program) if program.readings else Outcome(False, "no program in the answer")
 
+    def unread(self, record: Record) -> bool:
+        """Never: answers are run."""
+        return False
+
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """None: free-form steps are not judged."""
         return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladir.config import CountdownSettings
+from ladir.data.puzzles import question_text
 from ladir.data.records import Record
 from ladir.errors import UnusableError
 from ladir.tasks.arithmetic import (
@@ -261,7 +262,7 @@ def _records(puzzles: Iterable[_Puzzle], solver: Solver, most: int, rng: random.
         solutions = solver.solutions(numbers, target)
         for solution in rng.sample(solutions, min(most, len(solutions))):
             yield {
-                "input": f"{' '.join(map(str, numbers))} -> {target}",
+                "input": question_text(numbers, target),
                 "output": "\n".join([*solution.equations(), f"#### {solution.expression()}"]),
                 "numbers": list(numbers),
                 "target": target,
@@ -335,6 +336,10 @@ class CountdownTask:
     def verdict(self, answer: str, record: Record) -> Verdict:
         """Whether the answer solves the record's puzzle.  Raises UnusableError on a record that is none."""
         return Verdict(check_answer(answer, *_puzzle_of(record)))
+
+    def unread(self, record: Record) -> bool:
+        """Never: answers are computed."""
+        return False
 
     def chain_correct(self, thoughts: Sequence[str], record: Record) -> bool | None:
         """Whether the decoded thoughts alone solve the record's puzzle."""

@@ -104,6 +104,17 @@ class MathsTask:
         found = _RIGHT if _same_text(gold, given) else self._judge(gold, given)
         return found if found.right or not self._tolerated(record.answer, given) else _RIGHT
 
+    def unread(self, record: Record) -> bool:
+        """Whether the record's own answer is mathematics that cannot be read; words are compared as words."""
+        gold_text = answer_of(record.answer)
+        gold = read_answer(gold_text, gold=True)
+        if gold.label or gold.time or gold.based or gold.ratio or gold.quantity or _several_choices(gold_text):
+            return False
+        if gold.form is None:
+            return gold.mathematical
+        form = json.dumps(gold.form)
+        return self._compare(form, form).undecided
+
     def _tolerated(self, gold: str, given: str) -> bool:
         """Whether an answer that is not equal is near enough."""
         if not (self.tolerance and (numbers := gold_numbers(gold))):

@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 20  # refused ones that are named in a message
 _SHOWN = 60  # characters of a question by which it is recognised
+_UNREAD_LISTED = 3  # unread ones that are named in a line of the log
 _WAITING = 10_000  # records that wait for their judges at a time: each takes a kilobyte while it does
 
-#: why an answer is refused (None: it is not), in a list; None: not judged, for a stop was asked for
-_Reason = list[str | None] | None
+#: why an answer is refused (None: it is not), and whether it cannot be read; None: not judged, for a stop was asked for
+_Said = tuple[str | None, bool] | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class GoldCheck:
     """By the record's index: where it is, how its question begins, and why its answer is refused."""
     seconds: float
     """That judging took, without those known from before."""
+    unread: int = 0
+    """How many of those accepted the checker cannot read: only their very text is right."""
 
     def listed(self) -> str:
         """The first refused ones, one a line, and how many more there are."""
@@ -79,46 +82,69 @@ def _judged(
 ) -> GoldCheck | None:
     """None where a stop came in between: what was accepted until then is kept."""
     start, checker = time.perf_counter(), _checker(settings)
-    known, contents, asked = _accepted(file, checker), contents_of(records), answered_of(records)
-    new = asked[~np.isin(contents[asked], known)].tolist()
-    found = _judge_all(judges, lambda place: _unless_stopped(give_way, lambda: _reason(task, records[place])), new)
-    verdicts = {place: reason[0] for place, reason in zip(new, found, strict=True) if reason is not None}
-    refused = {place: _named(records[place], reason) for place, reason in verdicts.items() if reason is not None}
-    if right := [place for place, reason in verdicts.items() if reason is None]:
+    kept, contents, asked = read_json(file), contents_of(records), answered_of(records)
+    new = asked[~np.isin(contents[asked], _contents(kept, checker))].tolist()
+    found = _judge_all(judges, lambda place: _unless_stopped(give_way, lambda: _said(task, records[place])), new)
+    said = {place: one for place, one in zip(new, found, strict=True) if one is not None}
+    refused = {place: _named(records[place], reason) for place, (reason, _) in said.items() if reason is not None}
+    if right := [place for place, (reason, _) in said.items() if reason is None]:
+        added = {checker: right, _unread(checker): [place for place in right if said[place][1]]}
         with locked(file):  # several evaluations of a run may write it
-            accepted = np.union1d(_accepted(file, checker), contents[right])
-            write_json(file, {**read_json(file), checker: [f"{content:016x}" for content in accepted.tolist()]})
-    if len(verdicts) < len(new):
+            kept = read_json(file)
+            kept |= {name: _written(np.union1d(_contents(kept, name), contents[places])) for name, places in added.items()}
+            write_json(file, kept)
+    if len(said) < len(new):
         return None
-    seconds = time.perf_counter() - start
+    seconds, unread = time.perf_counter() - start, asked[np.isin(contents[asked], _contents(kept, _unread(checker)))]
     logger.info("own answers of %d records: %d judged in %.1f s, %d refused", len(asked), len(new), seconds, len(refused))
-    return GoldCheck(len(asked), refused, seconds)
+    _tell_of_unread(task, [records[place] for place in unread[:_UNREAD_LISTED].tolist()], len(unread), len(asked))
+    return GoldCheck(len(asked), refused, seconds, len(unread))
 
 
-def _accepted(file: Path, checker: str) -> np.ndarray[Any, Any]:
-    """What ``checker`` has accepted before, uint64 [n], as :func:`~ladir.data.question_store.content_of` says it."""
-    return np.array([int(content, 16) for content in read_json(file).get(checker, [])], np.uint64)
+def _tell_of_unread(task: Task, first: Sequence[Record], unread: int, judged: int) -> None:
+    if unread:
+        named = "; ".join(f"{record.source}: {_start(record.answer)!r}" for record in first)
+        logger.warning(
+            "%d of %d own answers cannot be read by evaluate.task=%s: only the same text is right there, other answers are "
+            "undecided (%s%s)", unread, judged, task.name, named, "; ..." if unread > len(first) else ""
+        )  # fmt: skip
 
 
-def _judge_all(judges: int, judge: Callable[[int], _Reason], places: Sequence[int]) -> Iterator[_Reason]:
+def _unread(checker: str) -> str:
+    """Under which what ``checker`` has accepted without reading it is kept."""
+    return f"{checker}-unread"
+
+
+def _contents(kept: Mapping[str, Sequence[str]], name: str) -> np.ndarray[Any, Any]:
+    """What is kept under a name, uint64 [n], as :func:`~ladir.data.question_store.content_of` says it."""
+    return np.array([int(content, 16) for content in kept.get(name, [])], np.uint64)
+
+
+def _written(contents: np.ndarray[Any, Any]) -> list[str]:
+    return [f"{content:016x}" for content in contents.tolist()]
+
+
+def _judge_all(judges: int, judge: Callable[[int], _Said], places: Sequence[int]) -> Iterator[_Said]:
     with ThreadPoolExecutor(judges) as judging:
         for first in range(0, len(places), _WAITING):
             yield from judging.map(judge, places[first : first + _WAITING])
 
 
-def _unless_stopped(give_way: GiveWay, judge: Callable[[], str | None]) -> _Reason:
+def _unless_stopped(give_way: GiveWay, judge: Callable[[], _Said]) -> _Said:
     """What ``judge`` says, where no stop was asked for."""
     try:
         give_way()
     except BrokenOff:
         return None
-    return [judge()]
+    return judge()
 
 
-def _reason(task: Task, record: Record) -> str | None:
-    """Why the record's own answer is refused; None where it is not."""
+def _said(task: Task, record: Record) -> _Said:
+    """Why the record's own answer is refused, or whether it was accepted without being read."""
     verdict = task.verdict(record.answer, record)
-    return None if verdict.right else f"{verdict.reason or 'judged wrong'} ({_start(record.answer)!r})"
+    if verdict.right:
+        return None, task.unread(record)
+    return f"{verdict.reason or 'judged wrong'} ({_start(record.answer)!r})", False
 
 
 def _named(record: Record, reason: str) -> str:

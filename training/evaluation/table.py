@@ -116,7 +116,8 @@ def show(run: Run) -> None:
 def gold_facts(check: GoldCheck, handling: str) -> dict[str, Any]:
     """What the checker said of the records' own answers, as ``results.json`` has it."""
     reasons = list(check.refused.values())[:_LISTED]
-    return {"judged": check.records, "refused": len(check.refused), "on_bad_gold": handling, "reasons": reasons}
+    counts = {"judged": check.records, "refused": len(check.refused), "unread": check.unread}
+    return {**counts, "on_bad_gold": handling, "reasons": reasons}
 
 
 def tell_of_undecided(sampling: str, questions: Sequence[QuestionResult]) -> None:

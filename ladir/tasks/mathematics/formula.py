@@ -30,6 +30,7 @@ _INVERSES: dict[str, Callable[..., Any]] = {
     "cosh": sympy.acosh,
     "tanh": sympy.atanh,
 }
+_POWER_OF_TEN = re.compile(r"[0-9][eE][0-9]")  # within a formula: of ten, or e times a number
 _APPLIED = frozenset("fghFGHP")  # letters that are applied to what is in parentheses behind them
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _ROUNDED: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -72,6 +73,8 @@ class UnreadableError(ValueError):
 
 def read_formula(text: str) -> Any:
     """The expression (or matrix) of a formula.  Raises UnreadableError."""
+    if _POWER_OF_TEN.search(text):
+        raise UnreadableError("an e between two numbers: a power of ten, or the number e")
     reader = _Reader(text)
     value = reader.sum()
     reader.expect("")
@@ -202,7 +205,7 @@ class _Reader:
             return self._group()
         if token in ("|", "\\|"):
             return self._absolute()
-        if len(token) == 1 and token.isalpha():
+        if len(token) == 1 and token.isalpha() and token.isascii():  # a word of another script is no variable
             return self._symbol(self._take())
         if token.startswith("\\") and token != "\\\\":
             return self._command(self._take())

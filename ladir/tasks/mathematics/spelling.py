@@ -130,7 +130,8 @@ _HEADING = re.compile(r"^\s{0,3}(?:#{1,6}|[->*+](?=\s+[A-Za-z]{2}))\s+", re.MULT
 _SCRIPT = re.compile(r"<(sup|sub)>([^<>]{1,20})</\1>")
 _TAG = re.compile(r"</?(?:b|i|u|em|strong|p|br|span|div|code|answer)\s?/?>", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\$\$([^$]{1,2000})\$\$|\\\[|\\\]|\\\(|\\\)")
-_INLINE = re.compile(r"(?<!\\)\$(?=\S)([^$]{0,2000}?[^\s\\$])\$(?!\d)")
+_WHOLE = re.compile(r"\s*\$(?!\$)((?:\\\$|[^$])*)(?<!\\)\$\s*\.?\s*")
+_INLINE = re.compile(r"(?<!\\)\$(?=\S)((?:\\\$|[^$]){0,2000}?[^\s\\$])\$(?!\d)")
 _SPACED = re.compile(r"(?<!\\)\$\s([^$]{0,2000}[\\^_=<>][^$]{0,2000})\s\$")
 _REALS = re.compile(r"\\mathbb\s?\{?R\}?|\u211d|\ball real numbers\b")
 _TEXT = re.compile(
@@ -207,6 +208,8 @@ def _plain(text: str) -> str:
 
 def _latex(text: str) -> str:
     """Without LaTeX that only changes the looks; short forms in full."""
+    if whole := _WHOLE.fullmatch(text):
+        text = whole[1]
     text = _DISPLAYED.sub(lambda match: f" {match[1] or ''} ", text)
     text = _SPACED.sub(r" \1 ", text)
     text = _INLINE.sub(r" \1 ", text).replace("\\$", "$").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&")
