@@ -391,6 +391,22 @@ def test_rows_that_lack_something_are_refused(tmp_path: Path, row: dict[str, Any
         raise ValueError(str(bad))
 
 
+def test_what_sets_mbpp_tests_up_uses_the_answers_own_classes(tmp_path: Path) -> None:
+    """As in its tasks 367 and 927."""
+    row = {
+        **MBPP,
+        "code": "class Node:\r\n  def __init__(self, data):\r\n    self.data = data\r\ndef read(node):\r\n  return node.data",
+        "test_setup_code": "root = Node(1) \r\nroot1 = Node(math.floor(2.5)) ",
+        "test_list": ["assert read(root) == 1", "assert read(root1) == 2"],
+        "test_imports": ["import math"],
+    }
+    (record,) = read(tmp_path / "a.jsonl", row).records
+    task = get_task("code", PATIENT)
+    assert task.verdict(record.answer, record).right
+    wrong = record.answer.replace("node.data", "3")
+    assert not task.verdict(wrong, record).right
+
+
 PUZZLE = {"numbers": [3, 4, 4], "target": 16}
 
 

@@ -178,12 +178,13 @@ def _plus_judge() -> str:
 
 def _mbpp(row: Mapping[str, Any]) -> Published:
     """MBPP shows its tests with the task: without them the function's name would be a guess.  MBPP+ has further ones, which
-    stand for those shown, too."""
+    stand for those shown, too.  Code that sets a test up may use the answer's own classes: it is a part of the tests."""
     task = row["text"] if "text" in row else row.get("prompt")
-    setup = _program(row, "test_setup_code") or _program(row, "test_imports")
+    setup, before = _program(row, "test_imports"), _program(row, "test_setup_code")
     shown = _program(row, "test_list")
     question = f"{task}\nYour code should pass these tests:\n\n{shown}" if isinstance(task, str) else task
     tests = _program(row, "test") or shown
+    tests = f"{before}\n{tests}" if before.strip() else tests
     return Published(question=question, reasoning=row["code"], answer=row["code"], extra={"setup": setup, "tests": tests})
 
 
