@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -151,6 +152,7 @@ class Reading(Judge):
 def test_own_answers_that_cannot_be_read_are_told_and_counted_at_every_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     records = [Record(str(i), (), str(i), f"y:{i}") for i in range(9)]
 
     def unread(task: Judge, asked: list[Record]) -> int:
