@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 
 NUM_PROCESSES = 2
+#: that joining may take: libraries load slowly on a busy machine, and what a test allows its function is not for that
+_START_SECONDS = 240
 
 
 class ProcessError(AssertionError):
@@ -37,7 +39,8 @@ class ProcessGroup:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
-        """Results by rank.  Raises :class:`ProcessError` when any rank raises or does not answer in ``timeout`` seconds."""
+        """Results by rank.  Raises :class:`ProcessError` when any rank raises or does not answer in ``timeout`` seconds, which
+        begin when all have joined."""
         answers = self.outcomes(function, *args, timeout=timeout)
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
         if errors:
@@ -80,6 +83,11 @@ class ProcessGroup:
             theirs.close()
             self._workers.append(worker)
             self._pipes.append(ours)
+        end = time.monotonic() + _START_SECONDS
+        errors = [self._answer(rank, end - time.monotonic())[1] for rank in range(self.size)]
+        if any(errors):
+            self.close()
+            raise ProcessError(f"the processes have not joined: {errors}")
 
     def close(self) -> None:
         """End the workers."""
@@ -114,7 +122,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
 
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
-    world = start(DeepSpeedSettings(timeout_minutes=3))
+    world = start(DeepSpeedSettings(timeout_minutes=3, start_seconds=_START_SECONDS))
+    pipe.send((None, None))  # has joined
     while True:
         try:
             function, args = pipe.recv()

@@ -94,7 +94,7 @@ def lose_one(world: World) -> None:
 
 def test_who_waits_for_a_rank_that_dies_does_not_wait_for_ever() -> None:
     group = ProcessGroup()
-    (_, first), (_, second) = group.outcomes(lose_one)
+    (_, first), (_, second) = group.outcomes(lose_one, timeout=60)
     group.close()
     assert second == "the process died" and first is not None and "gloo" in first
 
@@ -114,6 +114,24 @@ def test_work_without_pieces_is_left_to_itself_where_a_stop_is_asked_for() -> No
     with pytest.raises(BrokenOff):
         apart(work, stop.give_way)
     released.set()
+
+
+def met_while_a_model_is_loaded(world: World) -> bool:
+    """Transformers change the default dtype of the whole process while they build a model; here rank 1 is left doing so."""
+    with StopRequest("USR2") as stop:
+        alarm = Alarm(world, stop)
+        stop.requested = bool(world.rank)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if world.rank else before)
+        try:
+            return alarm.meet()
+        finally:
+            torch.set_default_dtype(before)
+
+
+@pytest.mark.distributed
+def test_ranks_meet_while_one_is_left_building_a_model(two_processes: ProcessGroup) -> None:
+    assert two_processes.run(met_while_a_model_is_loaded) == [True, True]
 
 
 class SamplingPhase(ToyPhase):

@@ -143,7 +143,8 @@ class World:
     def meet(self, meanwhile: Callable[[], object]) -> None:
         """Wait for all ranks; ``meanwhile`` is called again and again, and signals are handled, which a barrier does not let."""
         if self.size > 1:
-            coming = dist.all_reduce(torch.zeros(1, device=self.device), async_op=True)
+            # A thread that loads a model may have changed this process' default dtype (training.runtime.alone.apart).
+            coming = dist.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device), async_op=True)
             until(coming.is_completed, meanwhile, most_seconds=0.05)
             coming.wait()  # raises where one was lost
 
