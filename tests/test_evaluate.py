@@ -54,7 +54,7 @@ from training.evaluation.stages import evaluate
 from training.evaluation.table import tell_of_limits, tell_of_undecided
 from training.phases.tokens import Tokens
 from training.runtime import run as run_module
-from training.runtime.distributed import World
+from training.runtime.distributed import World, until
 from training.runtime.files import write_json
 from training.runtime.profiling import MemorySnapshot
 from training.runtime.run import Outcome, RunConflict, RunFolder, open_run
@@ -200,10 +200,32 @@ def die_at(death: Death | None, patch: pytest.MonkeyPatch) -> None:
                 log, method, _ = arguments
                 file = log.folder(lane_of(method)) / f"{method}.{log._run.world.rank:05d}.jsonl"
                 os.truncate(file, file.stat().st_size - 40)
+                dead_in(log._run.folder.path.parent).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     patch.setattr(owner, name, die)
+
+
+def dead_in(folder: Path) -> Path:
+    """There as soon as a process dies that writes answers in a run of ``folder``."""
+    return folder / "dead"
+
+
+def second_dies(death: Death | None, world: World, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """:func:`die_at` on the second of two ranks, as it writes.  The first one's second batch is not kept before: else it might
+    answer everything while the other is still on its first."""
+    if world.rank or death is None:
+        die_at(death, patch)
+        return
+    add, calls = AnswerLog.add, itertools.count(1)
+
+    def wait(*arguments: Any) -> None:
+        if next(calls) == 2:
+            until(dead_in(folder).exists, lambda: None)
+        add(*arguments)
+
+    patch.setattr(AnswerLog, "add", wait)
 
 
 def note_questions(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -331,7 +353,7 @@ def test_the_baseline_is_given_several_batches_while_every_rank_still_gets_some(
 def evaluate_on(world: World, models: Path, folder: Path, death: Death | None = None) -> None:
     """Evaluate on this rank; the second one dies."""
     with pytest.MonkeyPatch.context() as patch:
-        die_at(death if world.rank == 1 else None, patch)
+        second_dies(death, world, folder, patch)
         note_questions(folder, patch)
         evaluate_in(models, folder, world=world)
 

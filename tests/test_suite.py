@@ -20,7 +20,7 @@ from ladir.errors import UnusableError
 from ladir.evaluation.suite import set_lines, suite_columns, suite_markdown, suite_table, summarise_suite
 from ladir.report.fitting import print_whole
 from tests.distributed import ProcessGroup
-from tests.test_evaluate import ALONE, Death, configure, die_at, evaluate_in
+from tests.test_evaluate import ALONE, Death, configure, evaluate_in, second_dies
 from tests.test_evaluate import models as models  # a fixture
 from training.evaluation.benchmarks import data_sets
 from training.runtime.distributed import World
@@ -88,7 +88,7 @@ def test_one_table_of_all_benchmarks(whole: Path) -> None:
 
 def evaluate_suite(world: World, models: Path, folder: Path, death: Death | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        die_at(death if world.rank == 1 else None, patch)
+        second_dies(death, world, folder, patch)
         evaluate_in(models, folder, *suite_in(models, folder), world=world)
 
 
