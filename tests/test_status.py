@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,18 @@ def test_jobs_that_were_cancelled_before_they_began_are_said_to_be_gone(
     squeue.write_text("#!/bin/sh\nexit 1\n")
     assert main(command) == 1
     assert "squeue does not answer: ask again" in capsys.readouterr().err
+
+
+def test_a_queue_that_once_does_not_answer_still_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch goes on, before the first job begins as well."""
+    jobs = tmp_path / "run" / "slurm" / "jobs"
+    jobs.parent.mkdir(parents=True)
+    jobs.write_text("7 train_ar\n8 evaluate\n")
+    squeue = stub_squeue(tmp_path, monkeypatch, "7 PD Priority").with_name("squeue")
+    queue = Queue(count(0, 100).__next__)  # a minute later at every look
+    assert read_status(tmp_path / "run", queue).queued == ["job 7 train_ar (Priority)"]
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert read_status(tmp_path / "run", queue).queued == ["job 7 train_ar (Priority)"] and queue.is_silent
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def read_status(folder: str | Path, queue: Queue | None = None) -> RunStatus:
     queued, starting = queue.look(path, jobs)
     if not jobs and not (path / _JOBS).is_file():
         raise UnusableError(f"{path}: no job has left a status.json there; name a run's folder (runs/<name>)")
-    if not jobs and queue.is_silent:
+    if queue.is_silent and not (jobs or queued or starting):  # what it said before stands
         raise UnusableError(f"{path}: no job has begun, and squeue does not answer: ask again")
     return RunStatus(path, jobs, finished, queued, starting)
 
