@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from ladir.config import Config, DataSettings
 from ladir.config.loader import load_config
-from ladir.data import tokenizing
+from ladir.data import question_store, tokenizing
 from ladir.data.columns import TokenRecord
 from ladir.data.encode import check_records
 from ladir.data.prompts import CopyPairs, bos_ids, chain_pairs
@@ -195,6 +197,18 @@ def test_questions_are_read_once_for_a_task(
         read.questions(str(file), get_task("maths"))
     with pytest.raises(BadRecords, match="2 of 3 records cannot be used"):
         Tokens(configure(tmp_path, "data.on_bad_record=error"), ALONE, WORDS).questions(str(file), get_task("maths"))
+
+
+def test_nothing_that_questions_are_read_with_is_left_out_of_what_a_store_of_them_depends_on() -> None:
+    """Else a store of before would hide what another version of it reads."""
+    known = {module.__name__ for module in tokens.READING}
+    readers = {name for name in known if name.startswith("ladir.data.")} - {question_store.__name__}  # which also keeps them
+    for name in sorted(readers):
+        tree = ast.parse(Path(str(sys.modules[name].__file__)).read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        used = {node.module for node in found if node.module != "ladir.data"}
+        used |= {f"ladir.data.{alias.name}" for node in found if node.module == "ladir.data" for alias in node.names}
+        assert {module for module in used if str(module).startswith("ladir.data.")} <= known, name
 
 
 def test_the_tokenizer_s_rules_are_part_of_what_a_store_depends_on() -> None:

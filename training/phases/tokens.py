@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 import ladir.tasks
 from ladir.config import Config
-from ladir.data import answers, blocks, formats, question_store, questions, records, rows
+from ladir.data import answers, blocks, formats, mbpp_plus, puzzles, question_store, questions, records, rows
 from ladir.data.encode import refuse_or_list
 from ladir.data.question_store import Questions, QuestionStore, write_questions
 from ladir.data.rows import data_files, hub_commit, is_hub_name, with_commit
@@ -35,6 +35,9 @@ from training.runtime.status import say
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: what decides how a question is read and whether its task can judge it
+READING = (ladir.tasks, answers, blocks, formats, mbpp_plus, puzzles, question_store, questions, records, rows)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Tokens:
 
         They are read anew where a newer version of the code may read or judge them otherwise.
         """
-        code = code_digest(ladir.tasks, answers, blocks, formats, question_store, questions, records, rows)
+        code = code_digest(*READING)
         opened = self._open("questions", named, partial(write_questions, check=task.check), task.name, code)
         assert opened is not None
         store = QuestionStore(opened)
