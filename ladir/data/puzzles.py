@@ -34,10 +34,12 @@ class Puzzle:
         return question_text(self.numbers, self.target)
 
     def expression(self) -> str | None:
-        """The steps as one expression; None where they do not make the target of all numbers."""
+        """The steps as one expression; None where one is wrong, or they do not make the target of all numbers."""
         values = [(number, str(number)) for number in self.numbers]
         for step in self.steps:
             left, operator, right, _, value = step.split()
+            if not _is_true(int(left), operator, int(right), int(value)):
+                return None
             texts = []
             for operand in (left, right):
                 place = next((place for place, (found, _) in enumerate(values) if found == int(operand)), None)
@@ -47,6 +49,12 @@ class Puzzle:
             values.append((int(value), f"( {texts[0]} {operator} {texts[1]} )"))
         made = len(values) == 1 and values[0][0] == self.target and bool(self.steps)
         return values[0][1][2:-2] if made else None
+
+
+def _is_true(left: int, operator: str, right: int, value: int) -> bool:
+    if operator == "/":
+        return right != 0 and left == right * value
+    return {"+": left + right, "-": left - right, "*": left * right}[operator] == value
 
 
 def question_text(numbers: Sequence[int], target: int) -> str:
