@@ -49,12 +49,16 @@ class ProcessGroup:
 
     def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[tuple[Any, str | None]]:
         """Like :meth:`run`, but (result, traceback or None) by rank, for functions that are meant to fail."""
-        if not self._workers:
-            self._start()
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        end = time.monotonic() + timeout
-        answers = [self._answer(rank, end - time.monotonic()) for rank in range(self.size)]
+        try:
+            if not self._workers:
+                self._start()
+            for pipe in self._pipes:
+                pipe.send((function, args))
+            end = time.monotonic() + timeout
+            answers = [self._answer(rank, end - time.monotonic()) for rank in range(self.size)]
+        except BaseException:  # such as pytest's own limit: what they answer later is not the next test's
+            self.close()
+            raise
         if any(error for _, error in answers):
             self.close()  # collectives may be out of step
         return answers
@@ -86,7 +90,6 @@ class ProcessGroup:
         end = time.monotonic() + _START_SECONDS
         errors = [self._answer(rank, end - time.monotonic())[1] for rank in range(self.size)]
         if any(errors):
-            self.close()
             raise ProcessError(f"the processes have not joined: {errors}")
 
     def close(self) -> None:
