@@ -123,7 +123,7 @@ is_under_way() {
 # Whether the time in which a step can be told to stop is over.
 is_short_of_time() {
     local end
-    end=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
+    end=$(ask_slurm show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
     [ -n "$end" ] && [ $(($(date -d "$end" +%s) - $(date +%s))) -le "${STOP_SECONDS:-300}" ]
 }
 
@@ -135,8 +135,8 @@ wait_for_snapshots() {
     echo '0 waits' >"$RUN_FOLDER/slurm/restarts-$SLURM_JOB_ID"
     rm -f "$STARTED" # no node was lost
     trap '' TERM "$STOP_SIGNAL"
-    scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again for the snapshots to come"
-    scontrol update "JobId=$SLURM_JOB_ID" "StartTime=now+$seconds" || true # it then looks sooner
+    ask_slurm requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again for the snapshots to come"
+    ask_slurm update "JobId=$SLURM_JOB_ID" "StartTime=now+$seconds" || true # it then looks sooner
     exit 0
 }
 
@@ -357,14 +357,26 @@ finish() {
     echo "$entry: $what; back to the queue (restart $((restarts + 1)); at most $most without progress)"
     find_bad_nodes
     trap '' TERM "$STOP_SIGNAL" # which end this script, and what it calls, as soon as the job is back in the queue
-    scontrol requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
+    ask_slurm requeue "$SLURM_JOB_ID" || fail "$entry: scontrol requeue was refused; submit it again to continue"
     leave_out_bad_nodes
     exit 0
 }
 
-# A job that somebody has cancelled is not RUNNING any more and stays cancelled.
+# scontrol, asked again where it fails: its controller may be busy, or another one by now.
+ask_slurm() {
+    local try
+    for try in 1 2 3; do
+        ! scontrol "$@" || return 0
+        [ "$try" -eq 3 ] || sleep 5
+    done
+    return 1
+}
+
+# A job that somebody has cancelled is not RUNNING any more and stays cancelled.  Where Slurm does not answer, it is not taken for
+# cancelled: a job that is would not be put back either.
 end_if_cancelled() {
-    if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+    local answer
+    if answer=$(ask_slurm show job -o "$SLURM_JOB_ID") && [[ $answer != *" JobState=RUNNING "* ]]; then
         echo "$entry: $1; this job was cancelled, submit it again to continue"
         exit 1
     fi
@@ -426,11 +438,11 @@ those_that_wait_leave_it_out() {
 }
 
 left_out_by() {
-    scontrol show job -o "$1" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | sed 's/(null)//'
+    { ask_slurm show job -o "$1" || true; } | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | sed 's/(null)//'
 }
 
 leave_out() {
-    if scontrol update "JobId=$1" "ExcNodeList=${2:+$2,}$bad_nodes"; then
+    if ask_slurm update "JobId=$1" "ExcNodeList=${2:+$2,}$bad_nodes"; then
         echo "job $1 leaves out $bad_nodes, which failed twice (noted in $FAILED_NODES)"
     fi
 }

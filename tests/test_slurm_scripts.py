@@ -428,6 +428,8 @@ prepare
 finish train_vae 1
 """
 SCONTROL = """#!/bin/sh
+left=$(cat "$RUN_FOLDER/silent" 2>/dev/null || echo 0)
+[ "$left" -eq 0 ] || { echo $((left - 1)) >"$RUN_FOLDER/silent"; kill -PIPE $$; }
 [ "$1" != show ] || echo "JobId=$4 JobState=$(cat "$RUN_FOLDER/state") ExcNodeList=nodeX MinCPUsNode=1"
 [ "$1" != requeue ] || echo PENDING >"$RUN_FOLDER/state"
 [ "$1" != update ] || echo "updated $2 $3"
@@ -441,6 +443,17 @@ def with_scontrol(folder: Path, state: str) -> None:
     scontrol.write_text(SCONTROL)
     scontrol.chmod(0o755)
     (folder / "state").write_text(f"{state}\n")
+
+
+def test_a_job_goes_back_to_the_queue_though_slurm_does_not_answer_at_once(tmp_path: Path) -> None:
+    sleep = tmp_path / "bin" / "sleep"
+    sleep.parent.mkdir()
+    sleep.write_text("#!/bin/sh\n")
+    sleep.chmod(0o755)
+    for silent, expected in ((2, 0), (5, 0), (99, 2)):
+        (tmp_path / "silent").write_text(str(silent))
+        status, told = crash(tmp_path, "absent -")
+        assert status == expected and ("scontrol requeue was refused" in told) == bool(expected)
 
 
 def crash(folder: Path, failure: str, saved: str = "", idle: int = 0) -> tuple[int, str]:

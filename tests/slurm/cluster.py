@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -78,10 +79,17 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A command from the repository's folder with ``variables`` added to the environment."""
-        result = subprocess.run(
-            command, capture_output=True, text=True, env={**self.environment, **variables}, cwd=REPOSITORY, timeout=60
-        )
+        """A command from the repository's folder with ``variables`` added to the environment.
+
+        What only asks is asked again where the controller, on a busy machine, has closed the connection.
+        """
+        for _ in range(5):
+            result = subprocess.run(
+                command, capture_output=True, text=True, env={**self.environment, **variables}, cwd=REPOSITORY, timeout=60
+            )
+            if result.returncode != -signal.SIGPIPE or command[:2] not in (("scontrol", "show"), ("squeue", "--noheader")):
+                break
+            time.sleep(1)
         if check and result.returncode != 0:
             raise AssertionError(f"{' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}")
         return result
