@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import geometric_mean
 from types import ModuleType
 from typing import Any
 
@@ -307,7 +306,7 @@ def test_every_kernel_gives_the_losses_and_gradients_of_eager_attention(
     st.sampled_from(sorted(SHAPES)),
     st.sampled_from(["sdpa", FLEX, FLASH]),
 )
-@example(521394, 0, "llama", FLASH)  # one rounding amplified: four times as wrong in one tensor
+@example(521394, 0, "llama", FLASH)  # one rounding amplified: four times as wrong in a tensor
 def test_in_bfloat16_no_kernel_is_much_further_from_the_truth_than_eager_attention(
     seed: int, pack_tokens: int, kind: str, name: str
 ) -> None:
@@ -319,7 +318,7 @@ def test_in_bfloat16_no_kernel_is_much_further_from_the_truth_than_eager_attenti
         ways = ((name, torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float64))
         with flash_stand_in(), plain_flex():
             results = [together(Backbone(tiny_lm(kind, attention=n, dtype=d)), inputs.to(d), layout) for n, d in ways]
-        assert_close(*results)
+        assert_close(*results, inputs=8)
 
 
 # --- the setting -------------------------------------------------------------------------------------------------------
@@ -417,18 +416,16 @@ def gpu_lm(name: str, dtype: torch.dtype, head: int = 32) -> Backbone:
     return Backbone(tiny_lm(attention=name, dtype=dtype, max_position_embeddings=2048, **shape).cuda())
 
 
-def assert_close(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
-    """In the mean square no further from float64 than eager attention in the same dtype: twice in the geometric mean of all
-    tensors, ten times in any.
+def assert_close(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], inputs: int = 1) -> None:
+    """No further from float64 than three times eager attention in the same dtype is, in the mean square of every tensor.
 
-    A single tensor's ratio is now and then above 4 by chance, where one rounding is amplified; the mean of all is 1.02 to 1.03
-    nearly always, 1.33 at the worst that was seen.
+    Of their largest errors the ratio is now and then above 3, by chance; so is that of one of several ``inputs``, which tensors
+    then begin with, where a rounding is amplified: of those it is the median's.
     """
-    ratios = []
     for one, other, truth in zip(ours, theirs, exact, strict=True):
-        wrong, allowed = (float((x.double() - truth).norm() / truth.norm()) for x in (one, other))
-        ratios.append((wrong + 1e-5) / (allowed + 1e-5))
-    assert geometric_mean(ratios) <= 2 and max(ratios) <= 10
+        error = [(x.double() - truth).reshape(inputs, -1).norm(dim=1) for x in (one, other)]
+        wrong, allowed = (float((x / truth.reshape(inputs, -1).norm(dim=1)).median()) for x in error)
+        assert wrong <= 3 * allowed + 1e-4
 
 
 def together(backbone: Backbone, inputs: Tensor, layout: Layout) -> list[Tensor]:
