@@ -12,10 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladir.inference.cache import Prefix
-from ladir.inference.cost import count_cost
-from ladir.inference.graphs import Graphs
-from ladir.inference.sampler import BlockSampler, TrajectoryNoise, append_block
 from ladir.models.lean import lean_layers
 from ladir.reasoner import Reasoner
 from tests.distributed import ProcessGroup
@@ -23,6 +19,7 @@ from tests.test_engine import assert_like_the_reference, averages, unused_branch
 from tests.test_lean import TOLERANCE, as_transformers_has_it, outcome
 from tests.test_loop import assert_identical, run_with, toy_settings
 from tests.test_reasoner import QUESTIONS, assert_same, tiny_reasoner
+from tests.test_steps import REPLAYED, a_block, assert_replayed_is_plain
 from tests.tiny import tiny_lm
 from training.runtime.distributed import World
 from training.runtime.host_room import HostRoom
@@ -103,6 +100,8 @@ def on_cuda(reasoner: Reasoner) -> Reasoner:
         {"guidance_scale": 2.0, "diversity_scale": 0.5, "sampler": "sde"},
         {"restarts": 1, "reencode": True, "spacing": "cosine"},
         {"span": 2},
+        {"carry": "hidden", "guidance_scale": 2.0, "restarts": 1, "restart_steps": 5},
+        {"carry": "hidden", "guidance_scale": 2.0, "restarts": 1, "restart_steps": 5, "restart_keeps_state": True, "span": 2},
     ],
     ids=lambda controls: "-".join(controls) or "plain",
 )
@@ -130,48 +129,23 @@ def unwaiting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def a_block(**controls: Any) -> tuple[BlockSampler, Prefix, Tensor]:
-    """A sampler, the shared prefix of a question of 20 tokens, and which question each of 6 trajectories answers."""
-    reasoner = on_cuda(tiny_reasoner(**controls))
-    owner = torch.zeros(6, dtype=torch.int64, device="cuda")
-    prefix = reasoner._question_prefix([" ".join("abcdefghijklmnopqrst")], owner, reasoner.settings.guidance_scale != 1.0)
-    noise = TrajectoryNoise(0, [("question", row) for row in range(6)])
-    return BlockSampler(reasoner.denoiser, reasoner.settings, noise), prefix, owner
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("controls", [{}, {"sampler": "sde", "guidance_scale": 2.0}], ids=["plain", "guided-sde"])
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {},
+        {"sampler": "sde", "guidance_scale": 2.0},
+        {"carry": "hidden", "guidance_scale": 2.0, "restarts": 1},
+        {"carry": "hidden", "guidance_scale": 2.0, "restarts": 1, "restart_keeps_state": True},
+    ],
+    ids=lambda controls: "-".join(controls) or "plain",
+)
 def test_no_denoising_step_waits_for_the_device(controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, prefix, owner = a_block(**controls)
+    sampler, prefix, owner = a_block(on_cuda(tiny_reasoner(**controls)))
     for name in ("_velocity", "_bent", "_advance"):
         monkeypatch.setattr(sampler, name, unwaiting(getattr(sampler, name)))
     assert torch.isfinite(sampler.sample_span(prefix, list(range(6)), owner, 0, None)).all()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "controls",
-    [
-        {},
-        {"sampler": "sde", "guidance_scale": 2.0, "diversity_scale": 0.5},
-        {"restarts": 1, "restart_steps": 5},
-        {"span": 2},
-    ],
-    ids=["plain", "guided-sde", "restarts", "span"],
-)
+@pytest.mark.parametrize("controls", REPLAYED, ids=lambda controls: "-".join(controls) or "plain")
 def test_replayed_steps_equal_plain_ones_and_cost_as_much(controls: dict[str, Any]) -> None:
-    found = []
-    graphs = Graphs()
-    for taken in (graphs, None):
-        sampler, prefix, owner = a_block(num_steps=6, **controls)
-        sampler.graphs = taken
-        with count_cost(sampler.denoiser) as cost, graphs.counted(cost):
-            spans = []
-            for number in range(3):
-                spans.append(sampler.sample_span(prefix, list(range(6)), owner, number, None))
-                for block in spans[-1].unbind(1):
-                    append_block(sampler.denoiser, prefix, block)
-        found.append((torch.stack(spans), cost.passes, cost.flops))
-    (ours, *counts), (theirs, *expected) = found
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert counts == expected
+    assert_replayed_is_plain(on_cuda(tiny_reasoner(num_steps=6, **controls)))
