@@ -1,5 +1,5 @@
-# make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2]
-# make prose   the same on word problems with chains of thought in English, about an hour     [SEED=0] [RANKS=2] [SECONDS=...]
+# make demo    train and evaluate a small LaDiR on arithmetic puzzles (2 cores, no GPU)   [SEED=0] [RANKS=2] [ARGS=settings]
+# make prose   the same on word problems with chains of thought in English, about an hour     [SEED=0] [RANKS=2] [SECONDS=...] [ARGS=settings]
 # make test    linters, types and all tests                                               [PYTEST_ARGS=...]
 # make test-slurm  the batch scripts on a two-node Slurm cluster that it starts on this machine (Debian or Ubuntu, root)
 # make bench   what one pass, caches, packing and ZeRO-3 save and cost on this machine, measured   [SIZE=tiny] [SUITE=all, compiled]
@@ -39,11 +39,11 @@ help:
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m training.demo --ranks $(RANKS) --config configs/demo.yaml run.seed=$(SEED) \
-		run.name=demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+		run.name=demo$(if $(filter-out 0,$(SEED)),-seed$(SEED)) $(ARGS)
 
 prose: $(VENV)/.ready-examples
 	@$(BIN)/python -m training.demo --ranks $(RANKS) --seconds $(SECONDS) --config configs/gsm_symbolic.yaml run.seed=$(SEED) \
-		run.name=prose$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+		run.name=prose$(if $(filter-out 0,$(SEED)),-seed$(SEED)) $(ARGS)
 
 test: lint browser
 	@echo "tests: pytest $(PYTEST_ARGS)"

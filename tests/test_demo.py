@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, thread
 from training.runtime.files import write_json
 from training.runtime.preemption import INTERRUPTED_STATUS
 
+ROOT = Path(__file__).parents[1]
 OUTCOME: dict[str, Any] = {"status": "finished", "steps": 1, "samples": 1, "metrics": {}}
 
 # A launcher that dies at once when asked to stop, and below it a rank, with a helper of its own, that first saves.
@@ -52,6 +55,25 @@ def demo(folder: Path, *overrides: str, ranks: int = 1) -> tuple[Demo, io.String
     config, arguments = parse_args(arguments, "demo", _add_arguments)
     output = io.StringIO()
     return Demo(config, arguments, Console(file=output, width=100)), output
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "seconds"), [("demo", "configs/demo.yaml", 580.0), ("prose", "configs/gsm_symbolic.yaml", 3000.0)]
+)
+def test_what_make_starts_is_read_as_it_is_meant(target: str, config: str, seconds: float) -> None:
+    """The command that a target expands to, with the settings that the guide gives behind it."""
+    if shutil.which("make") is None:
+        pytest.skip("NOT TESTED: there is no make")
+    given = ["SEED=3", "RANKS=1", "ARGS=gym.templates=[6,16,48,72] gym.held_out_templates=0 data.test_held_out=null"]
+    said = subprocess.run(["make", "--dry-run", target, *given], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    (line,) = [line for line in said.replace("\\\n", " ").splitlines() if "training.demo" in line]
+    words = shlex.split(line)
+    found, arguments = parse_args(words[words.index("training.demo") + 1 :], "demo", _add_arguments)
+    assert (arguments.config, arguments.ranks, arguments.seconds) == (config, 1, seconds)
+    assert (found.run.name, found.run.seed) == (f"{target}-seed3", 3)
+    assert (found.gym.templates, found.gym.held_out_templates, found.data.test_held_out) == ([6, 16, 48, 72], 0, None)
+    assert found.demo.data == ("gym" if target == "prose" else "countdown")
+    assert found.data.train == f"{found.run.folder}/{found.run.name}/data/train.jsonl"
 
 
 def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ladir.data.records import BadRecords, Record, list_bad_records, read_record
 from ladir.errors import UnusableError
 from ladir.tokens import build_word_tokenizer
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
+GSM8K = Path(os.environ.get("LADIR_GSM8K", Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"))
 GOOD = {"input": "What is 1 + 2?", "output": "Add them. That is <<1+2=3>>3.\n#### 3", "level": 1}
 
 
@@ -418,7 +419,9 @@ def test_nothing_usable_is_refused_even_when_skipping(tmp_path: Path) -> None:
         encode_records(record_set, build_word_tokenizer(["w"]), skip)
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K's train file is not at {GSM8K}: the reader was NOT tried on real data")
+@pytest.mark.skipif(
+    not GSM8K.is_file(), reason=f"NOT TESTED on real data: {GSM8K} is not there; name GSM8K's train file in LADIR_GSM8K"
+)
 def test_gsm8k_loses_no_record() -> None:
     fields = DataSettings(input_field="question", output_field="answer")
     result = read_records(str(GSM8K), fields)

@@ -45,7 +45,7 @@ from training.runtime.sampler import DataOrder
 TOLERANCE = 2e-5
 WEIGHTS = {"flow": 0.3, "answer": 0.7, "stop": 1.3, "token": 0.5, "rollout": 0.9}
 MAX_BLOCKS = 4
-SAMPLE = SampleSettings(guidance_interval=[0.2, 0.8])
+SAMPLE = SampleSettings(guidance_interval=[0.2, 0.8], guidance_rescale=0.7)
 
 
 def rollout_settings(**changes: Any) -> RolloutSettings:
@@ -70,6 +70,14 @@ def with_golds(records: Sequence[LatentRecord], seed: int) -> list[Golds]:
 
 
 # --- the reference -----------------------------------------------------------------------------------------------------
+
+
+def guided(velocity: Tensor, without: Tensor, z: Tensor, t: Tensor, how: SampleSettings) -> Tensor:
+    """One block's velocity [L, d] under guidance whose estimate of the clean block is rescaled (Lin et al. 2023)."""
+    stronger = without + how.guidance_scale * (velocity - without)
+    x0, plain = z - t * stronger, z - t * velocity
+    share = how.guidance_rescale * plain.std(correction=0) / x0.std(correction=0) + 1 - how.guidance_rescale
+    return (z - share * x0) / t
 
 
 def own_span(
@@ -108,7 +116,7 @@ def own_span(
                 low, high = how.guidance_interval
                 if how.guidance_scale != 1 and low <= float(t) <= high:
                     without = flow.to_velocity(denoiser.settings.objective, free[block], z, t)
-                    velocity = without + how.guidance_scale * (velocity - without)
+                    velocity = guided(velocity, without, z, t, how)
                 moved = z + (times[step + 1] - times[step]) * velocity
                 blocks[block] = moved if steps - step <= gradient else moved.detach()
     return torch.stack(blocks)
@@ -209,7 +217,13 @@ def assert_rollout_is_the_reference(denoiser: Denoiser, rollout: RolloutSettings
 
 def test_what_is_not_set_is_as_in_sampling() -> None:
     sample = SampleSettings(
-        num_steps=7, lag=3, initial_noise=2.0, guidance_scale=4.0, guidance_interval=[0.1, 0.9], spacing="cosine"
+        num_steps=7,
+        lag=3,
+        initial_noise=2.0,
+        guidance_scale=4.0,
+        guidance_interval=[0.1, 0.9],
+        guidance_rescale=0.5,
+        spacing="cosine",
     )
     assert sampling_of(RolloutSettings(), sample) == sample
     own = RolloutSettings(num_steps=5, lag=0, initial_noise=0.0, guidance_scale=1.0)
