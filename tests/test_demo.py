@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ladir.config.loader import parse_args
 from ladir.evaluation.results import QuestionResult, Trajectory
-from training.demo import Demo, Stage, Track, _add_arguments
+from training.demo import Demo, Stage, Track, _add_arguments, main
 from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json
 from training.runtime.preemption import INTERRUPTED_STATUS
@@ -257,6 +257,64 @@ def test_stages_are_chosen_and_records_of_another_kind_are_asked_by_themselves(t
     first, held_out = plan[-2][0]
     assert first.name == "evaluate" and held_out.name == "evaluate-held-out"
     assert held_out.command()[-2:] == ["evaluate.split=test_held_out", "evaluate.name=held-out"]
+
+
+RL = ("rl.enabled=true", "rl.train.max_seconds=10")
+
+
+@pytest.mark.parametrize(
+    ("own", "trained", "denoiser", "baseline"),
+    [
+        (("rl.answers=2",), {"rl", "ar-rl"}, 60.0, 90.0),
+        (("rl.enabled=false",), set(), 70.0, 100.0),
+        (("rl.policy=text",), {"ar-rl"}, 70.0, 90.0),
+        (("demo.stages=[vae,latents,denoiser,rl,export,ar,evaluate]",), {"rl"}, 60.0, 100.0),
+    ],
+)
+def test_stage_3_takes_its_seconds_from_its_own_lane_and_is_asked(
+    own: tuple[str, ...], trained: set[str], denoiser: float, baseline: float, tmp_path: Path
+) -> None:
+    """Both lanes train for 100 seconds, whatever of stage 3 is a part of the run; VAE and rollout have taken 30 of LaDiR's."""
+    overrides = (*RL, "rollout.train.max_seconds=10", "evaluate.methods=[ar,ladir]", "data.test_held_out=o.jsonl")
+    built, _ = demo(tmp_path, *overrides, *own, ranks=2)
+    write_json(built.folder.outcome_file("vae"), {**OUTCOME, "seconds": 20.0})
+    tracks = [track for part in built.plan() for track in part]
+    stages = {stage.name: stage for track in tracks for stage in track}
+    assert trained == {"rl", "ar-rl"} & stages.keys()
+    assert f"denoiser.train.max_seconds={denoiser}" in stages["denoiser"].command()
+    assert f"ar.train.max_seconds={baseline}" in stages["ar"].command()
+    names = [[stage.name for stage in track] for track in tracks]
+    assert [*(["rl"] if "rl" in trained else []), "export"] == next(track for track in names if "export" in track)[4:]
+    assert next(track for track in names if "ar" in track) == ["ar", *(["ar-rl"] if "ar-rl" in trained else [])]
+    completing = ["rl.policy=text", "rl.answers=1", "rl.algorithm=nft"]  # behind all that is given, and so in force
+    assert {name: stages[name].command()[-3:] == completing for name in trained} == {name: name == "ar-rl" for name in trained}
+    rows = ["ar", "ladir", *(row for stage, row in (("rl", "ladir-rl"), ("ar-rl", "ar-rl")) if stage in trained)]
+    for name in ("evaluate", "evaluate-held-out"):
+        *_, methods = (word for word in stages[name].command() if word.startswith("evaluate.methods="))
+        assert methods == f"evaluate.methods=[{','.join(rows)}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rl.enabled=true"], "rl.enabled=true: both lanes train for the same seconds, and those of stage 3 are not known"),
+        ([*RL, "demo.stages=[vae,denoiser]"], "rl.enabled=true: demo.stages leaves stage 3 out; add rl or ar-rl to it"),
+        ([*RL, "rl.policy=text", "demo.stages=[rl]"], "rl.enabled=true (rl.policy=text): demo.stages leaves stage 3 out"),
+    ],
+)
+def test_a_stage_3_that_could_not_be_run_is_refused(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([f"run.folder={tmp_path}", *overrides])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demos_own_file_has_all_that_stage_3_needs(tmp_path: Path) -> None:
+    built, _ = demo(tmp_path, "--config=configs/demo.yaml", "rl.enabled=true")
+    names = [stage.name for part in built.plan() for track in part for stage in track]
+    assert {"rl", "ar-rl"} <= set(names) and built.config.rl.train.max_steps is None
 
 
 def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 launcher.
 
 Makes the records, trains a base LM and, from it, LaDiR (VAE, latents, denoiser) and the autoregressive baseline for as many
-seconds, evaluates both, draws the report and shows what came out; demo.stages leaves parts away.  The two train side by side,
-each with half of the processes; with one process they take turns.  Run again, it skips what is finished and continues what was
-interrupted.
+seconds, evaluates both, draws the report and shows what came out; demo.stages leaves parts away, and with rl.enabled=true both
+learn from rewards at the end of their seconds.  The two train side by side, each with half of the processes; with one process
+they take turns.  Run again, it skips what is finished and continues what was interrupted.
 """
 
 from __future__ import annotations
@@ -103,9 +103,13 @@ class Demo:
             Stage("latents", "latents of the training records", self._entry("encode_latents", ranks=together)),
             Stage("denoiser", "denoiser: thought tokens from noise", self._denoiser(together), trains=True),
             *(self._rollout(together) if self.config.rollout.enabled else ()),
+            *(self._reinforced("rl", together)),
             Stage("export", "export as a Hugging Face folder", self._export),
         ]
-        ar = [Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True)]
+        ar = [
+            Stage("ar", "AR baseline: the base LM trained on for as long", self._baseline(together), trains=True),
+            *(self._reinforced("ar-rl", together)),
+        ]
         parts = [
             [[Stage("data", f"{_RECORDS[self.config.demo.data]} as JSONL", self._data)]],
             [[Stage("base", "base LM: a new LM learns chains of thought", base, trains=True)]],
@@ -127,9 +131,10 @@ class Demo:
 
     def _evaluations(self) -> Track:
         """Of the test records, and of those of another kind where there are any."""
-        stages = [Stage("evaluate", "evaluation on the test records", self._entry("evaluate"))]
+        rows = self._rows()
+        stages = [Stage("evaluate", "evaluation on the test records", self._entry("evaluate", *rows))]
         if self.config.data.test_held_out is not None:
-            held_out = ("evaluate.split=test_held_out", f"evaluate.name={HELD_OUT}")
+            held_out = (*rows, "evaluate.split=test_held_out", f"evaluate.name={HELD_OUT}")
             stages.append(Stage(f"evaluate-{HELD_OUT}", "evaluation on what is held out", self._entry("evaluate", *held_out)))
         return stages
 
@@ -254,6 +259,25 @@ class Demo:
         title = "denoiser, stage 2: answers through its own thoughts"
         return [Stage("rollout", title, self._entry("train_denoiser", "stage=rollout", ranks=ranks), trains=True)]
 
+    def _reinforced(self, stage: str, ranks: int) -> list[Stage]:
+        """Stage 3 of one lane, where it is part of the run; the baseline's completions learn under the same settings."""
+        if stage not in third_stages(self.config):
+            return []
+        titles = {"rl": "denoiser, stage 3: learning from its judged answers", "ar-rl": "AR baseline: the same, for as long"}
+        own = ("rl.policy=text", "rl.answers=1", "rl.algorithm=nft") if stage == "ar-rl" else ()
+        return [Stage(stage, titles[stage], self._entry("train_rl", *own, ranks=ranks), trains=True)]
+
+    def _rl_seconds(self, stage: str) -> float:
+        """What stage 3 takes of its lane's seconds."""
+        return (self.config.rl.train.max_seconds or 0.0) if stage in third_stages(self.config) else 0.0
+
+    def _rows(self) -> list[str]:
+        """Has an evaluation ask what learned from rewards, too, where its rows do not name that."""
+        methods = self.config.evaluate.methods
+        rows = {"rl": "ladir-rl", "ar-rl": "ar-rl"}
+        new = [row for stage, row in rows.items() if stage in third_stages(self.config) and row not in methods]
+        return [f"evaluate.methods=[{','.join([*methods, *new])}]"] if new else []
+
     def _data(self) -> list[str]:
         out = ["--out", str(self.folder.path / "data")]
         return [sys.executable, "-m", "ladir", self.config.demo.data, *out, *self.settings]
@@ -269,20 +293,22 @@ class Demo:
         return lambda: launcher_command(script, ranks or self.ranks, [*self.settings, *overrides])
 
     def _denoiser(self, ranks: int) -> Callable[[], list[str]]:
-        """The denoiser trains for what VAE and latents have left of LaDiR's seconds (and stage 2 will need)."""
+        """The denoiser trains for what VAE and latents have left of LaDiR's seconds (and stages 2 and 3 will need)."""
 
         def command() -> list[str]:
             outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents")]
             left = self.seconds - sum(outcome.seconds for outcome in outcomes if outcome is not None)
             if self.config.rollout.enabled:
                 left -= self.config.rollout.train.max_seconds or 0.0
+            left -= self._rl_seconds("rl")
             return self._entry("train_denoiser", f"denoiser.train.max_seconds={max(left, 1.0):.1f}", ranks=ranks)()
 
         return command
 
     def _baseline(self, ranks: int) -> Callable[[], list[str]]:
-        """The AR baseline trains for the seconds that LaDiR has after the base LM, which both start from."""
-        settings = ("ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={self.seconds:.1f}")
+        """The AR baseline trains for the seconds that LaDiR has after the base LM, which both start from, less its stage 3's."""
+        seconds = max(self.seconds - self._rl_seconds("ar-rl"), 1.0)
+        settings = ("ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")
         return self._entry("train_ar", *settings, ranks=ranks)
 
     def _fail(self, stage: Stage, status: int) -> NoReturn:
@@ -329,9 +355,33 @@ class Demo:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def third_stages(config: Config) -> list[str]:
+    """Those of stage 3 that are run: LaDiR's and the baseline's, or with rl.policy=text the baseline's alone."""
+    lanes = ("ar-rl",) if config.rl.policy == "text" else ("rl", "ar-rl")
+    return [stage for stage in lanes if config.rl.enabled and stage in config.demo.stages]
+
+
+def refused(config: Config) -> str:
+    """What is wrong with the settings of stage 3 where it is on; "" where nothing is."""
+    if not config.rl.enabled:
+        return ""
+    if not third_stages(config):
+        policy = f" (rl.policy={config.rl.policy})" if config.rl.policy == "text" else ""
+        return f"rl.enabled=true{policy}: demo.stages leaves stage 3 out; add rl or ar-rl to it, or set rl.enabled=false"
+    if config.rl.train.max_seconds is None:
+        return (
+            "rl.enabled=true: both lanes train for the same seconds, and those of stage 3 are not known; set "
+            "rl.train.max_seconds (and rl.train.max_steps=null, so that it does not end before)"
+        )
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     config, arguments = parse_args(argv, __doc__ or "", _add_arguments)
+    if problem := refused(config):
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {problem}\n")
+        raise SystemExit(2)
     signal.signal(signal.SIGTERM, _interrupt)
     demo = Demo(config, arguments, Console())
     demo.run()

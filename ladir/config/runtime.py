@@ -75,7 +75,7 @@ class DeepSpeedSettings:
     stop_signal: str = setting("USR2", "signal that asks for a checkpoint and a clean stop (TERM always does)")
 
 
-_STAGES = ("data", "base", "vae", "latents", "denoiser", "export", "ar", "evaluate", "report")
+_STAGES = ("data", "base", "vae", "latents", "denoiser", "rl", "export", "ar", "ar-rl", "evaluate", "report")
 
 
 @dataclass
@@ -87,8 +87,9 @@ class DemoSettings:
     )
     stages: list[str] = setting(
         list(_STAGES),
-        "what is run, always in this order, stage 2 behind the denoiser where rollout.enabled; without data and base: records "
-        "and LM are those that data.* and backbone.name_or_path name",
+        "what is run, always in this order; stage 2 behind the denoiser where rollout.enabled, rl and ar-rl (stage 3 of LaDiR "
+        "and of the baseline) where rl.enabled; without data and base: records and LM are those that data.* and "
+        "backbone.name_or_path name",
         _STAGES,
     )
 

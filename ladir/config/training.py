@@ -250,7 +250,9 @@ class RolloutSettings:
 
 @dataclass
 class RlSettings:
-    enabled: bool = setting(False, "whether slurm/submit.sh includes stage 3; training/train_rl.py trains it in any case")
+    enabled: bool = setting(
+        False, "whether make demo, slurm/submit.sh and plan.py include stage 3; training/train_rl.py trains it in any case"
+    )
     algorithm: str = setting(
         "nft",
         "how the thoughts learn from rewards; nft: DiffusionNFT, from finished latents alone, whatever sampled them; flow_grpo: "
