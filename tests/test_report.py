@@ -167,6 +167,59 @@ def test_each_algorithm_of_stage_3_stands_beside_its_settings(tmp_path: Path) ->
     assert "| rl.beta | – | 1 |" in tables
 
 
+def test_stage_3_has_a_panel_of_its_own(tmp_path: Path) -> None:
+    """Curves of what was logged, first and last figures, and the last validation's good and bad attempt, hostile as any text."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("run: {name: run}\n")
+    (run / "config-rl.yaml").write_text("rl: {policy: latents, group: 4, answers: 2}\n")
+    rows = [
+        {"phase": "rl", "kind": "train", "step": step, "loss": 1.0, "reward": 3 * step, "reward_spread": 0.5, "signal": 0.25,
+         "pass@1": 0.1, "pass@8": 0.5, "answer_tokens": 7, "distinct_correct": 1.5, "nft_distance": 0.1 / step,
+         "step_ratio": 1.0, "step_clipped": 0.5, "sampling_seconds": 4, "judging_seconds": 0.1, "learning_seconds": 3}
+        for step in range(1, 11)
+    ]  # fmt: skip
+    rows.append({"phase": "rl", "kind": "validation", "step": 10, "start_distance": 0.2})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    attempts = {
+        "best": {"thoughts": ["so"], "answer": HOSTILE[0], "reward": 1.5},
+        "worst": {"thoughts": [], "answer": "no", "reward": 0},
+    }
+    (run / "attempts-rl.json").write_text(json.dumps({"step": 10, "question": "why?", **attempts}))
+    assert main(["report", str(run)]) == 0
+    page, tables = ((run / "report" / name).read_text() for name in ("report.html", "tables.md"))
+    drawn = {path.stem.removeprefix("reinforcement-run-rl-") for path in (run / "report").glob("reinforcement-*.png")}
+    assert drawn == {"rewards", "attempts", "distinct-answers", "length", "distance", "ratio-to-the-old-model", "clipped", "time"}
+    assert "| rewards: mean | 4.5 | 28.5 |" in tables and "| attempts: pass@8 | 50.0 % | 50.0 % |" in tables
+    assert "| distance: from the start | 0.2 | 0.2 |" in tables
+    assert "a good and a bad attempt, step 10" in page and "good: reward 1.5" in page and "bad: reward 0" in page
+    assert "so\n&lt;/td&gt;" in page and "<script" not in page
+    assert not {"reward", "signal"} & read_run(run).rates.keys()  # a reward is no share of anything
+
+    (run / "attempts-rl.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match=r"attempts-rl\.json: not what training/train_rl\.py writes"):
+        read_run(run)
+
+
+def test_scores_are_drawn_beside_what_came_of_them(tmp_path: Path) -> None:
+    """Of each method the share of right answers in every bin of scores, with its standard error; methods without scores are
+    left out."""
+    scored = [(0.05, False), (0.05, True), (0.35, False), (0.35, False), (0.92, True), (0.98, True)]
+    tried = tuple(Trajectory("x", right, "x", score=score) for score, right in scored)
+    (tmp_path / "config.yaml").write_text("run: {name: run}\n")
+    plain = [QuestionResult("q", (Trajectory("x", True, "x"),))]
+    write_questions(tmp_path / "generations.jsonl", {"ladir": [QuestionResult("q", tried)], "ar": plain})
+    (section,) = (section for section in chart_sections([read_run(tmp_path)]) if section.title == "Verifier")
+    (picture,) = section.pictures
+    diagonal, drawn = picture.figure.axes[0].containers
+    np.testing.assert_allclose(diagonal.lines[0].get_xydata(), [[0, 0], [100, 100]])
+    np.testing.assert_allclose(drawn.lines[0].get_xydata(), [[5, 50], [35, 0], [95, 100]])
+    bars = [100 * (rate * (1 - rate) / 2) ** 0.5 for rate in (0.5, 0.0, 1.0)]
+    ends = [segment[:, 1] for segment in drawn.lines[2][0].get_segments()]
+    np.testing.assert_allclose([end[1] - end[0] for end in ends], [2 * bar for bar in bars], atol=1e-9)
+    assert picture.description.endswith("their score: ladir")
+
+
 def steps_on_the_page(text: str, question: str) -> list[list[list[str]]]:
     """The text of every step of every block of every trajectory of a question, as the page shows it."""
     part = text.split(f'<span class="question">{question}</span>')[1].split("<h3>")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -335,6 +336,7 @@ def test_the_baseline_learns_from_its_own_completions(one_process: ProcessGroup,
     assert first["token_ratio"] == pytest.approx(1, abs=1e-5) and second["token_ratio"] != first["token_ratio"]
     assert {"reward", "signal", "pass@3", "text"} <= first.keys()
     assert (baseline / "text" / "models" / "ar-rl" / "tokenizer.json").is_file()
+    assert json.loads((baseline / "text" / "attempts-ar-rl.json").read_text())["step"] == STEPS
 
 
 @pytest.mark.distributed

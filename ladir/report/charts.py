@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from ladir.evaluation.metrics import scores_of
 from ladir.evaluation.voting import RULES
-from ladir.report.algorithms import settings_grid
 from ladir.report.figures import Curve, line_figure
+from ladir.report.reinforcement import reinforcement
 from ladir.report.runs import Results, RunData
-from ladir.report.tables import Grid
+from ladir.report.sections import Picture, Section
 
 #: methods that answer once, without sampling
 _SINGLE = ("greedy", "zero-noise")
@@ -25,29 +22,9 @@ _TIMED_PASSES = ("pass@1", "pass@100")
 _DISTINCT, _DISTINCT_Y = ("distinct_correct",), "right answers per question"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure with the name of its file and what it shows, for those who cannot see it."""
-
-    name: str
-    figure: Figure
-    description: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; ``missing`` (text, command) stands where there is neither picture nor table."""
-
-    title: str
-    text: str
-    pictures: list[Picture] = field(default_factory=list)
-    missing: tuple[str, str] | None = None
-    tables: list[Grid] = field(default_factory=list)
-
-
 def chart_sections(runs: Sequence[RunData]) -> list[Section]:
     """All sections with curves, in the order of the page."""
-    sections = (_pass_curves, _trade_off, _training_time, _diversity, _granularity, _reinforcement, _verifier, _training)
+    sections = (_pass_curves, _trade_off, _training_time, _diversity, _granularity, reinforcement, _verifier, _training)
     return [section(runs) for section in sections]
 
 
@@ -229,17 +206,6 @@ def _granularity(runs: Sequence[RunData]) -> Section:
     )
     missing = ("Needs runs that differ in data.sentences_per_block.", command)
     return _section("Block granularity", text, pictures(), missing)
-
-
-def _reinforcement(runs: Sequence[RunData]) -> Section:
-    grids = [settings_grid(f"{run.name}, {lane}", config) for run in runs for lane, config in run.reinforced.items()]
-    text = (
-        "What learned from rewards, by which algorithm, and with which settings. Rewards and losses are drawn under Training, "
-        "what came of it stands in the rows -rl under Results."
-    )
-    command = shlex.join(["deepspeed", "training/train_rl.py", "--config", str(runs[0].path / "config.yaml")])
-    missing = None if grids else ("There was no reinforcement learning.", command)
-    return Section("Reinforcement learning: algorithms and settings", text, missing=missing, tables=grids)
 
 
 def _verifier(runs: Sequence[RunData]) -> Section:

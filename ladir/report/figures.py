@@ -64,10 +64,13 @@ def _axes(title: str, x: str, y: str) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def line_figure(title: str, x: str, y: str, curves: Mapping[str, Curve], logarithmic: str = "", rates: bool = False) -> Figure:
+def line_figure(
+    title: str, x: str, y: str, curves: Mapping[str, Curve], logarithmic: str = "", rates: bool = False, below: bool = False
+) -> Figure:
     """Curves by label; "NAME (validation)" is drawn as NAME is, dashed and hollow.
 
-    ``logarithmic``: "x", "y", "xy" or ""; ``rates``: y lies between 0 and 1 and is shown in percent.
+    ``logarithmic``: "x", "y", "xy" or ""; ``rates``: y lies between 0 and 1 and is shown in percent; ``below``: the labels stand
+    below the axes, since the curves fill them.
     """
     scale = 100.0 if rates else 1.0
     with _axes(title, x, y) as (figure, axes):
@@ -83,14 +86,14 @@ def line_figure(title: str, x: str, y: str, curves: Mapping[str, Curve], logarit
         if rates:
             axes.set_ylim(_lowest([scale * value for _, ys, _ in curves.values() for value in ys]), 103)
         if curves:
-            _legend(figure, axes, [one_line(name, _LABEL_CHARACTERS) for name in names])
+            _legend(figure, axes, [one_line(name, _LABEL_CHARACTERS) for name in names], below)
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
+def _legend(figure: Figure, axes: Axes, labels: Sequence[str], below: bool) -> None:
     """A few short labels stand where the curves leave room; others, below the axes, for which the figure grows."""
     short = max(map(len, labels)) <= _SHORT_LABEL
-    if short and len(labels) <= _FEW_LABELS:
+    if not below and short and len(labels) <= _FEW_LABELS:
         axes.legend(loc="best")
         return
     columns = 2 if short else 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ladir.evaluation.report import remarks
 from ladir.evaluation.results import QuestionResult
-from ladir.report.charts import Section
 from ladir.report.runs import RunData
+from ladir.report.sections import Section
 from ladir.report.tables import html_table
 from ladir.report.text import escaped
 from ladir.report.traces import BlockTrace, TrajectoryTrace
@@ -36,6 +36,7 @@ td small { color: #555; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem; background: #f3f4f6; font-size: .85rem; }
 .steps td, .steps th, .words td, .words th { text-align: left; }
 .steps td:first-child { white-space: nowrap; color: #555; }
+.texts td + td { white-space: pre-wrap; overflow-wrap: anywhere; }
 .steps { width: 100%; }
 .steps th:first-child, .steps td:first-child { width: 8rem; }
 .steps td + td { font-family: ui-monospace, monospace; white-space: pre-wrap; }

@@ -21,7 +21,12 @@ LOSSES = (
 )  # fmt: skip
 RATES = (
     "exact", "token_accuracy", "answer_accuracy", "lm_accuracy", "rollout_token_accuracy", "stop_accuracy", "verifier_accuracy",
-    "reward", "signal",
+)  # fmt: skip
+#: what is drawn of learning from rewards, beside pass@k
+LEARNING = (
+    "reward", "reward_spread", "signal", "chain", "stopped", "distinct_correct", "answer_tokens", "nft_distance",
+    "start_distance", "kl", "token_ratio", "step_ratio", "token_clipped", "step_clipped", "sampling_seconds", "judging_seconds",
+    "learning_seconds",
 )  # fmt: skip
 
 #: steps and values of one metric, by phase and name
@@ -50,6 +55,25 @@ class Results:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """What stage 3 thought and answered once, and what that was worth."""
+
+    thoughts: list[str]
+    answer: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class AttemptsShown:
+    """The best and the worst attempt at a question, of the last validation of stage 3 (``step``)."""
+
+    step: int
+    question: str
+    best: Attempt
+    worst: Attempt
+
+
+@dataclass(frozen=True)
 class RunData:
     """A run as far as it has come; ``name``: its folder's, with its parents' before it where a report has another such run."""
 
@@ -63,6 +87,9 @@ class RunData:
     questions: dict[str, list[QuestionResult]]
     reinforced: dict[str, Mapping[str, Any]]
     """The settings of every stage 3 that was begun."""
+    learning: Curves
+    """What its attempts and its learning were like."""
+    attempts: dict[str, AttemptsShown]
 
     @property
     def sentences_per_block(self) -> int | None:
@@ -91,6 +118,7 @@ def read_run(folder: str | Path) -> RunData:
     if not any((path / name).is_file() for name in known):
         raise FileNotFoundError(f"{path}: no run folder: it has none of {', '.join(known)}")
     config = _settings(path / "config.yaml")
+    reinforced = {lane: settings for lane in REINFORCED if (settings := _settings(path / f"config-{lane}.yaml"))}
     name, metrics, generations = path.resolve().name, path / "metrics.jsonl", path / "generations.jsonl"
     return RunData(
         name=name,
@@ -103,8 +131,28 @@ def read_run(folder: str | Path) -> RunData:
             _results(name, file, config) for file in sorted(path.glob("results*.json"), key=lambda f: (len(f.name), f.name))
         ],
         questions=_questions(generations) if generations.is_file() else {},
-        reinforced={lane: settings for lane in REINFORCED if (settings := _settings(path / f"config-{lane}.yaml"))},
+        reinforced=reinforced,
+        learning=read_curves(metrics, {lane: _learning(of) for lane, of in reinforced.items()}) if metrics.is_file() else {},
+        attempts={lane: found for lane in reinforced if (found := _attempts(path / f"attempts-{lane}.json"))},
     )
+
+
+def _learning(settings: Mapping[str, Any]) -> list[str]:
+    """The metrics of a stage 3, of which pass@k goes by its settings."""
+    rl = settings.get("rl", {})
+    answers = rl.get("group", 1) * rl.get("answers", 1)
+    return list(dict.fromkeys([*LEARNING, "pass@1", f"pass@{answers}"]))
+
+
+def _attempts(file: Path) -> AttemptsShown | None:
+    content = _json(file)
+    try:
+        best, worst = (Attempt(**content[name]) for name in ("best", "worst"))
+        return AttemptsShown(content["step"], content["question"], best, worst)
+    except (KeyError, TypeError) as error:
+        if not content:
+            return None
+        raise ValueError(f"{file}: not what training/train_rl.py writes ({error}); delete it") from error
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunData]:

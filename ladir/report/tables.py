@@ -28,17 +28,19 @@ _WORDS_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of words."""
+    """A table of words; ``texts``: they are whole texts, whose lines stay lines and are wrapped."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    texts: bool = False
 
     def html(self) -> str:
         """As HTML, without the title."""
         head = "".join(f"<th>{escaped(cell)}</th>" for cell in self.head)
         rows = "".join(f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
-        return f'<table class="words"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        kind = "words texts" if self.texts else "words"
+        return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
     def markdown(self) -> str:
         """As Markdown, without the title."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ladir.models.pairing import TrainedOn
 from ladir.models.vae import ThoughtDecoder
 from ladir.reasoner import Reasoner
 from ladir.rl.batches import JudgedCollator, terms
-from ladir.rl.lines import best_and_worst
+from ladir.rl.lines import Answered, best_and_worst
 from ladir.rl.policy import Policy
 from ladir.rl.rewards import decodes_thoughts, reward_function
 from ladir.tasks import Task, get_task
@@ -194,9 +195,18 @@ def _attempts_and_distance(steps: OwnSteps, start: _Start) -> Show:
 
 def show_attempts(steps: OwnSteps, telemetry: Telemetry, step: int) -> None:
     """The best and the worst attempt at a question of the last iteration, where there was one."""
-    if steps.last and telemetry.shows_samples:
+    if not steps.last:
+        return
+    (question, best), (_, worst) = best_and_worst(steps.last)
+    telemetry.keep("attempts", step, {"question": question, "best": _told(best), "worst": _told(worst)})
+    if telemetry.shows_samples:
         rows = [
             (question, "\n".join((*answer.verdict.thoughts, answer.verdict.answer)), f"{answer.reward:g}")
-            for question, answer in best_and_worst(steps.last)
+            for answer in (best, worst)
         ]
         telemetry.text("attempts", markdown_table(("question", "thoughts and answer", "reward"), rows), step)
+
+
+def _told(answer: Answered) -> dict[str, Any]:
+    """An attempt as a report reads it."""
+    return {"thoughts": list(answer.verdict.thoughts), "answer": answer.verdict.answer, "reward": answer.reward}

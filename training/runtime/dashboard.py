@@ -97,6 +97,7 @@ _ROLLOUT: tuple[_Chart, ...] = (
 _LEARNING: tuple[_Chart, ...] = (
     ("thoughts weighed by their rewards", LOSSES, "(nft|steps)"),
     ("answers weighed by their rewards", LOSSES, "answers"),
+    ("random steps' divergence from the start's", LOSSES, "kl"),
     ("reward and its spread within a question", QUALITY, "reward(_spread)?"),
     ("questions whose attempts differ in reward", QUALITY, "signal"),
     ("right attempts: one, any of a question's, thoughts alone", QUALITY, "(pass@.*|chain)"),

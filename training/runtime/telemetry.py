@@ -25,7 +25,7 @@ from ladir.config import TelemetrySettings
 from ladir.report.status import duration
 from training.runtime.alone import GiveWay
 from training.runtime.cadence import Cadence
-from training.runtime.files import locked, write_text
+from training.runtime.files import locked, write_json, write_text
 from training.runtime.loggers import Loggers
 from training.runtime.preemption import BrokenOff
 from training.runtime.run import Run
@@ -131,6 +131,16 @@ class Telemetry:
             self._last_line = now
             end = f" ETA {duration(left)}" if left else ""
             logger.info("%s %3.0f%% step %d%s %s", self._phase, 100 * min(fraction, 1.0), step, end, text)
+
+    def keep(self, name: str, step: int, content: Mapping[str, Any]) -> None:
+        """``<name>-<phase>.json`` of the run folder, which has the newest such content and its step alone."""
+        if not self._active:
+            return
+        file = self._run.folder.path / f"{name}-{self._phase}.json"
+        try:
+            write_json(file, {"step": step, **content})
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): make room; the report goes without", file, error)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text sample (Markdown)."""
