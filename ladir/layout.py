@@ -203,17 +203,19 @@ def template(
     span: int = 1,
     bidirectional_question: bool = False,
     sentences: Sequence[int] | None = None,
+    last: bool = False,
 ) -> Template:
     """Layout of a record with ``question`` tokens, ``blocks`` blocks of ``latents`` latents, ``draws`` noisy copies of each span.
 
     ``answer`` is the answer's token count; ``None`` leaves out the answer and the clean blocks of the last span, which only the
-    answer and the stop decisions need.  ``sentences``: tokens of every block, where finished ones stand as text; None: they stand
-    as latents.  Text tokens are indexed question first, then sentences, then answer.  ``bidirectional_question``: the question's
+    answer and the stop decisions need; with ``last`` these blocks stand in any case.  ``sentences``: tokens of every block, where
+    finished ones stand as text; None: they stand as latents.  Text tokens are indexed question first, then sentences, then
+    answer.  ``bidirectional_question``: the question's
     tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
     """
     if sentences is None:  # records of one shape are many
-        return _known_template(question, blocks, latents, draws, answer, span, bidirectional_question)
-    return _template(question, blocks, latents, draws, answer, span, bidirectional_question, sentences)
+        return _known_template(question, blocks, latents, draws, answer, span, bidirectional_question, last=last)
+    return _template(question, blocks, latents, draws, answer, span, bidirectional_question, sentences, last)
 
 
 def _template(
@@ -225,10 +227,11 @@ def _template(
     span: int,
     bidirectional_question: bool,
     sentences: Sequence[int] | None = None,
+    last: bool = False,
 ) -> Template:
     """:func:`template`, made anew."""
     spans = num_spans(blocks, span)
-    clean_blocks = blocks if answer is not None else (spans - 1) * span
+    clean_blocks = blocks if last or answer is not None else (spans - 1) * span
     starts = question + np.cumsum([0, *(block_length(n) for n in sentences or [latents] * blocks)])
     first_words = question + np.cumsum([0, *(sentences or [0] * blocks)])
     parts = [_text(question, start=0, first_index=0, seen=question if bidirectional_question else 0)]

@@ -146,9 +146,8 @@ def reference_passes(
             before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
             yield _answer_and_stop(denoiser, before, ends, record, labels)
         if denoiser.settings.lm_weight:
-            standing = len(record.blocks) if len(batch.answer_labels) else start
-            before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + standing])
-            count = sum(len(sentence) + 1 for sentence in record.blocks[:standing])
+            before, ends = _before(denoiser, record, is_hidden, frame, batch.z0[first : first + len(record.blocks)])
+            count = sum(len(sentence) + 1 for sentence in record.blocks)
             yield {"lm": _sentences_loss(denoiser, before, ends, record, batch.word_labels[word : word + count])}
             word += count
         first += start + span

@@ -221,10 +221,6 @@ def test_a_wrong_value_is_refused(override: str, part: str) -> None:
         (["denoiser.context=text"], "set rollout.enabled=false"),
         (["denoiser.context=text", "rollout.enabled=false", "sample.max_thought_tokens=9"], "denoiser.context=text a longer"),
         (["denoiser.lm_weight=1"], "no sentence stands as text whose tokens"),
-        (
-            ["denoiser.context=text", "rollout.enabled=false", "denoiser.lm_weight=1", "denoiser.answer_every=4"],
-            "seldom teach it",
-        ),
         (["denoiser.context=text", "rollout.enabled=false", "sample.lm_weight=1"], "whose LM was trained on sentences, too"),
         (["data.output_field=input"], "a record needs a field for each"),
         (["countdown.min_target=50", "countdown.max_target=40"], "countdown.max_target=40"),

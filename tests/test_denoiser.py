@@ -148,14 +148,31 @@ def test_a_certain_token_has_a_finite_focal_gradient() -> None:
     st.integers(1, 3),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(["latents", "text"]),
 )
 def test_a_carried_state_and_a_time_token_equal_the_reference(
-    latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool, time_token: bool
+    latents: int, draws: int, seed: int, kind: str, span: int, earlier: bool, time_token: bool, context: str
 ) -> None:
     carry = {"carry": "hidden", "carry_probability": 0.7, "carry_own_rollout": 0.6 * earlier, "time_token": time_token}
-    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, span=span, token_weight=0.5, **carry)
+    reads = {"context": context, "lm_weight": 0.5 if context == "text" else 0.0, "answer_every": 2}
+    denoiser = tiny_denoiser(tiny_lm(kind), latents=latents, draws=draws, span=span, token_weight=0.5, **carry, **reads)
     numbers = range((seed % 100) * 8, (seed % 100) * 8 + 3)
-    assert_one_pass_is_the_reference(denoiser, random_records(3, seed=seed, latents=latents), numbers, condition_dropout=0.3)
+    frame, records = Frame((3,), (6, 2)), random_records(3, seed=seed, latents=latents)
+    assert_one_pass_is_the_reference(denoiser, records, numbers, frame, condition_dropout=0.3, samples_per_step=8)
+
+
+@pytest.mark.parametrize(("answer_every", "lm_weight"), [(1, 0.0), (2, 0.5)])
+def test_a_first_pass_has_only_what_noisy_latents_see(answer_every: int, lm_weight: float) -> None:
+    """Neither answers nor the last span's finished blocks, which are written or read behind it."""
+    settings = {"context": "text", "carry_probability": 1.0, "answer_every": answer_every, "lm_weight": lm_weight}
+    denoiser = tiny_denoiser(tiny_lm(), span=2, carry="hidden", **settings)
+    for step in range(2):
+        batch = collator(denoiser)(random_records(3, seed=4), range(8 * step, 8 * step + 3))
+        without = collator(denoiser, lm_weight=0.0)(random_records(3, seed=4), range(8 * step, 8 * step + 3), with_answer=False)
+        assert batch.first is not None
+        for name in ("position", "limit", "copy"):
+            assert torch.equal(getattr(batch.first.layout, name), getattr(without.layout, name))
+        assert batch.first.layout.copy.shape[1] < batch.layout.copy.shape[1]
 
 
 def test_a_first_pass_is_part_of_its_share_of_steps_and_of_every_validation() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,18 @@ def test_what_never_comes_again_is_not_kept() -> None:
     before = _known_template.cache_info()
     template(3, 2, 2, 1, 4, sentences=[5, 6])
     assert _known_template.cache_info() == before
+
+
+@pytest.mark.parametrize("sentences", [None, [5, 6, 1]])
+def test_the_last_blocks_can_stand_without_an_answer(sentences: list[int] | None) -> None:
+    """They are what stands before the answer."""
+    given_answer, last = (template(3, 3, 2, 2, answer, 2, sentences=sentences, last=True) for answer in (4, None))
+    answer = given_answer.answer
+    for name in ("position", "limit", "copy", "source", "index"):
+        assert np.array_equal(np.delete(getattr(given_answer, name), answer), getattr(last, name))
+    assert np.array_equal(last.ends, given_answer.ends)
+    assert np.array_equal(last.words, given_answer.words)
+    assert not len(last.answer)
 
 
 @settings(max_examples=60, deadline=None)

@@ -312,11 +312,6 @@ def _context_errors(config: Config) -> Iterator[str]:
                 "set denoiser.context=text, or 0"
             )
         return
-    if config.denoiser.lm_weight and config.denoiser.answer_every > 1:
-        yield (
-            f"denoiser.answer_every={config.denoiser.answer_every}: the last sentence is left out with the answer, so that "
-            f"denoiser.lm_weight={config.denoiser.lm_weight:g} would seldom teach it; set denoiser.answer_every=1"
-        )
     if config.rollout.enabled or config.stage == "rollout":
         yield (
             "denoiser.context=text: stage 2 has no gradient through thoughts that were read as text; set rollout.enabled=false "

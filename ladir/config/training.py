@@ -192,7 +192,11 @@ class DenoiserSettings:
     )
     token_rank: int = setting(64, "rank of the auxiliary token head")
     token_positions: int = setting(32, "first tokens of a block that the auxiliary token head predicts")
-    answer_every: int = setting(1, "the answer, the stop decisions and the last clean block are part of every n-th step only")
+    answer_every: int = setting(
+        1,
+        "the answer, the stop decisions and the last clean block are part of every n-th step only (the block of every one with "
+        "denoiser.lm_weight)",
+    )
     bidirectional_question: bool = setting(
         False,
         "a question's tokens all see each other; false: only those before them, as pretrained LMs learned to read (true is for "

@@ -255,6 +255,7 @@ class DenoiserBatch(TensorBatch):
     word_labels: Tensor
     context: Tensor | None = None  # [K, L, d], what the clean stream holds where it is not z0
     carry_t: Tensor | None = None  # [K, M], times of the first pass, which supplies the carried state; None: there is none
+    first: Rows | None = None  # the first pass' tokens: noisy latents, which are read, and what they see
 
     @property
     def kind(self) -> str:
@@ -301,34 +302,26 @@ class DenoiserCollator:
         if with_answer is None:
             with_answer = not training or step % self.settings.answer_every == 0
         questions = [[*self.prefix, *record.question, *self.suffix] for record in records]
-        latents, draws, span = records[0].mu.shape[1], self.settings.draws, self.settings.span
-        bidirectional = self.settings.bidirectional_question
         words = [record.blocks if self.settings.context == "text" else [] for record in records]
-        templates = [
-            template(
-                len(q),
-                len(r.blocks),
-                latents,
-                draws,
-                len(r.answer) if with_answer else None,
-                span,
-                bidirectional,
-                [len(sentence) for sentence in w] if w else None,
-            )
-            for q, r, w in zip(questions, records, words, strict=True)
-        ]
         texts = [list(chain(q, *w, r.answer if with_answer else ())) for q, r, w in zip(questions, records, words, strict=True)]
         noise = self._noise(records, numbers, training)
-        blocks = [with_room(len(r.blocks), span) for r in records]
-        batch = _assemble(templates, texts, blocks, noise, (len(self.prefix), len(self.suffix)), self.pack_tokens)
+        blocks = [with_room(len(r.blocks), self.settings.span) for r in records]
+        shown = (len(self.prefix), len(self.suffix))
+        lay_out = _LayOut(_first_rows(texts, blocks, noise), noise.hidden_question, shown, self.pack_tokens)
+        speaks = self.settings.lm_weight > 0
+        templates = self._templates(questions, records, with_answer, last=speaks)
+        places, rows = lay_out(templates)
+        at = {f"{key}_at": _at(templates, places, pick) for key, pick in _PLACES.items()}
+        has_first = self._has_first_pass(step, training)
+        seen_by_noisy = lay_out(self._templates(questions, records, False))[1] if has_first and (with_answer or speaks) else rows
         block_tokens = self._block_tokens(records)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []
         if not with_answer:
-            batch["end_at"] = batch["end_at"][:0]
+            at["end_at"] = at["end_at"][:0]
         spoken = self._spoken(templates, words)
         if not spoken:
-            batch["words_at"] = batch["words_at"][:0]
+            at["words_at"] = at["words_at"][:0]
         return DenoiserBatch(
             counts={
                 "flow": float((noise.t > 0).sum() * noise.z0[0].size),
@@ -343,9 +336,36 @@ class DenoiserCollator:
             word_labels=flat_ids(spoken),
             stop_labels=flat_ids(stops),
             block_tokens=block_tokens,
-            carry_t=torch.from_numpy(noise.carry_t) if self._has_first_pass(step, training) else None,
-            **batch,
+            layout=rows.layout,
+            table_index=rows.index,
+            text_ids=flat_ids(texts),
+            z0=torch.from_numpy(noise.z0).float(),
+            eps=torch.from_numpy(noise.eps),
+            t=torch.from_numpy(noise.t).float(),
+            carry_t=torch.from_numpy(noise.carry_t) if has_first else None,
+            first=seen_by_noisy if has_first else None,
+            **at,
         )
+
+    def _templates(
+        self, questions: Sequence[Sequence[int]], records: Sequence[LatentRecord], with_answer: bool, last: bool = False
+    ) -> list[Template]:
+        """Every record's layout; ``last``: see :func:`ladir.layout.template`."""
+        s, latents, text = self.settings, records[0].mu.shape[1], self.settings.context == "text"
+        return [
+            template(
+                len(question),
+                len(record.blocks),
+                latents,
+                s.draws,
+                len(record.answer) if with_answer else None,
+                s.span,
+                s.bidirectional_question,
+                [len(sentence) for sentence in record.blocks] if text else None,
+                last,
+            )
+            for question, record in zip(questions, records, strict=True)
+        ]
 
     def _spoken(self, templates: Sequence[Template], texts: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
         """The sentences that stand as text with the <eos> behind each, where their tokens are predicted: a clean block each."""
@@ -447,42 +467,38 @@ def flat_ids(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([value for row in rows for value in row], dtype=torch.int64)
 
 
-def _assemble(
-    templates: Sequence[Template],
-    texts: Sequence[Sequence[int]],
-    blocks: Sequence[int],
-    noise: _Noise,
-    shown: tuple[int, int],
-    pack_tokens: int,
-) -> dict[str, Any]:
-    """Lay the records' layouts in padded rows and point every token at its input vector.
+@dataclass(frozen=True)
+class _LayOut:
+    """Lays records' templates in padded rows and points every token at its input vector.
 
-    ``shown``: how many first and last tokens of a hidden question stay (its <bos>, a chat template).
+    ``first`` [N, 4]: :func:`_first_rows`; ``hidden`` [N]: whose question is hidden; ``shown``: how many first and last tokens of
+    such a question stay (its <bos>, a chat template).
     """
-    places = place([len(layout) for layout in templates], pack_tokens)
-    size = places.rows * places.width
-    position, limit, table_index = np.zeros((3, size), np.int64)
-    copy = np.full(size, PAD, np.int64)
-    first = _first_rows(texts, blocks, noise)
-    for layout, start, rows, hidden in zip(templates, places.first.tolist(), first, noise.hidden_question, strict=True):
-        tokens = slice(start, start + len(layout))
-        position[tokens] = layout.position
-        limit[tokens] = layout.limit
-        copy[tokens] = layout.copy
-        table_index[tokens] = rows[layout.source] + layout.index
-        if hidden:
-            table_index[start + shown[0] : start + layout.question_length - shown[1]] = rows[Source.MARK] + Mark.NULL
-    shape = (places.rows, places.width)
-    rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
-    return {
-        "layout": Layout(rows_of[0], rows_of[1], rows_of[2], document=places.documents()),
-        "table_index": torch.from_numpy(table_index.reshape(shape)),
-        "text_ids": flat_ids(texts),
-        "z0": torch.from_numpy(noise.z0).float(),
-        "eps": torch.from_numpy(noise.eps),
-        "t": torch.from_numpy(noise.t).float(),
-        **{f"{key}_at": _at(templates, places, pick) for key, pick in _PLACES.items()},
-    }
+
+    first: np.ndarray
+    hidden: np.ndarray
+    shown: tuple[int, int]
+    pack_tokens: int
+
+    def __call__(self, templates: Sequence[Template]) -> tuple[Places, Rows]:
+        """Where the records stand, and their tokens; what is read are the noisy latents."""
+        places = place([len(layout) for layout in templates], self.pack_tokens)
+        size = places.rows * places.width
+        position, limit, table_index = np.zeros((3, size), np.int64)
+        copy = np.full(size, PAD, np.int64)
+        for layout, start, rows, hidden in zip(templates, places.first.tolist(), self.first, self.hidden, strict=True):
+            tokens = slice(start, start + len(layout))
+            position[tokens] = layout.position
+            limit[tokens] = layout.limit
+            copy[tokens] = layout.copy
+            table_index[tokens] = rows[layout.source] + layout.index
+            if hidden:
+                question = slice(start + self.shown[0], start + layout.question_length - self.shown[1])
+                table_index[question] = rows[Source.MARK] + Mark.NULL
+        shape = (places.rows, places.width)
+        rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
+        layout = Layout(rows_of[0], rows_of[1], rows_of[2], document=places.documents())
+        return places, Rows(torch.from_numpy(table_index.reshape(shape)), layout, _at(templates, places, _PLACES["noisy"]))
 
 
 _PLACES: dict[str, Callable[[Template], np.ndarray]] = {

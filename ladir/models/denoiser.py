@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ladir.config import DenoiserSettings
 from ladir.data.batches import DenoiserBatch
-from ladir.data.packing import IGNORE
+from ladir.data.packing import IGNORE, Rows
 from ladir.layout import Mark, longest_block
 from ladir.models import flow
 from ladir.models.attention import Visibility
@@ -213,18 +213,25 @@ class Denoiser(nn.Module):
 
     def read(self, batch: DenoiserBatch) -> tuple[Tensor, Tensor]:
         """Hidden states of a training pass: of the whole layout [N * T, H], and at the noisy latents [K, M, L, H]."""
-        hidden = self._hidden(batch, batch.t, self._carried(batch))
-        return hidden, self._noisy(hidden, batch)
+        rows = self._rows(batch)
+        hidden = self._hidden(batch, rows, batch.t, self._carried(batch))
+        return hidden, self._noisy(hidden, rows, batch)
 
     def read_together(self, batches: Sequence[DenoiserBatch]) -> list[tuple[Tensor, Tensor]]:
         """What :meth:`read` gives of each batch, of one pass of the LM over all of their rows."""
-        inputs = [(self._inputs(batch, batch.t, self._carried(batch)), batch.layout) for batch in batches]
+        inputs = [(self._inputs(batch, self._rows(batch), batch.t, self._carried(batch)), batch.layout) for batch in batches]
         hidden = [own.flatten(0, 1) for own in self.backbone.together(inputs)]
-        return [(own, self._noisy(own, batch)) for own, batch in zip(hidden, batches, strict=True)]
+        return [(own, self._noisy(own, self._rows(batch), batch)) for own, batch in zip(hidden, batches, strict=True)]
 
-    def _noisy(self, hidden: Tensor, batch: DenoiserBatch) -> Tensor:
-        """Those [K, M, L, H] of a layout's hidden states [N * T, H] at the noisy latents."""
-        return hidden[batch.noisy_at].unflatten(0, batch.eps.shape[:3])
+    @staticmethod
+    def _rows(batch: DenoiserBatch) -> Rows:
+        """All tokens of a batch; what is read are the noisy latents."""
+        return Rows(batch.table_index, batch.layout, batch.noisy_at)
+
+    @staticmethod
+    def _noisy(hidden: Tensor, rows: Rows, batch: DenoiserBatch) -> Tensor:
+        """Those [K, M, L, H] of the hidden states [n, H] of ``rows`` at the noisy latents."""
+        return hidden[rows.at].unflatten(0, batch.eps.shape[:3])
 
     def wanted(self, batch: DenoiserBatch) -> Tensor:
         """What should be predicted at the noisy latents [K, M, L, d]."""
@@ -234,16 +241,16 @@ class Denoiser(nn.Module):
     def _carried(self, batch: DenoiserBatch) -> Tensor:
         """What the step before would have handed on [K, M, L, H]: of a pass at ``batch.carry_t``, or zeros."""
         state = self.null_state(batch.eps)
-        if batch.carry_t is None or self.carry_in is None:
+        if batch.carry_t is None or batch.first is None or self.carry_in is None:
             return state
-        return self.next_state(self._noisy(self._hidden(batch, batch.carry_t, state), batch))
+        return self.next_state(self._noisy(self._hidden(batch, batch.first, batch.carry_t, state), batch.first, batch))
 
-    def _hidden(self, batch: DenoiserBatch, t: Tensor, state: Tensor) -> Tensor:
-        """Hidden states [N * T, H] of the whole layout, its noisy latents at ``t`` [K, M] with ``state`` [K, M, L, H]."""
-        return self.backbone(self._inputs(batch, t, state), batch.layout, batch.layout.position).flatten(0, 1)
+    def _hidden(self, batch: DenoiserBatch, rows: Rows, t: Tensor, state: Tensor) -> Tensor:
+        """Hidden states [n, H] of the tokens of ``rows``, the noisy latents at ``t`` [K, M] with ``state`` [K, M, L, H]."""
+        return self.backbone(self._inputs(batch, rows, t, state), rows.layout, rows.layout.position).flatten(0, 1)
 
-    def _inputs(self, batch: DenoiserBatch, t: Tensor, state: Tensor) -> Tensor:
-        """Input vectors [N, T, H] of the whole layout, as in :meth:`_hidden`."""
+    def _inputs(self, batch: DenoiserBatch, rows: Rows, t: Tensor, state: Tensor) -> Tensor:
+        """Input vectors [N, T, H] of the tokens of ``rows``, as in :meth:`_hidden`."""
         z_t = flow.interpolate(batch.z0[:, None], batch.eps, t[..., None, None])
         table = torch.cat(
             [
@@ -253,11 +260,9 @@ class Denoiser(nn.Module):
                 self.noisy_inputs(z_t, t, state).flatten(0, 2),
             ]
         )
-        inputs = table[batch.table_index]
+        inputs = table[rows.index]
         if self.settings.time_token:
-            begins = (
-                batch.noisy_at.unflatten(0, batch.eps.shape[:3])[..., 0].flatten() - 1
-            )  # a noisy block's <BOT> stands before it
+            begins = rows.at.unflatten(0, batch.eps.shape[:3])[..., 0].flatten() - 1  # a noisy block's <BOT> stands before it
             time = self.time_embedding(t).flatten(0, 1)
             inputs = inputs.flatten(0, 1).index_add(0, begins, time).view_as(inputs)
         return inputs
