@@ -486,14 +486,14 @@ class _LayOut:
         size = places.rows * places.width
         position, limit, table_index = np.zeros((3, size), np.int64)
         copy = np.full(size, PAD, np.int64)
-        for layout, start, rows, hidden in zip(templates, places.first.tolist(), self.first, self.hidden, strict=True):
-            tokens = slice(start, start + len(layout))
-            position[tokens] = layout.position
-            limit[tokens] = layout.limit
-            copy[tokens] = layout.copy
-            table_index[tokens] = rows[layout.source] + layout.index
+        for record, start, rows, hidden in zip(templates, places.first.tolist(), self.first, self.hidden, strict=True):
+            tokens = slice(start, start + len(record))
+            position[tokens] = record.position
+            limit[tokens] = record.limit
+            copy[tokens] = record.copy
+            table_index[tokens] = rows[record.source] + record.index
             if hidden:
-                question = slice(start + self.shown[0], start + layout.question_length - self.shown[1])
+                question = slice(start + self.shown[0], start + record.question_length - self.shown[1])
                 table_index[question] = rows[Source.MARK] + Mark.NULL
         shape = (places.rows, places.width)
         rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
