@@ -778,6 +778,18 @@ def test_joint_training_is_planned_with_its_vae() -> None:
     assert verdict(config, step, Topology(1, 2, gpu_gib=denoiser.holdings.resident / GIB)).refused.startswith(step.words)
 
 
+def test_a_model_whose_copies_fill_a_gpu_is_not_said_to_want_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 3 samples from whole LMs, which neither ZeRO nor more ranks split."""
+    monkeypatch.setattr(Planner, "_ladder", lambda *about: iter(()))  # which settings are tried is not the question
+    config = tiny_config()
+    config.plan.samples, config.rl.enabled, config.rl.reward = 1000, True, "both"
+    planner = Planner(config, Machine(Topology.of(2, 8, 1024.0), reserve=0))
+    copies = 2 * planner.element_bytes * planner._lm.parameters  # the old model's, and the decoder that reads thoughts
+    for room, remedy in ((-1024, "larger GPUs: to sample, each holds 2 whole LMs ("), (1024, "more GPUs, or larger ones")):
+        small = Planner(config, Machine(Topology.of(64, 8, (copies + room) / GIB), reserve=0))
+        assert small._remedy("rl").startswith(remedy)
+
+
 def test_stage_3_of_the_baseline_is_planned() -> None:
     """It holds the LM that answers beside the one that learns, and its old weights' average; its pass is as a real one."""
     config = tiny_config()

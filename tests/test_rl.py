@@ -643,6 +643,28 @@ def test_a_reward_of_ones_own_sees_everything(monkeypatch: pytest.MonkeyPatch) -
         reward_function(RlSettings(reward="nowhere_to_be_found:f"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "length", "changes", "form"),
+    [
+        ("6", 0.5, {}, True),
+        ("7", 0.5, {}, True),  # a wrong answer has a form, too
+        (" ", 0.5, {}, False),
+        ("6", 1.0, {}, False),  # cut off at its limit
+        ("6", 0.5, {"stopped": False}, False),
+        ("6", 0.5, {"undecided": True}, False),
+    ],
+)
+def test_checker_and_form_are_added_by_their_weights(
+    answer: str, length: float, changes: dict[str, bool], form: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(reward=lambda *_: [3]))
+    right = answer == "6" and not changes.get("undecided")
+    entry = Trajectory(answer, right, answer, **{"stopped": True, **changes})
+    for reward, own in (("my_rewards:reward", 3 + 2 * right), ("answer", right)):  # of which the checker's is the reward itself
+        settings = RlSettings(reward=reward, checker_weight=2, format_weight=0.25)
+        assert reward_function(settings)([PUZZLE], [entry], [length]) == [own + 0.25 * form]
+
+
 def test_settings_that_cannot_learn_are_refused() -> None:
     def errors(**changes: Any) -> list[str]:
         config = Config()

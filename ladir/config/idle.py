@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from ladir.config import Config
-from ladir.config.checks import reads_blocks, values
+from ladir.config.checks import CHECKED_REWARDS, reads_blocks, values
 
 #: policies of stage 3 that learn tokens alone
 _TOKENS = ("answer", "text")
@@ -30,6 +30,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("latents.probe_steps", "latents.report_sentences above 0", lambda c: c.latents.report_sentences > 0),
     ("sample.guidance_interval", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
     ("sample.guidance_rescale", "sample.guidance_scale other than 1", lambda c: c.sample.guidance_scale != 1),
+    ("rl.checker_weight", "a function of your own in rl.reward", lambda c: c.rl.reward not in CHECKED_REWARDS),
     ("rl.token_clip", "rl.policy=answer, both or text", lambda c: c.rl.policy != "latents"),
     ("rl.beta", "rl.algorithm=nft and thoughts in rl.policy", lambda c: c.rl.algorithm == "nft" and c.rl.policy not in _TOKENS),
     ("rl.random_steps", "rl.algorithm=flow_grpo", lambda c: c.rl.algorithm == "flow_grpo"),

@@ -285,6 +285,15 @@ class RlSettings:
         "most seconds that a function of your own (rl.reward) takes for all attempts at one question; one that takes longer ends "
         "the run, which names the question",
     )
+    checker_weight: float = setting(
+        0.0,
+        "added to what a function of your own (rl.reward) gives where the task's checker accepts the answer; 0: it is not asked",
+    )
+    format_weight: float = setting(
+        0.0,
+        "added to the reward of an attempt that has the expected form, right or wrong: thoughts and answer ended by themselves, "
+        "there is an answer (in a completion: behind its mark), and the checker can read it",
+    )
     length_weight: float = setting(
         0.0, "taken off the reward of an answer of sample.max_answer_tokens tokens; of a shorter one less, in proportion"
     )

@@ -13,6 +13,8 @@ from ladir.report.tables import Grid
 #: settings of every algorithm, and where their usual values are from
 _ASKING = {
     "rl.reward": "the task's checker, or a function of the user's",
+    "rl.checker_weight": "own",
+    "rl.format_weight": "own",
     "rl.length_weight": "own",
     "rl.unstopped_weight": "own",
     "rl.prompts": "DiffusionNFT: 48",

@@ -43,13 +43,22 @@ def reward_function(settings: RlSettings) -> RewardFunction:
         if own is None:
             values = [_checked(settings.reward, entry) for entry in judged]
         else:
-            values = _own(settings.reward, own, limit, records, judged)
+            given = _own(settings.reward, own, limit, records, judged)
+            values = [value + settings.checker_weight * entry.correct for value, entry in zip(given, judged, strict=True)]
         return [
-            value - settings.length_weight * length - settings.unstopped_weight * (not entry.stopped)
+            value
+            + settings.format_weight * _has_form(entry, length)
+            - settings.length_weight * length
+            - settings.unstopped_weight * (not entry.stopped)
             for value, entry, length in zip(values, judged, lengths, strict=True)
         ]
 
     return rewards
+
+
+def _has_form(judged: Trajectory, length: float) -> bool:
+    """Whether thoughts and answer came to their end and the answer is one that the checker can read."""
+    return judged.stopped and length < 1 and bool(judged.answer.strip()) and not judged.undecided
 
 
 def _checked(reward: str, judged: Trajectory) -> float:

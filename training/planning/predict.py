@@ -48,7 +48,7 @@ from training.planning.prediction import Iteration, Machine, Need, Prediction
 from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
 from training.runtime.sampler import BatchSizeError, DataOrder, micro_batch_size
-from training.runtime.topology import check_topology, deepspeed_file, train_settings
+from training.runtime.topology import GIB, check_topology, deepspeed_file, train_settings
 
 #: what splits least, where there are several GPUs
 _LIGHTEST = "ds_configs/zero2.json"
@@ -228,14 +228,9 @@ class Planner:
         if phase != "rl":
             return held
         old = holdings(weights, zero, averaged=True)
-        # The old model, the VAE's decoder where thoughts are read, its encoder where they are encoded again, and the start.
-        whole = 1
-        if not learns_text(config, phase):
-            encoders = int(config.sample.reencode and not vae_has_one_lm(config))
-            whole += int(decodes_thoughts(config)) + encoders + int("kl" in terms(config.rl))
         return replace(
             held,
-            frozen=held.frozen + self.element_bytes * self._lm.parameters * whole,
+            frozen=held.frozen + self.element_bytes * self._lm.parameters * _whole_copies(config),
             average=held.average + old.average,
             host_average=held.host_average + old.host_average,
         )
@@ -418,6 +413,10 @@ class Planner:
         for changes, config, size in self._ladder(phase, micro, self.config.backbone.activation_checkpointing):
             if self._need(phase, config, size).fits:
                 return " ".join(changes)
+        copies = _whole_copies(self.config)
+        if phase == "rl" and (size := self.element_bytes * self._lm.parameters * copies) > self.machine.capacity:
+            whole = f"{copies} whole LM{'s' if copies > 1 else ''} ({size / GIB:.2f} GiB)"
+            return f"larger GPUs: to sample, each holds {whole} beside the one that learns, which no number of GPUs splits"
         return "more GPUs, or larger ones, or a lower data.max_*: no setting that was tried makes it fit"
 
     def _ladder(self, phase: str, micro: int, checkpointing: str) -> Iterator[tuple[list[str], Config, int]]:
@@ -601,3 +600,14 @@ def _saved(phase: str, weights: list[Weight], config: Config) -> list[Weight]:
     """What the finished model's folder holds: everything trained; the frozen base stays where it is."""
     frozen = phase == "vae" or trains_jointly(config, phase) or config.backbone.lora.rank
     return [w for w in weights if w.trained] if frozen else weights
+
+
+def _whole_copies(config: Config) -> int:
+    """LMs that every GPU holds whole in stage 3, beside the one that learns.
+
+    The old model, the VAE's decoder where thoughts are read, its encoder where they are encoded again, and the start.
+    """
+    if learns_text(config, "rl"):
+        return 1
+    encoders = int(config.sample.reencode and not vae_has_one_lm(config))
+    return 1 + int(decodes_thoughts(config)) + encoders + int("kl" in terms(config.rl))
