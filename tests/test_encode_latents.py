@@ -15,6 +15,7 @@ from torch import Tensor
 from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
 from tests.distributed import ProcessGroup
+from training.phases import latent_report
 from training.phases import latents as encode_latents
 from training.phases.tokens import Tokens
 from training.runtime.distributed import World
@@ -109,8 +110,8 @@ def test_a_stop_is_obeyed_while_the_decoder_that_reads_the_latents_is_loaded(
         run.stop.requested = True
         released.wait()
 
-    monkeypatch.setattr(encode_latents, "load_thought_decoder", load)
-    monkeypatch.setattr(encode_latents, "_judged", lambda *about: (None,) * 4)
+    monkeypatch.setattr(latent_report, "load_thought_decoder", load)
+    monkeypatch.setattr(encode_latents, "stored_records", lambda *about: None)
     tokenizer: Any = SimpleNamespace(eos_token_id=0)
     assert encode_latents._report(run, tokenizer) is None
     released.set()

@@ -35,7 +35,7 @@ from training.phases import vae as vae_module
 from training.phases.ar import ar_phase
 from training.phases.base import TrainingPhase
 from training.phases.denoiser import denoiser_phase
-from training.phases.joint import joint_phase
+from training.phases.joint import joint_phase, report_joint
 from training.phases.vae import vae_phase
 from training.runtime.distributed import World
 from training.runtime.loop import train
@@ -315,6 +315,34 @@ def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -
     except UnusableError as error:
         return str(error)
     return ""
+
+
+def joint_reports(world: World, folder: Path) -> list[dict[str, float]]:
+    """Figures of a joint training that moves nothing: at its end, after a report that a stop broke off, after a whole one."""
+    config, found = configure(folder, "still", 0, 8, [*VARIANTS["joint"], "denoiser.train.lr=1e-30"]), []
+    for stopped in (True, False, False):
+        with open_run(config, "denoiser", world) as run:
+            train(run, joint_phase(config, world))
+            run.stop.requested = stopped
+            assert report_joint(run) is not stopped
+            assert run.outcome is not None
+            found.append(run.outcome.metrics)
+    return found
+
+
+def test_joint_training_reports_on_its_vae_as_the_encoding_does(one_process: ProcessGroup, folder: Path) -> None:
+    for part in ("models/vae", "latents"):
+        shutil.copytree(folder / "encoded" / part, folder / "still" / part)
+    ((before, after, again),) = one_process.run(joint_reports, folder)
+    assert not any(name.startswith("vae_") for name in before) and again == after
+    encoded = json.loads((folder / "encoded" / "outcome-latents.json").read_text())["metrics"]
+    assert {"exact", "noisy_exact", "active_units", "probe_flow_explained", "probe_exact"} <= encoded.keys()
+    assert {name.removeprefix("vae_"): value for name, value in after.items() if name not in before} == pytest.approx(
+        encoded, 1e-4
+    )
+    rows = [json.loads(line) for line in (folder / "still" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "vae_exact" in row]
+    assert (row["kind"], row["step"]) == ("validation", STEPS) and {row["step"] for row in rows} == {*range(1, STEPS + 1)}
 
 
 def test_latents_of_another_vae_are_refused(one_process: ProcessGroup, folder: Path) -> None:

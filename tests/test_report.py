@@ -79,6 +79,10 @@ def make_run(folder: Path, export: bool = True, **data: Any) -> Path:
         for step in steps
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for phase, start in (("latents", ""), ("denoiser", "vae_")):
+        figures = {"exact": 0.9754, "noisy_exact": 0.97, "active_units": 61.0, "probe_flow_explained": None, "probe_exact": 0.5}
+        metrics = {"loss": 1.0, **{f"{start}{name}": value for name, value in figures.items()}}
+        (folder / f"outcome-{phase}.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
     write_questions(folder / "generations.jsonl", {"ladir": sanitised(questions())})
     for name, steps, diversity, guidance, snapshot in EVALUATIONS:
         summary = summarise(questions(), ks=(1, 2))
@@ -274,6 +278,17 @@ def assert_readable(tab: Browser, width: int) -> None:
     assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 14
     texts = "[...document.querySelectorAll('p, li, h1, h2, h3, summary, pre')]"
     assert tab.evaluate(f"Math.max(...{texts}.map(text => text.scrollWidth - text.clientWidth))") <= 1
+
+
+def test_figures_of_latents_stand_in_a_table_for_every_vae(report: Path) -> None:
+    text = (report.parent / "tables.md").read_text(encoding="utf-8")
+    for run in ("one", "two <b>"):
+        _, _, table = text.partition(f"{run}, latents:\n\n")
+        rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()]
+        assert rows[0][:5] == ["trained", "exact (%)", "exact with noise (%)", "tokens (%)", "active units"]
+        figures = ["97.5", "97.0", "–", "61", "–", "50.0", "–"]
+        assert rows[2:] == [["VAE alone", *figures], ["jointly with the denoiser", *figures]]
+    assert "<td>jointly with the denoiser</td><td>97.5</td>" in report.read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_just_begun_says_what_fills_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

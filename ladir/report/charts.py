@@ -9,6 +9,7 @@ from typing import Any
 from ladir.evaluation.metrics import scores_of
 from ladir.evaluation.voting import RULES
 from ladir.report.figures import Curve, line_figure
+from ladir.report.latents import latents
 from ladir.report.reinforcement import reinforcement
 from ladir.report.runs import Results, RunData
 from ladir.report.sections import Picture, Section
@@ -24,7 +25,7 @@ _DISTINCT, _DISTINCT_Y = ("distinct_correct",), "right answers per question"
 
 def chart_sections(runs: Sequence[RunData]) -> list[Section]:
     """All sections with curves, in the order of the page."""
-    sections = (_pass_curves, _trade_off, _training_time, _diversity, _granularity, reinforcement, _verifier, _training)
+    sections = (_pass_curves, _trade_off, _training_time, _diversity, _granularity, reinforcement, _verifier, latents, _training)
     return [section(runs) for section in sections]
 
 

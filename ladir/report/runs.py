@@ -29,6 +29,9 @@ LEARNING = (
     "learning_seconds",
 )  # fmt: skip
 
+#: what trained a VAE, whose outcome has its figures, and what their names begin with there
+_VAES = (("VAE alone", "latents", ""), ("jointly with the denoiser", "denoiser", "vae_"))
+
 #: steps and values of one metric, by phase and name
 Curves = dict[str, dict[str, tuple[list[float], list[float]]]]
 
@@ -90,6 +93,8 @@ class RunData:
     learning: Curves
     """What its attempts and its learning were like."""
     attempts: dict[str, AttemptsShown]
+    latents: dict[str, Mapping[str, Any]]
+    """What the latents of every VAE are good for, by what trained it."""
 
     @property
     def sentences_per_block(self) -> int | None:
@@ -134,6 +139,7 @@ def read_run(folder: str | Path) -> RunData:
         reinforced=reinforced,
         learning=read_curves(metrics, {lane: _learning(of) for lane, of in reinforced.items()}) if metrics.is_file() else {},
         attempts={lane: found for lane in reinforced if (found := _attempts(path / f"attempts-{lane}.json"))},
+        latents={vae: figures for vae, phase, start in _VAES if (figures := _figures(path / f"outcome-{phase}.json", start))},
     )
 
 
@@ -213,6 +219,13 @@ def _json(file: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+def _figures(file: Path, start: str) -> Mapping[str, Any]:
+    """Those of an outcome whose names begin with ``start``, without it."""
+    metrics = _json(file).get("metrics")
+    found = metrics.items() if isinstance(metrics, dict) else ()
+    return {name.removeprefix(start): value for name, value in found if name.startswith(start)}
 
 
 def _questions(file: Path) -> dict[str, list[QuestionResult]]:

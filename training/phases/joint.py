@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ladir.config import Config
+from ladir.config import Config, LatentSettings
 from ladir.data.grounding import GroundedSentences
 from ladir.data.joint import JointCollator, JointRecords
+from ladir.data.latent_parts import Moments
+from ladir.data.latents import LatentRecord
 from ladir.data.prompts import Frame
 from ladir.models.denoiser import Denoiser
-from ladir.models.folders import JOINT_VAE, load_vae_to_train, save_denoiser, save_vae
+from ladir.models.folders import JOINT_VAE, load_vae, load_vae_to_train, save_denoiser, save_vae
 from ladir.models.joint import Joint
 from ladir.models.loading import build_backbone, check_lm
 from ladir.models.store import folder_fingerprint, load_settings, update_settings
@@ -21,15 +27,24 @@ from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
 from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.latent_report import Judged, report_latents, stored_records
+from training.phases.latents import encoded_rows
 from training.phases.lengths import check_records
 from training.phases.samples import Show, vae_samples
 from training.phases.tokens import Tokens
 from training.phases.vae import vae_collator, vae_weights
+from training.runtime.alone import GiveWay, apart
 from training.runtime.distributed import World
+from training.runtime.ending import in_words
 from training.runtime.preemption import StopRequest
-from training.runtime.run import RunFolder
+from training.runtime.run import Run, RunFolder
 from training.runtime.sharding import sharded_init
 from training.runtime.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: before the names of figures of the VAE inside, among the denoiser's
+OF_THE_VAE = "vae_"
 
 #: records whose sentences are shown, as in the VAE's training
 _SHOWN_RECORDS = 256
@@ -71,6 +86,47 @@ def joint_phase(config: Config, world: World, stop: StopRequest | None = None) -
         write=write,
         show=_of_the_vae(config, tokenizer, held_out, records),
     )
+
+
+def report_joint(run: Run) -> bool:
+    """Add to a finished training's outcome what the latents of the VAE inside are good for, unless that is there (collective).
+
+    The records are those of encode_latents' report, encoded anew and standardised by what comes out.  False where a stop was
+    asked for: the next start looks again.
+    """
+    done = run.outcome
+    if done is None or any(name.startswith(OF_THE_VAE) for name in done.metrics):
+        return True
+    gc.collect()  # the engine is gone, and its memory with it
+    torch.cuda.empty_cache()
+    vae, tokenizer = run.folder.model(run.phase) / JOINT_VAE, load_tokenizer(run.config.backbone)
+    figures = report_latents(run, vae, int(tokenizer.eos_token_id), lambda give_way: _encoded_anew(run, vae, give_way))
+    if figures:
+        named = {f"{OF_THE_VAE}{name}": value for name, value in figures.items()}
+        with Telemetry(run, done.steps) as telemetry:
+            telemetry.record("validation", done.steps, named)
+        run.finish(replace(done, metrics={**done.metrics, **named}))
+        logger.info("the VAE that was trained along: %s", in_words(figures))
+    return figures is not None
+
+
+def _encoded_anew(run: Run, folder: Path, give_way: GiveWay) -> Judged:
+    """The report's records with the latents that the VAE in ``folder`` makes."""
+    known, settings = stored_records(run.folder, run.config.latents.report_sentences), run.config.latents
+    vae = apart(lambda: load_vae(folder, run.config.backbone, run.world.device, encoder_only=True), give_way)
+    trained, held_out = (list(_latents_of(vae, records, settings, give_way)) for records in (known.trained, known.held_out))
+    moments = Moments.none(vae.settings.latent_dim)
+    moments.add(torch.cat([record.mu for record in trained]).flatten(0, 1).numpy())
+    return Judged(trained, held_out, *(torch.from_numpy(values).float() for values in (moments.mean, moments.std())))
+
+
+def _latents_of(vae: Vae, records: Sequence[LatentRecord], settings: LatentSettings, give_way: GiveWay) -> Iterator[LatentRecord]:
+    """The same records, encoded as many at a time as sentences are in a batch."""
+    for start in range(0, len(records), settings.batch_size):
+        give_way()
+        some = records[start : start + settings.batch_size]
+        for record, row in zip(some, encoded_rows(vae, some, range(len(some)), settings), strict=True):
+            yield replace(record, mu=torch.from_numpy(row["mu"]), logvar=None)
 
 
 def write_joint(model: Joint, target: Path, state: Iterator[tuple[str, Tensor]], base: str | None) -> None:

@@ -12,27 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ladir.config import LatentSettings
 from ladir.data.columns import TokenRecord
 from ladir.data.latent_parts import is_whole, join_parts, write_part
-from ladir.data.latents import LatentForm, LatentRecord, LatentStore
-from ladir.data.randomness import derive
+from ladir.data.latents import LatentForm, LatentStore
 from ladir.data.rows import check_path, data_files
 from ladir.data.token_store import TokenStore
 from ladir.errors import UnusableError
-from ladir.models.folders import load_thought_decoder, load_vae
-from ladir.models.probe import latent_report
+from ladir.models.folders import load_vae
 from ladir.models.vae import Vae, encode_sentences
 from ladir.tokens import load_tokenizer
+from training.phases.latent_report import report_latents, stored_records
 from training.phases.lengths import check_sentences
 from training.phases.tokens import Tokens
-from training.runtime.alone import GiveWay, apart
+from training.runtime.alone import GiveWay
 from training.runtime.ending import in_words, tell_end
 from training.runtime.files import read_json, remove_folder, write_json
-from training.runtime.run import Outcome, Run, RunFolder
+from training.runtime.run import Outcome, Run
 from training.runtime.stages import fingerprint
 from training.runtime.status import Pace
 from training.runtime.telemetry import Telemetry
@@ -41,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 #: settings of the data that name files, or say where and how the token store is made
 _ASIDE = ("train", "validation", "test", "sentences", "store", "processes", "chat_template", "stream_hub")
-
-#: the probe learns from so many training records at most
-_PROBED_RECORDS = 8192
 
 
 class Stopwatch:
@@ -138,7 +133,7 @@ def _encode_parts(run: Run, vae: Vae, records: Sequence[TokenRecord], folder: Pa
         for first in firsts[start + run.world.rank : start + run.world.size][:1]:
             if not is_whole(folder, first):
                 mine = range(first, min(first + size, len(records)))
-                write_part(folder, first, _rows(vae, records, mine, run.config.latents), watch.mark, form)
+                write_part(folder, first, encoded_rows(vae, records, mine, run.config.latents), watch.mark, form)
                 if run.world.is_main:
                     watch.note()
     return True
@@ -171,7 +166,9 @@ def _is_current(run: Run, name: str, mark: str, source: str) -> bool:
     return store.fingerprint == mark and read_json(run.folder.sources).get(name) == source and kept
 
 
-def _rows(vae: Vae, records: Sequence[TokenRecord], mine: Sequence[int], settings: LatentSettings) -> Iterator[dict[str, Any]]:
+def encoded_rows(
+    vae: Vae, records: Sequence[TokenRecord], mine: Sequence[int], settings: LatentSettings
+) -> Iterator[dict[str, Any]]:
     """Rows of the latent store, in order.  A sentence that occurs several times in the part is encoded once."""
     sentences = sorted({tuple(block) for i in mine for block in records[i].blocks}, key=len)  # alike in length: little padding
     place = {sentence: number for number, sentence in enumerate(sentences)}
@@ -221,48 +218,14 @@ def _check_lengths(run: Run, vae: Vae, records: TokenStore) -> None:
 
 
 def _report(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, float] | None:
-    """What the latents are good for (:func:`ladir.models.probe.latent_report`), in TensorBoard and metrics.jsonl, too.
-
-    Rank 0 finds it out, off the clock; the others wait.  None where a stop was asked for: the next start looks again.
-    """
-    if not run.config.latents.report_sentences:
-        return {}
-    run.status.say("finding out what the latents are good for", fraction=None, seconds_left=None)
-    if run.world.is_main:
-        logger.info("finding out what the latents are good for (a probe of %d steps)", run.config.latents.probe_steps)
-    figures = run.alone(lambda give_way: _figures(run, int(tokenizer.eos_token_id), give_way))
-    if figures is None:
-        return None
-    with Telemetry(run, 0) as telemetry:
-        telemetry.record("validation", 0, figures)
+    """What the latents are good for, in TensorBoard and metrics.jsonl, too; None where a stop was asked for: the next start
+    looks again."""
+    vae, sentences = run.folder.model("vae"), run.config.latents.report_sentences
+    figures = report_latents(run, vae, int(tokenizer.eos_token_id), lambda give_way: stored_records(run.folder, sentences))
+    if figures:
+        with Telemetry(run, 0) as telemetry:
+            telemetry.record("validation", 0, figures)
     return figures
-
-
-def _figures(run: Run, eos_id: int, give_way: GiveWay) -> dict[str, float]:
-    settings, noise = run.config.latents, run.config.vae.latent_noise
-    trained, held_out, mean, std = _judged(run.folder, settings.report_sentences)
-    vae, device = run.folder.model("vae"), run.world.device
-    decoder = apart(lambda: load_thought_decoder(vae, run.config.backbone, device), give_way)
-    seed = derive(run.config.run.seed, "latents/report")
-    return latent_report(decoder, trained, held_out, mean, std, noise, settings.probe_steps, eos_id, seed, give_way)
-
-
-def _judged(folder: RunFolder, sentences: int) -> tuple[list[LatentRecord], list[LatentRecord], Tensor, Tensor]:
-    """Records to train the probe on, records of about so many ``sentences`` to judge it on; the latents' mean and deviation.
-
-    Without validation records those are the last of the training's, which the probe does not see, but the VAE did.
-    """
-    store = LatentStore.open(folder.latents / "train")
-    apart = LatentStore.open(folder.latents / "validation") if (folder.latents / "validation").is_dir() else None
-    held_out: list[LatentRecord] = []
-    places = range(len(store) - 1, max(len(store) // 2, 1) - 1, -1) if apart is None else range(len(apart))
-    for place in places:
-        if sum(len(record.blocks) for record in held_out) >= sentences:
-            break
-        held_out.append((store if apart is None else apart)[place])
-    left = len(store) - (len(held_out) if apart is None else 0)
-    trained = [store[place] for place in range(min(left, _PROBED_RECORDS))]
-    return trained, held_out or trained, store.mean, store.std
 
 
 def _tell_encoded(run: Run, names: Sequence[str]) -> None:

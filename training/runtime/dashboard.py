@@ -131,7 +131,8 @@ _SECTIONS = {
 
 def tag(phase: str, name: str) -> str:
     """TensorBoard's name of a metric: ``<group>/<phase>/<name>``."""
-    group = QUALITY if name.endswith("_accuracy") else _GROUP_OF.get(re.sub(r"@\d+$", "@1", name), LOSSES)
+    known = re.sub(r"@\d+$", "@1", name.removeprefix("vae_"))  # of the VAE that a denoiser was trained with
+    group = QUALITY if name.endswith("_accuracy") else _GROUP_OF.get(known, LOSSES)
     return f"{group}/{phase}/{name}"
 
 
