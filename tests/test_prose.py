@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from ladir.config import Config
+from ladir.config import BackboneSettings, Config
 from ladir.config.loader import load_config
 from ladir.data.latents import LatentStore
+from ladir.data.prompts import Frame
+from ladir.models.folders import question_frame
 from ladir.models.loading import new_lm
 from ladir.reasoner import Reasoner
 from ladir.tokens import build_bpe_tokenizer, decode_text, encode_text, load_tokenizer, vocabulary_size
 from tests.distributed import ProcessGroup
 from training.evaluation.stages import evaluate
 from training.export import export
+from training.phases.ar import ar_phase
 from training.phases.denoiser import denoiser_phase
 from training.phases.latents import encode
 from training.phases.rollout import rollout_phase
@@ -47,6 +50,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 64},
 }
+#: those that read <bos> first, and the one whose questions stand in its chat template, asked beside its own AR baseline
+WITH_BOS, CHATTY = ("gemma3_text",), "qwen3"
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
 
 def configure(folder: Path, family: str) -> Config:
@@ -58,7 +64,8 @@ def configure(folder: Path, family: str) -> Config:
             f"run.folder={folder}",
             f"run.name={family}",
             f"backbone.name_or_path={folder}/base-{family}",
-            f"backbone.tokenizer={folder}/tokenizer",
+            f"backbone.tokenizer={folder}/tokenizer-{family}",
+            f"data.chat_template={family == CHATTY}",
             "backbone.dtype=float32",
             "backbone.lora.rank=2",
             "backbone.lora.targets=[all-linear]",
@@ -71,25 +78,34 @@ def configure(folder: Path, family: str) -> Config:
             "denoiser.timestep_features=8",
             "rollout.num_steps=2",
             "latents.probe_steps=2",
-            *(f"{phase}.train.{name}={value}" for phase in ("vae", "denoiser", "rollout") for name, value in training.items()),
+            *(
+                f"{phase}.train.{name}={value}"
+                for phase in ("vae", "denoiser", "rollout", "ar")
+                for name, value in training.items()
+            ),
             "sample.num_steps=2",
             "sample.max_blocks=2",
             "sample.max_thought_tokens=8",
             "sample.max_answer_tokens=4",
             "evaluate.num_questions=2",
             "evaluate.num_trajectories=3",
-            "evaluate.methods=[ladir,ladir-rollout]",
+            "evaluate.ar_max_tokens=8",
+            f"evaluate.methods=[{','.join(methods(family))}]",
             "deepspeed.config=ds_configs/zero0.json",
             "telemetry.loggers=[]",
         ],
     )
 
 
+def methods(family: str) -> list[str]:
+    return ["ladir", "ladir-rollout", *(["ar"] if family == CHATTY else [])]
+
+
 def make_base(config: Config, family: str) -> None:
     settings = replace(config.backbone, scratch={"model_type": family, **_SIZES, **FAMILIES[family]})
     tokenizer, folder = load_tokenizer(config.backbone), str(config.backbone.name_or_path)
     torch.manual_seed(0)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     new_lm(settings, vocabulary_size(tokenizer), ids, "cpu").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -98,7 +114,8 @@ def chain(world: World, folder: Path, family: str) -> None:
     """All phases of a run."""
     config = configure(folder, family)
     make_base(config, family)
-    for phase, build in (("vae", vae_phase), ("latents", None), ("denoiser", denoiser_phase), ("rollout", rollout_phase)):
+    phases = {"vae": vae_phase, "latents": None, "denoiser": denoiser_phase, "rollout": rollout_phase}
+    for phase, build in {**phases, **({"ar": ar_phase} if family == CHATTY else {})}.items():
         with open_run(config, phase, world) as run:
             assert encode(run) if build is None else train(run, build(config, world)).steps == 2
     for phase, action in (("export", export), ("evaluate", evaluate)):
@@ -108,10 +125,18 @@ def chain(world: World, folder: Path, family: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of the records."""
+    """A tokenizer of the records, and for every family that with what is the family's own."""
     folder = tmp_path_factory.mktemp("prose")
     rows = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
     build_bpe_tokenizer((text for row in rows for text in row.values()), 400).save_pretrained(folder / "tokenizer")
+    for family in FAMILIES:
+        tokenizer = load_tokenizer(BackboneSettings(tokenizer=str(folder / "tokenizer")))
+        if family in WITH_BOS:
+            tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        if family == CHATTY:
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+            tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder / f"tokenizer-{family}")
     return folder
 
 
@@ -129,9 +154,22 @@ def test_sentences_go_the_whole_way(family: str, one_process: ProcessGroup, fold
         "So Emma draws 8 * 14 = 112 stars.",
     ]
     assert record.mu.shape == (2, 4, 8)
+    latents = run.outcome("latents")
+    assert latents is not None and latents.metrics.keys() >= {
+        *("exact", "noisy_exact", "active_units", "probe_flow_explained", "probe_exact", "probe_token_cross_entropy")
+    }
     rows = {row["method"]: row for row in json.loads((run.path / "results.json").read_text())["rows"]}
-    assert rows.keys() == {"ladir", "ladir-rollout"}
+    assert [*rows] == methods(family)
     reasoner = Reasoner.from_pretrained(run.export)
+    bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    assert len(bos) == (family in WITH_BOS) and reasoner.thought_decoder.bos == bos
+    if family == CHATTY:
+        start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        frame = Frame.saved(reasoner.trained_on.frame or {})
+        assert frame.is_chat and frame.before[0] == start and frame.behind[0] == end and start in frame.behind
+        assert question_frame(run.model("ar")) == frame.to_save()
+    else:
+        assert reasoner.trained_on.frame == Frame(bos).to_save()
     guided, plain = (reasoner.generate([QUESTION], num_trajectories=3, guidance_scale=scale)[0] for scale in (4.0, 1.0))
     assert all(trajectory.latents.shape[1:] == (4, 8) and trajectory.latents.isfinite().all() for trajectory in guided)
     assert not torch.equal(guided[0].latents, plain[0].latents)
