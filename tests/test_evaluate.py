@@ -573,8 +573,8 @@ def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tm
     second = tiny_denoiser(tiny_lm(dtype=torch.float32, seed=8), seed=9)
     save_denoiser(second, folder.model("rollout"))
     (folder.path / "export").symlink_to(models / "tiny" / "export")
-    for phase, seconds in (("vae", 1.0), ("latents", 2.0), ("denoiser", 4.0), ("rollout", 8.0)):
-        folder.outcome_file(phase).write_text(json.dumps(vars(Outcome("finished", 0, 0, seconds, {}))))
+    for phase, seconds in (("vae", 1), ("latents", 2), ("denoiser", 4), ("rollout", 8)):
+        folder.outcome_file(phase).write_text(json.dumps(vars(Outcome("finished", 100 * seconds, 0, float(seconds), {}))))
     methods = "evaluate.methods=[ladir,ladir-rollout,ladir-consistent,ladir-majority]"
     settings = ("evaluate.voters=5", "evaluate.num_questions=3", "evaluate.name=votes-5")
     with open_run(configure(models, tmp_path, methods, *settings), "evaluate", ALONE) as run:
@@ -582,12 +582,29 @@ def test_rows_of_votes_of_a_few_samples_and_of_the_second_stage(models: Path, tm
     assert not (folder.path / "results.json").exists()
     rows = {row["method"]: row for row in json.loads((folder.path / "results-votes-5.json").read_text())["rows"]}
     assert (rows["ladir"]["training_seconds"], rows["ladir-rollout"]["training_seconds"]) == (7.0, 15.0)
+    steps = {method: row["training_steps"] for method, row in rows.items()}  # the VAE's are another model's
+    assert steps == {"ladir": 400, "ladir-rollout": 1200, "ladir-consistent": 400, "ladir-majority": 400}
     lines = [json.loads(line) for line in (folder.path / "generations-votes-5.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines] == ["ladir"] * 3 + ["ladir-rollout"] * 3
     assert lines[0]["trajectories"] != lines[3]["trajectories"]
     passes = {method: row["forward_passes_per_question"] for method, row in rows.items()}
     assert passes["ladir-majority"] == passes["ladir"] / 2
     assert passes["ladir-consistent"] > passes["ladir-majority"]  # its thoughts are read, too
+
+
+def test_a_row_s_training_steps_are_its_model_s_over_its_stages_and_unknown_where_one_end_is(tmp_path: Path) -> None:
+    folder = RunFolder(load_config(None, [f"run.folder={tmp_path}"]))
+    folder.path.mkdir(parents=True)
+
+    def steps(*methods: str) -> list[int | None]:
+        return [table.training_steps(folder, method) for method in methods]
+
+    for number, phase in enumerate(("base", "vae", "latents", "verifier", "denoiser", "rl", "ar")):
+        write_json(folder.outcome_file(phase), dataclasses.asdict(Outcome("finished", 10**number, 0, 1.0, {})))
+    assert steps("ladir-best", "ladir-rl", "ladir-rollout", "ar-greedy", "ar-rl") == [10**4, 110_000, None, 1_000_001, None]
+    folder.outcome_file("denoiser").unlink()
+    folder.outcome_file("base").unlink()  # an LM from elsewhere: its steps are nobody's
+    assert steps("ladir", "ladir-rl", "ar") == [None, None, 10**6]
 
 
 def test_a_row_of_each_stage_is_of_its_own_denoiser_whichever_was_exported(tmp_path: Path) -> None:
@@ -650,11 +667,12 @@ def test_snapshots_of_a_training_are_asked_in_place_of_the_finished_models(model
     other = tiny_denoiser(tiny_lm(dtype=torch.float32, seed=5))
     save_denoiser(other, folder.model("denoiser-7"))
     save_lm(Backbone(tiny_lm(dtype=torch.float32, seed=6)), folder.model("ar-7"))
-    for name, seconds in (("base", 5.0), ("ar", 90.0), ("ar-7", 30.0), ("denoiser-7", 20.0)):
-        write_json(folder.outcome_file(name), dataclasses.asdict(Outcome("unfinished", 7, 7, seconds, {})))
+    for name, steps, seconds in (("base", 3, 5.0), ("ar", 21, 90.0), ("ar-7", 7, 30.0), ("denoiser-7", 7, 20.0)):
+        write_json(folder.outcome_file(name), dataclasses.asdict(Outcome("unfinished", steps, 7, seconds, {})))
     evaluate_in(models, tmp_path, methods, "evaluate.snapshot=7")
     rows = json.loads((folder.path / "results-7.json").read_text())["rows"]
     assert {row["method"]: row["training_seconds"] for row in rows} == {"ar": 35.0, "ladir": 25.0}
+    assert {row["method"]: row["training_steps"] for row in rows} == {"ar": 10, "ladir": 7}
     config = configure(models, tmp_path)
     reasoner = Reasoner.from_pretrained(folder.export, "cpu", denoiser=folder.model("denoiser-7"))
     reasoner.settings = config.sample

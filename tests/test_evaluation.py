@@ -26,6 +26,7 @@ from ladir.evaluation.results import (
     write_results,
 )
 from ladir.report.fitting import print_text
+from ladir.report.tables import html_table, markdown_table
 from ladir.tasks import get_task
 
 
@@ -172,6 +173,7 @@ def results(folder: Path) -> Path:
             wall_seconds=12.5,
             forward_passes_per_question=1234.4,
             flops_per_question=1e12,
+            training_steps=3102,
         ),
         MethodResult("ar-greedy", summarise(one), seconds_per_question=0.01, training_seconds=480.5),
     ]
@@ -189,6 +191,7 @@ def test_results_file_holds_what_readers_expect(tmp_path: Path) -> None:
         assert {"wall_seconds", "forward_passes_per_question", "flops_per_question"} <= row.keys()
         assert row["standard_errors"].keys() == row["confidence_intervals"].keys()
     assert content["rows"][0]["pass@1"] == 0.5
+    assert [row["training_steps"] for row in content["rows"]] == [3102, None]
     assert content["rows"][1]["pass@10"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]  # nothing left aside
 
@@ -206,6 +209,23 @@ def test_results_of_earlier_versions_are_read_as_those_of_now(tmp_path: Path) ->
     now = read_results(path)
     path.write_text(path.read_text().replace('"seconds_by_process"', '"seconds_by_rank"'))
     assert "seconds_by_rank" in path.read_text() and read_results(path) == now
+
+
+def test_the_table_s_foot_says_who_was_trained_for_how_many_steps(tmp_path: Path) -> None:
+    path = results(tmp_path)
+    content = read_results(path)
+    first, second = content["rows"]
+    assert "training steps: 3,102 ladir\n" in str(results_table(content).caption) + "\n"
+    rows = [first, {**second, "training_steps": 4660}, {**first, "method": "ladir-sde"}]
+    assert "training steps: 3,102 ladir, ladir-sde; 4,660 ar-greedy" in str(results_table({**content, "rows": rows}).caption)
+    head, _, *lines = markdown_table(rows[:2]).splitlines()
+    assert head.endswith("| training seconds | training steps |")
+    assert [line.split(" | ")[-1] for line in lines] == ["3102 |", "4660 |"]
+    for row in content["rows"]:  # as earlier versions wrote it
+        del row["training_steps"]
+    path.write_text(json.dumps(content))
+    earlier = read_results(path)
+    assert "training steps" not in rendered(results_table(earlier)) + html_table(earlier["rows"])
 
 
 def test_questions_round_trip(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ def results_table(
         title=f"{results['task']}: {results['num_questions']} {results.get('split', '')} questions, "
         f"{results['num_trajectories']} trajectories each, seed {results['seed']}",
         caption="\n".join(
-            [_MEANING + (_CHAIN if "chain" in shown else ""), *([_HELD_OUT] if held_out else []), *remarks(results)]
+            [
+                _MEANING + (_CHAIN if "chain" in shown else ""),
+                *([_HELD_OUT] if held_out else []),
+                *_steps_trained(results["rows"]),
+                *remarks(results),
+            ]
         ),
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -61,6 +66,16 @@ def results_table(
         other = [_cell(beside.get(row["method"], {}), "pass@1")] if held_out else []
         table.add_row(row["method"], *(_cell(row, name) for name in columns), *other)
     return table
+
+
+def _steps_trained(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Optimizer steps behind the rows, for which 80 columns have no room; of results that do not say them, nothing."""
+    methods: dict[int, list[str]] = {}
+    for row in rows:
+        if row.get("training_steps") is not None:
+            methods.setdefault(row["training_steps"], []).append(row["method"])
+    if methods:
+        yield "training steps: " + "; ".join(f"{steps:,} {', '.join(names)}" for steps, names in methods.items())
 
 
 def remarks(results: Mapping[str, Any]) -> Iterator[str]:

@@ -81,6 +81,8 @@ class MethodResult:
     """Passes of a sequence through the LM (:class:`ladir.inference.cost.Cost`), all trajectories included."""
     flops_per_question: float | None = None
     """Operations of matrix products, all trajectories included."""
+    training_steps: int | None = None
+    """Optimizer steps of the model that answers: of the denoiser, its stages summed, or of the baseline and its base LM."""
 
     def row(self) -> dict[str, Any]:
         """The row as ``results.json`` stores it."""
@@ -93,6 +95,7 @@ class MethodResult:
             "forward_passes_per_question": self.forward_passes_per_question,
             "flops_per_question": self.flops_per_question,
             "training_seconds": self.training_seconds,
+            "training_steps": self.training_steps,
         }
 
 

@@ -20,6 +20,7 @@ _COLUMNS = (
     ("forward_passes_per_question", 1.0, 0, "forward passes per question"),
     ("flops_per_question", 1e-9, 1, "GFLOP per question"),
     ("training_seconds", 1.0, 0, "training seconds"),
+    ("training_steps", 1.0, 0, "training steps"),
 )
 
 _METHOD_CHARACTERS = 40

@@ -15,6 +15,9 @@ PHASES = {
     "rl": ("vae", "latents", "denoiser", "rollout", "rl"),
 }
 
+#: of these the phases that train the model itself which answers
+TRAINED = ("denoiser", "rollout", "rl", "ar", "ar-rl")
+
 #: rules of choice that go by a verifier's scores
 SCORED = ("best", "weighted")
 

@@ -21,7 +21,7 @@ from training.evaluation.answers import Answered
 from training.evaluation.asking import Busy
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
-from training.evaluation.rows import PHASES, SCORED, model_of, sampling_of
+from training.evaluation.rows import PHASES, SCORED, TRAINED, lane_of, model_of, sampling_of
 from training.runtime.ending import tell_end
 from training.runtime.files import read_json
 from training.runtime.run import Run, RunFolder, evaluation_label
@@ -39,6 +39,20 @@ def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None
     outcomes = [*(folder.outcome(phase) for phase in ("base", *before, folder.snapshot(last, snapshot))), judged]
     sampled = sum(read_json(folder.judged / "seconds.json").values()) if judged is not None else 0.0
     return sampled + sum(outcome.seconds for outcome in outcomes if outcome is not None)
+
+
+def training_steps(folder: RunFolder, method: str, snapshot: int | None = None) -> int | None:
+    """Optimizer steps of the model that answers, over its stages; of a baseline with those of a base LM that this run trained.
+
+    None where the run's folder does not tell them.
+    """
+    sampling = sampling_of(method)[0]
+    *before, last = [phase for phase in PHASES[model_of(sampling)] if phase in TRAINED]
+    own = [folder.outcome(phase) for phase in (*before, folder.snapshot(last, snapshot))]
+    if own[0] is None or own[-1] is None:  # stages between them may have been left out
+        return None
+    outcomes = [*own, folder.outcome("base") if lane_of(sampling) == "ar" else None]
+    return sum(outcome.steps for outcome in outcomes if outcome is not None)
 
 
 def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answered]], unasked: int = 0) -> MethodResult:
@@ -60,6 +74,7 @@ def result_row(run: Run, method: str, answers: Mapping[str, Mapping[int, Answere
         summarise(questions, samples=samples, unasked=unasked),
         seconds_per_question=share * sum(cost.seconds for cost in costs) / len(entries),
         training_seconds=training_seconds(run.folder, method, run.config.evaluate.snapshot),
+        training_steps=training_steps(run.folder, method, run.config.evaluate.snapshot),
         wall_seconds=max(spent.values()),
         seconds_by_process=spent,
         forward_passes_per_question=share * sum(cost.passes for cost in costs) / len(entries),
