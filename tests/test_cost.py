@@ -28,9 +28,9 @@ def test_the_baselines_operations_and_passes(kind: str) -> None:
     assert cost.seconds > 0
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_ladirs_operations_and_passes(guidance: float) -> None:
-    reasoner = tiny_reasoner(guidance_scale=guidance, max_blocks=2, max_answer_tokens=4)
+@pytest.mark.parametrize(("guidance", "carry"), [(1.0, "none"), (2.0, "none"), (2.0, "hidden")])
+def test_ladirs_operations_and_passes(guidance: float, carry: str) -> None:
+    reasoner = tiny_reasoner(guidance_scale=guidance, max_blocks=2, max_answer_tokens=4, carry=carry)
     with torch.no_grad():
         reasoner.denoiser.stop_head.bias.fill_(-1e4)  # two blocks each
     with FlopCounterMode(display=False) as counter, count_cost(reasoner.denoiser) as cost:

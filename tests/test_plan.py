@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from ladir.config import Config, DeepSpeedSettings, TrainSettings
 from ladir.config.loader import load_config
-from ladir.data.batches import ArCollator
+from ladir.data.batches import ArCollator, DenoiserCollator
+from ladir.data.latents import LatentRecord
 from ladir.errors import UnusableError
 from ladir.models.ar import ArModel
 from ladir.rl.batches import Attempt
@@ -28,10 +32,21 @@ from training.plan import main
 from training.planning.asking import answering
 from training.planning.fitting import Verdict, check_state, verdict
 from training.planning.memory import Zero, checkpoint_bytes, copied_bytes, holdings, taking_in, weights_of
-from training.planning.models import Lengths, data_size, layer_period, lm_config, meta_model, micro_batch, shortened
+from training.planning.models import (
+    LARGEST,
+    Lengths,
+    StepKind,
+    data_size,
+    layer_period,
+    lm_config,
+    meta_model,
+    micro_batch,
+    shortened,
+    step_kinds,
+)
 from training.planning.predict import Planner
 from training.planning.prediction import Machine, Prediction
-from training.planning.trace import trace_inference, trace_long_rollout, trace_rollout, trace_training
+from training.planning.trace import Pass, trace_inference, trace_long_rollout, trace_rollout, trace_training, weighted
 from training.runtime import checkpoint
 from training.runtime.chain import Step
 from training.runtime.distributed import World
@@ -190,6 +205,16 @@ def test_activations_are_within_a_fifth_of_a_measured_peak(phase: str, variant: 
     assert planned == pytest.approx(actual, rel=0.2)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_first_pass_is_in_the_planned_peak_whatever_share_of_steps_has_one(checkpointing: str) -> None:
+    config = tiny_config(attention="sdpa")
+    config.denoiser.carry, config.denoiser.carry_probability, config.denoiser.answer_every = "hidden", 0.1, 9
+    meta, batch = (micro_batch(config, "denoiser", LENGTHS, 3, VOCAB, device) for device in ("meta", "cpu"))
+    assert batch.carry_t is not None and batch.counts["answer"] > 0
+    planned = trace_training(meta_model(config, "denoiser", checkpointing), meta).peak_bytes
+    assert planned == pytest.approx(measured_peak(real_model(config, "denoiser", checkpointing).train(), batch), rel=0.2)
+
+
 @pytest.mark.parametrize("phase", ["vae", "ar"])
 def test_logits_in_parts_are_planned_as_they_are_measured(phase: str) -> None:
     config = tiny_config("trained")
@@ -278,6 +303,79 @@ def test_what_is_bound_by_launching_takes_that_time() -> None:
     assert found.lighter == "ds_configs/zero2.json"
     arithmetic = Planner(config, dataclasses.replace(machine, launch_seconds=0.0)).training("rollout")
     assert (arithmetic.bound, arithmetic.steps) == ("", found.steps) and 0 < arithmetic.seconds < found.seconds
+
+
+def test_hours_count_a_first_pass_and_the_answers_in_their_share_of_steps() -> None:
+    """What a step holds is the largest of them, whatever their shares."""
+    config = tiny_config()
+    config.plan.samples, config.data.max_blocks, config.plan.blocks = 1000, 2, 2
+    config.denoiser.carry = "hidden"
+    machine = Machine(Topology.of(2, 8, 1024.0), reserve=0, flops=1e15, mfu=0.4, launch_seconds=0.0)
+    assert list(step_kinds(config, "vae")) == [(1.0, LARGEST)]
+
+    def planned(**changes: Any) -> Prediction:
+        return Planner(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, **changes)), machine).training(
+            "denoiser"
+        )
+
+    found = [planned(carry_probability=p, answer_every=n) for p, n in ((1.0, 1), (0.0, 1), (0.3, 4))]
+    both, plain, mixed = (one.seconds for one in found)
+    assert len({one.activations for one in found}) == 1 and both > 1.1 * plain
+    planner = Planner(config, machine)
+    kinds = itertools.product((True, False), repeat=2)
+    a, b, c, d = (planner._sample_pass("denoiser", config, StepKind(*kind)).flops for kind in kinds)
+    assert both / plain == pytest.approx(a / b)
+    assert mixed / plain == pytest.approx((0.25 * (0.3 * a + 0.7 * b) + 0.75 * (0.3 * c + 0.7 * d)) / b)
+    assert found[0].tokens == found[1].tokens > found[2].tokens
+    config.denoiser.carry_probability, config.denoiser.answer_every = 0.3, 4
+    assert list(step_kinds(config, "rl")) == [(0.3, LARGEST), (0.7, StepKind(first_pass=False))]  # attempts have their answers
+    config.denoiser.carry, config.denoiser.answer_every = "none", 1
+    assert list(step_kinds(config, "rollout")) == [(1.0, LARGEST)]
+
+
+def test_steps_of_stage_2_differ_as_those_of_stage_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sizes = tiny_config(), dataclasses.replace(LENGTHS, blocks=1)
+    config.backbone.scratch["num_hidden_layers"] = config.rollout.num_steps = 1
+    config.denoiser.carry, config.denoiser.carry_probability, config.denoiser.answer_every = "hidden", 0.5, 2
+    more = []
+    for phase in ("denoiser", "rollout"):
+        batches = [micro_batch(config, phase, sizes, 1, VOCAB, kind=kind) for kind in (LARGEST, StepKind(False, False))]
+        largest, smallest = (trace_training(meta_model(config, phase, "none"), batch).flops for batch in batches)
+        more.append(largest - smallest)
+    assert more[1] == pytest.approx(more[0], rel=0.02) and more[0] > 0
+
+    kinds = [kind for _, kind in step_kinds(config, "rollout")]
+    passes = {("denoiser", kind): Pass(7, 100 - 8 * number, 40) for number, kind in enumerate(kinds)}
+    passes["rollout", LARGEST] = Pass(9, 1000, 300)
+    config.plan.samples = 10
+    planner = Planner(config, Machine(Topology(1, 1, gpu_gib=80.0)))
+    monkeypatch.setattr(planner, "_sample_pass", lambda phase, _, kind=LARGEST: passes[phase, kind])
+    assert planner._mean_pass("denoiser", config) == Pass(7, 88, 40)
+    assert planner._mean_pass("rollout", config) == Pass(9, 988, 300)
+
+
+def test_the_mean_step_is_that_of_batches_as_they_are_collated() -> None:
+    config = tiny_config()
+    config.denoiser.carry, config.denoiser.carry_probability, config.denoiser.answer_every = "hidden", 0.25, 3
+    d, size = config.vae.latent_dim, LENGTHS
+    latents = torch.zeros(size.blocks, config.vae.latents_per_block, d)
+    record = LatentRecord([1] * size.question, [[1] * size.block] * size.blocks, [1] * size.answer, latents, latents)
+    collate = DenoiserCollator(config.denoiser, np.zeros(d, np.float32), np.ones(d, np.float32), 1, 0, samples_per_step=1)
+    model = meta_model(config, "denoiser", "none")
+    batches = [collate([record], [step]).to("meta") for step in range(200)]
+    kinds = Counter((batch.carry_t is not None, bool(len(batch.answer_labels))) for batch in batches)
+    flops = {
+        kind: trace_training(model, next(b for b in batches if (b.carry_t is not None, bool(len(b.answer_labels))) == kind)).flops
+        for kind in kinds
+    }
+    planned = weighted(
+        [
+            (share, trace_training(model, micro_batch(config, "denoiser", size, 1, VOCAB, kind=kind)))
+            for share, kind in step_kinds(config, "denoiser")
+        ]
+    )
+    assert len(kinds) == 4
+    assert planned.flops == pytest.approx(sum(flops[kind] * number for kind, number in kinds.items()) / 200, rel=0.03)
 
 
 def test_recomputing_saves_what_the_plan_says() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer, vocabulary_size
 
 PHASES = ("vae", "denoiser", "rollout", "rl", "ar")
+_DENOISING = ("denoiser", "rollout", "rl")
 _META = torch.device("meta")
 _ID = 1  # which token stands somewhere does not matter
 
@@ -198,7 +199,7 @@ def new_model(config: Config, phase: str, checkpointing: str, device: torch.devi
         if phase == "vae":
             return _new_vae(config, checkpointing, device, layers)
         encoder = _backbone(config, checkpointing, device, layers=layers)
-        if phase in ("denoiser", "rollout", "rl") and not learns_text(config, phase):
+        if phase in _DENOISING and not learns_text(config, phase):
             d = config.vae.latent_dim
             denoiser = Denoiser(encoder, config.denoiser, config.vae.latents_per_block, torch.zeros(d), torch.ones(d))
             if trains_jointly(config, phase):
@@ -247,27 +248,63 @@ def meta_model(config: Config, phase: str, checkpointing: str, layers: int | Non
     return new_model(config, phase, checkpointing, _META, layers)
 
 
+@dataclass(frozen=True)
+class StepKind:
+    """What a step of the denoiser's trainings has: answers (with stop and last clean blocks), and a first pass for the carried
+    state, where the settings know one."""
+
+    answers: bool = True
+    first_pass: bool = True
+
+
+#: takes the most memory
+LARGEST = StepKind()
+
+
+def step_kinds(config: Config, phase: str) -> Iterator[tuple[float, StepKind]]:
+    """Kinds of a training's steps, each with its share of them.
+
+    Stage 3's attempts have their answers in every step.
+    """
+    if phase not in _DENOISING or learns_text(config, phase):
+        yield 1.0, LARGEST
+        return
+    d = config.denoiser
+    answers = 1.0 if phase == "rl" else 1 / d.answer_every
+    carried = d.carry_probability if d.carry != "none" else 1.0  # none of the kinds has one then
+    for kind in (StepKind(*has) for has in itertools.product((True, False), repeat=2)):
+        share = (answers if kind.answers else 1 - answers) * (carried if kind.first_pass else 1 - carried)
+        if share > 0:
+            yield share, kind
+
+
 def micro_batch(
-    config: Config, phase: str, lengths: Lengths, count: int, vocab_size: int, device: torch.device | str = _META
+    config: Config,
+    phase: str,
+    lengths: Lengths,
+    count: int,
+    vocab_size: int,
+    device: torch.device | str = _META,
+    kind: StepKind = LARGEST,
 ) -> Any:
-    """``count`` samples of the given sizes, as the phase's collator makes them."""
+    """``count`` samples of the given sizes, as the phase's collator makes them in a step of this ``kind``."""
     numbers = list(range(count))
     if phase == "vae":
         collate = _vae_collator(config, config.vae.train.pack_tokens, vocab_size)
         return collate(_sentences(config, lengths, count), numbers, training=False).to(device)
-    if phase in ("denoiser", "rollout", "rl") and not learns_text(config, phase):
+    if phase in _DENOISING and not learns_text(config, phase):
         d = config.vae.latent_dim
         latents = torch.zeros(lengths.blocks, config.vae.latents_per_block, d)
         blocks = [[_ID] * lengths.block] * lengths.blocks
         record = LatentRecord([_ID] * lengths.question, blocks, [_ID] * lengths.answer, latents, latents)
         zeros = np.zeros(d, dtype=np.float32)
-        every_step, pack = (
-            replace(config.denoiser, answer_every=1, carry_probability=1.0),
-            getattr(config, phase).train.pack_tokens,
-        )
-        collator = DenoiserCollator(every_step, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
+        every = 1 if kind.answers else 2
+        numbers = [count * (every - 1) + number for number in numbers]  # of step 0, or of step 1, which then has no answers
+        settings = replace(config.denoiser, answer_every=every, carry_probability=float(kind.first_pass))
+        pack = getattr(config, phase).train.pack_tokens
+        collator = DenoiserCollator(settings, zeros, zeros + 1, _ID, 0, max(count, 1), pack_tokens=pack)
         if phase == "rl" and config.rl.algorithm == "flow_grpo":  # a noisy copy for every random step
-            collator = replace(collator, settings=replace(every_step, draws=config.rl.random_steps))
+            collator = replace(collator, settings=replace(settings, draws=config.rl.random_steps))
         if trains_jointly(config, phase):
             whole = JointRecord(TokenRecord(record.question, blocks, record.answer), _sentences(config, lengths, lengths.blocks))
             joint = JointCollator(collator, _vae_collator(config, pack, vocab_size), lengths.blocks)

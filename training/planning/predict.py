@@ -33,19 +33,31 @@ from training.planning.memory import (
     writing_bytes,
 )
 from training.planning.models import (
+    LARGEST,
     DataSize,
     Lengths,
+    StepKind,
     data_size,
     layer_period,
     learns_text,
     lm_config,
     meta_model,
     micro_batch,
+    step_kinds,
     trains_jointly,
     vae_has_one_lm,
 )
 from training.planning.prediction import Iteration, Machine, Need, Prediction
-from training.planning.trace import Pass, TakingIn, at_no_cost, extrapolated, trace_inference, trace_long_rollout, trace_training
+from training.planning.trace import (
+    Pass,
+    TakingIn,
+    at_no_cost,
+    extrapolated,
+    trace_inference,
+    trace_long_rollout,
+    trace_training,
+    weighted,
+)
 from training.runtime.ds_config import DeepSpeedConfigError, check_ds_config, read_ds_config
 from training.runtime.sampler import BatchSizeError, DataOrder, micro_batch_size
 from training.runtime.topology import GIB, check_topology, deepspeed_file, train_settings
@@ -69,7 +81,7 @@ class Planner:
         self.architecture = lm_config(config.backbone).get_text_config()
         self._models: dict[tuple[str, str, int, int | None], nn.Module] = {}
         self._peaks: dict[tuple[Zero, str, str, int, Lengths, int], int] = {}
-        self._mean_passes: dict[tuple[str, int], Pass] = {}
+        self._sample_passes: dict[tuple[str, int, StepKind], Pass] = {}
 
     @cached_property
     def data(self) -> DataSize:
@@ -184,7 +196,7 @@ class Planner:
             model_folder=self.element_bytes * sum(w.numel for w in _saved(phase, weights, config)),
             setup=f"{along}micro {micro} x {self._rounds(phase, config, micro)}, recompute {checkpointing}",
             samples=samples,
-            tokens=samples * self._tokens(phase),
+            tokens=round(samples * self._tokens(phase)),
             steps=samples / train.global_batch,
             seconds=max(arithmetic, launching),
             epochs=train.max_epochs,
@@ -371,15 +383,27 @@ class Planner:
         return self._peaks[key]
 
     def _mean_pass(self, phase: str, config: Config) -> Pass:
-        """A pass over one mean sample, forward and backward, nothing recomputed (what MFU counts)."""
-        key = (phase, config.backbone.lora.rank)
-        if key not in self._mean_passes:
+        """A pass over one mean sample, forward and backward, nothing recomputed (what MFU counts), in the mean step.
+
+        Where steps of stage 2 differ it is in stage 1's pass, which costs less to trace.
+        """
+        whole, kinds = self._sample_pass(phase, config), list(step_kinds(config, phase))
+        if kinds == [(1.0, LARGEST)]:
+            return whole
+        first = "denoiser" if phase == "rollout" else phase
+        shares = [(share, self._sample_pass(first, config, kind)) for share, kind in kinds]
+        return weighted([(1.0, whole), *shares, (-1.0, self._sample_pass(first, config))])
+
+    def _sample_pass(self, phase: str, config: Config, kind: StepKind = LARGEST) -> Pass:
+        """The same in a step of this ``kind``."""
+        key = (phase, config.backbone.lora.rank, kind)
+        if key not in self._sample_passes:
             plain = deepcopy(config)
             plain.backbone.activation_checkpointing = "none"
-            self._mean_passes[key] = self._by_layers(
-                phase, lambda layers: self._trace(phase, plain, self.data.mean, 1, layers=layers)
+            self._sample_passes[key] = self._by_layers(
+                phase, lambda layers: self._trace(phase, plain, self.data.mean, 1, layers=layers, kind=kind)
             )
-        return self._mean_passes[key]
+        return self._sample_passes[key]
 
     def _launches(self, phase: str, config: Config) -> float:
         """Operators that a GPU's host launches for a micro batch, what is recomputed included.
@@ -390,20 +414,31 @@ class Planner:
         return self._mean_pass(phase, config).launches * (1 + again)
 
     def _trace(
-        self, phase: str, config: Config, lengths: Lengths, count: int, taken: TakingIn = at_no_cost, layers: int | None = None
+        self,
+        phase: str,
+        config: Config,
+        lengths: Lengths,
+        count: int,
+        taken: TakingIn = at_no_cost,
+        layers: int | None = None,
+        kind: StepKind = LARGEST,
     ) -> Pass:
-        """A pass over ``count`` records of these sizes, with so many layers (None: all)."""
+        """A pass over ``count`` records of these sizes, in a step of this ``kind``, with so many layers (None: all)."""
         model = self._model(phase, config, layers)
 
         def batch_of(blocks: int) -> Any:
-            return micro_batch(config, phase, replace(lengths, blocks=blocks), count, int(self.architecture.vocab_size))
+            sizes, vocab = replace(lengths, blocks=blocks), int(self.architecture.vocab_size)
+            return micro_batch(config, phase, sizes, count, vocab, kind=kind)
 
         if isinstance(model, Rollout):
             return trace_long_rollout(model, batch_of, lengths.blocks, taken)
         return trace_training(model, batch_of(lengths.blocks), taken)
 
-    def _tokens(self, phase: str) -> int:
-        return int(micro_batch(self.config, phase, self.data.mean, 1, int(self.architecture.vocab_size)).num_tokens)
+    def _tokens(self, phase: str) -> float:
+        """Tokens of a mean sample, which a first pass does not count again."""
+        config, mean, vocab = self.config, self.data.mean, int(self.architecture.vocab_size)
+        kinds = step_kinds(config, phase)
+        return sum(share * micro_batch(config, phase, mean, 1, vocab, kind=kind).num_tokens for share, kind in kinds)
 
     def _remedy(self, phase: str) -> str:
         """The settings, least costly first, that make the phase fit; "" where it does."""

@@ -167,6 +167,12 @@ def extrapolated(one: Pass, two: Pass, steps: float) -> Pass:
     return Pass(max(peak, two.peak_bytes), flops, launches)
 
 
+def weighted(passes: Sequence[tuple[float, Pass]]) -> Pass:
+    """The sum of passes times their weights; of their peaks the highest."""
+    flops, launches = (round(sum(weight * getattr(one, name) for weight, one in passes)) for name in ("flops", "launches"))
+    return Pass(max(one.peak_bytes for _, one in passes), flops, launches)
+
+
 #: bytes that the engine has for a moment, beside a complete gradient of so many elements
 TakingIn = Callable[[int], int]
 
