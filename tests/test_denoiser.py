@@ -217,19 +217,21 @@ def test_a_fresh_carry_changes_nothing_and_learns() -> None:
     assert fresh.carry_in.weight.grad is not None  # zeros: under ZeRO-3 a missing gradient would be the last one again
 
 
-def test_lora_trains_the_adapters_alone_and_equals_the_reference() -> None:
-    denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=2)
+@pytest.mark.parametrize("carry", ["none", "hidden"])
+def test_lora_trains_the_adapters_alone_and_equals_the_reference(carry: str) -> None:
+    denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=2, carry=carry, carry_probability=1.0)
     randomise_adapters(denoiser, seed=3)
     assert_one_pass_is_the_reference(denoiser, random_records(2, seed=3), range(2))
     trained = {name for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith("backbone")}
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("carry", ["none", "hidden"])
+def test_activation_checkpointing_changes_no_gradient(carry: str) -> None:
     records = random_records(3, seed=4)
     results = []
     for checkpointing in (False, True):
-        denoiser = tiny_denoiser(tiny_lm(), draws=2).train()
+        denoiser = tiny_denoiser(tiny_lm(), draws=2, carry=carry, carry_probability=1.0).train()
         if checkpointing:
             denoiser.backbone.enable_activation_checkpointing()
         batch = collator(denoiser)(records, [0, 1, 2])

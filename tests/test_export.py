@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ladir.config import ExportSettings
+from ladir.config import ExportSettings, SampleSettings
 from ladir.errors import UnusableError
 from ladir.models import assembling, merging, store
 from ladir.models.assembling import assemble_export
@@ -34,8 +34,8 @@ MERGED, COPIED = ExportSettings(merge_lora=True), ExportSettings(copy_base=True)
 class Models:
     """A denoiser's and a VAE's folder as trainings leave them, and the parts they were made of."""
 
-    def __init__(self, folder: Path, variant: str = "lora") -> None:
-        self.folder, self.parts = folder, trained(folder, *VARIANTS[variant])
+    def __init__(self, folder: Path, variant: str = "lora", asked: SampleSettings = SETTINGS, **reads: Any) -> None:
+        self.folder, self.asked, self.parts = folder, asked, trained(folder, *VARIANTS[variant], **reads)
         self.denoiser, self.vae, self.base = folder / "denoiser", folder / "vae", self.parts.base
         save_vae(self.parts.vae, self.vae, base=str(self.base))
         known = TrainedOn(folder_fingerprint(self.vae), tokenizer_fingerprint(tokenizer()), longest_question=4)
@@ -43,14 +43,14 @@ class Models:
 
     def reasoner(self, reencode: bool = False) -> Reasoner:
         """What an export of them must answer as."""
-        settings = replace(SETTINGS, reencode=reencode)
+        settings = replace(self.asked, reencode=reencode)
         vae = self.parts.vae if reencode else None
         return Reasoner(self.parts.denoiser, self.parts.vae.thought_decoder, tokenizer(), settings, vae)
 
     def export(self, how: ExportSettings | None = None, name: str = "export", reencode: bool = False) -> Path:
         """Export them."""
         target = self.folder / name
-        assemble_export(self.denoiser, self.vae, tokenizer(), target, replace(SETTINGS, reencode=reencode), how)
+        assemble_export(self.denoiser, self.vae, tokenizer(), target, replace(self.asked, reencode=reencode), how)
         return target
 
 
@@ -66,10 +66,23 @@ def write_settings(folder: Path, **changes: Any) -> None:
     (folder / "ladir.json").write_text(json.dumps({**settings_of(folder), **changes}))
 
 
+#: settings that came with the carried state and after it
+NEWS = {
+    "settings": ["carry", "carry_probability", "carry_own_rollout", "context", "time_token", "lm_weight", "token_focus"],
+    "sample": [
+        *("guidance_interval", "guidance_rescale", "verifier_scale", "renoise_time", "renoise_steps", "restart_keeps_state"),
+        *("token_head_weight", "lm_weight", "thought_temperature", "thoughts_per_batch"),
+    ],
+}
+
+
 def as_an_older_version_wrote(export: Path, models: Models) -> None:
-    """Take away what this version adds: who was trained on what, and where the LM under adapters lies."""
-    for folder, news in ((export, ("trained_on", "base_place")), (export / "vae", ("vae",))):
+    """Take away what this version adds: who was trained on what, where the LM under adapters lies, and newer settings."""
+    for folder, news in ((export, ("trained_on", "base_place", "stage")), (export / "vae", ("vae",))):
         kept = {name: value for name, value in settings_of(folder).items() if name not in news}
+        for section, names in NEWS.items() if folder == export else ():
+            kept[section] = {name: value for name, value in kept[section].items() if name not in names}
+            assert len(kept[section]) == len(settings_of(folder)[section]) - len(names)
         (folder / "ladir.json").write_text(json.dumps(kept))
     for path in export.rglob("adapter_config.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(models.base)}))
@@ -112,7 +125,9 @@ def test_what_an_older_version_wrote_loads_with_one_warning_and_answers_as_befor
     load(export)
     assert not caplog.messages
     as_an_older_version_wrote(export, models)
-    assert_same_answers(load(export), models.reasoner())
+    older = load(export)
+    assert older.denoiser.settings == models.parts.denoiser.settings and older.denoiser.carry_in is None
+    assert_same_answers(older, models.reasoner())
     assert [message.endswith("is not checked") for message in caplog.messages] == [True]
     caplog.clear()
     write_settings(models.denoiser, trained_on=None)
@@ -120,6 +135,22 @@ def test_what_an_older_version_wrote_loads_with_one_warning_and_answers_as_befor
     assert [f"{models.denoiser} does not say" in message for message in caplog.messages] == [True]
     assert_same_answers(load(tmp_path / "again"), models.reasoner())
     assert len(caplog.messages) == 1  # it was told when they were joined
+
+
+@pytest.mark.parametrize(("variant", "how"), [("full", None), ("lora", None), ("lora", MERGED)], ids=["full", "lora", "merged"])
+def test_a_carried_state_comes_through_an_export(tmp_path: Path, variant: str, how: ExportSettings | None) -> None:
+    asked = replace(SETTINGS, restarts=1, restart_steps=2, restart_keeps_state=True, token_head_weight=0.7)
+    models = Models(tmp_path, variant, asked, carry="hidden", token_weight=0.5)
+    ours, exported = models.reasoner(reencode=True), load(models.export(how, reencode=True))
+    assert exported.denoiser.settings == models.parts.denoiser.settings
+    assert_same_answers(exported, ours)
+    exported.save_pretrained(tmp_path / "again")
+    assert_same_answers(load(tmp_path / "again"), ours)
+    [[with_state]] = ours.generate(["a b c"], seed=5)
+    assert ours.denoiser.carry_in is not None
+    torch.nn.init.zeros_(ours.denoiser.carry_in.weight)
+    [[without]] = ours.generate(["a b c"], seed=5)
+    assert not torch.allclose(with_state.latents[0], without.latents[0], atol=1e-3)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -303,11 +303,14 @@ def test_a_carried_state_equals_the_reference(carry_gradient: bool, variant: str
     assert_rollout_is_the_reference(denoiser, rollout, recompute, seed=6, count=3)
 
 
-def test_lora_with_recomputation_equals_the_reference() -> None:
-    denoiser = tiny_denoiser(tiny_lm(), lora=LoraSettings(rank=2, alpha=4.0), draws=1, objective="x0")
+@pytest.mark.parametrize("carry", ["none", "hidden"])
+def test_lora_with_recomputation_equals_the_reference(carry: str) -> None:
+    adapters = LoraSettings(rank=2, alpha=4.0)
+    denoiser = tiny_denoiser(tiny_lm(), lora=adapters, draws=1, objective="x0", carry=carry, carry_probability=1.0)
     randomise_adapters(denoiser, seed=3)
     denoiser.backbone.enable_activation_checkpointing(2)
-    assert_rollout_is_the_reference(denoiser, rollout_settings(own_context=1.0), True, seed=2, count=3)
+    rollout = rollout_settings(own_context=1.0, carry_gradient=carry == "hidden")
+    assert_rollout_is_the_reference(denoiser, rollout, True, seed=2, count=3)
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
