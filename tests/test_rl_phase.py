@@ -103,11 +103,11 @@ def stopped(world: World, root: Path, name: str, policy: str, place: str, at: in
         return train(run, phase).status, len(calls), run.interrupted
 
 
-def prepared(root: Path, *names: str) -> None:
-    """Runs of the same denoiser."""
+def prepared(root: Path, *names: str, of: str = "stage1") -> None:
+    """Runs of the same denoiser, that of another run."""
     for name in names:
         for part in ("models/vae", "models/denoiser", "latents"):
-            shutil.copytree(root / "stage1" / part, root / name / part)
+            shutil.copytree(root / of / part, root / name / part)
 
 
 @pytest.fixture(scope="module")
@@ -304,17 +304,77 @@ def test_a_run_goes_on_in_the_middle_of_an_iteration_as_if_nothing_had_been(one_
 def test_random_denoising_steps_are_learned_from(one_process: ProcessGroup, start: Path) -> None:
     """The ratio is 1 at the start, and a step is made all the same; then the distance from the start counts, too."""
     prepared(start, "steps")
-    assert one_process.run(by_steps, start, "steps") == ["finished"]
+    assert one_process.run(by_steps, start, "steps", 0, 8) == ["finished"]
     rows = metrics(start, "steps")
     assert rows[0]["step_ratio"] == pytest.approx(1, abs=1e-5)
     assert rows[1]["step_ratio"] != 1 and rows[0]["grad_norm"] > 0 and "nft" not in rows[0]
     assert rows[0]["kl"] == 0 < rows[1]["kl"]
 
 
-def by_steps(world: World, root: Path, name: str) -> str:
-    return reinforce(
-        world, root, name, 0, 8, algorithm="flow_grpo", policy="latents", random_steps=1, anchor_weight=0, kl_weight=0.04
-    )
+BY_STEPS = {
+    "algorithm": "flow_grpo", "policy": "latents", "random_steps": 1, "anchor_weight": 0, "kl_weight": 0.04, "step_clip": 0.2,
+}  # fmt: skip
+
+
+def by_steps(world: World, root: Path, name: str, stage: int, micro: int) -> str:
+    return reinforce(world, root, name, stage, micro, **BY_STEPS)
+
+
+@pytest.mark.distributed
+def test_two_ranks_learn_from_random_steps_what_one_process_learns(
+    one_process: ProcessGroup, two_processes: ProcessGroup, start: Path
+) -> None:
+    if not (start / "steps" / "models" / "rl").is_dir():
+        prepared(start, "steps")
+        one_process.run(by_steps, start, "steps", 0, 8)
+    prepared(start, "steps-split")
+    assert two_processes.run(by_steps, start, "steps-split", 3, 3, timeout=280) == ["finished"] * 2
+    for row, other in zip(metrics(start, "steps"), metrics(start, "steps-split"), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    assert_same_weights(start, "steps", "steps-split", rtol=1e-3, atol=5e-5)
+
+
+LORA = "backbone.lora.rank=4"
+
+
+def by_adapters(world: World, root: Path, name: str, stage: int, micro: int) -> tuple[str, int, list[int]]:
+    """Stage 3 of adapters, whose present ones sample; how it ended, how many the old model has, and how many of them every copy
+    of the old weights changed."""
+    config = configure(root, name, stage, 8, [*settings(micro, old_decay=0), LORA])
+    real, adapters, changed = Engine.copy_old_weights, 0, []
+
+    def copied(engine: Engine, target: torch.nn.Module) -> None:
+        nonlocal adapters
+        own = {name: parameter for name, parameter in target.named_parameters() if "lora_" in name}
+        before, adapters = {name: parameter.detach().clone() for name, parameter in own.items()}, len(own)
+        real(engine, target)
+        changed.append(sum(not parameter.equal(before[name]) for name, parameter in own.items()))
+
+    with open_run(config, "rl", world) as run, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "copy_old_weights", copied)
+        return train(run, rl_phase(config, world)).status, adapters, changed
+
+
+@pytest.mark.distributed
+def test_adapters_learn_on_two_ranks_of_zero3_what_they_do_in_one_process_and_are_what_samples(
+    one_process: ProcessGroup, two_processes: ProcessGroup, start: Path
+) -> None:
+    """In the second iteration the old model is the new one: every adapter was copied, under its name."""
+    for part in ("models/vae", "latents"):
+        shutil.copytree(start / "encoded" / part, start / "adapted" / part)
+    one_process.run(run_phase, start, "adapted", "denoiser", 0, 8, [LORA])
+    prepared(start, "adapters", "adapters-split", of="adapted")
+    ((status, count, changed),) = one_process.run(by_adapters, start, "adapters", 0, 8)
+    assert status == "finished" and count > 0 and changed == [0, count]
+    outcomes = two_processes.run(by_adapters, start, "adapters-split", 3, 3, timeout=280)
+    assert outcomes == [(status, count, changed)] * 2
+    rows = metrics(start, "adapters")
+    for first, second in (rows[:2], rows[2:4]):
+        assert first["nft_distance"] == pytest.approx(0, abs=1e-9) and first["token_ratio"] == pytest.approx(1, abs=1e-5)
+        assert second["nft_distance"] > 1e-9
+    for row, other in zip(rows, metrics(start, "adapters-split"), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    assert_same_weights(start, "adapters", "adapters-split", rtol=1e-3, atol=5e-5)
 
 
 def by_text(world: World, root: Path, name: str) -> tuple[str, list[str]]:
@@ -352,6 +412,25 @@ def test_the_baseline_is_stopped_in_the_middle_of_a_batch_and_goes_on(two_proces
     first, second = (weights(baseline, name, "ar-rl") for name in ("text-whole", "text-parts"))
     assert first and {key: second[key].equal(value) for key, value in first.items()} == dict.fromkeys(first, True)
     assert metrics(baseline, "text-parts") == metrics(baseline, "text-whole")
+
+
+@pytest.mark.distributed
+def test_two_ranks_teach_the_baseline_what_one_process_does(
+    one_process: ProcessGroup, two_processes: ProcessGroup, baseline: Path
+) -> None:
+    if not (baseline / "text" / "models" / "ar-rl").is_dir():
+        one_process.run(by_text, baseline, "text")
+    if not (baseline / "text-whole" / "models" / "ar-rl").is_dir():
+        shutil.copytree(baseline / "text" / "models" / "ar", baseline / "text-whole" / "models" / "ar")
+        two_processes.run(stopped, baseline, "text-whole", "text", "judging", 0, timeout=280)
+    one, two = ([row for row in metrics(baseline, name) if "answers" in row] for name in ("text", "text-whole"))
+    assert len(one) == STEPS
+    for row, other in zip(one, two, strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    first, second = (weights(baseline, name, "ar-rl") for name in ("text", "text-whole"))
+    assert first.keys() == second.keys() and first
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-3, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def ended(world: World, root: Path, name: str, **changes: Any) -> str:
