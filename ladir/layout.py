@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -171,6 +171,27 @@ class Template:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    @cached_property
+    def first_pass(self) -> Template:
+        """The noisy latents with the clean tokens that any of them sees: no answer, no clean block of the last span.
+
+        No loss is read off it: ``ends``, ``answer`` and ``words`` are empty.
+        """
+        clean, kept = int((self.copy == CLEAN).sum()), int(self.limit[-1])
+        keep = np.r_[:kept, clean : len(self)]
+        return replace(
+            self,
+            position=self.position[keep],
+            limit=self.limit[keep],
+            copy=self.copy[keep],
+            source=self.source[keep],
+            index=self.index[keep],
+            noisy=self.noisy - (clean - kept),
+            ends=_NOWHERE,
+            answer=_NOWHERE,
+            words=_NOWHERE,
+        )
 
 
 def block_length(latents: int) -> int:

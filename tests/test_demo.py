@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ladir.config.loader import parse_args
 from ladir.evaluation.results import QuestionResult, Trajectory
-from training.demo import Demo, Stage, Track, _add_arguments, main
+from training.demo import Demo, Stage, Track, _add_arguments, main, refused
 from training.jobs import LAUNCHER, Job, launcher_command, run_job, tail, threads_of
 from training.runtime.files import write_json
 from training.runtime.preemption import INTERRUPTED_STATUS
@@ -315,6 +315,7 @@ def test_the_demos_own_file_has_all_that_stage_3_needs(tmp_path: Path) -> None:
     built, _ = demo(tmp_path, "--config=configs/demo.yaml", "rl.enabled=true")
     names = [stage.name for part in built.plan() for track in part for stage in track]
     assert {"rl", "ar-rl"} <= set(names) and built.config.rl.train.max_steps is None
+    assert not refused(built.config)
 
 
 def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:

@@ -287,12 +287,14 @@ class RlSettings:
     )
     checker_weight: float = setting(
         0.0,
-        "added to what a function of your own (rl.reward) gives where the task's checker accepts the answer; 0: it is not asked",
+        "added to what a function of your own (rl.reward) gives where the task's checker accepts the answer; 0: its verdict does "
+        "not count",
     )
     format_weight: float = setting(
         0.0,
         "added to the reward of an attempt that has the expected form, right or wrong: thoughts and answer ended by themselves, "
-        "there is an answer (in a completion: behind its mark), and the checker can read it",
+        "there is an answer (in a completion: behind its mark), and it is none that the checker of mathematics cannot read "
+        "(those of countdown and code tell no such answer from a wrong one)",
     )
     length_weight: float = setting(
         0.0, "taken off the reward of an answer of sample.max_answer_tokens tokens; of a shorter one less, in proportion"

@@ -259,8 +259,9 @@ class DenoiserBatch(TensorBatch):
 
     @property
     def kind(self) -> str:
-        """Whether there is a first pass."""
-        return "one pass" if self.carry_t is None else "two passes"
+        """Whether there is a first pass, which has no answers, and whether there are answers."""
+        passes = "one pass" if self.carry_t is None else "two passes"
+        return f"{passes}, answers" if len(self.answer_labels) else passes
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ class DenoiserCollator:
         places, rows = lay_out(templates)
         at = {f"{key}_at": _at(templates, places, pick) for key, pick in _PLACES.items()}
         has_first = self._has_first_pass(step, training)
-        seen_by_noisy = lay_out(self._templates(questions, records, False))[1] if has_first and (with_answer or speaks) else rows
+        seen_by_noisy = lay_out([record.first_pass for record in templates])[1] if has_first and (with_answer or speaks) else rows
         block_tokens = self._block_tokens(records)
         answers = [[*r.answer, self.eos_id] for r in records] if with_answer else []
         stops = [[0] * (len(r.blocks) - 1) + [1] for r in records] if with_answer else []

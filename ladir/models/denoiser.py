@@ -241,8 +241,9 @@ class Denoiser(nn.Module):
     def _carried(self, batch: DenoiserBatch) -> Tensor:
         """What the step before would have handed on [K, M, L, H]: of a pass at ``batch.carry_t``, or zeros."""
         state = self.null_state(batch.eps)
-        if batch.carry_t is None or batch.first is None or self.carry_in is None:
+        if batch.carry_t is None or self.carry_in is None:
             return state
+        assert batch.first is not None
         return self.next_state(self._noisy(self._hidden(batch, batch.first, batch.carry_t, state), batch.first, batch))
 
     def _hidden(self, batch: DenoiserBatch, rows: Rows, t: Tensor, state: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from training.evaluation.answers import Answered
 from training.evaluation.asking import Busy
 from training.evaluation.gold import GoldCheck
 from training.evaluation.questions import Asked
-from training.evaluation.rows import PHASES, SCORED, TRAINED, lane_of, model_of, sampling_of
+from training.evaluation.rows import PHASES, SCORED, TRAINED, model_of, sampling_of
 from training.runtime.ending import tell_end
 from training.runtime.files import read_json
 from training.runtime.run import Run, RunFolder, evaluation_label
@@ -42,7 +42,7 @@ def training_seconds(folder: RunFolder, method: str, snapshot: int | None = None
 
 
 def training_steps(folder: RunFolder, method: str, snapshot: int | None = None) -> int | None:
-    """Optimizer steps of the model that answers, over its stages; of a baseline with those of a base LM that this run trained.
+    """Optimizer steps of the model that answers, over its stages, with those of a base LM that this run trained.
 
     None where the run's folder does not tell them.
     """
@@ -51,7 +51,7 @@ def training_steps(folder: RunFolder, method: str, snapshot: int | None = None) 
     own = [folder.outcome(phase) for phase in (*before, folder.snapshot(last, snapshot))]
     if own[0] is None or own[-1] is None:  # stages between them may have been left out
         return None
-    outcomes = [*own, folder.outcome("base") if lane_of(sampling) == "ar" else None]
+    outcomes = [*own, folder.outcome("base")]
     return sum(outcome.steps for outcome in outcomes if outcome is not None)
 
 

@@ -264,13 +264,16 @@ LARGEST = StepKind()
 def step_kinds(config: Config, phase: str) -> Iterator[tuple[float, StepKind]]:
     """Kinds of a training's steps, each with its share of them.
 
-    Stage 3's attempts have their answers in every step.
+    Stage 3's attempts have their answers in every step: an upper bound where only their thoughts are learned from
+    (rl.policy=latents).  Stage 2's steps with blocks of the model's own have none.
     """
     if phase not in _DENOISING or learns_text(config, phase):
         yield 1.0, LARGEST
         return
     d = config.denoiser
     answers = 1.0 if phase == "rl" else 1 / d.answer_every
+    if phase == "rollout":
+        answers *= 1 - config.rollout.own_context
     carried = d.carry_probability if d.carry != "none" else 1.0  # none of the kinds has one then
     for kind in (StepKind(*has) for has in itertools.product((True, False), repeat=2)):
         share = (answers if kind.answers else 1 - answers) * (carried if kind.first_pass else 1 - carried)
