@@ -329,8 +329,9 @@ def test_hours_count_a_first_pass_and_the_answers_in_their_share_of_steps() -> N
     assert found[0].tokens == found[1].tokens > found[2].tokens
     config.denoiser.carry_probability, config.denoiser.answer_every = 0.3, 4
     assert list(step_kinds(config, "rl")) == [(0.3, LARGEST), (0.7, StepKind(first_pass=False))]  # attempts have their answers
-    config.denoiser.carry, config.denoiser.answer_every = "none", 1
-    assert list(step_kinds(config, "rollout")) == [(1.0, LARGEST)]
+    config.denoiser.carry, config.denoiser.answer_every, config.rollout.own_context = "none", 1, 0.25
+    without = StepKind(answers=False)  # behind blocks of the model's own there are none
+    assert list(step_kinds(config, "rollout")) == [(0.75, LARGEST), (0.25, without)]
 
 
 def test_steps_of_stage_2_differ_as_those_of_stage_1(monkeypatch: pytest.MonkeyPatch) -> None:
