@@ -21,7 +21,7 @@ from training.phases.tokens import Tokens
 from training.runtime.distributed import World
 from training.runtime.run import Run, RunFolder
 
-TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=1)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
