@@ -339,6 +339,7 @@ class DenoiserCollator:
             block_tokens=block_tokens,
             layout=rows.layout,
             table_index=rows.index,
+            noisy_at=rows.at,
             text_ids=flat_ids(texts),
             z0=torch.from_numpy(noise.z0).float(),
             eps=torch.from_numpy(noise.eps),
@@ -499,11 +500,13 @@ class _LayOut:
         shape = (places.rows, places.width)
         rows_of = [torch.from_numpy(flat.reshape(shape)) for flat in (position, limit, copy)]
         layout = Layout(rows_of[0], rows_of[1], rows_of[2], document=places.documents())
-        return places, Rows(torch.from_numpy(table_index.reshape(shape)), layout, _at(templates, places, _PLACES["noisy"]))
+        return places, Rows(
+            torch.from_numpy(table_index.reshape(shape)), layout, _at(templates, places, lambda layout: layout.noisy)
+        )
 
 
+#: where labels are read off, by the name of their places
 _PLACES: dict[str, Callable[[Template], np.ndarray]] = {
-    "noisy": lambda layout: layout.noisy,
     "end": lambda layout: layout.ends,
     "answer": lambda layout: layout.answer,
     "words": lambda layout: layout.words,

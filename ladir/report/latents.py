@@ -8,7 +8,7 @@ from typing import Any
 
 from ladir.report.runs import RunData
 from ladir.report.sections import Section
-from ladir.report.tables import Grid
+from ladir.report.tables import Grid, figure
 
 #: figures of a VAE's latents, what they are multiplied with, decimals, titles
 _FIGURES = (
@@ -26,8 +26,7 @@ def latents(runs: Sequence[RunData]) -> Section:
     """The section: a table for every run that has figures, a row for every VAE of it; "–": the figure was not asked for."""
 
     def row(trained: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-        values = ((figures.get(name), scale, digits) for name, scale, digits, _ in _FIGURES)
-        return trained, *("–" if value is None else f"{scale * value:.{digits}f}" for value, scale, digits in values)
+        return trained, *(figure(figures, name, scale, digits)[0] for name, scale, digits, _ in _FIGURES)
 
     head = ("trained", *(title for *_, title in _FIGURES))
     grids = [Grid(f"{run.name}, latents", head, [row(*found) for found in run.latents.items()]) for run in runs if run.latents]

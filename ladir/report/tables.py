@@ -63,7 +63,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = _columns(rows)
     lines = [["method", *(title for *_, title in columns)], ["---", *["---:"] * len(columns)]]
     for row in rows:
-        figures = (_figure(row, name, scale, digits) for name, scale, digits, _ in columns)
+        figures = (figure(row, name, scale, digits) for name, scale, digits, _ in columns)
         method = one_line(row["method"], _METHOD_CHARACTERS).replace("|", "¦")
         lines.append([method, *(value + (f" ± {error}" if error else "") for value, error in figures)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -74,11 +74,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int, s
 
 
 def _html_cells(row: Mapping[str, Any], columns: Sequence[tuple[str, float, int, str]]) -> str:
-    figures = (_figure(row, name, scale, digits) for name, scale, digits, _ in columns)
+    figures = (figure(row, name, scale, digits) for name, scale, digits, _ in columns)
     return "".join(f"<td>{value}{f' <small>± {error}</small>' if error else ''}</td>" for value, error in figures)
 
 
-def _figure(row: Mapping[str, Any], name: str, scale: float, digits: int) -> tuple[str, str]:
+def figure(row: Mapping[str, Any], name: str, scale: float, digits: int) -> tuple[str, str]:
     """A figure and its standard error; "" where there is none."""
     value = row.get(name)
     if not isinstance(value, int | float):
