@@ -338,6 +338,7 @@ def test_steps_of_stage_2_differ_as_those_of_stage_1(monkeypatch: pytest.MonkeyP
     config, sizes = tiny_config(), dataclasses.replace(LENGTHS, blocks=1)
     config.backbone.scratch["num_hidden_layers"] = config.rollout.num_steps = 1
     config.denoiser.carry, config.denoiser.carry_probability, config.denoiser.answer_every = "hidden", 0.5, 2
+    config.rollout.own_context = 0.0
     more = []
     for phase in ("denoiser", "rollout"):
         batches = [micro_batch(config, phase, sizes, 1, VOCAB, kind=kind) for kind in (LARGEST, StepKind(False, False))]
