@@ -120,12 +120,24 @@ class Cluster:
         self.run("unshare", "--uts", "--mount", "sh", "-c", start)
 
     def lose_node(self, name: str) -> None:
-        """Kill what runs on a node, as if its power had failed, and have Slurm know at once."""
+        """Kill what runs on a node, as if its power had failed, and have Slurm know at once.
+
+        Those who would tell of another's end go first: the daemon, then the steps' managers, then the jobs.
+        """
+        doomed: dict[str, list[psutil.Process]] = {"slurmd": [], "slurmstepd": [], "job": []}
         for process in _processes(self):
             with contextlib.suppress(psutil.Error):
-                daemon = process.name() == "slurmd" and name in process.cmdline()
-                if daemon or process.name() == "slurmstepd" or process.environ().get("SLURMD_NODENAME") == name:
+                program = process.name()
+                if program == "slurmd" and name in process.cmdline():
+                    doomed[program].append(process)
+                elif program not in doomed and process.environ().get("SLURMD_NODENAME") == name:
+                    doomed["job"].append(process)
+                    doomed["slurmstepd"] += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+        for processes in doomed.values():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
                     process.kill()
+            psutil.wait_procs(processes, timeout=10)
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
 
     def state(self, job: str) -> str:
@@ -248,8 +260,22 @@ def _stop(cluster: Cluster) -> None:
     for process in _processes(cluster):
         process.kill()
     _wait_while(lambda: bool(_processes(cluster)), seconds=10)
-    for group in sorted(FREEZER.glob(f"{cluster.folder.name}-*/**/"), reverse=True):
+    groups = sorted(FREEZER.glob(f"{cluster.folder.name}-*/**/"), reverse=True)
+    _wait_while(lambda: _killed(groups) > 0, seconds=10)
+    for group in groups:
         group.rmdir()
+
+
+def _killed(groups: list[Path]) -> int:
+    """Kill what is left in control groups (a killed manager leaves its job frozen or half begun); returns its number."""
+    left = [int(pid) for group in groups for pid in (group / "cgroup.procs").read_text().split()]
+    for group in groups:
+        if (group / "freezer.state").is_file():  # not in the root
+            (group / "freezer.state").write_text("THAWED")
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(left)
 
 
 def _has_freezer() -> bool:
@@ -265,13 +291,17 @@ def _has_freezer() -> bool:
 
 
 def _processes(cluster: Cluster) -> list[psutil.Process]:
-    """Daemons and job processes of this cluster, known by the configuration in their environment."""
-    found = []
+    """Daemons, steps' managers and job processes of this cluster, known by the configuration in their environment.
+
+    A manager has written its title over its environment: it is known by the processes that it started.
+    """
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and process.pid != os.getpid():
-                found.append(process)
-    return found
+                managers = [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+                found |= {one.pid: one for one in [process, *managers]}
+    return list(found.values())
 
 
 def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
