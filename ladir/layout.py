@@ -234,11 +234,11 @@ def template(
     answer.  ``bidirectional_question``: the question's
     tokens all see each other (a prefix LM, Raffel et al. 2020), not only those before them.
     """
-    if sentences is None:  # records of one shape are many
-        return _known_template(question, blocks, latents, draws, answer, span, bidirectional_question, last=last)
-    return _template(question, blocks, latents, draws, answer, span, bidirectional_question, sentences, last)
+    shape = None if sentences is None else tuple(sentences)
+    return _template(question, blocks, latents, draws, answer, span, bidirectional_question, shape, last)
 
 
+@lru_cache(maxsize=2048)  # records of one shape are many where they are short; of long ones that many take tens of MB
 def _template(
     question: int,
     blocks: int,
@@ -247,10 +247,10 @@ def _template(
     answer: int | None,
     span: int,
     bidirectional_question: bool,
-    sentences: Sequence[int] | None = None,
-    last: bool = False,
+    sentences: tuple[int, ...] | None,
+    last: bool,
 ) -> Template:
-    """:func:`template`, made anew."""
+    """:func:`template`, once for each shape."""
     spans = num_spans(blocks, span)
     clean_blocks = blocks if last or answer is not None else (spans - 1) * span
     starts = question + np.cumsum([0, *(block_length(n) for n in sentences or [latents] * blocks)])
@@ -278,9 +278,6 @@ def _template(
         words=np.concatenate([_NOWHERE, *(starts[b] + np.arange(n + 1) for b, n in enumerate((sentences or [])[:clean_blocks]))]),
         question_length=question,
     )
-
-
-_known_template = lru_cache(maxsize=4096)(_template)
 
 
 def _rows(position: np.ndarray, limit: np.ndarray, copy: int, source: np.ndarray, index: np.ndarray) -> np.ndarray:
