@@ -20,7 +20,7 @@ from ladir.data.batches import DenoiserBatch
 from ladir.data.latents import LatentRecord
 from ladir.data.prompts import Frame
 from ladir.data.randomness import Streams, generator
-from ladir.layout import CLEAN, PAD
+from ladir.layout import CLEAN, PAD, Mark
 from ladir.models import flow
 from ladir.models.backbone import Backbone
 from ladir.models.denoiser import Denoiser, focal
@@ -629,6 +629,17 @@ def test_the_vaes_maps_start_the_denoisers() -> None:
     before = other.latent_out.weight.clone()
     other.init_from_vae(vae)
     assert torch.equal(other.latent_out.weight, before)  # the mean head gives z_0, not eps - z_0
+
+
+def test_marks_start_as_the_words_that_stand_in_their_places() -> None:
+    denoiser = tiny_denoiser(tiny_lm())
+    before = denoiser.marks.weight.clone()
+    denoiser.init_marks({Mark.BOT: [3], Mark.SOA: [4, 5]})
+    words = denoiser.backbone.embed(torch.tensor([3, 4, 5]))
+    assert torch.equal(denoiser.marks.weight[Mark.BOT], words[0])
+    assert torch.allclose(denoiser.marks.weight[Mark.SOA], words[1:].mean(0))
+    others = [Mark.EOT, Mark.NULL]
+    assert torch.equal(denoiser.marks.weight[others], before[others])
 
 
 def test_flow_target_of_the_loss_is_the_objectives() -> None:

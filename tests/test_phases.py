@@ -23,11 +23,13 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import chain_pairs
 from ladir.data.records import Record, read_records
 from ladir.errors import UnusableError
+from ladir.layout import Mark
 from ladir.models.backbone import Backbone
+from ladir.models.denoiser import Denoiser
 from ladir.models.folders import reads_questions_both_ways
 from ladir.models.loading import new_lm
 from ladir.tasks import countdown
-from ladir.tokens import load_tokenizer
+from ladir.tokens import encode_text, load_tokenizer
 from tests.distributed import ProcessGroup
 from training.phases import ar as ar_module
 from training.phases import latents as encode_latents
@@ -321,6 +323,18 @@ def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -
     return ""
 
 
+def marks_and_words(world: World, folder: Path, init_marks: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a denoiser that is built: its <BOT>, <EOT> and <SOA>, and what the LM has for a line break, <eos> and ####."""
+    config = configure(folder, "encoded", 0, 8, [f"denoiser.init_marks={init_marks}"])
+    with open_run(config, "denoiser", world):
+        model = denoiser_phase(config, world).model
+    assert isinstance(model, Denoiser)
+    tokenizer = load_tokenizer(config.backbone)
+    ids = [encode_text(tokenizer, "\n"), [tokenizer.eos_token_id], encode_text(tokenizer, "####")]
+    words = torch.stack([model.backbone.embed(torch.tensor(of_one)).mean(0) for of_one in ids])
+    return model.marks.weight[: Mark.NULL].detach(), words.detach()
+
+
 def joint_reports(world: World, folder: Path) -> list[dict[str, float]]:
     """Figures of a joint training that moves nothing: at its end, after a report that a stop broke off, after a whole one."""
     config, found = configure(folder, "still", 0, 8, [*VARIANTS["joint"], "denoiser.train.lr=1e-30"]), []
@@ -355,6 +369,13 @@ def test_latents_of_another_vae_are_refused(one_process: ProcessGroup, folder: P
     save_file({name: value + 1 for name, value in load_file(heads).items()}, heads)
     (message,) = one_process.run(build_denoiser, folder, "changed", [])
     assert "these latents were made by the VAE" in message and "encode_latents.py again" in message
+
+
+@pytest.mark.parametrize("init_marks", [True, False])
+def test_marks_start_as_what_a_plain_chain_has_there(one_process: ProcessGroup, folder: Path, init_marks: bool) -> None:
+    ((marks, words),) = one_process.run(marks_and_words, folder, init_marks)
+    assert torch.allclose(marks, words) is init_marks
+    assert words.unique(dim=0).shape == words.shape
 
 
 @pytest.mark.distributed

@@ -12,10 +12,12 @@ from torch import nn
 
 from ladir.config import Config, DeepSpeedSettings, LoraSettings
 from ladir.data.batches import VaeCollator
+from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import new_vae
 from ladir.models.loading import build_backbone
 from ladir.models.store import own_state
+from ladir.models.vae import Vae
 from tests.distributed import ProcessGroup
 from tests.tiny import EOS, tiny_lm
 from training.planning.trace import LiveMemory
@@ -38,13 +40,15 @@ def settings(folder: str, variant: str, sharded: bool, dtype: str) -> Config:
     return config
 
 
-def build(config: Config, world: World, what: str) -> nn.Module:
+def build(config: Config, world: World, what: str) -> Vae | Denoiser:
     torch.manual_seed(0)
     with sharded_init(config, config.vae.train, world):
         if what == "vae":
             return new_vae(config.vae, config.backbone, "cpu")
         backbone = build_backbone(config.backbone, "cpu")
-        return Denoiser(backbone, config.denoiser, 2, torch.zeros(8), torch.ones(8))
+        denoiser = Denoiser(backbone, config.denoiser, 2, torch.zeros(8), torch.ones(8))
+    denoiser.init_marks({Mark.BOT: [3, 4], Mark.SOA: [5]})  # of embeddings that are split
+    return denoiser
 
 
 def held(model: nn.Module) -> list[tuple[int, int]]:

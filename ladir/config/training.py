@@ -204,6 +204,11 @@ class DenoiserSettings:
     )
     condition_dropout: float = setting(0.1, "probability that a question is hidden (classifier-free guidance)")
     init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
+    init_marks: bool = setting(
+        True,
+        "start <BOT>, <EOT> and <SOA> as the LM's embeddings of what a plain chain has in their places: a line break, <eos>, the "
+        "first of data.answer_prefixes; false: at random",
+    )
     sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
     timestep_features: int = setting(256, "sinusoidal features of t")
     train: TrainSettings = section(TrainSettings, "training of the denoiser, stage 1", max_epochs=20.0, lr=1e-5, global_batch=64)

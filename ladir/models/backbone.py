@@ -111,6 +111,12 @@ class Backbone(nn.Module):
         """Input vectors [..., H] of token ids [...]."""
         return self.base.get_input_embeddings()(ids)
 
+    def embeddings_of(self, ids: Sequence[int]) -> Tensor:
+        """What :meth:`embed` gives [n, H] of ``ids``, from embeddings that may be split over the ranks."""
+        embedding: Any = self.base.get_input_embeddings()
+        with whole(embedding.weight), torch.no_grad():
+            return self.embed(torch.tensor(list(ids), device=embedding.weight.device))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [..., V] of hidden states [..., H], as the LM itself makes them."""
         return self._logit_scale(self.base.get_output_embeddings()(hidden))

@@ -6,7 +6,7 @@ One forward pass trains all blocks and noise draws of a batch at once; :mod:`lad
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,12 @@ class Denoiser(nn.Module):
             return
         self.latent_out.weight.copy_(vae.to_mean.weight.float() / self.latent_std[:, None])
         self.latent_out.bias.copy_((vae.to_mean.bias.float() - self.latent_mean) / self.latent_std)
+
+    @torch.no_grad()
+    def init_marks(self, texts: Mapping[Mark, Sequence[int]]) -> None:
+        """Start marks as the mean embedding of the token ids that the LM has read in their places (by all ranks together)."""
+        for mark, ids in texts.items():
+            self.marks.weight[mark] = self.backbone.embeddings_of(ids).mean(0)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,11 +13,12 @@ from ladir.data.latents import LatentStore
 from ladir.data.prompts import Frame
 from ladir.data.randomness import derive
 from ladir.errors import UnusableError
+from ladir.layout import Mark
 from ladir.models.denoiser import Denoiser
 from ladir.models.folders import load_latent_maps, save_denoiser
 from ladir.models.loading import build_backbone, check_lm
 from ladir.models.pairing import TrainedOn
-from ladir.tokens import load_tokenizer, tokenizer_fingerprint
+from ladir.tokens import encode_text, load_tokenizer, tokenizer_fingerprint
 from training.phases.base import Samples, TrainingPhase
 from training.phases.lengths import check_records
 from training.phases.samples import denoiser_samples
@@ -43,6 +44,8 @@ def denoiser_phase(config: Config, world: World, stop: StopRequest | None = None
         model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         model.init_from_vae(load_latent_maps(vae))
+    if config.denoiser.init_marks:
+        model.init_marks(mark_texts(config, tokenizer))
     collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
     return TrainingPhase(
         items=store,
@@ -54,6 +57,16 @@ def denoiser_phase(config: Config, world: World, stop: StopRequest | None = None
         write=lambda target, state: save_denoiser(model, target, state, trained_on=trained_on(store, tokenizer, frame)),
         show=denoiser_samples(config, tokenizer, validation, store, vae, frame),
     )
+
+
+def mark_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[Mark, list[int]]:
+    """Token ids of what a plain chain has in the places of marks; those of which a tokenizer makes nothing are left out."""
+    texts = {
+        Mark.BOT: encode_text(tokenizer, "\n"),
+        Mark.EOT: [int(tokenizer.eos_token_id)],
+        Mark.SOA: encode_text(tokenizer, config.data.answer_prefixes[0]),
+    }
+    return {mark: ids for mark, ids in texts.items() if ids}
 
 
 def trained_on(store: LatentStore, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> TrainedOn:

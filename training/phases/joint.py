@@ -26,7 +26,7 @@ from ladir.models.store import folder_fingerprint, load_settings, update_setting
 from ladir.models.vae import Vae
 from ladir.tokens import load_tokenizer
 from training.phases.base import Samples, TrainingPhase
-from training.phases.denoiser import denoiser_collator, denoiser_weights, stored_latents, trained_on
+from training.phases.denoiser import denoiser_collator, denoiser_weights, mark_texts, stored_latents, trained_on
 from training.phases.latent_report import Judged, report_latents, stored_records
 from training.phases.latents import encoded_rows
 from training.phases.lengths import check_records
@@ -65,6 +65,8 @@ def joint_phase(config: Config, world: World, stop: StopRequest | None = None) -
         denoiser = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         denoiser.init_from_vae(vae)
+    if config.denoiser.init_marks:
+        denoiser.init_marks(mark_texts(config, tokenizer))
     model = Joint(vae, denoiser)
     sentences = vae_collator(config, tokenizer, config.denoiser.train, "joint/vae", vae)
     teacher = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
