@@ -242,6 +242,16 @@ def test_both_train_for_the_same_seconds_after_the_base(tmp_path: Path) -> None:
         assert counts == [str(ranks)] * 2 + [str(max(1, ranks // 2))] * 3
 
 
+def test_seconds_that_leave_the_denoiser_none_are_refused(tmp_path: Path) -> None:
+    built, output = demo(tmp_path, "rollout.train.max_seconds=30")
+    write_json(built.folder.outcome_file("vae"), {**OUTCOME, "seconds": 69.5})
+    stages = {stage.name: stage for part in built.plan() for track in part for stage in track}
+    with pytest.raises(SystemExit) as caught:
+        stages["denoiser"].command()
+    assert caught.value.code == 1
+    assert "--seconds=100 leaves the denoiser none: VAE, latents and later stages take 100" in " ".join(output.getvalue().split())
+
+
 def test_stages_are_chosen_and_records_of_another_kind_are_asked_by_themselves(tmp_path: Path) -> None:
     def names(*overrides: str, ranks: int = 1) -> list[list[list[str]]]:
         built, _ = demo(tmp_path, *overrides, ranks=ranks)
@@ -300,9 +310,11 @@ def test_stage_3_takes_its_seconds_from_its_own_lane_and_is_asked(
         (["rl.enabled=true"], "rl.enabled=true: both lanes train for the same seconds, and those of stage 3 are not known"),
         ([*RL, "demo.stages=[vae,denoiser]"], "rl.enabled=true: demo.stages leaves stage 3 out; add rl or ar-rl to it"),
         ([*RL, "rl.policy=text", "demo.stages=[rl]"], "rl.enabled=true (rl.policy=text): demo.stages leaves stage 3 out"),
+        ([*RL, "--seconds=40", "rollout.train.max_seconds=30"], "--seconds=40: stages 2 and 3 alone take 40"),
+        (["--seconds=40", "rollout.train.max_seconds=50"], "--seconds=40: stages 2 and 3 alone take 50"),
     ],
 )
-def test_a_stage_3_that_could_not_be_run_is_refused(
+def test_later_stages_that_could_not_be_run_are_refused(
     overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -315,7 +327,7 @@ def test_the_demos_own_file_has_all_that_stage_3_needs(tmp_path: Path) -> None:
     built, _ = demo(tmp_path, "--config=configs/demo.yaml", "rl.enabled=true")
     names = [stage.name for part in built.plan() for track in part for stage in track]
     assert {"rl", "ar-rl"} <= set(names) and built.config.rl.train.max_steps is None
-    assert not refused(built.config)
+    assert not refused(built.config, seconds=580.0)
 
 
 def test_what_runs_side_by_side_takes_the_longest_track_and_the_memory_of_all(tmp_path: Path) -> None:

@@ -301,13 +301,17 @@ class Demo:
             if self.config.rollout.enabled:
                 left -= self.config.rollout.train.max_seconds or 0.0
             left -= self._rl_seconds("rl")
-            return self._entry("train_denoiser", f"denoiser.train.max_seconds={max(left, 1.0):.1f}", ranks=ranks)()
+            if left < 1.0:
+                taken = f"VAE, latents and later stages take {self.seconds - left:.0f}"
+                self._line(f"--seconds={self.seconds:g} leaves the denoiser none: {taken}; give more, and it goes on")
+                sys.exit(1)
+            return self._entry("train_denoiser", f"denoiser.train.max_seconds={left:.1f}", ranks=ranks)()
 
         return command
 
     def _baseline(self, ranks: int) -> Callable[[], list[str]]:
         """The AR baseline trains for the seconds that LaDiR has after the base LM, which both start from, less its stage 3's."""
-        seconds = max(self.seconds - self._rl_seconds("ar-rl"), 1.0)
+        seconds = self.seconds - self._rl_seconds("ar-rl")
         settings = ("ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")
         return self._entry("train_ar", *settings, ranks=ranks)
 
@@ -361,8 +365,14 @@ def third_stages(config: Config) -> list[str]:
     return [stage for stage in lanes if config.rl.enabled and stage in config.demo.stages]
 
 
-def refused(config: Config) -> str:
-    """What is wrong with the settings of stage 3 where it is on; "" where nothing is."""
+def refused(config: Config, seconds: float) -> str:
+    """What is wrong with ``seconds`` for each lane, or with the settings of stage 3 where it is on; "" where nothing is."""
+    later = [config.rollout.train] * (config.rollout.enabled and "denoiser" in config.demo.stages)
+    later += [config.rl.train] * bool(third_stages(config))
+    taken = sum(train.max_seconds or 0.0 for train in later)
+    if seconds < taken + 1.0:
+        settings = "rollout.train.max_seconds, rl.train.max_seconds"
+        return f"--seconds={seconds:g}: stages 2 and 3 alone take {taken:g} ({settings}); give more"
     if not config.rl.enabled:
         return ""
     if not third_stages(config):
@@ -379,7 +389,7 @@ def refused(config: Config) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     config, arguments = parse_args(argv, __doc__ or "", _add_arguments)
-    if problem := refused(config):
+    if problem := refused(config, arguments.seconds):
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {problem}\n")
         raise SystemExit(2)
     signal.signal(signal.SIGTERM, _interrupt)
