@@ -323,9 +323,9 @@ def build_denoiser(world: World, folder: Path, name: str, settings: list[str]) -
     return ""
 
 
-def marks_and_words(world: World, folder: Path, init_marks: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def marks_and_words(world: World, folder: Path, settings: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a denoiser that is built: its <BOT>, <EOT> and <SOA>, and what the LM has for a line break, <eos> and ####."""
-    config = configure(folder, "encoded", 0, 8, [f"denoiser.init_marks={init_marks}"])
+    config = configure(folder, "encoded", 0, 8, ["rollout.enabled=false", *settings])
     with open_run(config, "denoiser", world):
         model = denoiser_phase(config, world).model
     assert isinstance(model, Denoiser)
@@ -371,10 +371,15 @@ def test_latents_of_another_vae_are_refused(one_process: ProcessGroup, folder: P
     assert "these latents were made by the VAE" in message and "encode_latents.py again" in message
 
 
-@pytest.mark.parametrize("init_marks", [True, False])
-def test_marks_start_as_what_a_plain_chain_has_there(one_process: ProcessGroup, folder: Path, init_marks: bool) -> None:
-    ((marks, words),) = one_process.run(marks_and_words, folder, init_marks)
-    assert torch.allclose(marks, words) is init_marks
+@pytest.mark.parametrize(
+    ("settings", "alike"),
+    [(["denoiser.context=text"], True), (["denoiser.context=text", "denoiser.init_marks=false"], False), ([], False)],
+)
+def test_marks_start_as_what_a_plain_chain_has_there(
+    one_process: ProcessGroup, folder: Path, settings: list[str], alike: bool
+) -> None:
+    ((marks, words),) = one_process.run(marks_and_words, folder, settings)
+    assert torch.allclose(marks, words) is alike
     assert words.unique(dim=0).shape == words.shape
 
 

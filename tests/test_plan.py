@@ -67,7 +67,7 @@ def tiny_config(variant: str = "full", dtype: str = "float32", attention: str = 
         "vocab_size": VOCAB,
         "hidden_size": 48,
         "intermediate_size": 132,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,

@@ -206,8 +206,8 @@ class DenoiserSettings:
     init_from_vae: bool = setting(True, "start the latent maps from the VAE's")
     init_marks: bool = setting(
         True,
-        "start <BOT>, <EOT> and <SOA> as the LM's embeddings of what a plain chain has in their places: a line break, <eos>, the "
-        "first of data.answer_prefixes; false: at random",
+        "where finished blocks stand as text (denoiser.context), start <BOT>, <EOT> and <SOA> as the LM's embeddings of what a "
+        "plain chain has in their places: a line break, <eos>, the first of data.answer_prefixes; false: at random",
     )
     sample_latents: bool = setting(False, "draw z from the encoder's posterior instead of taking its mean")
     timestep_features: int = setting(256, "sinusoidal features of t")

@@ -44,8 +44,7 @@ def denoiser_phase(config: Config, world: World, stop: StopRequest | None = None
         model = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         model.init_from_vae(load_latent_maps(vae))
-    if config.denoiser.init_marks:
-        model.init_marks(mark_texts(config, tokenizer))
+    model.init_marks(mark_texts(config, tokenizer))
     collator = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
     return TrainingPhase(
         items=store,
@@ -60,7 +59,12 @@ def denoiser_phase(config: Config, world: World, stop: StopRequest | None = None
 
 
 def mark_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[Mark, list[int]]:
-    """Token ids of what a plain chain has in the places of marks; those of which a tokenizer makes nothing are left out."""
+    """Token ids of what a plain chain has in the places of marks; none where finished blocks do not stand as text.
+
+    Marks of which a tokenizer makes nothing are left out.
+    """
+    if not config.denoiser.init_marks or config.denoiser.context != "text":
+        return {}
     texts = {
         Mark.BOT: encode_text(tokenizer, "\n"),
         Mark.EOT: [int(tokenizer.eos_token_id)],

@@ -65,8 +65,7 @@ def joint_phase(config: Config, world: World, stop: StopRequest | None = None) -
         denoiser = Denoiser(backbone, config.denoiser, config.vae.latents_per_block, store.mean, store.std)
     if config.denoiser.init_from_vae:
         denoiser.init_from_vae(vae)
-    if config.denoiser.init_marks:
-        denoiser.init_marks(mark_texts(config, tokenizer))
+    denoiser.init_marks(mark_texts(config, tokenizer))
     model = Joint(vae, denoiser)
     sentences = vae_collator(config, tokenizer, config.denoiser.train, "joint/vae", vae)
     teacher = denoiser_collator(config, store, tokenizer, config.denoiser.train, "denoiser", frame)
