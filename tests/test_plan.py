@@ -418,7 +418,7 @@ def test_flops_are_six_per_weight_and_token() -> None:
     tokens, labels = batch.ids.numel(), batch.labels.numel()
     layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2)
     head = VOCAB * 48
-    attention = 12 * 4 * tokens * tokens * 48
+    attention = 12 * config.backbone.scratch["num_hidden_layers"] * tokens * tokens * 48
     flops = trace_training(model, batch).flops
     # The first layer's inputs are embeddings, whose gradient is needed too: nothing is left out.
     assert flops == 6 * (layers * tokens + head * labels) + attention
@@ -725,6 +725,7 @@ def test_ranks_that_share_unequal_records_are_busy_for_a_part_of_the_time() -> N
 
 def test_layers_repeat_where_shapes_and_kinds_do() -> None:
     config = tiny_config()
+    config.backbone.scratch["num_hidden_layers"] = 4
     model, architecture = meta_model(config, "ar", "none"), lm_config(config.backbone)
     assert layer_period(model, architecture) == 2
     architecture.layer_types = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
