@@ -299,8 +299,8 @@ def _processes(cluster: Cluster) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and process.pid != os.getpid():
-                managers = [parent for parent in process.parents() if parent.name() == "slurmstepd"]
-                found |= {one.pid: one for one in [process, *managers]}
+                found[process.pid] = process
+                found |= {parent.pid: parent for parent in process.parents() if parent.name() == "slurmstepd"}
     return list(found.values())
 
 
