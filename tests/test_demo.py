@@ -323,6 +323,13 @@ def test_later_stages_that_could_not_be_run_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_each_lane_needs_seconds_for_its_own_later_stages_alone(tmp_path: Path) -> None:
+    """Stage 2 is LaDiR's; with rl.policy=text stage 3 is the baseline's."""
+    stages = ("rollout.train.max_seconds=60", "rl.enabled=true", "rl.train.max_seconds=60")
+    assert not refused(demo(tmp_path, *stages, "rl.policy=text")[0].config, 100.0)
+    assert refused(demo(tmp_path, *stages)[0].config, 100.0)
+
+
 def test_the_demos_own_file_has_all_that_stage_3_needs(tmp_path: Path) -> None:
     built, _ = demo(tmp_path, "--config=configs/demo.yaml", "rl.enabled=true")
     names = [stage.name for part in built.plan() for track in part for stage in track]

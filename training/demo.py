@@ -267,10 +267,6 @@ class Demo:
         own = ("rl.policy=text", "rl.answers=1", "rl.algorithm=nft") if stage == "ar-rl" else ()
         return [Stage(stage, titles[stage], self._entry("train_rl", *own, ranks=ranks), trains=True)]
 
-    def _rl_seconds(self, stage: str) -> float:
-        """What stage 3 takes of its lane's seconds."""
-        return (self.config.rl.train.max_seconds or 0.0) if stage in third_stages(self.config) else 0.0
-
     def _rows(self) -> list[str]:
         """Has an evaluation ask what learned from rewards, too, where its rows do not name that."""
         methods = self.config.evaluate.methods
@@ -298,9 +294,7 @@ class Demo:
         def command() -> list[str]:
             outcomes = [self.folder.outcome(phase) for phase in ("vae", "latents")]
             left = self.seconds - sum(outcome.seconds for outcome in outcomes if outcome is not None)
-            if self.config.rollout.enabled:
-                left -= self.config.rollout.train.max_seconds or 0.0
-            left -= self._rl_seconds("rl")
+            left -= later_seconds(self.config, "rl")
             if left < 1.0:
                 taken = f"VAE, latents and later stages take {self.seconds - left:.0f}"
                 self._line(f"--seconds={self.seconds:g} leaves the denoiser none: {taken}; give more, and it goes on")
@@ -311,7 +305,7 @@ class Demo:
 
     def _baseline(self, ranks: int) -> Callable[[], list[str]]:
         """The AR baseline trains for the seconds that LaDiR has after the base LM, which both start from, less its stage 3's."""
-        seconds = self.seconds - self._rl_seconds("ar-rl")
+        seconds = self.seconds - later_seconds(self.config, "ar-rl")
         settings = ("ar.phase=ar", "ar.copy_fraction=0", f"ar.train.max_seconds={seconds:.1f}")
         return self._entry("train_ar", *settings, ranks=ranks)
 
@@ -365,11 +359,16 @@ def third_stages(config: Config) -> list[str]:
     return [stage for stage in lanes if config.rl.enabled and stage in config.demo.stages]
 
 
+def later_seconds(config: Config, stage: str) -> float:
+    """What stages 2 and 3 take of the seconds of a lane, named by its stage 3: rl is LaDiR's, ar-rl the baseline's."""
+    second = stage == "rl" and config.rollout.enabled and "denoiser" in config.demo.stages
+    trains = [config.rollout.train] * second + [config.rl.train] * (stage in third_stages(config))
+    return sum(train.max_seconds or 0.0 for train in trains)
+
+
 def refused(config: Config, seconds: float) -> str:
     """What is wrong with ``seconds`` for each lane, or with the settings of stage 3 where it is on; "" where nothing is."""
-    later = [config.rollout.train] * (config.rollout.enabled and "denoiser" in config.demo.stages)
-    later += [config.rl.train] * bool(third_stages(config))
-    taken = sum(train.max_seconds or 0.0 for train in later)
+    taken = max(later_seconds(config, stage) for stage in ("rl", "ar-rl"))
     if seconds < taken + 1.0:
         settings = "rollout.train.max_seconds, rl.train.max_seconds"
         return f"--seconds={seconds:g}: stages 2 and 3 alone take {taken:g} ({settings}); give more"
