@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         """What :meth:`embed` gives [n, H] of ``ids``, from embeddings that may be split over the ranks."""
         embedding: Any = self.base.get_input_embeddings()
         with whole(embedding.weight), torch.no_grad():
-            return self.embed(torch.tensor(list(ids), device=embedding.weight.device))
+            return self.embed(torch.tensor(ids, device=embedding.weight.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [..., V] of hidden states [..., H], as the LM itself makes them."""

@@ -121,8 +121,10 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def init_marks(self, texts: Mapping[Mark, Sequence[int]]) -> None:
         """Start marks as the mean embedding of the token ids that the LM has read in their places (by all ranks together)."""
-        for mark, ids in texts.items():
-            self.marks.weight[mark] = self.backbone.embeddings_of(ids).mean(0)
+        if texts:  # all in one reading: embeddings that are split are gathered for it
+            vectors = self.backbone.embeddings_of([id for ids in texts.values() for id in ids])
+            parts = vectors.split([len(ids) for ids in texts.values()])
+            self.marks.weight[list(texts)] = torch.stack([part.mean(0) for part in parts])
 
     @property
     def dtype(self) -> torch.dtype:

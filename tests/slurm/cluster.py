@@ -132,7 +132,7 @@ class Cluster:
                     doomed[program].append(process)
                 elif program not in doomed and process.environ().get("SLURMD_NODENAME") == name:
                     doomed["job"].append(process)
-                    doomed["slurmstepd"] += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+                    doomed["slurmstepd"] += _managers(process)
         for processes in doomed.values():
             for process in processes:
                 with contextlib.suppress(psutil.Error):
@@ -300,8 +300,13 @@ def _processes(cluster: Cluster) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] and process.pid != os.getpid():
                 found[process.pid] = process
-                found |= {parent.pid: parent for parent in process.parents() if parent.name() == "slurmstepd"}
+                found |= {manager.pid: manager for manager in _managers(process)}
     return list(found.values())
+
+
+def _managers(process: psutil.Process) -> list[psutil.Process]:
+    """Those of the step that a process belongs to."""
+    return [parent for parent in process.parents() if parent.name() == "slurmstepd"]
 
 
 def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
